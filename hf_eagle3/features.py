@@ -1,0 +1,83 @@
+"""Reading the target's residual stream at the boundaries a drafter asks for, from any host model."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+def find_layers(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the text decoder, and its decoder layers.
+
+    Raises:
+        ValueError: No list of as many layers as the text config states.
+    """
+    num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = target.get_decoder()
+    for module in (decoder, *decoder.modules()):
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module, child
+    raise ValueError(
+        f"{type(target).__name__} has no list of {num_layers} decoder layers, so its states cannot be read at layer "
+        "boundaries. Call generate() without assistant_model."
+    )
+
+
+class StateRecorder:
+    """Keeps the aux hidden states of the target's last forward, through hooks on exactly the boundaries needed.
+
+    Boundary i < n is the input of layer i; boundary n is the output of the last layer, before the final norm. No
+    boundaries at all means the final, normed state. Use as a context manager: the hooks go when it closes.
+
+    Args:
+        target: Any decoder of the host; a vision-language model is read at its text decoder.
+        aux_layer_ids: Ascending boundaries, as `Eagle3DrafterConfig.resolve_aux_layer_ids` gives them.
+    """
+
+    def __init__(self, target: PreTrainedModel, aux_layer_ids: tuple[int, ...]):
+        self._target = target
+        self._aux_layer_ids = aux_layer_ids
+        self._states: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "StateRecorder":
+        decoder, layers = find_layers(self._target)
+        for boundary in self._aux_layer_ids:
+            if boundary < len(layers):
+                hook = layers[boundary].register_forward_pre_hook(self._on_input(boundary), with_kwargs=True)
+            else:
+                hook = layers[-1].register_forward_hook(self._on_output(boundary))
+            self._handles.append(hook)
+        if not self._aux_layer_ids:
+            self._handles.append(decoder.register_forward_hook(self._on_output(len(layers))))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._states.clear()
+
+    def _on_input(self, boundary: int) -> Callable:
+        def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._states[boundary] = args[0] if args else kwargs["hidden_states"]
+
+        return keep
+
+    def _on_output(self, boundary: int) -> Callable:
+        def keep(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+            self._states[boundary] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def take(self, device: torch.device | str) -> Tensor:
+        """Aux hidden states [B, T, A*Ht] of the last forward, on `device`, ascending boundaries; then forget them."""
+        if not self._states:
+            raise RuntimeError("No target forward ran since the states were last taken.")
+        states = [self._states[boundary].to(device) for boundary in sorted(self._states)]
+        self._states.clear()
+        return torch.cat(states, dim=-1)
