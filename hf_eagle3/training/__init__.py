@@ -1,0 +1,15 @@
+"""Training a drafter by training-time test (TTT), online, against a frozen target."""
+
+from .data import TokenDataset, choose_draft_vocabulary, count_supervised_tokens, tokenize_conversation
+from .new import new_drafter
+from .trainer import Eagle3Trainer, Eagle3TrainingArguments
+
+__all__ = [
+    "Eagle3Trainer",
+    "Eagle3TrainingArguments",
+    "TokenDataset",
+    "choose_draft_vocabulary",
+    "count_supervised_tokens",
+    "new_drafter",
+    "tokenize_conversation",
+]

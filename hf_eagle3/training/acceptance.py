@@ -1,0 +1,45 @@
+"""Acceptance lengths of greedy chain drafting, read off greedy text without decoding it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Walk(NamedTuple):
+    """Rounds along a text, and what each depth accepted."""
+
+    rounds: int
+    accepted: np.ndarray  # [K] int64, rounds that accepted draft token k (and all before it)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens gained a round: mean of `num_accepted + 1`. NaN without rounds."""
+        return 1 + self.accepted.sum() / self.rounds if self.rounds else float("nan")
+
+    def __add__(self, other: "Walk") -> "Walk":  # type: ignore[override]  # sums, not a longer tuple
+        return Walk(self.rounds + other.rounds, self.accepted + other.accepted)
+
+
+def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
+    """Decode one row without running a model: from slot i, a round of m matches goes on at slot i + m + 1.
+
+    Exact when the text is what the target generates greedily. The first token of a turn comes from the prompt's own
+    forward, so no round is counted for it.
+
+    Args:
+        hits: [K, T] bool, whether the draft token k at slot i is token i + 2 + k of the text; false past the turn.
+        loss_mask: [T] bool, the tokens the target generated.
+    """
+    K, T = hits.shape
+    prefix = np.logical_and.accumulate(hits, axis=0)  # [K, T]
+    rounds, accepted = 0, np.zeros(K, dtype=np.int64)
+    starts = np.flatnonzero(loss_mask & ~np.concatenate([[False], loss_mask[:-1]]))
+    for start in starts:
+        end = start + np.argmin(loss_mask[start:]) if not loss_mask[start:].all() else T  # one past the turn
+        slot = start - 1
+        while 0 <= slot and slot + 2 < end:
+            matched = prefix[:, slot]
+            rounds += 1
+            accepted += matched
+            slot += int(matched.sum()) + 1
+    return Walk(rounds, accepted)

@@ -1,0 +1,222 @@
+"""`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..modeling import Eagle3DrafterModel
+from .acceptance import Walk, walk
+from .data import TokenDataset, choose_draft_vocabulary, collate, count_supervised_tokens
+from .new import new_drafter
+from .ttt import StepSums, live_slots, teach, ttt
+
+
+@dataclass
+class Eagle3TrainingArguments(TrainingArguments):
+    """The host's training arguments, and what TTT adds. Changed defaults: learning rate, schedule, clipping, betas."""
+
+    ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
+    ttt_decay: float = field(default=0.8, metadata={"help": "Step t weighs ttt_decay to the power t in the loss."})
+    draft_vocab_size: int = field(
+        default=32000, metadata={"help": "Tokens a new drafter can propose; ignored when a drafter is given."}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Longer training rows are cut on the right, in tokens."})
+    eval_depth: int = field(default=3, metadata={"help": "Draft depth K of eval_acceptance_length."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm is clipped to this."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the rows."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ttt_steps < 1:
+            raise ValueError(f"ttt_steps must be at least 1, got {self.ttt_steps}.")
+        if not 0 < self.ttt_decay <= 1:
+            raise ValueError(f"ttt_decay must lie in (0, 1], got {self.ttt_decay}.")
+        if self.eval_depth < 1:
+            raise ValueError(f"eval_depth must be at least 1, got {self.eval_depth}.")
+
+
+class Eagle3Trainer(Trainer):
+    """Train a drafter for a frozen target by training-time test (arXiv:2503.01840).
+
+    The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
+    of optimiser and checkpoints, and is never written to.
+
+    Args:
+        model: The drafter to go on with, or None: a new EAGLE-3.1 drafter sized after the target, with the
+            `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
+        target_model: The target; any decoder of the host.
+        args: `Eagle3TrainingArguments`.
+        train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
+            tokens); any iterable of mappings. For `eval_acceptance_length` to be exact, the eval answers must be the
+            target's own greedy ones.
+        processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
+        kwargs: As for the host's Trainer.
+
+    Raises:
+        ValueError: Data without supervision, a drafter that does not fit the target, half-precision weights, several
+            processes.
+    """
+
+    # The loss is normed over the whole accumulated batch. Read from Transformers 5.23 on; `__init__` says it to older.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Eagle3DrafterModel | None = None,
+        target_model: PreTrainedModel | None = None,
+        args: Eagle3TrainingArguments | None = None,
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        if target_model is None:
+            raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
+        args = Eagle3TrainingArguments() if args is None else args
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
+                f"{args.n_gpu} GPUs. Set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        train_dataset = _tokenize(train_dataset, processing_class, args.max_length)
+        eval_dataset = _tokenize(eval_dataset, processing_class, args.max_length)
+        if model is None:
+            model = self._new_drafter(target_model, args, train_dataset)
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "
+                "rounds small updates away. Use bf16=True for fast arithmetic."
+            )
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                "TTT needs an attention that takes its mask: load the drafter with attn_implementation='sdpa', got "
+                f"{model.config._attn_implementation!r}."
+            )
+        target_model.eval().requires_grad_(False)
+        if not getattr(target_model, "hf_device_map", None) and not getattr(target_model, "is_quantized", False):
+            target_model.to(args.device)
+        model.bind(target_model)
+        # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
+        self._target = (target_model,)
+        self._train_sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=collate,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+
+    @staticmethod
+    def _new_drafter(
+        target: PreTrainedModel, args: Eagle3TrainingArguments, dataset: TokenDataset | None
+    ) -> Eagle3DrafterModel:
+        if dataset is None:
+            raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
+        vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        ends = target.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        counts = count_supervised_tokens(dataset, vocab_size)
+        return new_drafter(
+            target, choose_draft_vocabulary(counts, min(args.draft_vocab_size, vocab_size), always=ends)
+        )
+
+    @property
+    def target_model(self) -> PreTrainedModel:
+        """The frozen target."""
+        return self._target[0]
+
+    def _run(self, model: torch.nn.Module, inputs: dict[str, Tensor], steps: int) -> StepSums:
+        lesson = teach(self.target_model, self.model, inputs)
+        # accelerate's wrapper covers `forward` alone; the head and the loss run here, under the same autocast.
+        drafter = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        with self.accelerator.autocast():
+            return ttt(drafter, inputs, lesson, steps)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """[k] supervised slots of each step, over all batches of one update."""
+        counts = [live_slots(batch["loss_mask"], self.args.ttt_steps).flatten(1).sum(1) for batch in batch_samples]
+        return torch.stack(counts).sum(0).to(device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, StepSums]:
+        """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update."""
+        sums = self._run(model, inputs, self.args.ttt_steps)
+        counts = sums.count if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
+        weights = self.args.ttt_decay ** torch.arange(len(counts), device=sums.loss.device)  # [k]
+        loss = (weights * sums.loss / counts.clamp_min(1)).sum()
+        if model.training:
+            self._train_sums.append((sums.loss.detach(), sums.correct, sums.count))
+        return (loss, sums) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each step's loss and accuracy since the last training log."""
+        if "loss" in logs and self._train_sums:
+            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums))
+            self._train_sums.clear()
+            logs |= _by_step("", loss, correct, count)
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and accuracy by step, and the acceptance length of greedy chain drafting along the eval answers."""
+        del prediction_loss_only, ignore_keys
+        self.model.eval()
+        steps, depth = max(self.args.ttt_steps, self.args.eval_depth), self.args.eval_depth
+        sums, walked, num_rows = [], Walk(0, np.zeros(depth, dtype=np.int64)), 0
+        for inputs in tqdm(dataloader, desc=description, disable=self.args.disable_tqdm, leave=False):
+            inputs = self._prepare_inputs(inputs)
+            batch = self._run(self.model, inputs, steps)
+            sums.append((batch.loss, batch.correct, batch.count))
+            hits, masks = batch.hits[:depth].cpu().numpy(), inputs["loss_mask"].cpu().numpy()
+            for row, mask in enumerate(masks):
+                walked += walk(hits[:, row], mask)
+            num_rows += len(masks)
+        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums))
+        weights = self.args.ttt_decay ** torch.arange(self.args.ttt_steps, device=loss.device)
+        k = self.args.ttt_steps
+        metrics = _by_step(f"{metric_key_prefix}_", loss, correct, count)
+        metrics[f"{metric_key_prefix}_loss"] = float((weights * loss[:k] / count[:k].clamp_min(1)).sum())
+        metrics[f"{metric_key_prefix}_acceptance_length"] = float(walked.acceptance_length)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+
+def _tokenize(
+    rows: Iterable[Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> TokenDataset | None:
+    if rows is None or isinstance(rows, TokenDataset):
+        return rows
+    return TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+
+
+def _by_step(prefix: str, loss: Tensor, correct: Tensor, count: Tensor) -> dict[str, float]:
+    count = count.clamp_min(1)
+    means = {"loss": (loss / count).tolist(), "accuracy": (correct / count).tolist()}
+    return {f"{prefix}{name}_{t}": value for name, values in means.items() for t, value in enumerate(values)}
