@@ -74,10 +74,16 @@ class StateRecorder:
 
         return keep
 
-    def take(self, device: torch.device | str) -> Tensor:
-        """Aux hidden states [B, T, A*Ht] of the last forward, on `device`, ascending boundaries; then forget them."""
+    def take(self, device: torch.device | str, *, drop_last: int = 0) -> Tensor:
+        """Aux hidden states [B, T, A*Ht] of the last forward, on `device`, ascending boundaries; then forget them.
+
+        Args:
+            device: Where to put them.
+            drop_last: Leave out so many positions at the end.
+        """
         if not self._states:
             raise RuntimeError("No target forward ran since the states were last taken.")
-        states = [self._states[boundary].to(device) for boundary in sorted(self._states)]
+        states = [self._states[boundary] for boundary in sorted(self._states)]  # [B, T + drop_last, Ht] each
         self._states.clear()
-        return torch.cat(states, dim=-1)
+        keep = states[0].shape[1] - drop_last
+        return torch.cat([state[:, :keep].to(device) for state in states], dim=-1)

@@ -1,0 +1,295 @@
+"""The host functions that must know drafters, wrapped in this one place.
+
+Each wrap looks at its arguments and, unless a drafter is among them, calls the original with exactly what it was given.
+Written against Transformers 5.23.0.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .candidates import Eagle3CandidateGenerator, Session
+from .features import StateRecorder
+from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from .stats import Speculation, Stopwatch
+
+try:  # until checkpoints/ is here
+    from .checkpoints import load_published_config, register_weight_names
+except ModuleNotFoundError:
+
+    def load_published_config(*_: Any, **__: Any) -> None:
+        """Stand-in."""
+
+    def register_weight_names() -> None:
+        """Stand-in."""
+
+
+logger = logging.getLogger(__name__)
+
+# Candidate generators are given the model's outputs from 5.8 on.
+MINIMUM_TRANSFORMERS = "5.8.0"
+DEFAULT_DEPTH = 3
+LOOP = "host assisted decoding"
+# Settings that draft by other means; the last two came with 5.17.
+OTHER_DRAFTS = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")
+
+# What the host's `PreTrainedConfig.get_config_dict` takes for itself (5.23 configuration_utils.py).
+HUB_KEYS = frozenset(
+    {
+        *("cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision"),
+        *("subfolder", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline"),
+    }
+)
+
+
+def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_model
+    """Whether `model` is an EAGLE-3 drafter: ours, or the same code loaded with `trust_remote_code=True`."""
+    return getattr(getattr(model, "config", None), "model_type", None) == Eagle3DrafterConfig.model_type
+
+
+# ---- refusals: one line each, before any work ----
+
+
+def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as assistant_model
+    """Raise if `model` is a published drafter that was loaded as a Llama, with random layers."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "llama":
+        return
+    if hasattr(config, "draft_vocab_size") or hasattr(config, "eagle_config"):
+        name = getattr(config, "_name_or_path", "") or "the drafter's folder"
+        raise ValueError(
+            "assistant_model is an EAGLE-3 drafter that was loaded as a Llama, most of it with random weights. After "
+            f'`import hf_eagle3`, load it again: AutoModel.from_pretrained("{name}").'
+        )
+
+
+def refuse_settings(setting: Callable[[str], Any]) -> None:
+    """Raise if a drafter cannot help with a call of these settings; `setting(name)` is None for what is unset."""
+    other_loops = {
+        "num_beams": (setting("num_beams") or 1) > 1,
+        "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
+        "num_return_sequences": (setting("num_return_sequences") or 1) > 1,
+        "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
+        "use_cache": setting("use_cache") is False,
+        **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
+        **{name: bool(setting(name)) for name in OTHER_DRAFTS},
+    }
+    if refused := [name for name, is_set in other_loops.items() if is_set]:
+        values = ", ".join(f"{name}={setting(name)!r}" for name in refused)
+        raise ValueError(
+            f"An EAGLE-3 drafter assists greedy decoding and sampling of one sequence, with a cache; got {values}. "
+            f"Leave out {' and '.join(refused)}, or assistant_model."
+        )
+    refuse_static_cache(setting("cache_implementation"), None)
+
+
+def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any: a user may pass anything
+    """Raise if the target's cache cannot forget refused draft tokens."""
+    is_compileable = implementation in ("static", "offloaded_static", "hybrid", "sliding_window", "hybrid_chunked")
+    if is_compileable or isinstance(cache, StaticCache):
+        raise ValueError(
+            f"An EAGLE-3 drafter needs a target cache that can be cut back, not {implementation or 'a StaticCache'}: "
+            "leave out cache_implementation and past_key_values, or call generate() without assistant_model."
+        )
+
+
+def refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Raise if there is not exactly one row with something in it."""
+    if len(input_ids) > 1:
+        raise ValueError(
+            f"An EAGLE-3 drafter works on one row at a time for now, got a batch of {len(input_ids)}: call generate() "
+            "once for each row, or without assistant_model."
+        )
+    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+        raise ValueError("The prompt is empty (input_ids of length 0): give at least one token, such as BOS.")
+
+
+# ---- the wraps ----
+
+
+def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
+    """K: what the call says, else the drafter's generation config, else a default.
+
+    Raises:
+        ValueError: It is not a positive whole number.
+    """
+    depth = next(k for k in (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH) if k is not None)
+    if int(depth) != depth or depth < 1:
+        raise ValueError(
+            f"num_assistant_tokens is the number of tokens to draft each round, at least 1; got {depth}. To generate "
+            "without drafting, leave out assistant_model."
+        )
+    return int(depth)
+
+
+# Transformers 5.23 generation/utils.py:GenerationMixin.generate
+def wrap_generate(original: Callable) -> Callable:
+    """Refuse early what cannot be done, bind the drafter, and settle the draft depth."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        drafter = kwargs.get("assistant_model")
+        if drafter is None and args:
+            drafter = signature.bind(self, *args, **kwargs).arguments.get("assistant_model")
+        refuse_mistaken_llama(drafter)
+        if not is_drafter(drafter):
+            return original(self, *args, **kwargs)
+
+        call = signature.bind(self, *args, **kwargs)
+        further = call.arguments.setdefault("kwargs", {})
+        given = call.arguments.get("generation_config")
+
+        def setting(name: str) -> Any:  # a generation setting, from wherever the host would take it
+            places = (further.get(name), getattr(given, name, None), getattr(self.generation_config, name, None))
+            return next((value for value in places if value is not None), None)
+
+        if call.arguments.get("custom_generate") is not None:
+            raise ValueError(
+                "custom_generate brings its own decode loop, which an EAGLE-3 drafter cannot assist: leave out "
+                "custom_generate or assistant_model."
+            )
+        drafter.bind(self)
+        refuse_settings(setting)
+        # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
+        depth = resolve_depth(setting("num_assistant_tokens"), drafter)
+        if given is None:
+            further["num_assistant_tokens"] = depth
+        else:
+            further.pop("num_assistant_tokens", None)
+            call.arguments["generation_config"] = given = copy.deepcopy(given)
+            given.num_assistant_tokens = depth
+        return original(*call.args, **call.kwargs)
+
+    return generate
+
+
+# Transformers 5.23 generation/utils.py:GenerationMixin._get_candidate_generator
+def wrap_get_candidate_generator(original: Callable) -> Callable:
+    """Our generator for our session."""
+
+    @functools.wraps(original)
+    def _get_candidate_generator(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        session = kwargs.get("assistant_model")
+        if isinstance(session, Session):
+            return Eagle3CandidateGenerator(session, kwargs["generation_config"], kwargs["logits_processor"])
+        return original(self, *args, **kwargs)
+
+    return _get_candidate_generator
+
+
+# Transformers 5.23 generation/utils.py:GenerationMixin._assisted_decoding
+def wrap_assisted_decoding(original: Callable) -> Callable:
+    """Record the target's states while the host's loop runs with our candidates."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def _assisted_decoding(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        drafter = kwargs.get("assistant_model")
+        if not is_drafter(drafter):
+            return original(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        generation_config: GenerationConfig = call.arguments["generation_config"]
+        model_kwargs = call.arguments["model_kwargs"]
+        refuse_inputs(call.arguments["input_ids"], model_kwargs)
+        refuse_static_cache(None, model_kwargs.get("past_key_values"))
+
+        speculation = Speculation(LOOP, why="one row, one chain", depth=generation_config.num_assistant_tokens)
+        stopwatch = Stopwatch(drafter.device)
+        logger.info(
+            "Drafting with %s, depth %d, target states at boundaries %s.",
+            speculation.loop,
+            speculation.depth,
+            drafter.bound_aux_layer_ids or "after the final norm",
+        )
+        start = time.perf_counter()
+        with StateRecorder(self, drafter.bound_aux_layer_ids) as recorder:
+            call.arguments["assistant_model"] = Session(drafter, recorder, speculation, stopwatch)
+            output = original(*call.args, **call.kwargs)
+        speculation.draft_seconds = stopwatch.read_seconds()
+        speculation.seconds = time.perf_counter() - start
+        if isinstance(output, ModelOutput):
+            output.speculation = speculation
+        return output
+
+    return _assisted_decoding
+
+
+# Transformers 5.23 models/auto/configuration_auto.py:AutoConfig.from_pretrained
+def wrap_from_pretrained(original: classmethod) -> classmethod:
+    """Published drafters, none of which says `model_type: eagle3`."""
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        config = load_published_config(pretrained_model_name_or_path, **kwargs)
+        if config is None:
+            return original.__get__(None, cls)(pretrained_model_name_or_path, **kwargs)
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        unused = {}
+        for key, value in kwargs.items():
+            if key in HUB_KEYS:
+                continue
+            if hasattr(config, key):
+                setattr(config, key, value)
+            else:
+                unused[key] = value
+        return (config, unused) if return_unused_kwargs else config
+
+    return classmethod(from_pretrained)
+
+
+WRAPS: tuple[tuple[type, str, Callable], ...] = (
+    (AutoConfig, "from_pretrained", wrap_from_pretrained),
+    (GenerationMixin, "generate", wrap_generate),
+    (GenerationMixin, "_get_candidate_generator", wrap_get_candidate_generator),
+    (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+)
+_originals: dict[tuple[type, str], Any] = {}  # as they stand in the class's namespace
+
+
+def check_host() -> None:
+    """Raise unless this host can be worked with."""
+    if Version(transformers.__version__).release < Version(MINIMUM_TRANSFORMERS).release:
+        raise ImportError(
+            f"hf-eagle3 needs transformers>={MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
+            f'pip install -U "transformers>={MINIMUM_TRANSFORMERS}".'
+        )
+    if missing := [f"{owner.__name__}.{name}" for owner, name, _ in WRAPS if name not in vars(owner)]:
+        raise ImportError(
+            f"hf-eagle3 does not know transformers {transformers.__version__}, which has no {', '.join(missing)}: "
+            "pip install -U hf-eagle3, or an older transformers (5.23.0 is known to work)."
+        )
+
+
+def install() -> None:
+    """Make the host know drafters: `AutoModel` loads them, `generate(assistant_model=...)` uses them.
+
+    Done by `import hf_eagle3`; a second call changes nothing.
+    """
+    check_host()
+    AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig, exist_ok=True)
+    AutoModel.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
+    AutoModelForCausalLM.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
+    register_weight_names()
+    for owner, name, wrap in WRAPS:
+        if (owner, name) not in _originals:
+            _originals[owner, name] = vars(owner)[name]
+            setattr(owner, name, wrap(vars(owner)[name]))
+
+
+def uninstall() -> None:
+    """Put the host's own functions back. What `AutoModel` has learnt stays; it concerns `model_type: eagle3` only."""
+    while _originals:
+        (owner, name), original = _originals.popitem()
+        setattr(owner, name, original)

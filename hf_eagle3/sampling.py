@@ -1,0 +1,62 @@
+"""Logits to probabilities, and draws from them.
+
+`q` is the drafter's distribution as in arXiv:2211.17192: whatever a draft token was drawn from. Any `q` is lossless as
+long as verification is told exactly that one.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+ToProbs = Callable[[Tensor], Tensor]  # logits [B, V_d] -> probabilities [B, V_d] float32
+
+# They look at the scores alone, so they may be given scores over any vocabulary and at any position.
+STATELESS_WARPERS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+
+
+def stateless_warpers(processors: Iterable[LogitsProcessor]) -> list[LogitsProcessor]:
+    """The warpers among `processors` that may be applied to a drafter's logits, in their order.
+
+    Exact types only: a subclass may look at the tokens, or count its calls.
+    """
+    return [p for p in processors if type(p) in STATELESS_WARPERS]
+
+
+def make_to_probs(warpers: list[LogitsProcessor]) -> ToProbs:
+    """A function from logits [B, V_d] to the probabilities [B, V_d] that remain after `warpers`."""
+
+    def to_probs(logits: Tensor) -> Tensor:
+        # A drafter in half precision can overflow. Any finite law is lossless, NaN is not a law.
+        logits = logits.float().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+        no_tokens = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+        for warper in warpers:
+            logits = warper(no_tokens, logits)
+        return logits.softmax(dim=-1)
+
+    return to_probs
+
+
+def draw(weights: Tensor) -> Tensor:
+    """Draw one index per row of unnormalised `weights` [B, V], without waiting for the host."""
+    noise = torch.empty_like(weights).exponential_()
+    # A zero over a zero would be NaN, which argmax takes for the largest.
+    return (weights / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)  # [B]
