@@ -1,0 +1,193 @@
+"""The recipe behind the shipped drafter: let the target answer, train on the answers, measure on eval prompts.
+
+    python benchmarks/smollm2/prompts.py TARGET PROMPT_FOLDER prompts.npz
+    python benchmarks/smollm2/train.py --target TARGET --prompts prompts.npz --output_dir OUT [training arguments]
+
+Needs one CUDA GPU. Every training argument of `Eagle3TrainingArguments` can be given. The answers are kept in
+`--answers` and reused when the file is there.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from answers import Answerer, pick_attention
+from prompts import EVAL_SETS, pack, unpack
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
+
+from hf_eagle3.training import (
+    Eagle3Trainer,
+    Eagle3TrainingArguments,
+    TokenDataset,
+    choose_draft_vocabulary,
+    count_supervised_tokens,
+    new_drafter,
+)
+from hf_eagle3.training.acceptance import Walk, walk
+from hf_eagle3.training.data import collate
+from hf_eagle3.training.ttt import teach, ttt
+
+
+@dataclass
+class RecipeArguments:
+    """What the recipe adds to the training arguments."""
+
+    target: str = field(metadata={"help": "Folder of the target."})
+    prompts: str = field(metadata={"help": "File that prompts.py wrote."})
+    answers: str = field(default="answers.npz", metadata={"help": "File for the target's answers; reused."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0, 0.7, 1.0], metadata={"help": "One answer to each prompt at each; 0 is greedy."}
+    )
+    next_turns: bool = field(default=True, metadata={"help": "Answer second turns too, where a prompt has one."})
+    max_prompt: int = field(default=256, metadata={"help": "Longer prompts are left out, in tokens."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest training answer, in tokens."})
+    limit: int = field(default=0, metadata={"help": "Only the first so many prompts; 0 means all."})
+    aux_layer_ids: list[int] = field(default_factory=lambda: [2, 15, 27], metadata={"help": "Boundaries."})
+    intermediate_size: int = field(default=1536, metadata={"help": "Width of the drafter's MLP."})
+    num_layers: int = field(default=1, metadata={"help": "Layers of the drafter."})
+    greedy_share: float = field(default=1.0, metadata={"help": "Share of the greedy answers that is trained on."})
+
+
+def is_repetitive(ids: np.ndarray, times: int = 4) -> bool:
+    """Whether a text ends in a loop: its last tokens are one stretch of up to 64 tokens, `times` times over."""
+    for period in range(1, min(64, len(ids) // times) + 1):
+        span = max(times * period, 24)
+        tail = ids[-span:]
+        if len(tail) == span and (tail[period:] == tail[:-period]).all():
+            return True
+    return False
+
+
+def generate_answers(args: RecipeArguments, target: LlamaForCausalLM) -> None:
+    """Answer training prompts at each temperature, second turns, and eval prompts greedily; write `args.answers`."""
+    arrays = dict(np.load(args.prompts))
+    answerer = Answerer(target)
+    pick_attention(answerer)
+    began = time.time()
+    prompts, nexts = unpack(arrays, "train"), unpack(arrays, "train_next")
+    keep = [i for i, p in enumerate(prompts) if len(p) <= args.max_prompt]
+    keep = keep[: args.limit] if args.limit else keep
+    # Each prompt once a temperature, greedy ones and sampled ones in the same batches.
+    ids = np.tile(keep, len(args.temperatures))
+    temperatures = np.repeat(args.temperatures, len(keep))
+    answers = answerer.answer([prompts[i] for i in ids], temperatures, args.max_new_tokens, "first turns")
+    rows = [(prompts[i], a, t) for i, a, t in zip(ids, answers, temperatures)]
+    if args.next_turns:
+        eos = target.config.eos_token_id
+        second = [
+            (np.concatenate([prompts[i], a, nexts[i]]), t)
+            for i, a, t in zip(ids, answers, temperatures)
+            if len(nexts[i]) and a[-1] == eos and len(prompts[i]) + len(a) + len(nexts[i]) <= 2 * args.max_prompt
+        ]
+        temps = np.array([t for _, t in second])
+        more = answerer.answer([p for p, _ in second], temps, args.max_new_tokens, "second turns")
+        rows += [(p, a, t) for (p, t), a in zip(second, more)]
+    out: dict[str, np.ndarray] = {"temperature": np.array([t for *_, t in rows], dtype=np.float32)}
+    for name, parts in (("prompt", [p for p, *_ in rows]), ("answer", [a for _, a, _ in rows])):
+        out |= {f"{name}_{key}": value for key, value in pack(parts).items()}
+    seconds, generated = time.time() - began, sum(len(a) for _, a, _ in rows)
+    print(f"{len(rows)} answers, {generated} tokens in {seconds:.0f} s: {generated / seconds:,.0f} tokens/s", flush=True)
+    for name in EVAL_SETS:
+        rows_in = unpack(arrays, name)
+        greedy = answerer.answer(rows_in, np.zeros(len(rows_in)), 128, name)
+        out |= {f"{name}_{key}": value for key, value in pack(greedy).items()}
+    np.savez(args.answers, **out)
+
+
+def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: dict[str, np.ndarray]) -> dict:
+    """Acceptance of greedy chain drafting along the target's greedy answers, by eval set, category and depth."""
+    result: dict = {}
+    for name in EVAL_SETS:
+        prompts, texts = unpack(arrays, name), unpack(answers, name)
+        categories = arrays[f"{name}_category"]
+        rows = [
+            {"input_ids": np.concatenate([p, a]), "loss_mask": np.arange(len(p) + len(a)) >= len(p)}
+            for p, a in zip(prompts, texts)
+        ]
+        walks: list[dict[int, Walk]] = []
+        for start in range(0, len(rows), 16):
+            batch = {k: v.cuda() for k, v in collate(rows[start : start + 16]).items()}
+            lesson = teach(trainer.target_model, trainer.model, batch)
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                hits = ttt(trainer.model, batch, lesson, 7).hits.cpu().numpy()
+            masks = batch["loss_mask"].cpu().numpy()
+            walks += [{k: walk(hits[:k, i], masks[i]) for k in (3, 5, 7)} for i in range(len(masks))]
+        loops = np.array([is_repetitive(a) for a in texts])
+        groups = {"all": np.ones(len(rows), bool), "loops": loops, "no loops": ~loops}
+        groups |= {str(c): categories == c for c in np.unique(categories)} if len(np.unique(categories)) > 1 else {}
+        for group, members in groups.items():
+            for k in (3, 5, 7):
+                total = sum((walks[i][k] for i in np.flatnonzero(members)), Walk(0, np.zeros(k, dtype=np.int64)))
+                reached = np.concatenate([[total.rounds], total.accepted[:-1]])
+                result.setdefault(name, {}).setdefault(group, {"answers": int(members.sum())})[f"K={k}"] = {
+                    "acceptance_length": round(float(total.acceptance_length), 4),
+                    "rounds": total.rounds,
+                    "rate_by_depth": [round(float(x), 4) for x in total.accepted / np.maximum(reached, 1)],
+                }
+    return result
+
+
+def main() -> None:
+    args, training = HfArgumentParser((RecipeArguments, Eagle3TrainingArguments)).parse_args_into_dataclasses()
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).cuda().eval()
+    if not Path(args.answers).exists():
+        with torch.no_grad():
+            generate_answers(args, target)
+        torch.cuda.empty_cache()
+    arrays, answers = dict(np.load(args.prompts)), dict(np.load(args.answers))
+
+    rows, rng = [], np.random.default_rng(0)
+    for p, a, t in zip(unpack(answers, "prompt"), unpack(answers, "answer"), answers["temperature"]):
+        greedy_left_out = t == 0 and rng.random() > args.greedy_share
+        if len(a) >= 3 and not greedy_left_out:
+            rows.append(
+                {"input_ids": np.concatenate([p, a]), "loss_mask": np.arange(len(p) + len(a)) >= len(p)}
+            )
+    dataset = TokenDataset(rows, max_length=training.max_length)
+    counts = count_supervised_tokens(dataset, target.config.vocab_size)
+    for size in (8192, 12288, 16384, 24576):
+        kept = counts[choose_draft_vocabulary(counts, size)].sum() / counts.sum()
+        print(f"draft vocabulary of {size}: {kept:.4f} of the supervised tokens")
+    vocabulary = choose_draft_vocabulary(counts, training.draft_vocab_size, always=[target.config.eos_token_id])
+    drafter = new_drafter(
+        target,
+        vocabulary,
+        aux_layer_ids=args.aux_layer_ids,
+        num_aux_hidden_states=len(args.aux_layer_ids),
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_layers,
+    )
+    print(f"{len(dataset)} rows, {int(counts.sum())} supervised tokens, {drafter.num_parameters()} weights", flush=True)
+    trainer = Eagle3Trainer(model=drafter, target_model=target, args=training, train_dataset=dataset)
+    began = time.time()
+    trainer.train()
+    seconds = time.time() - began
+    drafter.generation_config.num_assistant_tokens = 3
+    drafter.to(torch.bfloat16).save_pretrained(training.output_dir, max_shard_size="14MB")
+    result = evaluate(trainer, arrays, answers)
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "arguments": {**vars(args), "draft_vocab_size": training.draft_vocab_size},
+        "rows": len(dataset),
+        "supervised_tokens": int(counts.sum()),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(seconds),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "log": trainer.state.log_history,
+        "acceptance": result,
+    }
+    Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=1))
+    for name, groups in result.items():
+        for group, values in groups.items():
+            print(f"{name:10} {group:12} " + "  ".join(
+                f"{k} {values[k]['acceptance_length']:.3f}" for k in ("K=3", "K=5", "K=7")
+            ) + f"  ({values['answers']} answers)")
+    print(f"trained {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
