@@ -1,6 +1,6 @@
 """Drafting inside the host's assisted decoding: batch of one, chains. The host's words end here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +12,29 @@ from transformers.utils import ModelOutput
 from .draft import Choose, Draft, choose_greedy, draft_chain, extend, make_choose_sampled
 from .features import StateRecorder
 from .sampling import make_to_probs, stateless_warpers
-from .stats import Speculation, Stopwatch
+from .stats import Stopwatch
+from .stopping import TokenwiseStop
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one `generate` call needs of us. Travels through the host's loop in the place of `assistant_model`."""
+    """What one `generate` call needs of us, and finds out. Travels through the host's loop in the place of `assistant_model`."""
 
     drafter: PreTrainedModel  # an Eagle3DrafterModel, bound to the target
     recorder: StateRecorder  # open, on the target
-    speculation: Speculation  # filled as the call goes
+    depth: int  # K
     stopwatch: Stopwatch  # of the draft steps
+    stop: TokenwiseStop | None = None  # where the call's criteria are asked token by token
+    verdicts: list[tuple[int, int]] = field(default_factory=list)  # draft tokens verified and kept, for each forward
+
+
+class DraftLogProbs(Tensor):
+    """The log q [1, K, V] of a draft of ours: by its type it is known where the host verifies.
+
+    Log probabilities are logits, too, so host code that knows nothing of this may take them for such.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 class Eagle3CandidateGenerator(CandidateGenerator):
@@ -32,7 +44,7 @@ class Eagle3CandidateGenerator(CandidateGenerator):
     seen, each with the target's own states.
 
     Args:
-        session: Drafter, recorder and statistics of this call.
+        session: Drafter, recorder and verdicts of this call.
         generation_config: The call's, with its `max_length`.
         logits_processor: The call's. Its stateless warpers shape the draft too; no other ever sees a drafter's logits.
     """
@@ -72,7 +84,7 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         """Verified tokens and draft tokens [1, S+K], and log q [1, K, V] unless the draft is greedy."""
         num_refused = self.num_drafted - int(n_last_matches)
         self.num_drafted = 0
-        depth = min(self.session.speculation.depth, self.max_length - input_ids.shape[1] - 1)
+        depth = min(self.session.depth, self.max_length - input_ids.shape[1] - 1)
         if is_first_iteration or depth < 1:
             return input_ids, None
         with self.session.stopwatch:
@@ -111,11 +123,14 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         B, K, _ = probs.shape
         log_q = probs.new_full((B, K, target_logits.shape[-1]), -torch.inf)
         index = self.session.drafter.draft_to_target_ids.expand(B, K, -1)  # [1, K, V_d]
-        return log_q.scatter_(-1, index, probs.log()).to(target_logits.device)
+        log_q = log_q.scatter_(-1, index, probs.log()).to(target_logits.device)
+        return log_q.as_subclass(DraftLogProbs)
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:  # noqa: ARG002
-        """Count the verdict of the round."""
-        self.session.speculation.count(self.num_drafted, int(num_matches))
+        """Note the verdict of the round over `input_ids` [1, S], all verified."""
+        self.session.verdicts.append((self.num_drafted, int(num_matches)))
+        if self.session.stop is not None:
+            self.session.stop.verified_length = input_ids.shape[1]
 
 
 def first_positions(num_states: int, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -9,24 +9,29 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
+from transformers.generation import utils as generation_utils
 from transformers.utils import ModelOutput
 
-from .candidates import Eagle3CandidateGenerator, Session
+from .accept import accept_sampled
+from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation, Stopwatch
+from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
 try:  # until checkpoints/ is here
     from .checkpoints import load_published_config, register_weight_names
-except ModuleNotFoundError:
+except ImportError:
 
     def load_published_config(*_: Any, **__: Any) -> None:
         """Stand-in."""
@@ -104,7 +109,7 @@ def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any:
         )
 
 
-def refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     """Raise if there is not exactly one row with something in it."""
     if len(input_ids) > 1:
         raise ValueError(
@@ -140,7 +145,7 @@ def wrap_generate(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        drafter = kwargs.get("assistant_model")
+        drafter: Any = kwargs.get("assistant_model")  # Any: it may come from remote code
         if drafter is None and args:
             drafter = signature.bind(self, *args, **kwargs).arguments.get("assistant_model")
         refuse_mistaken_llama(drafter)
@@ -189,6 +194,41 @@ def wrap_get_candidate_generator(original: Callable) -> Callable:
     return _get_candidate_generator
 
 
+@contextmanager
+def skip_cached(target: PreTrainedModel, input_ids: Tensor, call: dict[str, Any]) -> Iterator[None]:
+    """Keep what the cache already holds out of the target's first forward.
+
+    When a call goes on from `past_key_values` with the whole sequence, plain decoding feeds the new tokens only (5.23
+    generation/utils.py:_prefill), but the host's assisted decoding feeds all of them again, and the text goes wrong.
+    """
+    model_kwargs = call["model_kwargs"]
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    past = cache.get_seq_length() if cache is not None else 0
+    # The host drops a mask of ones and notes its length (from 5.12; before, it keeps the mask).
+    full = mask.shape[1] if mask is not None else getattr(call["generation_config"], "_mask_length", past)
+    embeds = model_kwargs.get("inputs_embeds")
+    given = input_ids.shape[1] if embeds is None else embeds.shape[1]
+    if not past or given <= past or (embeds is None and given != full):
+        yield
+        return
+
+    def cut(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        handle.remove()
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, past:]
+        for name in ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
+            if kwargs.get(name) is not None and kwargs[name].shape[-1] == given:
+                kwargs[name] = kwargs[name][..., past:]
+        return args, kwargs
+
+    handle = target.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 # Transformers 5.23 generation/utils.py:GenerationMixin._assisted_decoding
 def wrap_assisted_decoding(original: Callable) -> Callable:
     """Record the target's states while the host's loop runs with our candidates."""
@@ -196,34 +236,77 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def _assisted_decoding(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        drafter = kwargs.get("assistant_model")
+        drafter: Any = kwargs.get("assistant_model")  # Any: it may come from remote code
         if not is_drafter(drafter):
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
-        generation_config: GenerationConfig = call.arguments["generation_config"]
-        model_kwargs = call.arguments["model_kwargs"]
-        refuse_inputs(call.arguments["input_ids"], model_kwargs)
-        refuse_static_cache(None, model_kwargs.get("past_key_values"))
+        arguments = call.arguments
+        input_ids, criteria, streamer = (arguments.get(k) for k in ("input_ids", "stopping_criteria", "streamer"))
+        refuse_inputs(input_ids, arguments["model_kwargs"])
+        refuse_static_cache(None, arguments["model_kwargs"].get("past_key_values"))
 
-        speculation = Speculation(LOOP, why="one row, one chain", depth=generation_config.num_assistant_tokens)
-        stopwatch = Stopwatch(drafter.device)
-        logger.info(
-            "Drafting with %s, depth %d, target states at boundaries %s.",
-            speculation.loop,
-            speculation.depth,
-            drafter.bound_aux_layer_ids or "after the final norm",
-        )
-        start = time.perf_counter()
-        with StateRecorder(self, drafter.bound_aux_layer_ids) as recorder:
-            call.arguments["assistant_model"] = Session(drafter, recorder, speculation, stopwatch)
+        stop = None
+        if needs_tokenwise_stop(criteria, streamer):
+            stop = TokenwiseStop(criteria, input_ids.shape[1], streamer)
+            arguments["stopping_criteria"] = stop
+            arguments["streamer"] = None if streamer is None else Muted(streamer)
+        depth = arguments["generation_config"].num_assistant_tokens
+        boundaries = drafter.bound_aux_layer_ids
+        logger.info("%s: depth %d, target states at boundaries %s.", LOOP, depth, boundaries or "n, normed")
+
+        start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
+        with StateRecorder(self, boundaries) as recorder, skip_cached(self, input_ids, arguments):
+            session = Session(drafter, recorder, depth, stopwatch, stop)
+            arguments["assistant_model"] = session
             output = original(*call.args, **call.kwargs)
-        speculation.draft_seconds = stopwatch.read_seconds()
-        speculation.seconds = time.perf_counter() - start
+        num_behind = stop.num_behind if stop is not None else 0
+        output = cut_output(output, num_behind)
         if isinstance(output, ModelOutput):
-            output.speculation = speculation
+            output.speculation = summarize(session, num_behind, time.perf_counter() - start)
         return output
 
     return _assisted_decoding
+
+
+def summarize(session: Session, num_behind: int, seconds: float) -> Speculation:
+    """The statistics of a finished call that took `seconds` and whose last `num_behind` tokens were cut off."""
+    speculation = Speculation(LOOP, why="one row, one chain", depth=session.depth, seconds=seconds)
+    speculation.draft_seconds = session.stopwatch.read_seconds()
+    *verdicts, (num_drafted, num_accepted) = session.verdicts
+    for verdict in (*verdicts, (num_drafted, num_accepted - num_behind)):
+        speculation.count(*verdict)
+    return speculation
+
+
+# Transformers 5.23 generation/utils.py:_speculative_sampling
+def wrap_speculative_sampling(original: Callable) -> Callable:
+    """Our accept rule for our drafts.
+
+    The host's divides by zero where p and q agree to the last bit, and can keep a token whose p is zero.
+    """
+
+    @functools.wraps(original)
+    def _speculative_sampling(
+        candidate_input_ids: Tensor,
+        candidate_logits: Tensor,
+        candidate_length: int,
+        new_logits: Tensor,
+        is_done_candidate: Any = False,  # up to 5.17; our criteria never say so of candidates
+        assistant_ensemble_weight: float | None = None,
+    ) -> tuple[Tensor, Any]:
+        ours = isinstance(candidate_logits, DraftLogProbs)
+        if not ours or assistant_ensemble_weight is not None:  # the weight asks for the host's lossy rule
+            further = {"assistant_ensemble_weight": assistant_ensemble_weight, "is_done_candidate": is_done_candidate}
+            further = {name: value for name, value in further.items() if name in parameters}
+            return original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **further)
+        draft_tokens = candidate_input_ids[:, -candidate_length:]  # [1, K]
+        log_q = candidate_logits.as_subclass(Tensor)  # [1, K, V]
+        verdict = accept_sampled(draft_tokens, log_q.exp(), new_logits.softmax(dim=-1))
+        num_accepted = verdict.num_accepted.item()  # the round's wait
+        return torch.cat([draft_tokens[:, :num_accepted], verdict.next_token[:, None]], dim=-1), num_accepted
+
+    parameters = inspect.signature(original).parameters
+    return _speculative_sampling
 
 
 # Transformers 5.23 models/auto/configuration_auto.py:AutoConfig.from_pretrained
@@ -249,13 +332,14 @@ def wrap_from_pretrained(original: classmethod) -> classmethod:
     return classmethod(from_pretrained)
 
 
-WRAPS: tuple[tuple[type, str, Callable], ...] = (
+WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (AutoConfig, "from_pretrained", wrap_from_pretrained),
     (GenerationMixin, "generate", wrap_generate),
     (GenerationMixin, "_get_candidate_generator", wrap_get_candidate_generator),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
 )
-_originals: dict[tuple[type, str], Any] = {}  # as they stand in the class's namespace
+_originals: dict[tuple[Any, str], Any] = {}  # as they stand in the namespace of the class or module
 
 
 def check_host() -> None:

@@ -1,0 +1,41 @@
+"""Accept rules: which draft tokens are kept, and the one token the target adds (arXiv:2211.17192, algorithm 1)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .sampling import draw
+
+
+class Verdict(NamedTuple):
+    """What a round gave."""
+
+    num_accepted: Tensor  # [B] int64 in 0..K, draft tokens kept
+    next_token: Tensor  # [B] int64, correction token if num_accepted < K, else bonus token
+
+
+def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Verdict:
+    """Speculative sampling: what is emitted is distributed as the target's own output.
+
+    Args:
+        draft_tokens: [B, K], drawn from `draft_probs`.
+        draft_probs: [B, K, V], the paper's q.
+        target_probs: [B, K+1, V], the paper's p.
+    """
+    rows = torch.arange(len(draft_tokens), device=draft_tokens.device)  # [B]
+    index = draft_tokens[..., None]  # [B, K, 1]
+    p = target_probs[:, :-1].gather(-1, index).squeeze(-1)  # [B, K]
+    q = draft_probs.gather(-1, index).squeeze(-1)  # [B, K]
+    accepted = torch.rand_like(q) * q < p  # [B, K]; strictly, so that p = 0 is never accepted
+    num_accepted = accepted.long().cumprod(-1).sum(-1)  # [B]
+
+    # Past the last draft token q is all zeros, so one formula serves both cases: the residual max(p - q, 0) after a
+    # refusal, plain p after full acceptance.
+    q_padded = F.pad(draft_probs, (0, 0, 0, 1))  # [B, K+1, V]
+    p_next = target_probs[rows, num_accepted]  # [B, V]
+    residual = (p_next - q_padded[rows, num_accepted]).clamp_min(0)  # [B, V]
+    # Where p and q agree to the last bit, rounding can still refuse a token and leave nothing to draw from.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
+    return Verdict(num_accepted, draw(residual))

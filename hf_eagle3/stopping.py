@@ -1,0 +1,86 @@
+"""Stopping where plain decoding would, though tokens come in blocks."""
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .cache import rewind
+
+# From 5.23 the host ends a block at end-of-sequence and at max_length by itself. Time is not a matter of tokens.
+HOST_CUTS = Version(transformers.__version__).release >= (5, 23)
+CUT_BY_HOST = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria) if HOST_CUTS else ()
+
+
+class TokenwiseStop(StoppingCriteriaList):
+    """Asks the criteria after each token of a block, as plain decoding does, and remembers where they first agreed.
+
+    Args:
+        criteria: The call's.
+        prompt_length: Tokens before the first new one.
+        streamer: The call's; gets each new token once it is known not to lie behind the end.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, prompt_length: int, streamer: BaseStreamer | None):
+        super().__init__(criteria)
+        self.streamer = streamer
+        self.length = prompt_length  # tokens looked at so far; in the end, where to cut
+        self.verified_length = prompt_length  # tokens verified so far, as the candidate generator hears it
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # scores: the host's tuple or None
+        """[1] bool: whether the row is done within `input_ids` [1, S]."""
+        is_done = torch.zeros(1, dtype=torch.bool, device=input_ids.device)
+        # Before 5.23 the host also asks about candidates, which nobody has verified.
+        if input_ids.shape[1] != self.verified_length:
+            return is_done
+        while self.length < self.verified_length and not is_done.any():
+            self.length += 1
+            if self.streamer is not None:
+                self.streamer.put(input_ids[0, self.length - 1 : self.length].cpu())
+            known = scores[: len(scores) + self.length - self.verified_length] if scores else scores
+            is_done = super().__call__(input_ids[:, : self.length], known, **kwargs)
+        return is_done
+
+    @property
+    def num_behind(self) -> int:
+        """Verified tokens behind the end."""
+        return self.verified_length - self.length
+
+
+class Muted(BaseStreamer):
+    """Stands in for a streamer whose tokens `TokenwiseStop` passes on."""
+
+    def __init__(self, streamer: BaseStreamer):
+        self._streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        """Nothing: a block may reach behind the end."""
+
+    def end(self) -> None:
+        """Pass the end on."""
+        self._streamer.end()
+
+
+def needs_tokenwise_stop(criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> bool:
+    """Whether the host alone might stop elsewhere than plain decoding, or stream in bursts."""
+    return streamer is not None or any(type(criterion) not in CUT_BY_HOST for criterion in criteria)
+
+
+def cut_output(output: ModelOutput | Tensor, num_tokens: int) -> ModelOutput | Tensor:
+    """What `generate` returned, without its last `num_tokens` tokens and all that belongs to them."""
+    if isinstance(output, Tensor):
+        return output[:, : output.shape[1] - num_tokens]
+    if num_tokens:
+        output.sequences = output.sequences[:, :-num_tokens]
+        for name in ("scores", "logits", "attentions", "hidden_states"):
+            if (per_token := output.get(name)) is not None:
+                setattr(output, name, per_token[:-num_tokens])
+        if (cache := output.get("past_key_values")) is not None:
+            rewind(cache, num_tokens)
+    return output
