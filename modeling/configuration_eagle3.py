@@ -4,6 +4,8 @@ Copied into every published drafter and run from there with `trust_remote_code=T
 Transformers and huggingface_hub.
 """
 
+from itertools import pairwise
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -70,6 +72,9 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     """
 
     model_type = "eagle3"
+    has_no_defaults_at_init = (
+        True  # so that the host up to 5.17 does not make one without sizes, to save its difference
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
 
     hidden_size: int
@@ -170,7 +175,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                     f"aux_layer_ids {ids} names {len(ids)} states, but num_aux_hidden_states is "
                     f"{self.num_aux_hidden_states}."
                 )
-            if any(a >= b for a, b in zip(ids, ids[1:])) or ids[0] < 0:
+            if any(a >= b for a, b in pairwise(ids)) or ids[0] < 0:
                 raise ValueError(f"aux_layer_ids must be boundaries 0, 1, ... in ascending order, got {ids}.")
 
     @property

@@ -1,20 +1,20 @@
 """The EAGLE-3 and EAGLE-3.1 drafter network (arXiv:2503.01840, arXiv:2605.09992).
 
 Read top to bottom: attention over [embedding ; hidden state], the decoder layers, then the drafter itself. Copied into
-every published drafter and run from there with `trust_remote_code=True`, so it imports torch, safetensors, Transformers
-and its sibling only.
+every published drafter and run from there with `trust_remote_code=True`, so it imports torch, Transformers and its
+siblings only.
 
 Shapes: B batch, T positions of this call, S positions seen so far, H drafter width, Ht target width, A captured
 states, V target vocabulary, V_d draft vocabulary.
 """
 
-import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
@@ -30,9 +30,21 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, logging
 
 from .configuration_eagle3 import Eagle3DrafterConfig
+from .weights_eagle3 import (
+    SECOND_NAME,
+    CheckpointError,
+    StoredTensor,
+    find_file,
+    find_weight_files,
+    list_tensors,
+    read_tensor,
+    to_our_names,
+)
+
+logger = logging.get_logger(__name__)
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 REMOTE_CODE = {
@@ -40,10 +52,7 @@ REMOTE_CODE = {
     "AutoModel": "modeling_eagle3.Eagle3DrafterModel",
     "AutoModelForCausalLM": "modeling_eagle3.Eagle3DrafterModel",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be a drafter as it stands: says which file, which tensor or key, and what was expected."""
+REMOTE_CODE_FILES = ("configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
 
 
 @dataclass
@@ -162,17 +171,21 @@ class Eagle3DrafterModel(PreTrainedModel):
 
     config_class = Eagle3DrafterConfig
     config: Eagle3DrafterConfig
-    base_model_prefix = ""
+    # No drafter has it. Empty, the host would strip a tensor's first letter to make it fit: enorm.weight as norm.weight.
+    base_model_prefix = "eagle3_drafter"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Eagle3FirstLayer", "Eagle3Layer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Membership of the draft vocabulary. It says nothing that `d2t` does not.
-    _keys_to_ignore_on_load_unexpected = [r"^t2d$"]
+    # Tensors that `from_pretrained` accounts for itself: membership of the draft vocabulary, and a norm's second name.
+    _keys_to_ignore_on_load_unexpected = [r"^t2d$", SECOND_NAME]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # How published checkpoints spell our tensor names: regular expression -> replacement. hf-eagle3 fills it in on
+    # import; a drafter run as remote code knows its own names only.
+    published_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Eagle3DrafterConfig):
         super().__init__(config)
@@ -264,7 +277,7 @@ class Eagle3DrafterModel(PreTrainedModel):
                 f"This drafter borrows {name} from its target and is bound to none yet. Pass it to "
                 "generate(assistant_model=...), or call drafter.bind(target)."
             )
-        return self._borrowed[name]
+        return self._borrowed[name].detach()  # borrowed, not trained
 
     # ---- the vocabulary ----
 
@@ -316,7 +329,7 @@ class Eagle3DrafterModel(PreTrainedModel):
             aux_hidden_states = self.input_norm(aux_hidden_states)
         if self.config.fc_norm:
             chunks = aux_hidden_states.split(self.config.target_hidden_size, dim=-1)
-            aux_hidden_states = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks)], dim=-1)
+            aux_hidden_states = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         return self.fc(aux_hidden_states.to(self.fc.weight.dtype))
 
     def compute_logits(self, normed: Tensor) -> Tensor:
@@ -418,63 +431,118 @@ class Eagle3DrafterModel(PreTrainedModel):
         Raises:
             CheckpointError: The weights are not readable, or tensors are missing, extra, misshapen or out of range.
         """
-        where = describe_source(pretrained_model_name_or_path)
+        files, stored, names = [], {}, {}
+        if not kwargs.keys() & {"state_dict", "key_mapping", "gguf_file"}:  # else the caller says what the weights are
+            files = find_weight_files(pretrained_model_name_or_path, **kwargs)
+            stored = list_tensors(files)
+            names = to_our_names(stored, cls.published_names)
+            # Exact names, so that nothing else of the host's renaming applies.
+            kwargs["key_mapping"] = {rf"^{re.escape(name)}$": ours for name, ours in names.items() if name != ours}
+        where = ", ".join(map(str, files)) or str(pretrained_model_name_or_path)
+
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{where}: the weights cannot be read ({type(error).__name__}: {error}). Expected a whole safetensors "
-                "file, or a pickle of plain tensors."
-            ) from error
-        problems = []
-        missing = set(info["missing_keys"])
-        if model.config.draft_vocab_size == model.config.vocab_size:
-            missing.discard("d2t")  # the identity
-        if missing:
-            problems.append(f"tensors are missing: {sorted(missing)}")
-        if info["unexpected_keys"]:
-            problems.append(f"tensors that this drafter has no place for: {sorted(info['unexpected_keys'])}")
-        problems += [
-            f"{name} has shape {list(found)}, expected {list(wanted)}"
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        # So that a save writes our names, whatever the file had.
+        model._weight_conversions = None
+
+        by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
+        problems = [
+            f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
             for name, found, wanted in sorted(info["mismatched_keys"])
         ]
-        if info.get("error_msgs"):
-            problems.append(str(info["error_msgs"]))
+        problems += [
+            f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
+            for name in sorted(info["unexpected_keys"])
+        ]
+        missing = set(info["missing_keys"])
+        if "t2d" in stored or model.config.draft_vocab_size == model.config.vocab_size:
+            missing.discard("d2t")  # made from t2d, or the identity
+        problems += [f"{where}: {name} is missing" for name in sorted(missing)]
+        problems += [str(message) for message in info.get("error_msgs") or ()]
+        if getattr(model, "hf_quantizer", None) is None:
+            problems += _check_dtypes(stored)
         if problems:
-            raise CheckpointError(f"{where}: " + "; ".join(problems) + ". config.json and the weights do not agree.")
-        model._check_draft_vocabulary(where)
+            raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
+
+        model._load_draft_vocabulary(stored, where)
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta and not _is_finite(weight):
+                raise CheckpointError(
+                    f"{by_our_name.get(name, f'{where}: {name}')} holds NaN or infinity. Expected numbers."
+                )
         model._load_generation_config(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model
 
-    def _load_generation_config(self, name_or_path, kwargs: dict) -> None:
-        hub = {k: kwargs[k] for k in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if k in kwargs}
-        found = cached_file(
-            name_or_path,
-            GENERATION_CONFIG_NAME,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-        if found is not None:
-            self.generation_config = GenerationConfig.from_pretrained(Path(found).parent)
+    def _load_draft_vocabulary(self, stored: Mapping[str, StoredTensor], where: str) -> None:
+        """Check `d2t` against the vocabulary and against `t2d`; make it from `t2d` where a file has only that."""
+        V, V_d = self.config.vocab_size, self.config.draft_vocab_size
+        t2d = stored.get("t2d")
+        if t2d is not None:
+            file = t2d.file
+            if t2d.shape != (V,):
+                raise CheckpointError(
+                    f"{file}: t2d has shape {list(t2d.shape)}, expected [{V}], one flag for each of the target's tokens."
+                )
+            members = read_tensor(t2d, "t2d").to(torch.bool).nonzero().squeeze(-1)  # [V_d]
+            if len(members) != V_d:
+                raise CheckpointError(
+                    f"{file}: t2d marks {len(members)} tokens, but the draft vocabulary has {V_d} (draft_vocab_size)."
+                )
+            if "d2t" not in stored:
+                self.set_draft_to_target_ids(members)
+        self._check_draft_vocabulary(where)
+        if self.d2t.is_meta:
+            return
+        if t2d is not None:
+            ids = self.draft_to_target_ids.sort().values.cpu()
+            if not torch.equal(ids, members):
+                i = int((ids != members).nonzero()[0])
+                raise CheckpointError(
+                    f"{file}: t2d and d2t disagree: d2t reaches target id {int(ids[i])} where t2d marks "
+                    f"{int(members[i])}. d2t holds offsets: target id = draft id + d2t[draft id]."
+                )
+        elif V_d < V and not self.d2t.any():
+            logger.warning(
+                f"{where}: d2t is all zeros, so the draft vocabulary is the target's first {V_d} tokens. That is what a "
+                "table looks like that was never filled."
+            )
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def _load_generation_config(self, name_or_path, kwargs: dict) -> None:
+        if (found := find_file(name_or_path, GENERATION_CONFIG_NAME, **kwargs)) is not None:
+            self.generation_config = GenerationConfig.from_pretrained(found.parent)
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Write config, weights, generation config and the `modeling/` files, so that the folder loads anywhere."""
         self.config.auto_map = dict(REMOTE_CODE)
+        kwargs["save_original_format"] = False  # our names, never those of the checkpoint it came from
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         folder = Path(save_directory)
         self.generation_config.save_pretrained(folder)
         here = Path(__file__).parent
-        for name in ("configuration_eagle3.py", "modeling_eagle3.py"):
+        for name in REMOTE_CODE_FILES:
             (folder / name).write_text((here / name).read_text(encoding="utf-8"), encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
 
-def describe_source(name_or_path) -> str:
-    """The weight files of a local folder, or the repository's name: what an error points at."""
-    folder = Path(name_or_path)
-    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")) if folder.is_dir() else []
-    return f"{name_or_path} ({', '.join(files)})" if files else str(name_or_path)
+def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:
+    """What is wrong with the dtypes of the stored tensors; the host would cast each to what it needs."""
+    problems = []
+    for name, (file, _, dtype) in stored.items():
+        if name == "d2t":
+            wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
+        elif name == "t2d":
+            wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+        else:
+            wanted, fits = "a float", dtype is not None and dtype.is_floating_point
+        if not fits:
+            problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
+    return problems
+
+
+def _is_finite(weight: Tensor) -> bool:
+    low, high = weight.detach().aminmax()  # no copy, and NaN wins
+    return bool(low.isfinite() & high.isfinite())

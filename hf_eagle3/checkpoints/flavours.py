@@ -1,0 +1,211 @@
+"""The published families of EAGLE-3 checkpoints: how each spells our config fields and tensor names.
+
+A flavour is a row of data. What all of them share (sizes from tensors, rope, layer ids, strictness) is in `load.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..modeling.weights_eagle3 import StoredTensor
+
+
+class Published(NamedTuple):
+    """A checkpoint as it lies on disk."""
+
+    file: Path  # config.json
+    config: Mapping[str, Any]  # keys of `eagle_config` as `eagle_config.KEY`
+    tensors: Mapping[str, StoredTensor]  # by our names
+    names: Mapping[str, str]  # our name -> published name
+
+    @property
+    def architectures(self) -> str:
+        """All of `architectures` in one lower-case string."""
+        return str(self.config.get("architectures")).lower()
+
+    def where(self, name: str) -> str:
+        """File and published name of the tensor that is `name` here."""
+        return f"{self.tensors[name].file}: {self.names[name]}"
+
+    def has_tensor(self, *endings: str) -> bool:
+        """Whether some tensor's name ends so."""
+        return any(name.endswith(endings) for name in self.tensors)
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """How one family of published checkpoints spells what our config calls by our names."""
+
+    name: str
+    matches: Callable[[Published], bool]
+    # Published key -> our field. Several keys for one field: the first that is not null counts.
+    config_keys: Mapping[str, str]
+
+
+# Published tensor name (regular expression) -> ours. Applied in turn.
+WEIGHT_NAMES: Mapping[str, str] = {
+    r"^midlayer\.(?=\d)": "layers.",
+    r"^midlayer\.": "layers.0.",
+    r"^aux_norm_low\.": "fc_norm.0.",
+    r"^aux_norm_mid\.": "fc_norm.1.",
+    r"^aux_norm_high\.": "fc_norm.2.",
+}
+
+SAME = (
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    *("vocab_size", "draft_vocab_size", "target_hidden_size", "max_position_embeddings", "attention_bias", "mlp_bias"),
+    *("rms_norm_eps", "hidden_act", "initializer_range", "attention_dropout", "target_model_type"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+LLAMA_KEYS: Mapping[str, str] = {
+    **{key: key for key in SAME},
+    "bias": "fc_bias",
+    "truncated_vocab_size": "draft_vocab_size",  # nebius
+}
+
+SPECFORGE = Flavour(
+    name="SpecForge / SGLang",
+    matches=lambda published: "eagle3" in published.architectures,
+    config_keys={
+        **LLAMA_KEYS,
+        "intermediate_size_mlp": "intermediate_size",  # of Llama 4
+        "num_aux_hidden_states": "num_aux_hidden_states",
+        "num_aux_layers": "num_aux_hidden_states",
+        "fc_norm": "fc_norm",
+        "use_aux_norm": "fc_norm",  # before it was called fc_norm
+        "eagle_config.norm_before_fc": "norm_before_fc",
+        "norm_before_fc": "norm_before_fc",
+        "norm_before_residual": "norm_before_residual",
+        "norm_output": "norm_output",
+        "eagle_config.use_aux_hidden_state": "use_aux_hidden_state",
+        "eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
+        "eagle_config.eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
+    },
+)
+SAFEAILAB = Flavour(
+    name="SafeAILab",
+    matches=lambda published: "eagle3" not in published.architectures,
+    config_keys=LLAMA_KEYS,
+)
+# The first that matches. A drafter of no known producer that is spelt like SGLang's is read like SGLang's.
+FLAVOURS = (
+    SPECFORGE,
+    Flavour(
+        name="SpecForge / SGLang without its architecture",
+        matches=lambda published: bool(published.config.keys() & (SPECFORGE.config_keys.keys() - LLAMA_KEYS.keys())),
+        config_keys=SPECFORGE.config_keys,
+    ),
+    SAFEAILAB,
+)
+
+# What is refused by name, before anything is read as EAGLE-3. The first that matches.
+OTHERS: Mapping[str, Callable[[Published], bool]] = {
+    "a vLLM speculators checkpoint, which is not supported yet": lambda p: "speculators_model_type" in p.config,
+    "a DFlash drafter": lambda p: "dflash_config" in p.config or "dflash" in p.architectures,
+    "a vLLM checkpoint with a nested drafter config, which is not supported yet": lambda p: (
+        p.config.get("model_type") == "eagle" and isinstance(p.config.get("model"), dict)
+    ),
+    "a Medusa drafter": lambda p: any(name.startswith("medusa_heads.") for name in p.tensors),
+    "a drafter with Medusa-like parallel heads": lambda p: any(
+        n.startswith("parallel_draft_heads.") for n in p.tensors
+    ),
+    "a P-EAGLE drafter, which is not supported yet": lambda p: (
+        "mask_hidden" in p.tensors or bool(p.config.get("parallel_drafting")) or "peagle" in p.architectures
+    ),
+    "a NeMo Automodel drafter, which is not supported yet": lambda p: (
+        "model.fc.weight" in p.tensors or "llamaeagle3draftmodel" in p.architectures
+    ),
+    "a drafter with multi-head latent attention (MLA), which is not supported yet": lambda p: (
+        "layers.0.self_attn.kv_a_proj_with_mqa.weight" in p.tensors
+    ),
+    "a multi-token-prediction (MTP, NextN) layer": lambda p: p.has_tensor("eh_proj.weight", "enorm.weight"),
+    "quantised, which is not supported: load a drafter in bf16 or fp16": lambda p: (
+        p.has_tensor("weight_scale", "weight_packed", "qweight", "qzeros") or is_quantised(p.config)
+    ),
+}
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether the config asks for a quantised load. NVIDIA writes the key with null inside where nothing is."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(quantization, dict):
+        return bool(quantization)
+    return quantization.get("quant_algo", quantization.get("quant_method", True)) is not None
+
+
+# Keys that must be as in every EAGLE-3 drafter, if they are there at all. Anything else is another network.
+FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1, None),
+    "logit_scale": (1, None),
+    "residual_multiplier": (1, None),
+    "embedding_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "logits_scaling": (1, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "parallel_drafting": (False, None),
+    "eagle_config.use_last_layernorm": (True, None),
+    "eagle_config.use_input_layernorm_in_first_layer": (True, None),
+    "eagle_config.use_mtp_layernorm": (False, None),
+    "eagle_config.next_layer_regular": (True, None),
+    "eagle_config.parallel_draft_step": (1, None),
+    "eagle_config.eh_proj_before_attn": (False, None),
+    "eagle_config.return_hidden_post_norm": (False, None),
+}
+
+# Keys that `load.py` reads itself.
+READ_ELSEWHERE = frozenset(
+    {
+        *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"),
+        *("tie_word_embeddings", "quantization_config", "compression_config", "architectures"),
+    }
+)
+
+# Keys that change nothing in a drafter: the host's bookkeeping, and what was left over from a target's config.
+IGNORED_KEYS = frozenset(
+    {
+        # the host
+        *(
+            "_name_or_path",
+            "add_cross_attention",
+            "auto_map",
+            "chunk_size_feed_forward",
+            "cross_attention_hidden_size",
+        ),
+        *("decoder_start_token_id", "dtype", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder"),
+        *("is_llama_config", "label2id", "model_type", "name_or_path", "num_labels", "output_attentions"),
+        *("output_hidden_states", "prefix", "problem_type", "pruned_heads", "return_dict", "rope_interleaved"),
+        *("sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class"),
+        *("torch_dtype", "torchscript", "transformers_version", "unsloth_version", "use_bfloat16"),
+        # generation
+        *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+        *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+        *("forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beams"),
+        *("num_beam_groups", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty"),
+        *("return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache"),
+        # training
+        *("embd_pdrop", "resid_pdrop", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise"),
+        *("modal_type", "_torchspec_version", "mask_token_id", "length_penalty"),
+        # leftovers of targets: attention that a drafter does not have, experts, images
+        *("attention_chunk_size", "cache_implementation", "max_window_layers", "use_sliding_window"),
+        *("sliding_window_pattern", "use_qk_norm", "query_pre_attn_scalar", "original_max_position_embeddings"),
+        *("initial_context_length", "swiglu_limit", "decoder_sparse_step", "first_k_dense_replace", "mlp_only_layers"),
+        *("moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),
+        *("num_experts", "num_experts_per_tok", "num_local_experts", "num_nextn_predict_layers"),
+        *("output_router_logits", "routed_scaling_factor", "shared_expert_intermediate_size", "topk_group"),
+        *("experts_per_token", "moe_topk", "scoring_func", "topk_method", "moe_layer_freq", "ep_size"),
+        *("audio_token_id", "image_token_id", "image_token_index", "video_token_id", "vision_config"),
+        *("vision_start_token_id", "vision_end_token_id", "vision_token_id", "boi_token_index", "eoi_token_index"),
+        *("eod_token_id", "im_start_id", "im_end_id", "im_newline_id", "org_vocab_size", "pad_id", "text_start_id"),
+        *("text_end_id", "mm_tokens_per_image", "mrope_section", "default_theta"),
+        *("eagle_config.parallel_draft_heads_num_layers",),
+    }
+)
