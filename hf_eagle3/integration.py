@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,21 +25,11 @@ from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
+from .checkpoints import load_published_config, register_weight_names
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation, Stopwatch
 from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
-
-try:  # until checkpoints/ is here
-    from .checkpoints import load_published_config, register_weight_names
-except ImportError:
-
-    def load_published_config(*_: Any, **__: Any) -> None:
-        """Stand-in."""
-
-    def register_weight_names() -> None:
-        """Stand-in."""
-
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +306,8 @@ def wrap_from_pretrained(original: classmethod) -> classmethod:
 
     @functools.wraps(original.__func__)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        config = load_published_config(pretrained_model_name_or_path, **kwargs)
+        is_place = isinstance(pretrained_model_name_or_path, (str, os.PathLike))  # else the host complains
+        config = load_published_config(pretrained_model_name_or_path, **kwargs) if is_place else None
         if config is None:
             return original.__get__(None, cls)(pretrained_model_name_or_path, **kwargs)
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)

@@ -1,0 +1,109 @@
+"""Who may import whom, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_eagle3
+
+PACKAGE = Path(hf_eagle3.__file__).parent
+
+# A module imports from the rows below its own, and from modules of its own row after which it stands.
+LAYERS = [
+    ["cli"],
+    ["__init__", "__main__"],
+    ["integration"],
+    ["candidates", "graphs", "training"],
+    ["decode", "stopping", "stats", "checkpoints", "smollm2"],
+    ["draft", "features", "accept"],
+    ["cache"],
+    ["sampling", "tree"],
+    ["modeling"],
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+MODULES = sorted(
+    path.relative_to(PACKAGE)
+    for path in PACKAGE.rglob("*.py")
+    if "modeling" not in path.parts and "assets" not in path.parts
+)
+
+
+def is_for_typing_only(node):
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def find_imports(tree, *, lazily):
+    """Dotted names imported at the top of a module, or inside its functions too."""
+    for node in ast.iter_child_nodes(tree):
+        if is_for_typing_only(node) or (isinstance(node, ast.FunctionDef) and not lazily):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
+        else:
+            yield from find_imports(node, lazily=lazily)
+
+
+def inner_imports(path, *, lazily=False):
+    """First parts of the package's own modules that the module at `path` imports."""
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    for level, name in find_imports(tree, lazily=lazily):
+        if level == len(path.parts):
+            first = name.split(".")[0]
+            yield first if first in RANK else "__init__"
+        elif level == 0 and name.startswith("hf_eagle3."):
+            yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_inwards(path):
+    module = path.parts[0].removesuffix(".py")
+    assert module in RANK, f"{module} has no place in LAYERS"
+    for imported in inner_imports(path):
+        if imported != module:
+            assert RANK[imported] >= RANK[module], f"{path} imports {imported}, which is further out"
+
+
+def test_nothing_imports_in_a_circle():
+    edges = {}
+    for path in MODULES:
+        module = path.parts[0].removesuffix(".py")
+        edges.setdefault(module, set()).update(set(inner_imports(path)) - {module})
+    done = set()
+    while ready := [m for m in edges if m not in done and edges[m] <= done | {"modeling"}]:
+        done.update(ready)
+    assert done == set(edges), f"a circle among {sorted(set(edges) - done)}"
+
+
+def test_network_imports_nothing_of_ours():
+    for path in (PACKAGE / "modeling").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for level, name in find_imports(tree, lazily=True):
+            first = name.split(".")[0]
+            assert level or first in {*sys.stdlib_module_names, "torch", "transformers", "safetensors", "huggingface_hub"}
+
+
+def test_import_is_silent_and_leaves_training_out():
+    code = "import sys, hf_eagle3; print(sorted(m for m in sys.modules if 'training' in m and 'hf_eagle3' in m))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:hf_eagle3", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+    assert done.stderr == ""
+
+
+def test_public_names_are_there():
+    for name in hf_eagle3.__all__:
+        if not name.startswith("Eagle3Train"):  # theirs to test; importing them costs seconds
+            assert getattr(hf_eagle3, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Eagle4'"):
+        _ = hf_eagle3.Eagle4
