@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
@@ -455,6 +456,8 @@ def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterCo
     dtype = published.tensors[FIRST_QUERY].dtype
     try:
         config = Eagle3DrafterConfig(**fields, dtype=dtype, architectures=["Eagle3DrafterModel"])
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not known to Transformers")
         rope = config.rope_parameters or {}
         if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"no drafter has rotary parameters {rope}")

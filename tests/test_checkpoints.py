@@ -1,0 +1,1006 @@
+"""Published layouts, written by hand, load through `AutoModel`; what is wrong with them is refused by name."""
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from reference_drafter import ReferenceDrafter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+import hf_eagle3
+from hf_eagle3.checkpoints import load, load_published_config
+from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
+
+H, Ht, I, V, V_d, A = 16, 24, 40, 50, 20, 4
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+USED = torch.randperm(V, generator=torch.Generator().manual_seed(5))[:V_d].sort().values
+
+Weights = dict[str, Tensor]
+
+
+def make_weights(*, num_states: int = 3, num_layers: int = 1, target_size: int = H, vocab: int = V_d) -> Weights:
+    """Random weights in SpecForge's spelling, bfloat16, with both vocabulary tables."""
+    generator = torch.Generator().manual_seed(11)
+
+    def tensor(*shape: int) -> Tensor:
+        return (0.4 * torch.randn(*shape, generator=generator) + (len(shape) == 1)).to(torch.bfloat16)
+
+    weights = {"fc.weight": tensor(H, num_states * target_size)}
+    for i in range(num_layers):
+        name, width = (f"layers.{i}" if i or num_layers > 1 else "midlayer"), (H if i else 2 * H)
+        weights |= {
+            f"{name}.self_attn.q_proj.weight": tensor(HEADS * HEAD_DIM, width),
+            f"{name}.self_attn.k_proj.weight": tensor(KV_HEADS * HEAD_DIM, width),
+            f"{name}.self_attn.v_proj.weight": tensor(KV_HEADS * HEAD_DIM, width),
+            f"{name}.self_attn.o_proj.weight": tensor(H, HEADS * HEAD_DIM),
+            f"{name}.mlp.gate_proj.weight": tensor(I, H),
+            f"{name}.mlp.up_proj.weight": tensor(I, H),
+            f"{name}.mlp.down_proj.weight": tensor(H, I),
+            f"{name}.hidden_norm.weight": tensor(H),
+            f"{name}.post_attention_layernorm.weight": tensor(H),
+        }
+        if i == 0:  # SGLang's spelling of further layers
+            weights[f"{name}.input_layernorm.weight"] = tensor(H)
+    used = USED if vocab == V_d else torch.arange(vocab)
+    return weights | {
+        "norm.weight": tensor(H),
+        "lm_head.weight": tensor(vocab, H),
+        "d2t": used - torch.arange(vocab),
+        "t2d": torch.isin(torch.arange(V), used),
+    }
+
+
+def make_config(**overrides) -> dict:
+    """SpecForge's config.json; a key set to ... is left out."""
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "draft_vocab_size": V_d,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": H,
+        "initializer_range": 0.02,
+        "intermediate_size": I,
+        "max_position_embeddings": 64,
+        "max_window_layers": 36,
+        "mlp_bias": False,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": KV_HEADS,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 5000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.53.2",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": V,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4], "use_aux_hidden_state": True},
+    }
+    return {key: value for key, value in {**config, **overrides}.items() if value is not ...}
+
+
+SAFEAILAB = {
+    "architectures": ["LlamaForCausalLM"],
+    "eagle_config": ...,
+    "num_hidden_layers": 40,
+    "torch_dtype": "float16",
+    "mlp_bias": ...,
+    "head_dim": ...,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+
+
+def write(folder: Path, config: dict, weights: Weights, files: str = "safetensors") -> Path:
+    """A checkpoint folder as a producer leaves it, with a file that is none of our business."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "training_state.pt").write_bytes(b"an optimizer, as a pickle that nobody may open")
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    if files == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    if files == "old_bin":
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        return folder
+    if files == "safetensors":
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = sorted(weights)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        shard = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / shard, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def change(weights: Weights, **renames: str | None) -> Weights:
+    """With tensors renamed (prefix -> prefix, `__` for a dot) or, for None, dropped."""
+    out = {}
+    for name, tensor in weights.items():
+        old = next((old for old in renames if name.startswith(old.replace("__", "."))), None)
+        if old is None:
+            out[name] = tensor
+        elif renames[old] is not None:
+            out[renames[old] + name.removeprefix(old.replace("__", "."))] = tensor
+    return out
+
+
+def two_names(weights: Weights) -> Weights:
+    norm = weights["layers.1.hidden_norm.weight"]
+    return {**weights, "layers.1.input_layernorm.weight": norm.clone()}
+
+
+def with_norms(weights: Weights, names: list[str], size: int = H) -> Weights:
+    generator = torch.Generator().manual_seed(12)
+    norms = {name: (1 + 0.3 * torch.randn(size, generator=generator)).to(torch.bfloat16) for name in names}
+    return {**weights, **norms}
+
+
+def with_embeddings(weights: Weights) -> Weights:
+    generator = torch.Generator().manual_seed(13)
+    return {**weights, "embed_tokens.weight": torch.randn(V, H, generator=generator).to(torch.bfloat16)}
+
+
+def with_biases(weights: Weights) -> Weights:
+    generator = torch.Generator().manual_seed(14)
+    biases = {
+        name.replace(".weight", ".bias"): torch.randn(len(tensor), generator=generator).to(torch.bfloat16)
+        for name, tensor in weights.items()
+        if "_proj." in name or name.startswith("fc.")
+    }
+    return {**weights, **biases}
+
+
+EAGLE31 = {"fc_norm": True, "norm_output": True}
+POST5 = {"eagle_aux_hidden_state_layer_ids": [1, 5, 9, 13], "use_aux_hidden_state": True}
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {**LLAMA3, "original_max_position_embeddings": 32}
+
+# name -> (config, weights, what our config must say)
+LAYOUTS: dict[str, tuple[dict, Weights, dict]] = {
+    "specforge": (make_config(), make_weights(), {"aux_layer_ids": [2, 4, 5]}),
+    "sglang_layers_0": (make_config(), change(make_weights(), midlayer="layers.0"), {"aux_layer_ids": [2, 4, 5]}),
+    "no_t2d_as_nvidia": (
+        make_config(
+            num_key_value_heads=KV_HEADS,
+            eagle_config={
+                "eagle_aux_hidden_state_layer_ids": [4, 1, 3],  # once saved from a set
+                "use_aux_hidden_state": True,
+                "use_last_layernorm": True,
+                "use_mtp_layernorm": False,
+                "next_layer_regular": True,
+                "use_input_layernorm_in_first_layer": True,
+                "parallel_draft_step": 1,
+            },
+        ),
+        change(make_weights(), t2d=None),
+        {"aux_layer_ids": [2, 4, 5]},
+    ),
+    "no_d2t": (make_config(), change(make_weights(), d2t=None), {}),
+    "no_ids": (make_config(eagle_config=...), make_weights(), {"aux_layer_ids": None}),
+    "both_conventions": (
+        make_config(eagle_aux_hidden_state_layer_ids=[2, 4, 5]),
+        make_weights(),
+        {"aux_layer_ids": [2, 4, 5]},
+    ),
+    "top_level_ids": (
+        make_config(eagle_config=..., eagle_aux_hidden_state_layer_ids=[24, 30, 36]),
+        make_weights(),
+        {"aux_layer_ids": [24, 30, 36]},
+    ),
+    "boundaries_in_both_as_nvidia_v3": (
+        make_config(
+            eagle_aux_hidden_state_layer_ids=[24, 30, 36],
+            norm_before_fc=True,
+            eagle_config={"eagle_aux_hidden_state_layer_ids": [24, 30, 36], "norm_before_fc": True},
+            layer_types=["sliding_attention"],
+            sliding_window=4,
+        ),
+        with_norms(make_weights(), ["input_norm.weight"], 3 * H),
+        {"aux_layer_ids": [24, 30, 36], "norm_before_fc": True, "sliding_window": 4},
+    ),
+    "default_boundaries_nested": (
+        make_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [2, 18, 33]}),
+        make_weights(),
+        {"aux_layer_ids": [2, 18, 33]},
+    ),
+    "eagle31_four_states": (
+        make_config(num_aux_hidden_states=4, eagle_config=POST5, **EAGLE31),
+        with_norms(make_weights(num_states=4), [f"fc_norm.{k}.weight" for k in range(4)]),
+        {"aux_layer_ids": [2, 6, 10, 14], "num_aux_hidden_states": 4, **EAGLE31},
+    ),
+    "eagle31_old_names": (
+        make_config(use_aux_norm=True, norm_output=True),
+        with_norms(make_weights(), [f"aux_norm_{k}.weight" for k in ("low", "mid", "high")]),
+        dict(EAGLE31),
+    ),
+    "norm_before_fc": (
+        make_config(eagle_config={"norm_before_fc": True}),
+        with_norms(make_weights(), ["input_norm.weight"], 3 * H),
+        {"norm_before_fc": True, "aux_layer_ids": None},
+    ),
+    "norm_before_residual": (make_config(norm_before_residual=True), make_weights(), {"norm_before_residual": True}),
+    "wider_target": (
+        make_config(target_hidden_size=Ht, **EAGLE31),
+        with_norms(with_embeddings(make_weights(target_size=Ht)), [f"fc_norm.{k}.weight" for k in range(3)], size=Ht),
+        {"target_hidden_size": Ht, "has_own_embeddings": True},
+    ),
+    "two_layers": (
+        make_config(num_hidden_layers=2),
+        make_weights(num_layers=2),
+        {"num_hidden_layers": 2},
+    ),
+    "two_layers_both_names": (
+        make_config(num_hidden_layers=2),
+        two_names(make_weights(num_layers=2)),
+        {"num_hidden_layers": 2},
+    ),
+    "two_layers_as_nvidia_megatron": (
+        make_config(num_hidden_layers=2, architectures=["LlamaForCausalLMEagle3Deep"]),
+        change(make_weights(num_layers=2), layers="midlayer"),
+        {"num_hidden_layers": 2},
+    ),
+    "two_layers_mixed": (
+        make_config(num_hidden_layers=2),
+        change(make_weights(num_layers=2), layers__0="midlayer"),
+        {"num_hidden_layers": 2},
+    ),
+    "biases": (make_config(bias=True), with_biases(make_weights()), {"fc_bias": True, "mlp_bias": True}),
+    "full_vocabulary_with_tables": (
+        make_config(draft_vocab_size=V),
+        make_weights(vocab=V),
+        {"draft_vocab_size": V},
+    ),
+    "full_vocabulary": (
+        make_config(draft_vocab_size=None),
+        change(make_weights(vocab=V), d2t=None, t2d=None),
+        {"draft_vocab_size": V, "share_lm_head": False},
+    ),
+    "targets_head_as_nvidia": (
+        make_config(draft_vocab_size=None),
+        change(make_weights(), lm_head=None, d2t=None, t2d=None),
+        {"draft_vocab_size": V, "share_lm_head": True},
+    ),
+    "no_fc": (
+        make_config(eagle_config={"use_aux_hidden_state": False}),
+        change(make_weights(), fc=None),
+        {"use_aux_hidden_state": False, "aux_layer_ids": None},
+    ),
+    "old_rope": (
+        make_config(rope_scaling=LLAMA3),
+        make_weights(),
+        {"rope_parameters": {**{k: v for k, v in LLAMA3.items() if k != "type"}, "rope_type": "llama3"}},
+    ),
+    "new_rope_beside_its_mirror": (
+        make_config(
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0},
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+            rope_theta=700.0,
+        ),
+        make_weights(),
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
+    ),
+    "mrope": (
+        make_config(rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]}),
+        make_weights(),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    ),
+    "mrope_of_qwen3_vl": (
+        make_config(rope_scaling={"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]}),
+        make_weights(),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    ),
+    "window_without_layer_types": (make_config(sliding_window=512), make_weights(), {"sliding_window": None}),
+    "window_with_full_layers": (
+        make_config(sliding_window=512, layer_types=["full_attention"] * 36),
+        make_weights(),
+        {"sliding_window": None},
+    ),
+    "llama4": (
+        make_config(model_type="llama4_text", intermediate_size=999, intermediate_size_mlp=I),
+        make_weights(),
+        {"intermediate_size": I},
+    ),
+    "angelslim": (
+        make_config(
+            architectures=["Eagle3LlamaForCausalLM"],
+            tie_word_embeddings=True,
+            eagle_config=...,
+            num_hidden_layers=24,
+            use_qk_norm=True,
+            modal_type="VLM",
+            image_token_id=7,
+            target_model_type="qwen3_vl",
+        ),
+        make_weights(),
+        {"num_hidden_layers": 1, "qk_norm": False, "target_model_type": "qwen3_vl"},
+    ),
+    "nebius": (
+        make_config(
+            architectures=["LlamaForCausalLM"], eagle_config=..., draft_vocab_size=..., truncated_vocab_size=V_d
+        ),
+        make_weights(),
+        {"draft_vocab_size": V_d},
+    ),
+    "sglang_without_its_architecture": (
+        make_config(architectures=["LlamaForCausalLM"], **EAGLE31),
+        with_norms(make_weights(), [f"fc_norm.{k}.weight" for k in range(3)]),
+        {**EAGLE31, "aux_layer_ids": [2, 4, 5]},
+    ),
+    "safeailab": (
+        make_config(**{**SAFEAILAB, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM}),
+        make_weights(),
+        {"num_hidden_layers": 1, "aux_layer_ids": None},
+    ),
+    "safeailab_70b": (
+        make_config(
+            **{**SAFEAILAB, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM},
+            target_hidden_size=Ht,
+        ),
+        with_embeddings(make_weights(target_size=Ht)),
+        {"target_hidden_size": Ht},
+    ),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def our_names(weights: Weights) -> Weights:
+    """By a table of its own: what each published tensor is."""
+    table = {"midlayer.0": "layers.0", "midlayer.1": "layers.1", "midlayer": "layers.0"}
+    table |= {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
+    table |= {"layers.1.hidden_norm": "layers.1.input_layernorm", "midlayer.1.hidden_norm": "layers.1.input_layernorm"}
+    out = {}
+    for name, tensor in weights.items():
+        old = max((old for old in table if name.startswith(old + ".")), key=len, default="")
+        out[table.get(old, "") + name.removeprefix(old)] = tensor
+    return out
+
+
+def make_target(hidden_size: int = H) -> LlamaForCausalLM:
+    torch.manual_seed(4)
+    sizes = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 40}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=V, hidden_size=hidden_size)).eval()
+
+
+def check_against_reference(drafter: Eagle3DrafterModel, weights: Weights, published: dict) -> None:
+    """Logits, in float32, equal the reference over the published tensors."""
+    drafter = drafter.float()
+    target = make_target(drafter.config.target_hidden_size)
+    drafter.bind(target)
+    generator = torch.Generator().manual_seed(6)
+    width = drafter.config.num_captured_states * drafter.config.target_hidden_size
+    states, ids = torch.randn(1, 7, width, generator=generator), torch.randint(V, (1, 7), generator=generator)
+    with torch.no_grad():
+        out = drafter(ids, aux_hidden_states=states)
+
+    ours = our_names(weights)
+    ours.setdefault("embed_tokens.weight", target.model.embed_tokens.weight.detach())
+    ours.setdefault("lm_head.weight", target.lm_head.weight.detach())
+    config = drafter.config.to_dict()
+    config |= {"rms_norm_eps": published["rms_norm_eps"], "norm_output": published.get("norm_output", False)}
+    logits, feedback = ReferenceDrafter(ours, config).step(ids[0], states=states[0], positions=list(range(7)))
+    torch.testing.assert_close(out.logits[0].double(), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.feedback[0].double(), feedback, rtol=1e-4, atol=1e-4)
+    wanted = USED if "d2t" in weights or "t2d" in weights else torch.arange(V)
+    wanted = torch.arange(V) if drafter.config.draft_vocab_size == V else wanted
+    assert torch.equal(drafter.draft_to_target_ids, wanted)
+
+
+# ---- what loads ----
+
+
+@layouts
+def test_layout_loads_through_auto_model(layout, tmp_path):
+    published, weights, expected = LAYOUTS[layout]
+    write(tmp_path, published, weights)
+    drafter = AutoModel.from_pretrained(tmp_path)
+    assert type(drafter) is Eagle3DrafterModel
+    assert not drafter.training
+    assert drafter.dtype == torch.bfloat16
+    for key, value in expected.items():
+        actual = getattr(drafter.config, key)
+        if key == "rope_parameters":
+            actual = {name: actual[name] for name in value}
+        assert actual == value, key
+    check_against_reference(drafter, weights, published)
+
+
+@pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin"])
+@pytest.mark.parametrize("layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names"])
+def test_every_kind_of_file_loads(layout, files, tmp_path):
+    published, weights, _ = LAYOUTS[layout]
+    write(tmp_path, published, weights, files)
+    drafter = AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    check_against_reference(drafter, weights, published)
+
+
+@layouts
+def test_saved_again_under_our_names_bit_for_bit(layout, tmp_path):
+    published, weights, _ = LAYOUTS[layout]
+    drafter = AutoModel.from_pretrained(write(tmp_path / "theirs", published, weights))
+    drafter.save_pretrained(tmp_path / "ours")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    wanted = {name: tensor for name, tensor in our_names(weights).items() if name != "t2d"}
+    wanted.setdefault("d2t", drafter.d2t)
+    assert saved.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert torch.equal(saved[name], tensor), name
+
+    again = AutoModel.from_pretrained(tmp_path / "ours")
+    drop = {"_name_or_path", "transformers_version"}
+    a, b = drafter.config.to_dict(), again.config.to_dict()
+    assert {k: a[k] for k in a.keys() - drop} == {k: b[k] for k in b.keys() - drop}
+    again.save_pretrained(tmp_path / "ours_again")
+    files = [tmp_path / folder / "model.safetensors" for folder in ("ours", "ours_again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    check_against_reference(again, weights, published)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, "auto"])
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, "cpu"])
+def test_dtype_and_device_map(dtype, device_map, tmp_path):
+    published, weights, _ = LAYOUTS["old_rope"]
+    write(tmp_path, published, weights)
+    drafter = AutoModel.from_pretrained(tmp_path, dtype=dtype, device_map=device_map)
+    assert {p.dtype for p in drafter.parameters()} == {torch.bfloat16 if dtype == "auto" else dtype}
+    assert torch.equal(drafter.d2t, weights["d2t"])
+    assert drafter.d2t.dtype == torch.int64
+    fresh = Eagle3DrafterModel(drafter.config)
+    assert drafter.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(drafter.rotary_emb.inv_freq, fresh.rotary_emb.inv_freq)
+    assert torch.equal(drafter.rotary_emb.original_inv_freq, fresh.rotary_emb.original_inv_freq)
+
+
+def test_published_half_precision_stays(tmp_path):
+    weights = {n: t.half() if t.is_floating_point() else t for n, t in make_weights().items()}
+    write(tmp_path, make_config(torch_dtype="bfloat16"), weights)  # the file is right, config.json is not
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.float16
+
+
+def test_int32_table_loads(tmp_path):
+    weights = make_weights()
+    write(tmp_path, make_config(), {**weights, "d2t": weights["d2t"].int(), "t2d": weights["t2d"].byte()})
+    drafter = AutoModel.from_pretrained(tmp_path)
+    assert drafter.d2t.dtype == torch.int64
+    assert torch.equal(drafter.draft_to_target_ids, USED)
+
+
+def test_a_subfolder(tmp_path):
+    write(tmp_path / "compressed", make_config(), make_weights())
+    drafter = AutoModel.from_pretrained(tmp_path, subfolder="compressed")
+    assert type(drafter) is Eagle3DrafterModel
+
+
+def test_user_overrides(tmp_path):
+    write(tmp_path, make_config(), make_weights())
+    drafter = AutoModel.from_pretrained(tmp_path, aux_layer_ids=[1, 2, 3], attn_implementation="eager")
+    assert drafter.config.aux_layer_ids == [1, 2, 3]
+    assert drafter.config._attn_implementation == "eager"
+    config, unused = AutoConfig.from_pretrained(
+        tmp_path, aux_layer_ids=[3, 4, 5], something=1, return_unused_kwargs=True
+    )
+    assert (config.aux_layer_ids, unused) == ([3, 4, 5], {"something": 1})
+
+
+def test_the_config_loads_by_itself(tmp_path):
+    write(tmp_path, make_config(), make_weights())
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is Eagle3DrafterConfig
+    drafter = Eagle3DrafterModel.from_pretrained(tmp_path, config=config)
+    assert torch.equal(drafter.layers[0].hidden_norm.weight, make_weights()["midlayer.hidden_norm.weight"])
+
+
+def test_output_loading_info(tmp_path):
+    write(tmp_path, make_config(), make_weights())
+    drafter, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(drafter) is Eagle3DrafterModel
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("angelslim", "tie_word_embeddings is ignored"),
+        ("angelslim", "num_hidden_layers is 24, but by the tensors it is 1"),
+        ("default_boundaries_nested", "are the default boundaries"),
+    ],
+)
+def test_doubts_are_said(layout, message, tmp_path, caplog):
+    published, weights, _ = LAYOUTS[layout]
+    with caplog.at_level(logging.WARNING, logger="hf_eagle3"):
+        AutoConfig.from_pretrained(write(tmp_path, published, weights))
+    assert message in caplog.text
+
+
+def test_boundaries_that_look_like_outputs_are_told(tmp_path, caplog):
+    config = make_config(eagle_config=..., eagle_aux_hidden_state_layer_ids=[1, 17, 32])
+    with caplog.at_level(logging.WARNING, logger="hf_eagle3"):
+        assert AutoConfig.from_pretrained(write(tmp_path, config, make_weights())).aux_layer_ids == [1, 17, 32]
+    assert "aux_layer_ids=[2, 18, 33]" in caplog.text
+
+
+# ---- what is not ours ----
+
+
+def small_llama(model_class: type = LlamaForCausalLM, **extra):
+    sizes = {"intermediate_size": I, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    return model_class(LlamaConfig(**sizes, vocab_size=V, hidden_size=H, **extra))
+
+
+def test_stock_llama_loads_as_llama_and_its_weights_stay_closed(tmp_path, monkeypatch):
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("looked at a weight file")
+
+    small_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(load, "find_weight_files", refuse)
+    monkeypatch.setattr(load, "list_tensors", refuse)
+    monkeypatch.setattr(weights_eagle3, "safe_open", refuse)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is LlamaModel
+
+
+@pytest.mark.parametrize(
+    "odd", [{"draft_vocab_size": 10}, {"eagle_config": {"a": 1}}, {"fc_norm": True}, {"target_hidden_size": 7}]
+)
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, LlamaModel])
+def test_a_llama_with_an_odd_key_stays_a_llama(odd, model_class, tmp_path):
+    model = small_llama(model_class, **odd)
+    model.save_pretrained(tmp_path)
+    loaded = model_class.from_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlamaConfig
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_no_config_or_no_repository_is_the_hosts_business(tmp_path):
+    assert load_published_config(tmp_path) is None
+    assert load_published_config(tmp_path / "nothing" / "here") is None
+    assert load_published_config("no-such-owner/no-such-repository", local_files_only=True) is None
+    (tmp_path / "config.json").write_text("{broken")
+    assert load_published_config(tmp_path) is None
+    (tmp_path / "config.json").write_text("[1]")
+    assert load_published_config(tmp_path) is None
+
+
+def test_our_own_layout_is_left_to_the_class(tmp_path):
+    drafter = AutoModel.from_pretrained(write(tmp_path / "a", make_config(), make_weights()))
+    drafter.save_pretrained(tmp_path / "b")
+    assert load_published_config(tmp_path / "b") is None
+    assert type(AutoConfig.from_pretrained(tmp_path / "b")) is Eagle3DrafterConfig
+
+
+# ---- what is refused ----
+
+
+def put(**tensors: Tensor | None) -> Callable[[dict, Weights], None]:
+    """Replace or (None) remove tensors; `__` for a dot."""
+
+    def edit(_config: dict, weights: Weights) -> None:
+        for name, tensor in tensors.items():
+            weights.pop(name.replace("__", "."), None)
+            if tensor is not None:
+                weights[name.replace("__", ".")] = tensor
+
+    return edit
+
+
+def state(**keys: object) -> Callable[[dict, Weights], None]:
+    def edit(config: dict, _weights: Weights) -> None:
+        config.update(keys)
+
+    return edit
+
+
+def both(*edits: Callable[[dict, Weights], None]) -> Callable[[dict, Weights], None]:
+    def edit(config: dict, weights: Weights) -> None:
+        for one in edits:
+            one(config, weights)
+
+    return edit
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.bfloat16)
+
+
+D2T = USED - torch.arange(V_d)
+NAN = bf16(V_d, H)
+NAN[3, 4] = float("nan")
+REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
+    # the vocabulary
+    "d2t_short": (put(d2t=D2T[:-1]), r"lm_head.weight and d2t differ in length.*Both are draft_vocab_size"),
+    "d2t_float": (put(d2t=D2T.float()), "d2t has dtype torch.float32, expected int64"),
+    "d2t_int16": (put(d2t=D2T.short()), "d2t has dtype torch.int16"),
+    "d2t_two_dims": (put(d2t=D2T[:, None]), r"d2t has shape \[20, 1\], expected \[20\]"),
+    "d2t_out_of_range": (put(d2t=D2T + 40, t2d=None), "outside the target's vocabulary of 50. d2t holds offsets"),
+    "d2t_negative": (put(d2t=D2T - 40, t2d=None), "outside the target's vocabulary"),
+    "d2t_absolute": (put(d2t=USED.clone(), t2d=None), "d2t sends|outside"),
+    "d2t_duplicate": (put(d2t=torch.cat([D2T[:1] + 1 + D2T[1:2] - D2T[:1], D2T[1:]]), t2d=None), "same target id"),
+    "d2t_zero_but_t2d": (put(d2t=torch.zeros(V_d, dtype=torch.int64)), "t2d and d2t disagree"),
+    "t2d_short": (
+        put(t2d=torch.isin(torch.arange(V - 1), USED)),
+        r"vocab_size is 50, but by the tensors vocab_size is 49",
+    ),
+    "t2d_count": (put(t2d=torch.arange(V) < V_d - 1), "t2d marks 19 tokens, but the draft vocabulary has 20"),
+    "t2d_disagrees": (put(t2d=torch.arange(V) >= V - V_d), "t2d and d2t disagree: d2t reaches"),
+    "t2d_float": (put(t2d=torch.isin(torch.arange(V), USED).float()), "t2d has dtype torch.float32, expected bool"),
+    "no_tables": (put(d2t=None, t2d=None), "draft vocabulary has 20 tokens and the target's 50.*d2t or t2d"),
+    "draft_vocab_too_large": (
+        both(state(draft_vocab_size=V + 4), put(d2t=None, t2d=None, lm_head__weight=bf16(V + 4, H))),
+        "vocabulary",
+    ),
+    "draft_vocab_size_wrong": (state(draft_vocab_size=21), "draft_vocab_size is 21, but by the tensors.* is 20"),
+    "head_rows": (put(lm_head__weight=bf16(21, H)), "lm_head.weight and d2t differ in length"),
+    "head_columns": (
+        put(lm_head__weight=bf16(V_d, H + 1)),
+        r"lm_head.weight has shape \[20, 17\], expected \[20, 16\]",
+    ),
+    "no_head": (put(lm_head__weight=None), "needs an lm_head.weight of its own"),
+    "tied": (
+        both(state(tie_word_embeddings=True, draft_vocab_size=V), put(lm_head__weight=None, d2t=None, t2d=None)),
+        "tie_word",
+    ),
+    # fc
+    "no_fc": (put(fc__weight=None), "fc.weight is missing, but use_aux_hidden_state is True"),
+    "fc_though_none": (
+        state(eagle_config={"use_aux_hidden_state": False}),
+        "fc.weight is there, but use_aux_hidden_state is False",
+    ),
+    "fc_rows": (put(fc__weight=bf16(H + 1, 3 * H)), r"fc.weight has shape \[17, 48\], expected \[16, A x 16\]"),
+    "fc_columns": (put(fc__weight=bf16(H, 3 * H + 1)), r"fc.weight has shape \[16, 49\]"),
+    "fc_four": (put(fc__weight=bf16(H, 4 * H)), "number of captured layer ids is 3, but by the tensors.* is 4"),
+    "stated_states": (
+        state(num_aux_hidden_states=5, eagle_config=None),
+        "num_aux_hidden_states is 5, but by the tensors",
+    ),
+    "fc_bias_missing": (state(bias=True), "bias is True, but by the tensors fc_bias is False"),
+    "fc_norm_missing": (state(fc_norm=True), "fc_norm is True, but by the tensors fc_norm is False"),
+    "fc_norm_denied": (
+        both(state(fc_norm=False), lambda _c, w: w.update({f"fc_norm.{k}.weight": bf16(H) for k in range(3)})),
+        "fc_norm is False, but by the tensors fc_norm is True",
+    ),
+    "fc_norm_two": (
+        both(state(fc_norm=True), lambda _c, w: w.update({f"fc_norm.{k}.weight": bf16(H) for k in range(2)})),
+        "there are 2 fc norms .*, but fc reads 3 states",
+    ),
+    "fc_norm_size": (
+        both(state(fc_norm=True), lambda _c, w: w.update({f"fc_norm.{k}.weight": bf16(H + k) for k in range(3)})),
+        r"fc_norm.1.weight has shape \[17\], expected \[16\]",
+    ),
+    "input_norm_size": (
+        both(state(norm_before_fc=True), put(input_norm__weight=bf16(H))),
+        r"input_norm.weight has shape \[16\], expected \[48\]",
+    ),
+    "input_norm_and_fc_norm": (
+        lambda _c, w: w.update(
+            {f"fc_norm.{k}.weight": bf16(H) for k in range(3)}, **{"input_norm.weight": bf16(3 * H)}
+        ),
+        "has one of them",
+    ),
+    "wider_target_borrows": (
+        both(state(target_hidden_size=Ht), put(fc__weight=bf16(H, 3 * Ht))),
+        "the target is 24 wide and the drafter 16.*needs its own embed_tokens.weight",
+    ),
+    "embedding_width": (put(embed_tokens__weight=bf16(V, H + 2)), r"embed_tokens.weight has shape \[50, 18\]"),
+    "embedding_rows": (put(embed_tokens__weight=bf16(V + 2, H)), "embed_tokens.weight and t2d differ in length"),
+    # the layers
+    "eagle1": (
+        both(
+            state(architectures=["LlamaForCausalLM"]),
+            put(
+                fc__weight=bf16(H, 2 * H),
+                midlayer__hidden_norm__weight=None,
+                midlayer__self_attn__q_proj__weight=bf16(32, H),
+            ),
+        ),
+        r"q_proj.weight has shape \[32, 16\].*looks like an EAGLE-1 or EAGLE-2 drafter",
+    ),
+    "no_hidden_norm": (
+        put(midlayer__hidden_norm__weight=None),
+        "layers.0.hidden_norm.weight .or midlayer.*is missing",
+    ),
+    "no_input_norm": (put(midlayer__input_layernorm__weight=None), "layers.0.input_layernorm.weight .*is missing"),
+    "no_final_norm": (put(norm__weight=None), "model.safetensors: norm.weight is missing"),
+    "no_down_proj": (put(midlayer__mlp__down_proj__weight=None), "layers.0.mlp.down_proj.weight is missing"),
+    "q_rows": (
+        put(midlayer__self_attn__q_proj__weight=bf16(30, 2 * H)),
+        r"has 30 rows, expected num_attention_heads \(4\)",
+    ),
+    "k_rows": (
+        put(midlayer__self_attn__k_proj__weight=bf16(8, 2 * H)),
+        r"has 8 rows, expected num_key_value_heads \(2\)",
+    ),
+    "v_rows": (put(midlayer__self_attn__v_proj__weight=bf16(8, 2 * H)), r"midlayer.self_attn.v_proj.weight has shape"),
+    "o_shape": (put(midlayer__self_attn__o_proj__weight=bf16(H, 8)), r"midlayer.self_attn.o_proj.weight has shape"),
+    "heads": (state(num_attention_heads=8), "has 32 rows, expected num_attention_heads .8. x head_dim .8. = 64"),
+    "no_heads": (lambda c, _w: c.pop("num_attention_heads"), "num_attention_heads is missing, and the tensors do not"),
+    "hidden_size": (state(hidden_size=17), "hidden_size is 17, but by the tensors hidden_size is 16"),
+    "intermediate_size": (state(intermediate_size=41), "intermediate_size is 41"),
+    "half_biased": (put(midlayer__self_attn__o_proj__bias=bf16(H)), "midlayer.self_attn.o_proj.bias has no place"),
+    "extra": (put(extra__weight=bf16(2)), "model.safetensors: extra.weight has no place in this drafter"),
+    # With an empty base_model_prefix the host would load it as norm.weight.
+    "first_letter": (put(xnorm__weight=bf16(H)), "xnorm.weight has no place in this drafter"),
+    "layer_gap": (put(layers__2__mlp__up_proj__weight=bf16(I, H)), "layers.1.*is missing"),
+    "twice": (
+        put(layers__0__hidden_norm__weight=bf16(H)),
+        "midlayer.hidden_norm.weight and .* are both|are both layers.0",
+    ),
+    "ints": (
+        put(midlayer__mlp__up_proj__weight=torch.ones(I, H, dtype=torch.int32)),
+        "up_proj.weight has dtype torch.int32",
+    ),
+    "nan": (put(lm_head__weight=NAN), "lm_head.weight holds NaN or infinity"),
+    "infinite": (put(fc__weight=bf16(H, 3 * H) * float("inf")), "model.safetensors: fc.weight holds NaN or infinity"),
+    # the config
+    "unknown_key": (state(logit_bias_scale=3), r"config.json: SpecForge.*not known to have \['logit_bias_scale'\]"),
+    "unknown_nested": (state(eagle_config={"mystery": 1}), r"eagle_config.mystery"),
+    "eagle_config_no_table": (state(eagle_config=[1]), "eagle_config must be a table"),
+    "partial_rotary": (state(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    "logit_scale": (state(logit_scale=0.3), "logit_scale is 0.3"),
+    "no_last_norm": (state(eagle_config={"use_last_layernorm": False}), "eagle_config.use_last_layernorm is False"),
+    "no_vocab_size": (both(lambda c, _w: c.pop("vocab_size"), put(t2d=None)), "vocab_size is missing"),
+    "ids_duplicate": (state(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 1, 4]}), "distinct layer numbers"),
+    "ids_negative": (
+        state(eagle_config={"eagle_aux_hidden_state_layer_ids": [-1, 1, 4]}),
+        "distinct layer numbers from 0",
+    ),
+    "ids_text": (
+        state(eagle_config={"eagle_aux_hidden_state_layer_ids": "auto"}),
+        "list of layer numbers, got 'auto'",
+    ),
+    "ids_contradict": (state(eagle_aux_hidden_state_layer_ids=[2, 3, 5]), "at the top, and .* in eagle_config"),
+    "mixed_windows": (
+        both(
+            state(layer_types=["full_attention", "sliding_attention"], sliding_window=4),
+            put(layers__1__input_layernorm__weight=bf16(H)),
+        ),
+        "the same for every layer",
+    ),
+    "window_missing": (state(layer_types=["sliding_attention"]), "sliding_window is None"),
+    "odd_layer_type": (state(layer_types=["linear_attention"]), "linear_attention"),
+    "rope_unknown": (state(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "config.json: "),
+    "rope_incomplete": (state(rope_scaling={"rope_type": "llama3"}), "config.json: "),
+    "rope_text": (state(rope_scaling="yarn"), "config.json: "),
+    "activation": (state(hidden_act="no_such"), "no_such"),
+    "size_text": (state(num_attention_heads="4"), "num_attention_heads must be a positive whole number, got '4'"),
+    "flag_text": (state(norm_output="yes"), "norm_output"),
+    # other kinds
+    "speculators": (state(speculators_model_type="eagle3"), "vLLM speculators checkpoint, which is not supported yet"),
+    "dflash": (state(dflash_config={"mask_token_id": 3}), "a DFlash drafter"),
+    "nested_vllm": (state(model_type="eagle", model={"hidden_size": H}), "nested drafter config"),
+    "medusa": (
+        lambda _c, w: (w.clear(), w.update({"medusa_heads.0.0.linear.weight": bf16(H, H)})),
+        "a Medusa drafter",
+    ),
+    "parallel_heads": (
+        lambda _c, w: (w.clear(), w.update({"parallel_draft_heads.0.medusa_layers.0.linear.weight": bf16(H, H)})),
+        "Medusa-like parallel heads",
+    ),
+    "peagle": (put(mask_hidden=bf16(1, 1, 3 * H)), "a P-EAGLE drafter"),
+    "peagle_by_name": (state(architectures=["PEagleDraftModel"]), "a P-EAGLE drafter"),
+    "nemo": (
+        lambda _c, w: [
+            w.update({f"model.{n}": w.pop(n)}) for n in list(w) if n not in ("lm_head.weight", "d2t", "t2d")
+        ],
+        "a NeMo Automodel drafter",
+    ),
+    "mla": (put(midlayer__self_attn__kv_a_proj_with_mqa__weight=bf16(8, 2 * H)), "multi-head latent attention"),
+    "mtp": (put(enorm__weight=bf16(H), eh_proj__weight=bf16(H, 2 * H)), "multi-token-prediction"),
+    "quantised": (
+        state(quantization_config={"quant_method": "compressed-tensors"}),
+        "quantised, which is not supported",
+    ),
+    "packed": (put(midlayer__mlp__up_proj__weight_scale=bf16(1)), "quantised, which is not supported"),
+    "only_a_name": (lambda _c, w: (w.clear(), w.update({"something.weight": bf16(2)})), "a model of another kind"),
+    "a_llama_named_eagle3": (
+        lambda _c, w: (w.clear(), w.update({n: t.clone() for n, t in small_llama().state_dict().items()})),
+        "a model of another kind, or damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused(case, tmp_path):
+    edit, message = REFUSALS[case]
+    config, weights = make_config(), make_weights()
+    edit(config, weights)
+    write(tmp_path, config, weights)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        AutoModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "case", ["no_final_norm", "o_shape", "extra", "d2t_float", "nan", "t2d_disagrees", "ints", "no_fc"]
+)
+@pytest.mark.parametrize("files", ["sharded", "bin"])
+def test_refused_in_other_files_and_our_own_layout(case, files, tmp_path):
+    edit, message = REFUSALS[case]
+    config, weights = make_config(), make_weights()
+    edit(config, weights)
+    write(tmp_path / "theirs", config, weights, files)
+    with pytest.raises(CheckpointError, match=message.replace("model.safetensors: ", "")):
+        AutoModel.from_pretrained(tmp_path / "theirs")
+
+    AutoModel.from_pretrained(write(tmp_path / "good", make_config(), make_weights())).save_pretrained(
+        tmp_path / "ours"
+    )
+    save_file(our_names(weights), tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"ours.model.safetensors") as caught:
+        AutoModel.from_pretrained(tmp_path / "ours")
+    assert caught.value.args
+
+
+def test_two_names_of_one_norm_must_agree(tmp_path):
+    published, weights, _ = LAYOUTS["two_layers_both_names"]
+    write(tmp_path, published, {**weights, "layers.1.input_layernorm.weight": bf16(H)})
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.hidden_norm.weight name the same norm, but their values differ"
+    ):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_table_of_zeros_is_told(tmp_path, caplog):
+    weights = {**change(make_weights(), t2d=None), "d2t": torch.zeros(V_d, dtype=torch.int64)}
+    with caplog.at_level(logging.WARNING, logger="hf_eagle3"):
+        drafter = AutoModel.from_pretrained(write(tmp_path, make_config(), weights))
+    assert "d2t is all zeros" in caplog.text
+    assert torch.equal(drafter.draft_to_target_ids, torch.arange(V_d))
+
+
+# ---- damaged files ----
+
+
+class Payload:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "half": ("safetensors", lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])),
+    "last_byte": ("safetensors", lambda f: f.write_bytes(f.read_bytes()[:-1])),
+    "empty": ("safetensors", lambda f: f.write_bytes(b"")),
+    "text": ("safetensors", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1")),
+    "header": ("safetensors", lambda f: f.write_bytes(f.read_bytes().replace(b'"dtype"', b'"dtipe"', 1))),
+    "bin_half": ("bin", lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])),
+    "bin_empty": ("bin", lambda f: f.write_bytes(b"")),
+    "bin_text": ("bin", lambda f: f.write_text("version https://git-lfs.github.com/spec/v1")),
+    "bin_code": ("bin", lambda f: torch.save({"fc.weight": bf16(2, 2), "x": Payload()}, f)),
+    "bin_list": ("bin", lambda f: torch.save([bf16(2, 2)], f)),
+    "bin_nested": ("bin", lambda f: torch.save({"model": {"fc.weight": bf16(2, 2)}}, f)),
+    "old_bin_half": ("old_bin", lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])),
+    "shard_gone": ("sharded", lambda f: f.unlink()),
+    "shard_half": ("sharded", lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2])),
+    "index_text": ("sharded", lambda f: (f.parent / "model.safetensors.index.json").write_text("{]")),
+    "index_list": ("sharded", lambda f: (f.parent / "model.safetensors.index.json").write_text("[]")),
+    "index_no_map": ("sharded", lambda f: (f.parent / "model.safetensors.index.json").write_text("{}")),
+    "no_weights": ("safetensors", lambda f: f.unlink()),
+}
+WEIGHT_FILE = {
+    "safetensors": "model.safetensors",
+    "bin": "pytorch_model.bin",
+    "old_bin": "pytorch_model.bin",
+    "sharded": "model-00002-of-00002.safetensors",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file(damage, tmp_path, capsys):
+    files, spoil = DAMAGES[damage]
+    write(tmp_path, make_config(), make_weights(), files)
+    spoil(tmp_path / WEIGHT_FILE[files])
+    with pytest.raises(CheckpointError) as caught:
+        AutoModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "code from a checkpoint ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage", [d for d, (files, _) in DAMAGES.items() if files == "safetensors" and d != "no_weights"]
+)
+def test_damaged_file_of_our_own_layout(damage, tmp_path):
+    AutoModel.from_pretrained(write(tmp_path / "a", make_config(), make_weights())).save_pretrained(tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    DAMAGES[damage][1](file)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        AutoModel.from_pretrained(tmp_path / "b")
+
+
+def test_our_own_layout_without_weights_is_the_hosts_error(tmp_path):
+    AutoModel.from_pretrained(write(tmp_path / "a", make_config(), make_weights())).save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModel.from_pretrained(tmp_path / "b")
+
+
+# ---- fuzz ----
+
+
+def corrupt(rng: random.Random, config: dict, weights: Weights) -> str:
+    """One random fault that no loader may swallow; what it was."""
+    name = rng.choice(sorted(weights))
+    tensor = weights[name]
+    kind = rng.choice(["drop", "grow", "shrink", "dims", "rename", "add", "dtype", "value", "size", "key"])
+    needed = name not in ("d2t", "t2d")
+    if kind == "drop" and needed:
+        del weights[name]
+    elif kind == "grow":
+        weights[name] = torch.cat([tensor, tensor[:1]])
+    elif kind == "shrink":
+        weights[name] = tensor[:-1].clone()
+    elif kind == "dims":
+        weights[name] = tensor[None].clone()
+    elif kind == "rename" and needed:
+        weights[name + rng.choice(["x", ".weight", "_"])] = weights.pop(name)
+    elif kind == "dtype":
+        weights[name] = tensor.to(torch.int16 if needed else torch.float64)
+    elif kind == "value":
+        weights[name] = tensor.clone()
+        value = float("inf") if needed else (0 if weights[name].flatten()[0] else V)
+        weights[name].flatten()[0] = value
+    elif kind == "size":
+        name = rng.choice(
+            ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "draft_vocab_size"]
+        )
+        config[name] = rng.choice([config[name] + 1, 0, -1, "8", 2.5])
+    elif kind == "key":
+        name = rng.choice(["rope_mystery", "attn_temperature", "residual_scale"])
+        config[name] = 1
+    else:
+        name = rng.choice(
+            ["layers.1.mlp.up_proj.weight", "fc.scale", "xfc.weight", "model.norm.weight", "fc_norm.0.weight"]
+        )
+        weights[name] = bf16(H)
+        kind = "add"
+    return f"{kind} {name}"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_corrupted_checkpoint_is_refused(seed, tmp_path):
+    rng = random.Random(seed)
+    layout = rng.choice(["specforge", "sglang_layers_0", "safeailab", "two_layers_both_names"])
+    published, weights, _ = LAYOUTS[layout]
+    config, weights = json.loads(json.dumps(published)), dict(weights)
+    what = corrupt(rng, config, weights)
+    write(tmp_path, config, weights, rng.choice(["safetensors", "sharded", "bin"]))
+    print(what, "in", layout)  # shown if it fails
+    with pytest.raises(CheckpointError) as caught:
+        AutoModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_no_file_stays_open_for_writing(tmp_path):
+    # A refused checkpoint can be replaced in place.
+    write(tmp_path, make_config(), change(make_weights(), norm=None))
+    with pytest.raises(CheckpointError):
+        AutoModel.from_pretrained(tmp_path)
+    write(tmp_path, make_config(), make_weights())
+    assert type(AutoModel.from_pretrained(tmp_path)) is Eagle3DrafterModel
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "midlayer.hidden_norm.weight" in file.keys()  # noqa: SIM118
+
+
+def test_public_names():
+    assert hf_eagle3.CheckpointError is CheckpointError
