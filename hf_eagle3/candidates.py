@@ -34,7 +34,7 @@ class DraftLogProbs(Tensor):
     Log probabilities are logits, too, so host code that knows nothing of this may take them for such.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch advises
 
 
 class Eagle3CandidateGenerator(CandidateGenerator):
@@ -73,14 +73,14 @@ class Eagle3CandidateGenerator(CandidateGenerator):
 
     def get_candidates(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: Tensor,
         *,
         model_kwargs: dict[str, Any],
         model_outputs: ModelOutput | None,
         is_first_iteration: bool,
         n_last_matches: int,
         **_: Any,  # what later hosts may pass to every generator
-    ) -> tuple[torch.LongTensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Verified tokens and draft tokens [1, S+K], and log q [1, K, V] unless the draft is greedy."""
         num_refused = self.num_drafted - int(n_last_matches)
         self.num_drafted = 0

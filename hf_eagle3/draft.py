@@ -79,7 +79,8 @@ def draft_chain(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, dep
         choose: How draft ids come from logits.
     """
     logits, feedback, position_ids = feature
-    tokens, probs = [], []
+    tokens: list[Tensor] = []
+    probs: list[Tensor] = []
     for step in range(depth):
         if step:
             position_ids = position_ids + 1
@@ -89,7 +90,8 @@ def draft_chain(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, dep
             logits, feedback = out.logits[:, -1], out.feedback
         draft_ids, q = choose(logits)  # [B], [B, V_d]
         tokens.append(drafter.to_target_ids(draft_ids))
-        probs.append(q)
+        if q is not None:
+            probs.append(q)
     # These entries rest on the drafter's own features; the next round feeds accepted tokens again, with real states.
     rewind(cache, depth - 1)
-    return Draft(torch.stack(tokens, dim=1), None if probs[0] is None else torch.stack(probs, dim=1))
+    return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import ModelOutput
@@ -232,7 +232,11 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
         arguments = call.arguments
-        input_ids, criteria, streamer = (arguments.get(k) for k in ("input_ids", "stopping_criteria", "streamer"))
+        input_ids, criteria, streamer = (
+            arguments["input_ids"],
+            arguments["stopping_criteria"],
+            arguments.get("streamer"),
+        )
         refuse_inputs(input_ids, arguments["model_kwargs"])
         refuse_static_cache(None, arguments["model_kwargs"].get("past_key_values"))
 

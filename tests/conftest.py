@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import (
     Gemma3Config,
-    Gemma3ForConditionalGeneration,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,

@@ -22,7 +22,7 @@ def test_states_are_the_hosts_hidden_states(family):
 @pytest.mark.parametrize("family", TARGETS)
 def test_last_boundary_is_before_the_final_norm(family):
     target, prompt = make_target(family), make_prompt(12)
-    decoder, layers = find_layers(target)
+    decoder, _ = find_layers(target)
     with torch.no_grad():
         with StateRecorder(target, (NUM_LAYERS,)) as recorder:
             out = target(prompt, output_hidden_states=True)

@@ -1,6 +1,7 @@
 """`generate(assistant_model=drafter)` gives what `generate()` gives."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_every_number_of_accepted_tokens_occurs(target):
     for length in (4, 7, 11):
         _, out, _ = assert_same_with_oracle(target, make_prompt(length), depth=5, max_new_tokens=80)
         kept = [out.speculation.rounds, *out.speculation.rounds_accepting, 0]
-        reached += torch.tensor([a - b for a, b in zip(kept, kept[1:], strict=False)])  # rounds that kept exactly k
+        reached += torch.tensor([a - b for a, b in itertools.pairwise(kept)])  # rounds that kept exactly k
     assert (reached > 0).all(), reached
 
 
@@ -168,7 +169,10 @@ def test_conversation_goes_on_from_the_cache(family, feed):
     turn = first_turn(assistant_model=make_oracle(target, plain.sequences[0]))
     whole = torch.cat([turn.sequences, make_prompt(5)], dim=1)
     cached = turn.past_key_values.get_seq_length()
-    fed = {"inputs": whole if feed == "whole_sequence" else whole[:, cached:], "attention_mask": torch.ones_like(whole)}
+    fed = {
+        "inputs": whole if feed == "whole_sequence" else whole[:, cached:],
+        "attention_mask": torch.ones_like(whole),
+    }
     expected = target.generate(**fed, past_key_values=plain.past_key_values, **settings)
     num_new = expected.shape[1] - fed["inputs"].shape[1]
     oracle = make_oracle(target, torch.cat([whole[0], expected[0, -num_new:]]))
@@ -199,7 +203,7 @@ class StopAt(StoppingCriteria):
     def __init__(self, length):
         self.length, self.lengths_seen = length, []
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
         self.lengths_seen.append(input_ids.shape[1])
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 

@@ -85,7 +85,13 @@ def test_network_imports_nothing_of_ours():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for level, name in find_imports(tree, lazily=True):
             first = name.split(".")[0]
-            assert level or first in {*sys.stdlib_module_names, "torch", "transformers", "safetensors", "huggingface_hub"}
+            assert level or first in {
+                *sys.stdlib_module_names,
+                "torch",
+                "transformers",
+                "safetensors",
+                "huggingface_hub",
+            }
 
 
 def test_import_is_silent_and_leaves_training_out():
