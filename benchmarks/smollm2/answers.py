@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-BUCKET = 128  # row capacities are rounded up to this, so that few graphs serve all batches
+REFILL = 32  # decode steps between two looks at the finished rows
+PREFILL = 256  # prompts started in one forward
 
 
 def attend_matmul(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -44,43 +45,43 @@ def attend_flash(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
 
 @dataclass
 class Batch:
-    """A batch being decoded; the graph reads and writes these tensors in place."""
+    """The rows being decoded; the graph reads and writes these tensors in place. R rows."""
 
-    tokens: Tensor  # [B] int64, newest token of each row
-    lengths: Tensor  # [B] int64, tokens in the cache
-    temperature: Tensor  # [B] float32, 0 = greedy
-    done: Tensor  # [B] bool
-    answers: Tensor  # [B, N] int64
-    step: Tensor  # [1] int64
+    tokens: Tensor  # [R] int64, newest token of each row
+    lengths: Tensor  # [R] int64, tokens in the cache
+    counts: Tensor  # [R] int64, tokens answered
+    temperature: Tensor  # [R] float32, 0 = greedy
+    done: Tensor  # [R] bool
+    answers: Tensor  # [R, N] int64
 
 
 class Answerer:
-    """Decodes batches of a Llama target on one GPU.
+    """Decodes many prompts with a Llama target on one GPU; finished rows are refilled every `REFILL` steps.
 
     Args:
         target: On its device, bf16.
-        cache_tokens: Slots of KV cache, shared by the rows of a batch.
+        rows: Rows decoded side by side.
+        capacity: Slots of KV cache a row: prompt and answer together.
+        max_new_tokens: Longest answer.
     """
 
-    def __init__(self, target: LlamaForCausalLM, cache_tokens: int = 2048 * 512):
-        self.model, self.config = target.model, target.config
-        self.head = target.lm_head.weight
-        self.device = self.head.device
+    def __init__(self, target: LlamaForCausalLM, rows: int, capacity: int, max_new_tokens: int):
+        self.model, self.config, self.head = target.model, target.config, target.lm_head.weight
+        self.device, self.rows, self.capacity = self.head.device, rows, capacity
         c = self.config
-        shape = (c.num_hidden_layers, cache_tokens, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, rows, capacity, c.num_key_value_heads, c.head_dim)
         self.keys = torch.zeros(shape, dtype=self.head.dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
-        self.cache_tokens = cache_tokens
+        self.where = torch.arange(rows, device=self.device)
         self.attend: Callable = attend_matmul
-        self.graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Batch]] = {}
-
-    def rows_of(self, capacity: int) -> int:
-        return self.cache_tokens // capacity
-
-    def _views(self, layer: int, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
-        n = rows * capacity
-        shape = (rows, capacity, self.config.num_key_value_heads, self.config.head_dim)
-        return self.keys[layer, :n].view(shape), self.values[layer, :n].view(shape)
+        self.batch = Batch(
+            tokens=torch.zeros(rows, dtype=torch.int64, device=self.device),
+            lengths=torch.zeros(rows, dtype=torch.int64, device=self.device),
+            counts=torch.zeros(rows, dtype=torch.int64, device=self.device),
+            temperature=torch.zeros(rows, device=self.device),
+            done=torch.ones(rows, dtype=torch.bool, device=self.device),
+            answers=torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=self.device),
+        )
 
     def _block(self, layer_idx: int, hidden: Tensor, position_ids: Tensor, attend: Callable) -> Tensor:
         """One decoder layer over `hidden` [B, T, H]; `attend(q, k, v)` takes [B, T, heads, D]."""
@@ -95,145 +96,114 @@ class Answerer:
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     @torch.no_grad()
-    def _prefill(self, prompts: Sequence[np.ndarray], rows: int, capacity: int, chunk: int = 256) -> Tensor:
-        """Fill the cache with `prompts`; logits [B, V] after each."""
-        last = []
-        for start in range(0, len(prompts), chunk):
-            part = prompts[start : start + chunk]
-            T = max(len(p) for p in part)
-            ids = torch.zeros(len(part), T, dtype=torch.int64)
-            for i, p in enumerate(part):
-                ids[i, : len(p)] = torch.from_numpy(p.astype(np.int64))
-            ends = torch.tensor([len(p) - 1 for p in part], device=self.device)
-            hidden = self.model.embed_tokens(ids.to(self.device))
-            position_ids = torch.arange(T, device=self.device)[None]
-            for layer in range(self.config.num_hidden_layers):
-                keys, values = self._views(layer, rows, capacity)
+    def _fill(self, rows: Tensor, prompts: Sequence[np.ndarray], temperatures: np.ndarray) -> None:
+        """Start `prompts` in `rows`: fill their caches and answer the first token."""
+        batch, T = self.batch, max(len(p) for p in prompts)
+        ids = torch.zeros(len(prompts), T, dtype=torch.int64)
+        for i, p in enumerate(prompts):
+            ids[i, : len(p)] = torch.from_numpy(p.astype(np.int64))
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        hidden = self.model.embed_tokens(ids.to(self.device))
+        position_ids = torch.arange(T, device=self.device)[None]
+        for layer in range(self.config.num_hidden_layers):
 
-                def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
-                    keys[start : start + len(part), :T] = k
-                    values[start : start + len(part), :T] = v
-                    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                self.keys[layer, rows, :T] = k
+                self.values[layer, rows, :T] = v
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-                hidden = self._block(layer, hidden, position_ids, attend)
-            hidden = self.model.norm(hidden[torch.arange(len(part), device=self.device), ends])
-            last.append(F.linear(hidden, self.head))
-        return torch.cat(last)
+            hidden = self._block(layer, hidden, position_ids, attend)
+        hidden = self.model.norm(hidden[torch.arange(len(prompts), device=self.device), lengths - 1])
+        temperature = torch.from_numpy(temperatures).float().to(self.device)
+        first = self._sample(F.linear(hidden, self.head), temperature)
+        batch.temperature[rows] = temperature
+        batch.lengths[rows] = lengths
+        batch.tokens[rows] = first
+        batch.answers[rows, 0] = first
+        batch.counts[rows] = 1
+        batch.done[rows] = first == self.config.eos_token_id
 
     def _sample(self, logits: Tensor, temperature: Tensor) -> Tensor:
         logits = logits.float()
-        greedy = logits.argmax(-1)
         probs = (logits / temperature.clamp_min(1e-2)[:, None]).softmax(-1)
         drawn = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
-        return torch.where(temperature > 0, drawn, greedy)
-
-    def _commit(self, batch: Batch, new: Tensor) -> None:
-        eos = self.config.eos_token_id
-        new = torch.where(batch.done, eos, new)
-        batch.answers.scatter_(1, batch.step.expand(len(new), 1), new[:, None])
-        batch.tokens.copy_(new)
-        batch.done |= new == eos
-        batch.step += 1
+        return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
     @torch.no_grad()
-    def _decode_step(self, batch: Batch, rows: int, capacity: int) -> None:
-        hidden = self.model.embed_tokens(batch.tokens)[:, None]  # [B, 1, H]
+    def _step(self) -> None:
+        batch = self.batch
+        hidden = self.model.embed_tokens(batch.tokens)[:, None]  # [R, 1, H]
         position_ids = batch.lengths[:, None]
-        where = torch.arange(rows, device=self.device)
         for layer in range(self.config.num_hidden_layers):
-            keys, values = self._views(layer, rows, capacity)
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
-                keys.index_put_((where, batch.lengths), k[:, 0])
-                values.index_put_((where, batch.lengths), v[:, 0])
-                return self.attend(q[:, 0], keys, values, batch.lengths + 1)
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                self.keys[layer].index_put_((self.where, batch.lengths), k[:, 0])
+                self.values[layer].index_put_((self.where, batch.lengths), v[:, 0])
+                return self.attend(q[:, 0], self.keys[layer], self.values[layer], batch.lengths + 1)
 
             hidden = self._block(layer, hidden, position_ids, attend)
-        logits = F.linear(self.model.norm(hidden[:, 0]), self.head)
-        batch.lengths += 1
-        self._commit(batch, self._sample(logits, batch.temperature))
+        new = self._sample(F.linear(self.model.norm(hidden[:, 0]), self.head), batch.temperature)
+        going = ~batch.done  # a finished row repeats its last step, changing nothing that is read
+        slot = batch.counts.clamp_max(batch.answers.shape[1] - 1)[:, None]
+        batch.answers.scatter_(1, slot, torch.where(going[:, None], new[:, None], batch.answers.gather(1, slot)))
+        batch.tokens.copy_(torch.where(going, new, batch.tokens))
+        batch.lengths += going
+        batch.counts += going
+        batch.done |= (new == self.config.eos_token_id) | (batch.counts >= batch.answers.shape[1])
 
-    def _graph(self, rows: int, capacity: int, max_new_tokens: int) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        key = (rows, capacity, max_new_tokens)
-        if key not in self.graphs:
-            dev = self.device
-            batch = Batch(
-                tokens=torch.zeros(rows, dtype=torch.int64, device=dev),
-                lengths=torch.ones(rows, dtype=torch.int64, device=dev),
-                temperature=torch.zeros(rows, device=dev),
-                done=torch.zeros(rows, dtype=torch.bool, device=dev),
-                answers=torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=dev),
-                step=torch.zeros(1, dtype=torch.int64, device=dev),
-            )
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._decode_step(batch, rows, capacity)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._decode_step(batch, rows, capacity)
-            self.graphs[key] = (graph, batch)
-        return self.graphs[key]
+    def capture(self) -> Callable[[], None]:
+        """The decode step as one CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph.replay
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[np.ndarray], temperatures: np.ndarray, max_new_tokens: int, desc: str = "answers"
+        self, step: Callable[[], None], prompts: Sequence[np.ndarray], temperatures: np.ndarray, desc: str = "answers"
     ) -> list[np.ndarray]:
         """Answer each prompt, end-of-turn token included where it came; uint16 ids, in the order given."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers: list[np.ndarray] = [np.empty(0, np.uint16)] * len(prompts)
-        eos, at, tokens, began = self.config.eos_token_id, 0, 0, time.time()
-        progress = tqdm(total=len(order), desc=desc)
-        while at < len(order):
-            rows, capacity = self._fit(prompts, order, at, max_new_tokens)
-            part = order[at : at + rows]
-            graph, batch = self._graph(rows, capacity, max_new_tokens)
-            padded = [prompts[i] for i in part] + [prompts[part[0]]] * (rows - len(part))
-            logits = self._prefill(padded, rows, capacity)
-            temps = np.concatenate([temperatures[part], np.zeros(rows - len(part))])
-            batch.temperature.copy_(torch.from_numpy(temps).float())
-            batch.lengths.copy_(torch.tensor([len(p) for p in padded]))
-            batch.step.zero_()
-            batch.done.zero_()
-            self._commit(batch, self._sample(logits, batch.temperature))
-            for step in range(1, max_new_tokens):
-                graph.replay()
-                if step % 32 == 0 and bool(batch.done.all()):
-                    break
-            out = batch.answers.cpu().numpy()[: len(part), : int(batch.step)]
-            for i, row in zip(part, out):
-                end = np.flatnonzero(row == eos)
-                answers[i] = row[: end[0] + 1 if len(end) else len(row)].astype(np.uint16)
-                tokens += len(answers[i])
-            at += len(part)
-            progress.update(len(part))
-            progress.set_postfix_str(f"{tokens / (time.time() - began):,.0f} tokens/s")
-        return answers
-
-    def _fit(self, prompts: Sequence, order: list[int], at: int, max_new_tokens: int) -> tuple[int, int]:
-        """Rows and capacity of the next batch: as many of the next shortest prompts as the cache holds."""
-        longest = len(prompts[order[at]])
+        batch, answers = self.batch, [np.empty(0, np.uint16)] * len(prompts)
+        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # shortest last, taken first
+        running = np.full(self.rows, -1)
+        batch.done.fill_(True)
+        tokens, began, progress = 0, time.time(), tqdm(total=len(prompts), desc=desc, mininterval=5)
         while True:
-            capacity = -(-(longest + max_new_tokens) // BUCKET) * BUCKET
-            rows = self.rows_of(capacity)
-            last = min(at + rows, len(order)) - 1
-            if len(prompts[order[last]]) + max_new_tokens <= capacity:
-                return rows, capacity
-            longest = len(prompts[order[last]])
+            free = np.flatnonzero(batch.done.cpu().numpy())
+            finished = free[running[free] >= 0]
+            if len(finished):
+                counts, texts = batch.counts.cpu().numpy(), batch.answers.cpu().numpy()
+                for row in finished:
+                    answers[running[row]] = texts[row, : counts[row]].astype(np.uint16)
+                    tokens += counts[row]
+                running[finished] = -1
+                progress.update(len(finished))
+                progress.set_postfix_str(f"{tokens / (time.time() - began):,.0f} tokens/s")
+            if not waiting and (running < 0).all():
+                return answers
+            for start in range(0, len(free), PREFILL):
+                rows = free[start : start + PREFILL][: len(waiting)]
+                if len(rows):
+                    running[rows] = [waiting.pop() for _ in rows]
+                    taken = [prompts[i] for i in running[rows]]
+                    self._fill(torch.from_numpy(rows).to(self.device), taken, temperatures[running[rows]])
+            for _ in range(REFILL):
+                step()
 
 
 def pick_attention(answerer: Answerer) -> None:
     """Take the faster of the two attentions where they agree; print both."""
-    rows, capacity = answerer.rows_of(512), 512
-    q = torch.randn(
-        rows, answerer.config.num_attention_heads, answerer.config.head_dim, device=answerer.device, dtype=torch.bfloat16
-    )
-    keys, values = answerer._views(0, rows, capacity)
-    keys.normal_()
-    values.normal_()
+    rows, capacity, config = answerer.rows, answerer.capacity, answerer.config
+    shape = (rows, config.num_attention_heads, config.head_dim)
+    q = torch.randn(shape, device=answerer.device, dtype=torch.bfloat16)
+    keys, values = answerer.keys[0].normal_(), answerer.values[0].normal_()
     lengths = torch.randint(1, capacity, (rows,), device=answerer.device)
     want = attend_matmul(q, keys, values, lengths).float()
     times = {}

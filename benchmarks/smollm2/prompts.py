@@ -37,12 +37,6 @@ def first_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
-def next_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What follows an answer's end-of-turn token when the user goes on."""
-    turn = f"\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    return list(tokenizer(turn, add_special_tokens=False)["input_ids"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
@@ -58,7 +52,6 @@ def main() -> None:
     with gzip.open(args.prompts / "train.jsonl.gz", "rt", encoding="utf8") as lines:
         train = [json.loads(line) for line in lines]
     add("train", [first_turn(tokenizer, row["turns"][0]) for row in tqdm(train, desc="train")])
-    add("train_next", [next_turn(tokenizer, row["turns"][1]) if len(row["turns"]) > 1 else [] for row in train])
     for name in EVAL_SETS:
         rows = [json.loads(line) for line in (args.prompts / f"eval_{name}.jsonl").open(encoding="utf8")]
         add(name, [first_turn(tokenizer, row["turns"][0]) for row in rows])

@@ -37,18 +37,19 @@ class RecipeArguments:
 
     target: str = field(metadata={"help": "Folder of the target."})
     prompts: str = field(metadata={"help": "File that prompts.py wrote."})
-    answers: str = field(default="answers.npz", metadata={"help": "File for the target's answers; reused."})
+    answers: str = field(default="answers", metadata={"help": "Folder for the target's answers; files are reused."})
     temperatures: list[float] = field(
         default_factory=lambda: [0.0, 0.7, 1.0], metadata={"help": "One answer to each prompt at each; 0 is greedy."}
     )
-    next_turns: bool = field(default=True, metadata={"help": "Answer second turns too, where a prompt has one."})
     max_prompt: int = field(default=256, metadata={"help": "Longer prompts are left out, in tokens."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest training answer, in tokens."})
+    capacity: int = field(default=704, metadata={"help": "KV slots a row while answering: prompt and answer."})
+    rows: int = field(default=2048, metadata={"help": "Rows answered side by side."})
     limit: int = field(default=0, metadata={"help": "Only the first so many prompts; 0 means all."})
     aux_layer_ids: list[int] = field(default_factory=lambda: [2, 15, 27], metadata={"help": "Boundaries."})
     intermediate_size: int = field(default=1536, metadata={"help": "Width of the drafter's MLP."})
     num_layers: int = field(default=1, metadata={"help": "Layers of the drafter."})
-    greedy_share: float = field(default=1.0, metadata={"help": "Share of the greedy answers that is trained on."})
+    answers_only: bool = field(default=False, metadata={"help": "Stop once the answers are there."})
 
 
 def is_repetitive(ids: np.ndarray, times: int = 4) -> bool:
@@ -62,51 +63,48 @@ def is_repetitive(ids: np.ndarray, times: int = 4) -> bool:
 
 
 def generate_answers(args: RecipeArguments, target: LlamaForCausalLM) -> None:
-    """Answer training prompts at each temperature, second turns, and eval prompts greedily; write `args.answers`."""
-    arrays = dict(np.load(args.prompts))
-    answerer = Answerer(target)
+    """Answer the training prompts once at each temperature, and eval prompts greedily; one file each."""
+    folder, arrays = Path(args.answers), dict(np.load(args.prompts))
+    folder.mkdir(parents=True, exist_ok=True)
+    answerer = Answerer(target, args.rows, args.capacity, args.max_new_tokens)
     pick_attention(answerer)
-    began = time.time()
-    prompts, nexts = unpack(arrays, "train"), unpack(arrays, "train_next")
-    keep = [i for i, p in enumerate(prompts) if len(p) <= args.max_prompt]
+    step = answerer.capture()
+    prompts = unpack(arrays, "train")
+    keep = np.array([i for i, p in enumerate(prompts) if len(p) <= args.max_prompt])
     keep = keep[: args.limit] if args.limit else keep
-    # Each prompt once a temperature, greedy ones and sampled ones in the same batches.
-    ids = np.tile(keep, len(args.temperatures))
-    temperatures = np.repeat(args.temperatures, len(keep))
-    answers = answerer.answer([prompts[i] for i in ids], temperatures, args.max_new_tokens, "first turns")
-    rows = [(prompts[i], a, t) for i, a, t in zip(ids, answers, temperatures)]
-    if args.next_turns:
-        eos = target.config.eos_token_id
-        second = [
-            (np.concatenate([prompts[i], a, nexts[i]]), t)
-            for i, a, t in zip(ids, answers, temperatures)
-            if len(nexts[i]) and a[-1] == eos and len(prompts[i]) + len(a) + len(nexts[i]) <= 2 * args.max_prompt
-        ]
-        temps = np.array([t for _, t in second])
-        more = answerer.answer([p for p, _ in second], temps, args.max_new_tokens, "second turns")
-        rows += [(p, a, t) for (p, t), a in zip(second, more)]
-    out: dict[str, np.ndarray] = {"temperature": np.array([t for *_, t in rows], dtype=np.float32)}
-    for name, parts in (("prompt", [p for p, *_ in rows]), ("answer", [a for _, a, _ in rows])):
-        out |= {f"{name}_{key}": value for key, value in pack(parts).items()}
-    seconds, generated = time.time() - began, sum(len(a) for _, a, _ in rows)
-    print(f"{len(rows)} answers, {generated} tokens in {seconds:.0f} s: {generated / seconds:,.0f} tokens/s", flush=True)
+    for temperature in args.temperatures:
+        began = time.time()
+        answers = answerer.answer(
+            step, [prompts[i] for i in keep], np.full(len(keep), temperature), f"temperature {temperature}"
+        )
+        seconds, tokens = time.time() - began, sum(map(len, answers))
+        print(f"temperature {temperature}: {len(keep)} answers, {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
+        np.savez_compressed(folder / f"train_{temperature}.npz", prompt=keep, **prefixed("answer", answers))
     for name in EVAL_SETS:
-        rows_in = unpack(arrays, name)
-        greedy = answerer.answer(rows_in, np.zeros(len(rows_in)), 128, name)
-        out |= {f"{name}_{key}": value for key, value in pack(greedy).items()}
-    np.savez(args.answers, **out)
+        rows = unpack(arrays, name)
+        answers = [a[:128] for a in answerer.answer(step, rows, np.zeros(len(rows)), name)]
+        np.savez_compressed(folder / f"eval_{name}.npz", **prefixed("answer", answers))
 
 
-def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: dict[str, np.ndarray]) -> dict:
+def prefixed(name: str, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{name}_{key}": value for key, value in pack(rows).items()}
+
+
+def joined(prompt: np.ndarray, answer: np.ndarray) -> dict[str, np.ndarray]:
+    """A token row: the prompt, and the answer that the target generated."""
+    return {
+        "input_ids": np.concatenate([prompt, answer]),
+        "loss_mask": np.arange(len(prompt) + len(answer)) >= len(prompt),
+    }
+
+
+def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Path) -> dict:
     """Acceptance of greedy chain drafting along the target's greedy answers, by eval set, category and depth."""
     result: dict = {}
     for name in EVAL_SETS:
-        prompts, texts = unpack(arrays, name), unpack(answers, name)
+        prompts, texts = unpack(arrays, name), unpack(dict(np.load(answers / f"eval_{name}.npz")), "answer")
         categories = arrays[f"{name}_category"]
-        rows = [
-            {"input_ids": np.concatenate([p, a]), "loss_mask": np.arange(len(p) + len(a)) >= len(p)}
-            for p, a in zip(prompts, texts)
-        ]
+        rows = [joined(p, a) for p, a in zip(prompts, texts)]
         walks: list[dict[int, Walk]] = []
         for start in range(0, len(rows), 16):
             batch = {k: v.cuda() for k, v in collate(rows[start : start + 16]).items()}
@@ -134,18 +132,16 @@ def main() -> None:
     args, training = HfArgumentParser((RecipeArguments, Eagle3TrainingArguments)).parse_args_into_dataclasses()
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).cuda().eval()
     if not Path(args.answers).exists():
-        with torch.no_grad():
-            generate_answers(args, target)
+        generate_answers(args, target)
         torch.cuda.empty_cache()
-    arrays, answers = dict(np.load(args.prompts)), dict(np.load(args.answers))
-
-    rows, rng = [], np.random.default_rng(0)
-    for p, a, t in zip(unpack(answers, "prompt"), unpack(answers, "answer"), answers["temperature"]):
-        greedy_left_out = t == 0 and rng.random() > args.greedy_share
-        if len(a) >= 3 and not greedy_left_out:
-            rows.append(
-                {"input_ids": np.concatenate([p, a]), "loss_mask": np.arange(len(p) + len(a)) >= len(p)}
-            )
+    if args.answers_only:
+        return
+    arrays = dict(np.load(args.prompts))
+    prompts, rows = unpack(arrays, "train"), []
+    for temperature in args.temperatures:
+        file = dict(np.load(Path(args.answers, f"train_{temperature}.npz")))
+        answers = unpack(file, "answer")
+        rows += [joined(prompts[i], a) for i, a in zip(file["prompt"], answers) if len(a) >= 3]
     dataset = TokenDataset(rows, max_length=training.max_length)
     counts = count_supervised_tokens(dataset, target.config.vocab_size)
     for size in (8192, 12288, 16384, 24576):
@@ -167,7 +163,7 @@ def main() -> None:
     seconds = time.time() - began
     drafter.generation_config.num_assistant_tokens = 3
     drafter.to(torch.bfloat16).save_pretrained(training.output_dir, max_shard_size="14MB")
-    result = evaluate(trainer, arrays, answers)
+    result = evaluate(trainer, arrays, Path(args.answers))
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -151,11 +151,8 @@ def collate(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
 
 def count_supervised_tokens(dataset: TokenDataset, vocab_size: int) -> Tensor:
     """[V] int64: how often each token stands where the target generated it."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for i in range(len(dataset)):
-        row = dataset[i]
-        counts += np.bincount(row["input_ids"][row["loss_mask"]], minlength=vocab_size)
-    return torch.from_numpy(counts)
+    supervised = [dataset[i]["input_ids"][dataset[i]["loss_mask"]] for i in range(len(dataset))]
+    return torch.from_numpy(np.bincount(np.concatenate(supervised), minlength=vocab_size))
 
 
 def choose_draft_vocabulary(counts: Tensor, size: int, always: Iterable[int] = ()) -> Tensor:

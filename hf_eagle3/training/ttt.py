@@ -7,10 +7,12 @@ over a cache that grows by one block a step, under a mask; so what is trained is
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
 from ..features import StateRecorder
@@ -95,23 +97,29 @@ def unroll(
         mask = ttt_mask(T, t, drafter.config.sliding_window, input_ids.device)
         if drafter.config._attn_implementation == "eager":  # adds its mask
             mask = torch.zeros_like(mask, dtype=drafter.dtype).masked_fill(~mask, torch.finfo(drafter.dtype).min)
-        feedback = drafter(
-            input_ids=shift(input_ids, 1 + t),
-            attention_mask=mask,
-            position_ids=position_ids + t,
-            past_key_values=cache,
-            logits_to_keep=nowhere,  # the head is applied where a slot is live, below
-            **states,
-        ).feedback
+        with attention_kernels():
+            feedback = drafter(
+                input_ids=shift(input_ids, 1 + t),
+                attention_mask=mask,
+                position_ids=position_ids + t,
+                past_key_values=cache,
+                logits_to_keep=nowhere,  # the head is applied where a slot is live, below
+                **states,
+            ).feedback
         yield feedback if drafter.config.norm_output else drafter.norm(feedback)
         states = {"hidden_states": feedback}
+
+
+def attention_kernels() -> AbstractContextManager[None]:
+    """Attention without cuDNN, which plans anew for every shape it sees: 26 ms of host time a call in training."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @torch.no_grad()
 def teach(target: PreTrainedModel, drafter: Eagle3DrafterModel, batch: dict[str, Tensor]) -> Lesson:
     """Run the frozen target over `batch` (`input_ids`, `attention_mask`, `loss_mask`, each [B, T])."""
     device = batch["input_ids"].device
-    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
+    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder, attention_kernels():
         logits = target(
             input_ids=batch["input_ids"].to(target.device),
             attention_mask=batch["attention_mask"].to(target.device),
