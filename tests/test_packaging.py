@@ -47,6 +47,8 @@ def test_ci_runs_the_readmes_test_command():
     assert ".venv" in install
     assert "pip install" in install
     assert script.rstrip().endswith("\n$run_tests"), "pytest's summary must be the last thing CI prints"
+    newest = re.search(r"^NEWEST_TRANSFORMERS=([\d.]+)", script, re.MULTILINE)[1]
+    assert f" transformers=={newest} " in command
 
 
 def test_readme_commands_differ_only_in_extra_and_verb():
