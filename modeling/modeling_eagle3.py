@@ -189,7 +189,8 @@ class Eagle3DrafterModel(PreTrainedModel):
 
     def __init__(self, config: Eagle3DrafterConfig):
         super().__init__(config)
-        H, Ht, A = config.hidden_size, config.target_hidden_size, config.num_aux_hidden_states
+        H, A = config.hidden_size, config.num_aux_hidden_states
+        Ht: int = config.target_hidden_size  # type: ignore[assignment]  # H where it is not given
         if config.has_own_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, H)
         if config.use_aux_hidden_state:
@@ -307,8 +308,8 @@ class Eagle3DrafterModel(PreTrainedModel):
                 "d2t holds offsets: target id = draft id + d2t[draft id]."
             )
         if ids.unique().numel() < ids.numel():
-            twice = ids.sort().values
-            twice = int(twice[1:][twice.diff() == 0][0])
+            ordered = ids.sort().values
+            twice = int(ordered[1:][ordered.diff() == 0][0])
             raise CheckpointError(f"{where}: d2t sends two draft ids to the same target id, {twice}.")
 
     # ---- the network ----
@@ -367,18 +368,18 @@ class Eagle3DrafterModel(PreTrainedModel):
             `logits` [B, T, V_d], `feedback` [B, T, H] and `past_key_values`. Logits at t propose the token two after
             the state at t.
         """
-        if (aux_hidden_states is None) == (hidden_states is None):
+        config = self.config
+        if aux_hidden_states is not None and hidden_states is None:
+            name, states = "aux_hidden_states", aux_hidden_states
+            width = config.num_captured_states * config.target_hidden_size  # type: ignore[operator]  # as in __init__
+        elif hidden_states is not None and aux_hidden_states is None:
+            name, states, width = "hidden_states", hidden_states, config.hidden_size
+        else:
             raise ValueError(
                 "Give exactly one of aux_hidden_states (the target's, first draft step) and hidden_states (the "
                 "drafter's own feedback, later steps)."
             )
-        states = aux_hidden_states if hidden_states is None else hidden_states
-        config = self.config
-        width = config.hidden_size
-        if hidden_states is None:
-            width = config.num_captured_states * config.target_hidden_size
         if states.shape != (*input_ids.shape, width):
-            name = "aux_hidden_states" if hidden_states is None else "hidden_states"
             raise ValueError(
                 f"{name} must be [B, T, {width}] with [B, T] = {list(input_ids.shape)} as in input_ids, got "
                 f"{list(states.shape)}."
@@ -387,8 +388,7 @@ class Eagle3DrafterModel(PreTrainedModel):
             # Full layers even under a sliding window: the mask cuts, and what a refused draft wrote can be cut off.
             past_key_values = DynamicCache()
 
-        if hidden_states is None:
-            hidden_states = self.fuse(aux_hidden_states)
+        hidden_states = self.fuse(states) if hidden_states is None else hidden_states  # [B, T, H]
         embeddings = self.embed(input_ids)  # [B, T, H]
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -442,8 +442,6 @@ class Eagle3DrafterModel(PreTrainedModel):
 
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        # So that a save writes our names, whatever the file had.
-        model._weight_conversions = None
 
         by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
         problems = [
@@ -471,7 +469,7 @@ class Eagle3DrafterModel(PreTrainedModel):
                     f"{by_our_name.get(name, f'{where}: {name}')} holds NaN or infinity. Expected numbers."
                 )
         model._load_generation_config(pretrained_model_name_or_path, kwargs)
-        return (model, info) if output_loading_info else model
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # the host's way
 
     def _load_draft_vocabulary(self, stored: Mapping[str, StoredTensor], where: str) -> None:
         """Check `d2t` against the vocabulary and against `t2d`; make it from `t2d` where a file has only that."""

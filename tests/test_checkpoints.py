@@ -238,6 +238,11 @@ LAYOUTS: dict[str, tuple[dict, Weights, dict]] = {
         with_norms(make_weights(), ["input_norm.weight"], 3 * H),
         {"norm_before_fc": True, "aux_layer_ids": None},
     ),
+    "norm_before_fc_denied": (
+        make_config(norm_before_fc=False),
+        with_norms(make_weights(), ["input_norm.weight"], 3 * H),
+        {"norm_before_fc": True},
+    ),
     "norm_before_residual": (make_config(norm_before_residual=True), make_weights(), {"norm_before_residual": True}),
     "wider_target": (
         make_config(target_hidden_size=Ht, **EAGLE31),
@@ -690,6 +695,10 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     "input_norm_size": (
         both(state(norm_before_fc=True), put(input_norm__weight=bf16(H))),
         r"input_norm.weight has shape \[16\], expected \[48\]",
+    ),
+    "input_norm_missing": (
+        state(norm_before_fc=True),
+        "norm_before_fc is True, but by the tensors norm_before_fc is False",
     ),
     "input_norm_and_fc_norm": (
         lambda _c, w: w.update(

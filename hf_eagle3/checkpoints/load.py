@@ -37,7 +37,9 @@ MARKERS = frozenset(
     }
 )
 # A disagreement between config and tensors on these is common, harmless, and settled by the tensors.
-TENSORS_DECIDE = frozenset({"num_hidden_layers", "attention_bias", "mlp_bias", "norm_before_fc"})
+TENSORS_DECIDE = frozenset({"num_hidden_layers", "attention_bias", "mlp_bias"})
+# So is a tensor on these for which config.json denies the flag; a flag without its tensor is an error.
+TENSORS_GRANT = frozenset({"norm_before_fc"})
 
 FIRST_QUERY = "layers.0.self_attn.q_proj.weight"
 USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
@@ -64,6 +66,8 @@ def load_published_config(
     Raises:
         CheckpointError: It is marked as EAGLE-3, but is not, or not of a flavour that can be loaded, or damaged.
     """
+    if not isinstance(pretrained_model_name_or_path, str | os.PathLike) or kwargs.get("gguf_file"):
+        return None
     name = os.fspath(pretrained_model_name_or_path)
     try:
         file = find_file(name, "config.json", **kwargs)
@@ -233,7 +237,7 @@ def check_stated(published: Published, ours: str, stated: Mapping[str, Any], mea
     if measured in stated.values():
         return
     says = " and ".join(f"{key} is {value!r}" for key, value in stated.items())
-    if ours in TENSORS_DECIDE and isinstance(measured, bool | int):
+    if ours in TENSORS_DECIDE or (ours in TENSORS_GRANT and measured):
         logger.warning("%s: %s, but by the tensors it is %s, which is taken.", published.file, says, measured)
         return
     raise CheckpointError(f"{published.file}: {says}, but by the tensors {ours} is {measured!r}.")
