@@ -29,7 +29,7 @@ from .smollm2 import DRAFTER_FOLDER, LoadedTarget, TargetUnavailableError, load_
 PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a Python function that checks whether a string is a palindrome, and explain it.",
-    "Write a polite email to my landlord about a dripping tap in the kitchen.",
+    "What are the health benefits of regular exercise?",
 )
 WARM_UP_TOKENS = 8
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
