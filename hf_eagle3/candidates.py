@@ -141,7 +141,7 @@ def first_positions(num_states: int, model_kwargs: dict[str, Any]) -> tuple[Tens
     """
     mask = model_kwargs.get("attention_mask")  # [1, S], the root included
     if mask is None:
-        past = model_kwargs["past_key_values"].get_seq_length()
+        past = int(model_kwargs["past_key_values"].get_seq_length())  # in 5.17 a tensor at times
         return torch.arange(past - num_states, past)[None], torch.ones(num_states, dtype=torch.bool)
     is_real = mask[0, -1 - num_states : -1].bool()  # [T]
     position_ids = mask.long().cumsum(-1)[:, -1 - num_states : -1] - 1

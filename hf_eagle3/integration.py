@@ -18,6 +18,8 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
@@ -33,11 +35,12 @@ from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
 logger = logging.getLogger(__name__)
 
-# Candidate generators are given the model's outputs from 5.8 on.
-MINIMUM_TRANSFORMERS = "5.8.0"
+# Candidate generators are given the model's outputs from 5.8 on, but only from 5.17 on can the host take draft tokens
+# back out of a sliding-window cache.
+MINIMUM_TRANSFORMERS = "5.17.0"
 DEFAULT_DEPTH = 3
 LOOP = "host assisted decoding"
-# Settings that draft by other means; the last two came with 5.17.
+# Settings that draft by other means.
 OTHER_DRAFTS = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")
 
 # What the host's `PreTrainedConfig.get_config_dict` takes for itself (5.23 configuration_utils.py).
@@ -186,25 +189,23 @@ def wrap_get_candidate_generator(original: Callable) -> Callable:
 
 
 @contextmanager
-def skip_cached(target: PreTrainedModel, input_ids: Tensor, call: dict[str, Any]) -> Iterator[None]:
-    """Keep what the cache already holds out of the target's first forward.
+def continue_from_cache(target: PreTrainedModel, input_ids: Tensor, call: dict[str, Any]) -> Iterator[None]:
+    """Feed the target as plain decoding does where a call goes on from `past_key_values` or from embeddings.
 
-    When a call goes on from `past_key_values` with the whole sequence, plain decoding feeds the new tokens only (5.23
-    generation/utils.py:_prefill), but the host's assisted decoding feeds all of them again, and the text goes wrong.
+    The host's assisted decoding (up to 5.23) does not: given the whole sequence, it feeds again what the cache holds;
+    given the new tokens only, it cuts the attention mask to their length. Either way the text goes wrong.
     """
     model_kwargs = call["model_kwargs"]
     cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-    past = cache.get_seq_length() if cache is not None else 0
-    # The host drops a mask of ones and notes its length (from 5.12; before, it keeps the mask).
-    full = mask.shape[1] if mask is not None else getattr(call["generation_config"], "_mask_length", past)
     embeds = model_kwargs.get("inputs_embeds")
+    past = int(cache.get_seq_length()) if cache is not None else 0  # in 5.17 a tensor at times, changed in place
     given = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if not past or given <= past or (embeds is None and given != full):
-        yield
-        return
+    # From 5.23 on the host drops a mask of ones and notes its length.
+    full = mask.shape[1] if mask is not None else getattr(call["generation_config"], "_mask_length", past)
+    handles: list[RemovableHandle] = []
 
     def cut(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        handle.remove()
+        handles[0].remove()  # the first forward only
         for name in ("input_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][:, past:]
@@ -213,11 +214,21 @@ def skip_cached(target: PreTrainedModel, input_ids: Tensor, call: dict[str, Any]
                 kwargs[name] = kwargs[name][..., past:]
         return args, kwargs
 
-    handle = target.register_forward_pre_hook(cut, with_kwargs=True)
+    def restore_mask(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        fed = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        length = int(kwargs["past_key_values"].get_seq_length()) + fed.shape[1]
+        kwargs["attention_mask"] = functional.pad(mask, (0, length - full), value=1)  # [1, length]
+        return args, kwargs
+
+    if past and given > past and (embeds is not None or given == full):
+        handles.append(target.register_forward_pre_hook(cut, with_kwargs=True))
+    if mask is not None and full != input_ids.shape[1]:
+        handles.append(target.register_forward_pre_hook(restore_mask, with_kwargs=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 # Transformers 5.23 generation/utils.py:GenerationMixin._assisted_decoding
@@ -250,7 +261,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         logger.info("%s: depth %d, target states at boundaries %s.", LOOP, depth, boundaries or "n, normed")
 
         start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
-        with StateRecorder(self, boundaries) as recorder, skip_cached(self, input_ids, arguments):
+        with StateRecorder(self, boundaries) as recorder, continue_from_cache(self, input_ids, arguments):
             session = Session(drafter, recorder, depth, stopwatch, stop)
             arguments["assistant_model"] = session
             output = original(*call.args, **call.kwargs)

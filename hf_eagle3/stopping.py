@@ -1,5 +1,6 @@
 """Stopping where plain decoding would, though tokens come in blocks."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,11 +8,14 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache import rewind
+
+logger = logging.getLogger(__name__)
 
 # From 5.23 the host ends a block at end-of-sequence and at max_length by itself. Time is not a matter of tokens.
 HOST_CUTS = Version(transformers.__version__).release >= (5, 23)
@@ -82,5 +86,18 @@ def cut_output(output: ModelOutput | Tensor, num_tokens: int) -> ModelOutput | T
             if (per_token := output.get(name)) is not None:
                 setattr(output, name, per_token[:-num_tokens])
         if (cache := output.get("past_key_values")) is not None:
-            rewind(cache, num_tokens)
+            if is_whole(cache):
+                rewind(cache, num_tokens)
+            else:
+                output.past_key_values = None
+                logger.warning(
+                    "The call stopped inside a block of draft tokens, and the target's sliding-window or recurrent "
+                    "cache cannot be cut back to there: past_key_values is None. Go on with the whole sequence."
+                )
     return output
+
+
+def is_whole(cache: Cache) -> bool:
+    """Whether each layer still holds all positions it has seen, so that any number of them can be forgotten."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return all(hasattr(layer, "keys") and layer.keys.shape[-2] == layer.get_seq_length() for layer in layers)

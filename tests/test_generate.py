@@ -23,6 +23,7 @@ from transformers import (
 )
 
 GREEDY = {"do_sample": False}
+FEEDS = ["whole_sequence", "new_tokens_only"]
 
 
 def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, **settings):
@@ -156,7 +157,7 @@ def test_outputs_have_the_lengths_and_values_of_plain_ones(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "qwen_vlm"])
-@pytest.mark.parametrize("feed", ["whole_sequence", "new_tokens_only"])
+@pytest.mark.parametrize("feed", FEEDS)
 def test_conversation_goes_on_from_the_cache(family, feed):
     target, prompt = make_target(family), make_prompt(6)
     settings = {"max_new_tokens": 14, **GREEDY}
@@ -168,7 +169,7 @@ def test_conversation_goes_on_from_the_cache(family, feed):
     # A drafter in the first turn already: its call leaves the cache as a plain one does.
     turn = first_turn(assistant_model=make_oracle(target, plain.sequences[0]))
     whole = torch.cat([turn.sequences, make_prompt(5)], dim=1)
-    cached = turn.past_key_values.get_seq_length()
+    cached = int(turn.past_key_values.get_seq_length())
     fed = {
         "inputs": whole if feed == "whole_sequence" else whole[:, cached:],
         "attention_mask": torch.ones_like(whole),
@@ -187,6 +188,29 @@ def test_conversation_goes_on_from_the_cache(family, feed):
     assert out.speculation.acceptance_length > 1
     positions = oracle.seen[0][2][0]
     assert positions.tolist() == list(range(cached, whole.shape[1]))  # the drafter sees the new positions only
+
+
+@pytest.mark.parametrize("fed", FEEDS)
+def test_conversation_with_a_padded_start_goes_on_from_the_cache(target, fed):
+    prompt = torch.cat([torch.zeros(1, 3, dtype=torch.long), make_prompt(6)], dim=1)
+    settings = {"max_new_tokens": 10, **GREEDY}
+    outs = []
+    for assistant in ({}, {"assistant_model": make_drafter(target)}):
+        mask = (prompt != 0).long()
+        turn = target.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **settings, **assistant)
+        whole = torch.cat([turn.sequences, make_prompt(5)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1]), value=1)
+        past = turn.past_key_values
+        ids = whole if fed == "whole_sequence" else whole[:, int(past.get_seq_length()) :]
+        outs.append(target.generate(ids, attention_mask=mask, past_key_values=past, **settings, **assistant))
+    assert outs[1].tolist() == outs[0].tolist()
+
+
+def test_prompt_of_padded_embeddings_works(target):
+    embeds = target.get_input_embeddings()(make_prompt(9))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    fed = {"inputs_embeds": embeds, "attention_mask": mask, "max_new_tokens": 14, **GREEDY}
+    assert target.generate(**fed, assistant_model=make_drafter(target)).tolist() == target.generate(**fed).tolist()
 
 
 def test_prompt_of_embeddings_works(target):
@@ -218,6 +242,23 @@ def test_custom_criterion_stops_inside_a_block(target, length):
     assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == length - 1
     half = len(criterion.lengths_seen) // 2
     assert criterion.lengths_seen[half:] == criterion.lengths_seen[:half]  # once a token, as without a drafter
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+def test_cache_that_cannot_be_cut_back_is_not_returned(family, caplog):
+    target, prompt = make_target(family), make_prompt(12)
+    text = target.generate(prompt, max_new_tokens=20, **GREEDY)
+    settings = {"max_new_tokens": 20, "return_dict_in_generate": True, **GREEDY}
+    oracle = make_oracle(target, text[0], wrong_share=0.0)
+    for length, is_inside in ((12 + 4, True), (12 + 5, False)):  # blocks of 1, 4, 4, ...
+        criteria = StoppingCriteriaList([StopAt(length)])
+        out = target.generate(
+            prompt, assistant_model=oracle.tell(text[0], wrong_share=0.0), stopping_criteria=criteria, **settings
+        )
+        assert out.sequences.tolist() == text[:, :length].tolist()
+        assert (out.past_key_values is None) == is_inside
+        assert ("cannot be cut back" in caplog.text) == is_inside
+        caplog.clear()
 
 
 def word_tokenizer():
@@ -428,3 +469,23 @@ def test_published_drafter_loaded_as_llama_is_found_out(target, marker):
     mistaken = LlamaForCausalLM(config)
     with pytest.raises(ValueError, match=r'AutoModel\.from_pretrained\("someone/eagle3"\)'):
         target.generate(make_prompt(4), assistant_model=mistaken, max_new_tokens=4)
+
+
+# ---- devices ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafter_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("target_on", ["cpu", "cuda"])
+def test_models_may_be_on_different_devices(target_on, drafter_on):
+    target = copy.deepcopy(make_target("llama")).to(target_on)
+    drafter = make_drafter(target).to(drafter_on)
+    prompt = make_prompt(7).to(target_on)
+    settings = {"max_new_tokens": 20, "return_dict_in_generate": True}
+    plain = target.generate(prompt, **settings, **GREEDY)
+    out = target.generate(prompt, assistant_model=drafter, **settings, **GREEDY)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert 0 < out.speculation.draft_seconds < out.speculation.seconds
+    sampled = target.generate(prompt, assistant_model=drafter, do_sample=True, top_p=0.9, **settings)
+    assert sampled.sequences.shape == (1, 27)
+    assert sampled.sequences.device.type == target_on

@@ -51,7 +51,7 @@ CALLS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
     "beams": {"num_beams": 3, "do_sample": False},
-    "prompt_lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 2, "do_sample": False},
     "assistant_greedy": {"assistant": True, "do_sample": False},
     "assistant_sampled": {"assistant": True, "do_sample": True},
 }
