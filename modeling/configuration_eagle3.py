@@ -113,6 +113,11 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"This config says model_type {model_type!r}, expected {self.model_type!r}. Published drafters of other "
+                "layouts load with AutoModel.from_pretrained, after `import hf_eagle3`."
+            )
         if unknown := sorted(kwargs.keys() - HOST_KEYS):
             raise ValueError(
                 f"Eagle3DrafterConfig got keys it does not know: {unknown}. An ignored key may change the drafter's "

@@ -432,7 +432,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             CheckpointError: The weights are not readable, or tensors are missing, extra, misshapen or out of range.
         """
         files, stored, names = [], {}, {}
-        if not kwargs.keys() & {"state_dict", "key_mapping", "gguf_file"}:  # else the caller says what the weights are
+        theirs = ("state_dict", "key_mapping", "gguf_file")
+        if not any(kwargs.get(key) for key in theirs):  # else the caller says what the weights are
             files = find_weight_files(pretrained_model_name_or_path, **kwargs)
             stored = list_tensors(files)
             names = to_our_names(stored, cls.published_names)
@@ -457,18 +458,20 @@ class Eagle3DrafterModel(PreTrainedModel):
             missing.discard("d2t")  # made from t2d, or the identity
         problems += [f"{where}: {name} is missing" for name in sorted(missing)]
         problems += [str(message) for message in info.get("error_msgs") or ()]
-        if getattr(model, "hf_quantizer", None) is None:
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
+        if not is_quantized:
             problems += _check_dtypes(stored)
         if problems:
             raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
 
         model._load_draft_vocabulary(stored, where)
         for name, weight in model.named_parameters():
-            if weight.is_floating_point() and not weight.is_meta and not _is_finite(weight):
+            if not is_quantized and not weight.is_meta and not _is_finite(weight):
                 raise CheckpointError(
                     f"{by_our_name.get(name, f'{where}: {name}')} holds NaN or infinity. Expected numbers."
                 )
-        model._load_generation_config(pretrained_model_name_or_path, kwargs)
+        if pretrained_model_name_or_path is not None:
+            model._load_generation_config(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # the host's way
 
     def _load_draft_vocabulary(self, stored: Mapping[str, StoredTensor], where: str) -> None:
@@ -542,5 +545,7 @@ def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _is_finite(weight: Tensor) -> bool:
+    if hasattr(weight, "full_tensor"):  # a shard of a parallel load
+        weight = weight.to_local()
     low, high = weight.detach().aminmax()  # no copy, and NaN wins
     return bool(low.isfinite() & high.isfinite())

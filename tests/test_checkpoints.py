@@ -116,6 +116,13 @@ def write(folder: Path, config: dict, weights: Weights, files: str = "safetensor
     if files == "bin":
         torch.save(weights, folder / "pytorch_model.bin")
         return folder
+    if files == "sharded_bin":
+        names = sorted(weights)
+        for i, part in enumerate((names[::2], names[1::2])):
+            torch.save({name: weights[name] for name in part}, folder / f"pytorch_model-{i}.bin")
+        index = {name: f"pytorch_model-{names.index(name) % 2}.bin" for name in names}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        return folder
     if files == "old_bin":
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
         return folder
@@ -429,7 +436,7 @@ def test_layout_loads_through_auto_model(layout, tmp_path):
     check_against_reference(drafter, weights, published)
 
 
-@pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin"])
+@pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
 @pytest.mark.parametrize("layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names"])
 def test_every_kind_of_file_loads(layout, files, tmp_path):
     published, weights, _ = LAYOUTS[layout]
@@ -566,7 +573,7 @@ def test_stock_llama_loads_as_llama_and_its_weights_stay_closed(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "odd", [{"draft_vocab_size": 10}, {"eagle_config": {"a": 1}}, {"fc_norm": True}, {"target_hidden_size": 7}]
+    "odd", [{"draft_vocab_size": 10}, {"eagle_config": {"a": 1}}, {"fc_norm": True}, {"norm_output": True}]
 )
 @pytest.mark.parametrize("model_class", [LlamaForCausalLM, LlamaModel])
 def test_a_llama_with_an_odd_key_stays_a_llama(odd, model_class, tmp_path):
@@ -585,6 +592,31 @@ def test_no_config_or_no_repository_is_the_hosts_business(tmp_path):
     assert load_published_config(tmp_path) is None
     (tmp_path / "config.json").write_text("[1]")
     assert load_published_config(tmp_path) is None
+
+
+def test_a_repository_with_code_of_its_own_is_left_to_it(tmp_path):
+    config = make_config(
+        architectures=["DSparkDraftModel"], eagle_config=..., auto_map={"AutoModel": "d.D"}, dflash_config={"a": 1}
+    )
+    assert load_published_config(write(tmp_path, config, make_weights())) is None
+
+
+@pytest.mark.parametrize("path", [None, 7, b"bytes"])
+def test_what_is_no_path_is_the_hosts_business(path):
+    assert load_published_config(path) is None
+
+
+def test_the_class_alone_says_how_to_load(tmp_path):
+    write(tmp_path, make_config(), make_weights())
+    with pytest.raises(ValueError, match=r"model_type 'llama', expected 'eagle3'.*AutoModel.from_pretrained"):
+        Eagle3DrafterModel.from_pretrained(tmp_path)
+
+
+def test_weights_given_by_hand(tmp_path):
+    drafter = AutoModel.from_pretrained(write(tmp_path, make_config(), make_weights()))
+    again = Eagle3DrafterModel.from_pretrained(None, config=drafter.config, state_dict=drafter.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), again.parameters(), strict=True))
+    assert torch.equal(drafter.d2t, again.d2t)
 
 
 def test_our_own_layout_is_left_to_the_class(tmp_path):

@@ -144,6 +144,9 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
 # Keys that must be as in every EAGLE-3 drafter, if they are there at all. Anything else is another network.
 FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "use_rotary_pos_emb": (True, None),
+    "norm_type": ("rms", None),
     "logit_scale": (1, None),
     "residual_multiplier": (1, None),
     "embedding_multiplier": (1, None),
@@ -182,7 +185,7 @@ IGNORED_KEYS = frozenset(
         ),
         *("decoder_start_token_id", "dtype", "finetuning_task", "id2label", "is_decoder", "is_encoder_decoder"),
         *("is_llama_config", "label2id", "model_type", "name_or_path", "num_labels", "output_attentions"),
-        *("output_hidden_states", "prefix", "problem_type", "pruned_heads", "return_dict", "rope_interleaved"),
+        *("output_hidden_states", "prefix", "problem_type", "pruned_heads", "return_dict"),
         *("sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class"),
         *("torch_dtype", "torchscript", "transformers_version", "unsloth_version", "use_bfloat16"),
         # generation
@@ -193,7 +196,7 @@ IGNORED_KEYS = frozenset(
         *("return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache"),
         # training
         *("embd_pdrop", "resid_pdrop", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise"),
-        *("modal_type", "_torchspec_version", "mask_token_id", "length_penalty"),
+        *("modal_type", "mask_token_id"),
         # leftovers of targets: attention that a drafter does not have, experts, images
         *("attention_chunk_size", "cache_implementation", "max_window_layers", "use_sliding_window"),
         *("sliding_window_pattern", "use_qk_norm", "query_pre_attn_scalar", "original_max_position_embeddings"),
@@ -204,6 +207,9 @@ IGNORED_KEYS = frozenset(
         *("experts_per_token", "moe_topk", "scoring_func", "topk_method", "moe_layer_freq", "ep_size"),
         *("audio_token_id", "image_token_id", "image_token_index", "video_token_id", "vision_config"),
         *("vision_start_token_id", "vision_end_token_id", "vision_token_id", "boi_token_index", "eoi_token_index"),
+        *("image_start_token_id", "image_end_token_id", "image_newline_token_id", "use_mrope", "rope_local_base_freq"),
+        *("add_classification_head", "attention_head_dim", "class_num", "cla_share_factor", "dense_list", "use_cla"),
+        *("hidden_activation", "max_sequence_length", "mask_init_id", "pool_type"),
         *("eod_token_id", "im_start_id", "im_end_id", "im_newline_id", "org_vocab_size", "pad_id", "text_start_id"),
         *("text_end_id", "mm_tokens_per_image", "mrope_section", "default_theta"),
         *("eagle_config.parallel_draft_heads_num_layers",),

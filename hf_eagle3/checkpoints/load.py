@@ -33,7 +33,7 @@ MARKERS = frozenset(
             "num_aux_hidden_states",
         ),
         *("norm_output", "norm_before_fc", "fc_norm", "use_aux_norm", "eagle_aux_hidden_state_layer_ids"),
-        *("parallel_drafting", "target_hidden_size"),
+        "parallel_drafting",
     }
 )
 # A disagreement between config and tensors on these is common, harmless, and settled by the tensors.
@@ -92,7 +92,11 @@ def is_candidate(config: Mapping[str, Any]) -> bool:
     """Whether config.json gives a reason to look at the weights."""
     if config.get("model_type") == Eagle3DrafterConfig.model_type:
         return False  # ours: the host loads it by itself
-    return bool(config.keys() & MARKERS) or config.get("model_type") == "eagle" or is_named_eagle(config)
+    if is_named_eagle(config):
+        return True
+    if (config.get("auto_map") or {}).keys() & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}:
+        return False  # it brings its own code
+    return bool(config.keys() & MARKERS) or config.get("model_type") == "eagle"
 
 
 def is_named_eagle(config: Mapping[str, Any]) -> bool:
@@ -191,7 +195,9 @@ def convert_config(flavour: Flavour, published: Published) -> dict[str, Any]:
     """
     file, config = published.file, published.config
     known = flavour.config_keys.keys() | FIXED_VALUES.keys() | IGNORED_KEYS | READ_ELSEWHERE
-    if unknown := sorted(config.keys() - known):
+    if unknown := sorted(
+        key for key in config.keys() - known if not key.startswith("_")
+    ):  # _name_or_path and the like
         raise CheckpointError(
             f"{file}: {flavour.name} checkpoints are not known to have {unknown}. A key that is ignored may change the "
             "drafter's arithmetic, so none is: remove it if it changes nothing, or report it."
