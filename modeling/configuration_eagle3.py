@@ -134,6 +134,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         sizes = [
             *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
             *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states"),
+            "max_position_embeddings",
         ]
         for name in sizes:
             if getattr(self, name) < 1:
@@ -145,6 +146,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be a small positive number, got {self.rms_norm_eps}.")
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocab_size "

@@ -786,6 +786,10 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
         put(layers__0__hidden_norm__weight=bf16(H)),
         "midlayer.hidden_norm.weight and .* are both|are both layers.0",
     ),
+    "int_query": (
+        put(midlayer__self_attn__q_proj__weight=torch.ones(32, 2 * H).char()),
+        "q_proj.weight has dtype torch.int8",
+    ),
     "ints": (
         put(midlayer__mlp__up_proj__weight=torch.ones(I, H, dtype=torch.int32)),
         "up_proj.weight has dtype torch.int32",
@@ -821,6 +825,14 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     "odd_layer_type": (state(layer_types=["linear_attention"]), "linear_attention"),
     "rope_unknown": (state(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "config.json: "),
     "rope_incomplete": (state(rope_scaling={"rope_type": "llama3"}), "config.json: "),
+    "rope_odd_key": (
+        state(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}),
+        r"not known: \['alpha'\]",
+    ),
+    "rope_theta_text": (state(rope_theta="big"), "config.json: "),
+    "rope_odd_mrope": (state(rope_scaling={"rope_type": "odd", "mrope_section": [1, 1, 2]}), "config.json: "),
+    "eps": (state(rms_norm_eps=-1e-5), "rms_norm_eps must be a small positive number"),
+    "positions": (state(max_position_embeddings=0), "max_position_embeddings must be at least 1"),
     "rope_text": (state(rope_scaling="yarn"), "config.json: "),
     "activation": (state(hidden_act="no_such"), "no_such"),
     "size_text": (state(num_attention_heads="4"), "num_attention_heads must be a positive whole number, got '4'"),

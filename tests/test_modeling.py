@@ -443,6 +443,8 @@ def test_each_size_must_be_given(name):
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"num_aux_hidden_states": 0}, "num_aux_hidden_states must be at least 1"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) must divide num_attention_heads \(4\)"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a small positive number, got 0"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"draft_vocab_size": V + 1}, r"draft_vocab_size \(65\) is larger than the target's vocab_size \(64\)"),
         ({"share_lm_head": True}, "draft_vocab_size must equal vocab_size; got 40"),

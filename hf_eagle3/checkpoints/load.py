@@ -41,6 +41,14 @@ TENSORS_DECIDE = frozenset({"num_hidden_layers", "attention_bias", "mlp_bias"})
 # So is a tensor on these for which config.json denies the flag; a flag without its tensor is an error.
 TENSORS_GRANT = frozenset({"norm_before_fc"})
 
+ROPE_KEYS = frozenset(
+    {
+        *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor", "low_freq_factor"),
+        *("high_freq_factor", "truncate", "partial_rotary_factor", "mrope_section", "mrope_interleaved"),
+    }
+)
+
 FIRST_QUERY = "layers.0.self_attn.q_proj.weight"
 USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
 
@@ -155,6 +163,9 @@ def recognise(published: Published) -> Flavour | None:
             f"[embedding ; hidden state], {2 * H} wide; this looks like an EAGLE-1 or EAGLE-2 drafter."
         )
     read_shape(published, "layers.0.hidden_norm.weight", 1)
+    dtype = tensors[FIRST_QUERY].dtype
+    if dtype is None or not dtype.is_floating_point:
+        raise CheckpointError(f"{published.where(FIRST_QUERY)} has dtype {dtype or 'unknown'}, expected a float.")
     return next(flavour for flavour in FLAVOURS if flavour.matches(published))
 
 
@@ -230,7 +241,7 @@ def convert_config(flavour: Flavour, published: Published) -> dict[str, Any]:
             )
         logger.warning("%s: tie_word_embeddings is ignored, since there is an lm_head.weight.", file)
     window = read_sliding_window(file, config, measured["num_hidden_layers"])
-    rope = read_rope(config)
+    rope = read_rope(file, config)
     return {**fields, **measured, "aux_layer_ids": layer_ids, "sliding_window": window, "rope_parameters": rope}
 
 
@@ -434,7 +445,7 @@ def read_sliding_window(file: Path, config: Mapping[str, Any], num_layers: int) 
     if kinds == {"full_attention"}:
         return None
     window = config.get("sliding_window")
-    if kinds != {"sliding_attention"} or not isinstance(window, int):
+    if kinds != {"sliding_attention"} or not isinstance(window, int) or isinstance(window, bool):
         raise CheckpointError(
             f"{file}: layer_types starts with {sorted(map(str, kinds))} and sliding_window is {window!r}. Expected "
             "full_attention, or sliding_attention with a window, the same for every layer of the drafter."
@@ -442,19 +453,24 @@ def read_sliding_window(file: Path, config: Mapping[str, Any], num_layers: int) 
     return window
 
 
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The host's `rope_parameters`, from either spelling. Multimodal rope is plain rope for text."""
+def read_rope(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's `rope_parameters`, from either spelling. Multimodal rope is plain rope for text.
+
+    Raises:
+        CheckpointError: They have a key that no kind of rope has.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        return rope  # refused where the config is made
-    rope = dict(rope)
+        raise CheckpointError(f"{file}: rope_parameters or rope_scaling must be a table or null, got {rope!r}.")
+    if unknown := sorted(rope.keys() - ROPE_KEYS):
+        raise CheckpointError(f"{file}: rotary parameters {rope} have keys that are not known: {unknown}.")
+    rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.pop("type", "default")
     rope.setdefault("rope_type", kind)
-    if "mrope_section" in rope or rope["rope_type"] == "mrope":
+    if rope["rope_type"] == "mrope" or (rope["rope_type"] == "default" and "mrope_section" in rope):
         rope = {"rope_type": "default"} | {key: rope[key] for key in ("rope_theta",) if key in rope}
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = config.get("rope_theta") or 10000.0
-    return rope
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    return {**rope, "rope_theta": 10000.0 if theta is None else theta}
 
 
 def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterConfig:
