@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_eagle3.integration import MINIMUM_TRANSFORMERS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -59,6 +61,7 @@ def test_readme_commands_differ_only_in_extra_and_verb():
 
 def test_ci_tests_the_oldest_transformers_that_the_package_admits():
     oldest = re.search(r"^OLDEST_TRANSFORMERS=(\d+\.\d+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)[1]
+    assert f"{oldest}.0" == MINIMUM_TRANSFORMERS
     assert f"transformers>={oldest}" in PROJECT["project"]["dependencies"]
     assert f"Transformers {oldest} and newer" in (ROOT / "README.md").read_text()
 
