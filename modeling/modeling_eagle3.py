@@ -545,7 +545,6 @@ def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    if hasattr(weight, "full_tensor"):  # a shard of a parallel load
-        weight = weight.to_local()
-    low, high = weight.detach().aminmax()  # no copy, and NaN wins
+    local = getattr(weight, "to_local", lambda: weight)()  # of a parallel load, this process's shard
+    low, high = local.detach().aminmax()  # no copy, and NaN wins
     return bool(low.isfinite() & high.isfinite())

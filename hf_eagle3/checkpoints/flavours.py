@@ -1,6 +1,6 @@
 """The published families of EAGLE-3 checkpoints: how each spells our config fields and tensor names.
 
-A flavour is a row of data. What all of them share (sizes from tensors, rope, layer ids, strictness) is in `load.py`.
+A flavour is a row of data. What all of them share (sizes from tensors, rope, layer ids) is in `convert.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -164,7 +164,7 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "eagle_config.return_hidden_post_norm": (False, None),
 }
 
-# Keys that `load.py` reads itself.
+# Keys that `convert.py` reads itself.
 READ_ELSEWHERE = frozenset(
     {
         *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"),
