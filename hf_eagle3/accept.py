@@ -16,6 +16,14 @@ class Verdict(NamedTuple):
     next_token: Tensor  # [B] int64, correction token if num_accepted < K, else bonus token
 
 
+def accept_greedy(draft_tokens: Tensor, target_logits: Tensor) -> Verdict:
+    """Keep the longest prefix of `draft_tokens` [B, K] that greedy decoding of `target_logits` [B, K+1, V] repeats."""
+    target_tokens = target_logits.argmax(-1)  # [B, K+1]
+    matches = draft_tokens == target_tokens[:, :-1]  # [B, K]
+    num_accepted = matches.long().cumprod(-1).sum(-1)  # [B]
+    return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[:, None]).squeeze(-1))
+
+
 def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Verdict:
     """Speculative sampling: what is emitted is distributed as the target's own output.
 

@@ -20,18 +20,31 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, StaticCache
-from transformers.generation import GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .checkpoints import load_published_config, register_weight_names
+from .choice import HOST_LOOP, OWN_LOOP, Choice, choose_loop, take_choice
+from .decode import Clocks, DecodeConfig, decode
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation, Stopwatch
 from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
+from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +52,6 @@ logger = logging.getLogger(__name__)
 # back out of a sliding-window cache.
 MINIMUM_TRANSFORMERS = "5.17.0"
 DEFAULT_DEPTH = 3
-LOOP = "host assisted decoding"
 # Settings that draft by other means.
 OTHER_DRAFTS = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")
 
@@ -78,7 +90,6 @@ def refuse_settings(setting: Callable[[str], Any]) -> None:
     other_loops = {
         "num_beams": (setting("num_beams") or 1) > 1,
         "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
-        "num_return_sequences": (setting("num_return_sequences") or 1) > 1,
         "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
         "use_cache": setting("use_cache") is False,
         **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
@@ -87,7 +98,7 @@ def refuse_settings(setting: Callable[[str], Any]) -> None:
     if refused := [name for name, is_set in other_loops.items() if is_set]:
         values = ", ".join(f"{name}={setting(name)!r}" for name in refused)
         raise ValueError(
-            f"An EAGLE-3 drafter assists greedy decoding and sampling of one sequence, with a cache; got {values}. "
+            f"An EAGLE-3 drafter assists greedy decoding and sampling, with a cache; got {values}. "
             f"Leave out {' and '.join(refused)}, or assistant_model."
         )
     refuse_static_cache(setting("cache_implementation"), None)
@@ -103,12 +114,12 @@ def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any:
         )
 
 
-def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise if there is not exactly one row with something in it."""
+def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], why: str) -> None:
+    """Raise if there is not exactly one row with something in it; `why` says what rules out our own loop."""
     if len(input_ids) > 1:
         raise ValueError(
-            f"An EAGLE-3 drafter works on one row at a time for now, got a batch of {len(input_ids)}: call generate() "
-            "once for each row, or without assistant_model."
+            f"An EAGLE-3 drafter can assist only one row at a time here ({why}), got a batch of {len(input_ids)}: call "
+            "generate() once for each row, or without assistant_model."
         )
     if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise ValueError("The prompt is empty (input_ids of length 0): give at least one token, such as BOS.")
@@ -169,6 +180,31 @@ def wrap_generate(original: Callable) -> Callable:
             further.pop("num_assistant_tokens", None)
             call.arguments["generation_config"] = given = copy.deepcopy(given)
             given.num_assistant_tokens = depth
+        asked = setting("decode_loop") or getattr(drafter.generation_config, "decode_loop", None)
+        further.pop("decode_loop", None)
+        choice = choose_loop(
+            self,
+            drafter,
+            asked=asked,
+            depth=depth,
+            setting=setting,
+            has_synced_gpus=bool(call.arguments.get("synced_gpus")),
+            inputs=further,
+        )
+        logger.info(
+            "%s (%s): depth %d, target states at boundaries %s.",
+            *(choice.loop, choice.why, depth, drafter.bound_aux_layer_ids or "n, normed"),
+        )
+        # The host hands criteria through to the decode loop; this one is found, taken out and never asked.
+        call.arguments["stopping_criteria"] = [*(call.arguments.get("stopping_criteria") or ()), choice]
+        if choice.loop == OWN_LOOP:
+            call.arguments["assistant_model"] = None  # to the host, a plain call
+            further.pop("assistant_tokenizer", None)
+        elif (setting("num_return_sequences") or 1) > 1:
+            raise ValueError(
+                f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): leave out "
+                "num_return_sequences, or assistant_model."
+            )
         return original(*call.args, **call.kwargs)
 
     return generate
@@ -248,7 +284,9 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             arguments["stopping_criteria"],
             arguments.get("streamer"),
         )
-        refuse_inputs(input_ids, arguments["model_kwargs"])
+        choice = take_choice(criteria)
+        why = choice.why if choice is not None else "called from outside generate()"
+        refuse_inputs(input_ids, arguments["model_kwargs"], why)
         refuse_static_cache(None, arguments["model_kwargs"].get("past_key_values"))
 
         stop = None
@@ -258,7 +296,6 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             arguments["streamer"] = None if streamer is None else Muted(streamer)
         depth = arguments["generation_config"].num_assistant_tokens
         boundaries = drafter.bound_aux_layer_ids
-        logger.info("%s: depth %d, target states at boundaries %s.", LOOP, depth, boundaries or "n, normed")
 
         start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
         with StateRecorder(self, boundaries) as recorder, continue_from_cache(self, input_ids, arguments):
@@ -268,20 +305,140 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         num_behind = stop.num_behind if stop is not None else 0
         output = cut_output(output, num_behind)
         if isinstance(output, ModelOutput):
-            output.speculation = summarize(session, num_behind, time.perf_counter() - start)
+            output.speculation = summarize(session, why, num_behind, time.perf_counter() - start)
         return output
 
     return _assisted_decoding
 
 
-def summarize(session: Session, num_behind: int, seconds: float) -> Speculation:
+def summarize(session: Session, why: str, num_behind: int, seconds: float) -> Speculation:
     """The statistics of a finished call that took `seconds` and whose last `num_behind` tokens were cut off."""
-    speculation = Speculation(LOOP, why="one row, one chain", depth=session.depth, seconds=seconds)
+    speculation = Speculation(HOST_LOOP, why, depth=session.depth, seconds=seconds)
     speculation.draft_seconds = session.stopwatch.read_seconds()
     *verdicts, (num_drafted, num_accepted) = session.verdicts
     for verdict in (*verdicts, (num_drafted, num_accepted - num_behind)):
         speculation.count(*verdict)
     return speculation
+
+
+# Transformers 5.23 generation/utils.py:GenerationMixin._sample
+def wrap_sample(original: Callable) -> Callable:
+    """Our own loop, where the call was given to it."""
+
+    @functools.wraps(original)
+    def _sample(
+        self: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any = None,  # Any: the host's own annotations differ by version
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        choice = take_choice(stopping_criteria)
+        if choice is None:
+            return original(
+                self,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **kwargs,
+            )
+        prompt = input_ids if input_ids.device.type == self.device.type else input_ids.to(self.device)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
+        return run_own_loop(
+            self,
+            prompt,
+            mask.bool(),
+            choice,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            kwargs.get("streamer"),
+        )
+
+    return _sample
+
+
+def run_own_loop(
+    target: PreTrainedModel,
+    prompt: Tensor,  # [B, T], as given
+    mask: Tensor,  # [B, T] bool
+    choice: Choice,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> ModelOutput | Tensor:
+    """Decode as the host's `_sample` does, with our loop: same arguments, same results."""
+    start = time.perf_counter()
+    drafter, T = choice.drafter, prompt.shape[1]
+    lengths = mask.sum(-1)  # [B]
+    if T == 0 or not bool(lengths.all()):
+        raise ValueError(
+            "The prompt is empty in some row (input_ids of length 0): give at least one token, such as BOS."
+        )
+    order = mask.long().sort(dim=-1, descending=True, stable=True).indices  # [B, T], pads to the right
+    compact = prompt.gather(1, order)
+    shown, num_hidden = prompt, [0] * len(prompt)
+    if not bool(mask[:, -1].all()):  # plain decoding goes wrong on pads to the right: each row as if it were alone
+        shown = prompt.gather(1, mask.long().sort(dim=-1, stable=True).indices)
+        num_hidden = (T - lengths).tolist()
+
+    is_dict = generation_config.return_dict_in_generate
+    pad = generation_config._pad_token_tensor
+    transcript = Transcript(
+        shown,
+        criteria,
+        num_hidden=num_hidden,
+        pad_token_id=None if pad is None else int(pad),
+        streamer=streamer,
+        keep_scores=bool(is_dict and generation_config.output_scores),
+        keep_logits=bool(is_dict and generation_config.output_logits),
+    )
+    config = DecodeConfig(
+        depth=choice.depth,
+        do_sample=bool(generation_config.do_sample),
+        processors=processors,
+        max_length=None if transcript.max_new is None else T + transcript.max_new,
+    )
+    told = Speculation(choice.loop, choice.why, choice.depth)
+    clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
+    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
+        rounds = decode(
+            target,
+            drafter,
+            recorder,
+            compact[:, : int(lengths.max())],
+            lengths,
+            config=config,
+            transcript=transcript,
+            told=told,
+            clocks=clocks,
+        )
+        *_, last = rounds
+    if streamer is not None:
+        streamer.end()
+    sequences = transcript.sequences(prompt)
+    if not is_dict:
+        return sequences
+    told.seconds = time.perf_counter() - start
+    told.draft_seconds, told.accept_seconds, told.host_seconds = (clock.read_seconds() for clock in clocks)
+    output = GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=transcript.columns(transcript.scores),
+        logits=transcript.columns(transcript.logits),
+        past_key_values=None,
+    )
+    if len(prompt) == 1:  # rows of a batch end at slots of their own, which no cache of the host's can hold
+        num_pads = T - int(lengths[0])
+        config_of_text = target.config.get_text_config(decoder=True)
+        output.past_key_values = last.state.target_cache.to_dynamic(
+            config_of_text, sequences.shape[1] - num_pads - 1, num_pads=num_pads
+        )
+    output.speculation = told
+    return output
 
 
 # Transformers 5.23 generation/utils.py:_speculative_sampling
@@ -344,6 +501,7 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (GenerationMixin, "generate", wrap_generate),
     (GenerationMixin, "_get_candidate_generator", wrap_get_candidate_generator),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (GenerationMixin, "_sample", wrap_sample),
     (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
 )
 _originals: dict[tuple[Any, str], Any] = {}  # as they stand in the namespace of the class or module

@@ -10,9 +10,9 @@ import torch
 
 @dataclass
 class Speculation:
-    """Counts and times of one `generate` call.
+    """Counts and times of one `generate` call, or the counts of one of its rows.
 
-    A round counts when it verified a draft. The first token of a call comes from the prefill, and the last may come
+    In a batch, each row of a round counts as a round of its own. A round counts when it verified a draft. The first token of a call comes from the prefill, and the last may come
     from a round without room for a draft; neither is a round, both are in `num_tokens`. A last round that
     end-of-sequence or the length limit cut short counts with the tokens it still emitted.
     """
@@ -25,8 +25,11 @@ class Speculation:
     num_accepted: int = 0  # draft tokens kept
     seconds: float = 0.0  # the whole loop, prefill included
     draft_seconds: float = 0.0  # drafter forwards; on a GPU, measured by its own clock
+    accept_seconds: float = 0.0  # the accept rule; the host loop does not tell it from verification
+    host_seconds: float = 0.0  # our loop: processors, criteria and streamers, in Python
     rounds_reaching: list[int] = field(default_factory=list)  # [K] rounds that kept k draft tokens and had one more
     rounds_accepting: list[int] = field(default_factory=list)  # [K] rounds that kept that one too
+    rows: list["Speculation"] = field(default_factory=list)  # our loop: counts of each row, without times
 
     def count(self, num_drafted: int, num_accepted: int) -> None:
         """Add one verdict of one row: `num_accepted` of `num_drafted` draft tokens kept, and one token more."""
@@ -57,8 +60,8 @@ class Speculation:
 
     @property
     def verify_seconds(self) -> float:
-        """All time that was not drafting: target forwards, and the host loop around them."""
-        return max(self.seconds - self.draft_seconds, 0.0)
+        """All other time: target forwards, the prompt's included, and the loop around them."""
+        return max(self.seconds - self.draft_seconds - self.accept_seconds - self.host_seconds, 0.0)
 
     def __str__(self) -> str:
         rates = " ".join(f"{rate:.2f}" for rate in self.acceptance_rate_by_depth) or "-"

@@ -199,6 +199,7 @@ def make_oracle(target: PreTrainedModel, text: Tensor, *, wrong_share: float = 0
     """An oracle of `text` [S], bound to `target`."""
     torch.manual_seed(2)
     drafter = randomize(OracleDrafter(drafter_config(**{"draft_vocab_size": V, **overrides}))).bind(target)
+    drafter.generation_config.decode_loop = "host"  # whose steps it checks; tests/test_decode.py has one for ours
     return drafter.tell(text, wrong_share=wrong_share)
 
 

@@ -16,10 +16,10 @@ LAYERS = [
     ["cli"],
     ["__init__", "__main__"],
     ["integration"],
-    ["candidates", "graphs", "training"],
-    ["decode", "stopping", "stats", "checkpoints", "smollm2"],
+    ["candidates", "choice", "graphs", "training"],
+    ["decode", "stopping", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "features", "accept"],
-    ["cache"],
+    ["cache", "rows"],
     ["sampling", "tree"],
     ["modeling"],
 ]

@@ -133,7 +133,7 @@ def test_logged_once_a_call(target, caplog):
     with caplog.at_level("INFO", logger="hf_eagle3"):
         target.generate(make_prompt(5), max_new_tokens=8, assistant_model=make_drafter(target))
     assert [r.getMessage() for r in caplog.records] == [
-        "host assisted decoding: depth 3, target states at boundaries (2, 4, 5)."
+        "own decode loop (attention caches only): depth 3, target states at boundaries (2, 4, 5)."
     ]
 
 

@@ -99,12 +99,15 @@ MAKE = {
 }
 
 
-def generate_rows(rows: int = 350, **law) -> Tensor:
+def generate_rows(rows: int = 350, loop: str = "host", **law) -> Tensor:
     """[rows, 4] tokens sampled by whole calls: one of the prefill, the others from rounds of depth 2."""
     target, drafter = tiny_models()
     torch.manual_seed(11)
     options = {"top_k": 0, **law, "do_sample": True, "max_new_tokens": 4, "num_assistant_tokens": 2}
+    options["decode_loop"] = loop
     prompt = torch.tensor([PROMPT])
+    if loop == "own":
+        return target.generate(prompt, assistant_model=drafter, num_return_sequences=4 * rows, **options)[:, 3:]
     return torch.cat([target.generate(prompt, assistant_model=drafter, **options)[:, 3:] for _ in range(rows)])
 
 
@@ -116,10 +119,21 @@ def assert_generated_as(samples: Tensor, law: Tensor) -> None:
     assert_distributed_as(samples[:, 1:3], law.sum(0))
 
 
+@pytest.mark.parametrize("loop", ["host", "own", "own_in_order"])
 @pytest.mark.parametrize("law", LAWS)
-def test_generate_samples_the_targets_distribution(law):
+def test_generate_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
-    assert_generated_as(generate_rows(**LAWS[law]), exact(PROMPT, 3, warpers))
+    options = dict(LAWS[law])
+    if loop == "own_in_order":  # a processor that may look at the text is asked token by token
+        options["logits_processor"] = LogitsProcessorList([Unchanged()])
+    assert_generated_as(generate_rows(loop=loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
+
+
+class Unchanged(LogitsProcessor):
+    """Does nothing, and does not say so."""
+
+    def __call__(self, input_ids, scores):  # noqa: ARG002  the host's signature
+        return scores
 
 
 # The cycle itself, many rows at once: draft with q, accept against p.
@@ -234,8 +248,9 @@ def test_a_greedy_draft_told_as_a_sampled_one_is_noticed(monkeypatch):
 def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
     """The end-to-end test above has the power to see what it is for."""
     monkeypatch.setattr(drafting, "draw", lambda weights: weights.argmax(-1))
-    with pytest.raises(AssertionError, match="p-value"):
-        assert_generated_as(generate_rows(300), exact(PROMPT, 3, ()))
+    for loop in ("host", "own"):
+        with pytest.raises(AssertionError, match="p-value"):
+            assert_generated_as(generate_rows(300, loop=loop), exact(PROMPT, 3, ()))
 
 
 # ---- the pieces ----
@@ -340,7 +355,7 @@ def test_log_q_is_the_law_drawn_from(monkeypatch):
         return log_q
 
     monkeypatch.setattr(candidates.Eagle3CandidateGenerator, "_scatter_log", spy)
-    options = {"do_sample": True, "top_p": 0.8, "max_new_tokens": 12, "num_assistant_tokens": 3}
+    options = {"do_sample": True, "top_p": 0.8, "max_new_tokens": 12, "num_assistant_tokens": 3, "decode_loop": "host"}
     target.generate(torch.tensor([PROMPT]), assistant_model=drafter, **options)
     ids = drafter.draft_to_target_ids
     outside = [v for v in range(TINY_V) if v not in ids.tolist()]

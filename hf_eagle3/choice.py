@@ -1,0 +1,118 @@
+"""Which decode loop a call gets, and why."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.generation import GenerationMixin
+
+HOST_LOOP = "host assisted decoding"
+OWN_LOOP = "own decode loop"
+ASKED = {"host": HOST_LOOP, "own": OWN_LOOP}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+MASKED_ATTENTION = ("sdpa", "eager")  # those that take a ready-made mask of any shape
+# Of what `generate` is given by name, all that our loop can feed to the target.
+KNOWN_INPUTS = ("attention_mask", "input_ids", "tokenizer", "assistant_tokenizer", "use_cache", "logits_to_keep")
+
+
+class Choice(StoppingCriteria):
+    """The loop for one call. A criterion only so that the host hands it through to the decode loop."""
+
+    def __init__(self, loop: str, why: str, drafter: PreTrainedModel, depth: int):
+        self.loop, self.why, self.drafter, self.depth = loop, why, drafter, depth
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's signature
+        raise AssertionError("The choice of a loop is taken out before criteria are asked.")
+
+
+def take_choice(criteria: Any) -> Choice | None:  # Any: the host's list of criteria, changed in place
+    """Take the choice out of a call's criteria; None if there is none."""
+    for index, criterion in enumerate(criteria or ()):
+        if isinstance(criterion, Choice):
+            return criteria.pop(index)
+    return None
+
+
+def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
+    """What about the models rules out our loop; None if nothing does."""
+    config = target.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_type = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, Mapping) else []
+    ropes = [rope, *per_type]
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    layer_types = set(getattr(config, "layer_types", None) or LAYER_TYPES)
+    name = type(target).__name__
+    if type(target)._sample is not GenerationMixin._sample:
+        return f"{name} decodes in a way of its own"
+    if not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} or not layer_types <= LAYER_TYPES:
+        return f"{name} has layers other than full and sliding-window attention"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return f"{name} attends in chunks"
+    if (
+        not getattr(target, "_supports_attention_backend", False)
+        or "position_ids" not in inspect.signature(target.forward).parameters
+    ):
+        return f"{name} does not take masks and positions for each row"
+    if any("mrope_section" in r for r in ropes):
+        return f"{name} has positions of several axes"
+    if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
+        return f"the rotary embedding of {name} depends on the longest row"
+    for role, model_config in (("target", config), ("drafter", drafter.config)):
+        if model_config._attn_implementation not in MASKED_ATTENTION:
+            return f"the {role}'s attention is {model_config._attn_implementation}, not sdpa or eager"
+    return None
+
+
+def why_not_call(
+    setting: Callable[[str], Any], inputs: Mapping[str, Any], *, has_synced_gpus: bool
+) -> str | None:  # Any: whatever was given
+    """What about the call rules out our loop; None if nothing does."""
+    known = vars(GenerationConfig())
+    if further := sorted(k for k, v in inputs.items() if v is not None and k not in known and k not in KNOWN_INPUTS):
+        return f"the prompt has {', '.join(further)}"
+    if setting("cache_implementation") not in (None, "dynamic"):
+        return f"cache_implementation is {setting('cache_implementation')}"
+    if setting("guidance_scale") not in (None, 1):
+        return "guidance_scale runs the target a second time"
+    for name in ("prefill_chunk_size", "watermarking_config", "output_hidden_states", "output_attentions"):
+        if setting(name):
+            return f"{name} is set"
+    return "synced_gpus is set" if has_synced_gpus else None
+
+
+def choose_loop(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    asked: str | None,
+    depth: int,
+    setting: Callable[[str], Any],
+    inputs: Mapping[str, Any],
+    has_synced_gpus: bool,
+) -> Choice:
+    """Our loop wherever it can take the call, unless asked otherwise; else the host's.
+
+    Args:
+        target: Given to `generate`.
+        drafter: Bound to it.
+        asked: `decode_loop`: "own", "host" or None.
+        depth: K.
+        setting: The call's generation settings by name.
+        inputs: What `generate` was given by name beside its own parameters.
+        has_synced_gpus: Whether several processes must keep step.
+
+    Raises:
+        ValueError: What was asked for is unknown, or impossible.
+    """
+    if asked is not None and asked not in ASKED:
+        raise ValueError(f'decode_loop is {asked!r}, expected "own", "host" or None for the best that fits.')
+    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
+    if asked == "host":
+        return Choice(HOST_LOOP, "asked for", drafter, depth)
+    if why_not is None:
+        return Choice(OWN_LOOP, "asked for" if asked else "attention caches only", drafter, depth)
+    if asked == "own":
+        raise ValueError(f'decode_loop="own" cannot take this call: {why_not}. Leave out decode_loop or that.')
+    return Choice(HOST_LOOP, why_not, drafter, depth)

@@ -1,0 +1,141 @@
+"""Caches whose rows have lengths of their own, and the masks that go with them.
+
+A slot is where a position lives: slot = position, in every row and layer. What lies in slots at or behind a row's
+length is junk that the next write overwrites and no mask shows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+Masks = Tensor | dict[str, Tensor]
+
+
+def to_bucket(num_slots: int) -> int:
+    """The capacity for `num_slots`: few distinct sizes, at most an eighth or 64 slots more than needed."""
+    step = max(64, 1 << max(num_slots.bit_length() - 4, 0))
+    return -(-num_slots // step) * step
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, L, H_kv, D], written wherever the cache says."""
+
+    is_sliding = False  # full length even under a sliding window: the mask cuts
+
+    def __init__(self, cache: "RowCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for what is like `key_states` and `value_states` [B, H_kv, T, D]."""
+        # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN.
+        for name, like in (("keys", key_states), ("values", value_states)):
+            B, H_kv, _, D = like.shape
+            setattr(self, name, like.new_zeros(B, self.cache.capacity, H_kv, D))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
+        """Write T new positions; what to attend to, [B, H_kv, L, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.cache.slots is not None
+        slots = self.cache.slots.to(key_states.device)  # [B, T]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        self.keys[rows, slots] = key_states.transpose(1, 2)
+        self.values[rows, slots] = value_states.transpose(1, 2)
+        if self.cache.is_first:
+            return key_states, value_states
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Asked for the first forward only; all others come with masks."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As above: lengths are the rows' own."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Slots in a row."""
+        return self.cache.capacity
+
+
+class RowCache(Cache):
+    """A cache [B, L] a layer. Each forward says by `writing` which slots it writes.
+
+    Args:
+        num_layers: Of the model.
+        capacity: L to begin with.
+    """
+
+    def __init__(self, num_layers: int, capacity: int):
+        self.capacity = capacity
+        self.slots: Tensor | None = None  # [B, T] int64, while a forward runs
+        self.is_first = False  # while the first forward runs, over nothing but its own positions
+        super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
+
+    @contextmanager
+    def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
+        """Let one forward write its T positions to `slots` [B, T]."""
+        self.slots, self.is_first = slots, is_first
+        try:
+            yield self
+        finally:
+            self.slots, self.is_first = None, False
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` in each row."""
+        if num_slots <= self.capacity:
+            return
+        more = to_bucket(num_slots) - self.capacity
+        self.capacity += more
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
+                layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
+
+    def to_dynamic(self, config: PreTrainedConfig, length: int, *, num_pads: int) -> DynamicCache:
+        """The first row's `length` positions as the host's own cache, behind `num_pads` pads, which no mask shows."""
+        cache = DynamicCache(config=config)
+        for index, layer in enumerate(self.layers):
+            keys, values = (x[:1, :length].transpose(1, 2) for x in (layer.keys, layer.values))  # [1, H_kv, S, D]
+            pad = (0, 0, num_pads, 0)
+            cache.update(torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad), index)
+        return cache
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] int64 only."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = layer.keys[rows.to(layer.keys.device)]
+                layer.values = layer.values[rows.to(layer.values.device)]
+
+
+def make_mask(slots: Tensor, capacity: int, *, window: int | None) -> Tensor:
+    """[B, 1, T, L] bool: each query at `slots` [B, T] sees its own slot and those before, at most `window` in all."""
+    keys = torch.arange(capacity, device=slots.device)  # [L]
+    queries = slots[:, None, :, None]  # [B, 1, T, 1]
+    mask = keys <= queries
+    return mask if window is None else mask & (keys > queries - window)
+
+
+def make_masks(config: PreTrainedConfig, slots: Tensor, capacity: int, dtype: torch.dtype) -> Masks:
+    """Masks as the host's models take them ready-made: one, or one for each of the config's `layer_types`."""
+
+    def finish(mask: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return finish(make_mask(slots, capacity, window=window))
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: finish(make_mask(slots, capacity, window=windows[kind])) for kind in set(layer_types)}

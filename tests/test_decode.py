@@ -1,0 +1,476 @@
+"""Our decode loop: what `generate()` gives without a drafter, row by row, for batches."""
+
+import itertools
+
+import conftest
+import pytest
+import torch
+from conftest import (
+    TEXT,
+    WINDOW,
+    count_hooks,
+    drafter_config,
+    make_drafter,
+    make_prompt,
+    make_target,
+    randomize,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_generate import Raise, RecordingStreamer, StopAt, word_tokenizer
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import hf_eagle3.integration as integration
+from hf_eagle3.decode import NotANumberError
+from hf_eagle3.features import StateRecorder
+from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
+from hf_eagle3.rows import make_mask, to_bucket
+
+GREEDY = {"do_sample": False}
+NO_HEAD_DIM = {key: value for key, value in TEXT.items() if key != "head_dim"}
+FAMILIES = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**TEXT, sliding_window=WINDOW)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**NO_HEAD_DIM)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NO_HEAD_DIM)),
+}
+OLD = ["llama", "qwen3", "gemma3", "gpt_oss", "gemma3_vlm"]
+
+
+@pytest.fixture(autouse=True)
+def _families(monkeypatch):
+    for name, make in FAMILIES.items():
+        monkeypatch.setitem(conftest.TARGETS, name, make)
+
+
+class BatchOracle(Eagle3DrafterModel):
+    """Drafts what follows a token at its position in the texts it was told, and at some positions something else."""
+
+    def tell(self, texts: list[list[int]], *, wrong_share: float) -> "BatchOracle":
+        self.follow = {(p, text[p]): text[p + 1] for text in texts for p in range(len(text) - 1)}
+        self.is_wrong = torch.rand(512, generator=torch.Generator().manual_seed(7)) < wrong_share
+        self.generation_config.decode_loop = "own"
+        return self
+
+    def forward(self, input_ids, *args, position_ids=None, logits_to_keep=0, **kwargs):
+        out = super().forward(input_ids, *args, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
+        if isinstance(logits_to_keep, Tensor):
+            input_ids, position_ids = input_ids.gather(1, logits_to_keep), position_ids.gather(1, logits_to_keep)
+        logits = torch.zeros_like(out.logits)
+        to_draft = {token: i for i, token in enumerate(self.draft_to_target_ids.tolist())}
+        for b in range(len(input_ids)):
+            position = int(position_ids[b, -1])
+            draft_id = to_draft[self.follow.get((position + 1, int(input_ids[b, -1])), 0)]
+            if self.is_wrong[(position * 5 + b * 3) % 512]:
+                draft_id = (draft_id + 1) % len(to_draft)
+            logits[b, -1, draft_id] = 5.0
+        return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
+
+
+def pad(prompts: list[Tensor], side: str = "left") -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T] of prompts [1, T_b]."""
+    T = max(p.shape[1] for p in prompts)
+    rows = []
+    for p in prompts:
+        zeros = torch.zeros(1, T - p.shape[1], dtype=torch.long)
+        rows.append(torch.cat([zeros, p] if side == "left" else [p, zeros], dim=1))
+    input_ids = torch.cat(rows)
+    return {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
+
+
+def make_oracle(target, outputs: Tensor, batch: dict[str, Tensor], *, wrong_share: float = 0.4) -> BatchOracle:
+    torch.manual_seed(2)
+    T = batch["input_ids"].shape[1]
+    texts = [
+        [*ids[mask.bool()].tolist(), *row[T:].tolist()]
+        for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], outputs, strict=True)
+    ]
+    drafter = randomize(BatchOracle(drafter_config(draft_vocab_size=conftest.V))).bind(target)
+    return drafter.tell(texts, wrong_share=wrong_share)
+
+
+def assert_same(target, batch, *, wrong_share=0.4, depth=3, **options):
+    """A batch with an oracle gives what it gives without. Both outputs."""
+    options = {**GREEDY, "return_dict_in_generate": True, **options}
+    plain = target.generate(**batch, **options)
+    oracle = make_oracle(target, plain.sequences, batch, wrong_share=wrong_share)
+    out = target.generate(**batch, assistant_model=oracle, num_assistant_tokens=depth, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == "own decode loop"
+    assert count_hooks(target) == 0
+    return plain, out
+
+
+def prompts_of(*lengths: int) -> list[Tensor]:
+    return [make_prompt(n) for n in lengths]
+
+
+# ---- greedy ----
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@pytest.mark.parametrize("family", [*OLD, *FAMILIES])
+def test_greedy_rows_are_the_targets(family, depth, lengths):
+    _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), depth=depth, max_new_tokens=24)
+    assert 1 < out.speculation.acceptance_length < depth + 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_kinds_of_masks_work(attention):
+    target = make_target("mistral")
+    before = target.config._attn_implementation
+    target.set_attn_implementation(attention)
+    try:
+        assert_same(target, pad(prompts_of(20, 3)), max_new_tokens=20)
+    finally:
+        target.set_attn_implementation(before)
+
+
+def test_each_number_of_accepted_tokens_occurs_in_each_row(target):
+    _, out = assert_same(target, pad(prompts_of(4, 11, 7)), depth=3, max_new_tokens=150)
+    for row in out.speculation.rows:
+        kept = [row.rounds, *row.rounds_accepting, 0]
+        assert all(a > b for a, b in itertools.pairwise(kept)), kept
+
+
+@pytest.mark.parametrize("further", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}], ids=str)
+def test_rows_padded_on_the_right_are_those_rows_alone(target, further):
+    prompts, options = prompts_of(9, 4, 13), {"max_new_tokens": 15, **GREEDY, **further}
+    alone = [target.generate(p, **options)[0, p.shape[1] :].tolist() for p in prompts]
+    batch = pad(prompts, "right")
+    out = target.generate(**batch, assistant_model=make_drafter(target), **options)
+    assert out[:, 13:].tolist() == alone
+    assert out[:, :13].tolist() == batch["input_ids"].tolist()
+
+
+def test_random_drafter_changes_nothing(target):
+    batch = pad(prompts_of(9, 4, 13))
+    plain = target.generate(**batch, max_new_tokens=15, **GREEDY)
+    out = target.generate(**batch, assistant_model=make_drafter(target), max_new_tokens=15, **GREEDY)
+    assert out.tolist() == plain.tolist()
+
+
+def test_cache_grows_beyond_its_first_bucket(target):
+    assert_same(target, pad(prompts_of(50, 60)), wrong_share=0.2, max_new_tokens=120)
+
+
+# ---- between rounds ----
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_between_rounds_caches_hold_what_was_verified(family, monkeypatch):
+    target = make_target(family)
+    original, rounds = integration.decode, []
+
+    def checked(target, drafter, recorder, prompts, lengths, *, transcript, **kwargs):
+        for done in original(target, drafter, recorder, prompts, lengths, transcript=transcript, **kwargs):
+            rounds.append(done)
+            for b, row in enumerate(done.rows):
+                if transcript.is_live(row):
+                    text = torch.tensor([*prompts[row, : lengths[row]].tolist(), *transcript.texts[row]])
+                    assert_in_step(target, drafter, done.state, b, text)
+            yield done
+
+    monkeypatch.setattr(integration, "decode", checked)
+    assert_same(target, pad(prompts_of(3, 17, 9)), max_new_tokens=20)
+    assert len(rounds) > 5
+
+
+def assert_in_step(target, drafter, state, b: int, text: Tensor):
+    length, pending = int(state.length[b]), int(state.num_pending[b])
+    start = length - 1 - pending
+    assert length == len(text)
+    assert state.root[b] == text[-1]
+    assert state.block[b, :pending].tolist() == text[start + 1 :].tolist()
+    cache = DynamicCache()
+    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
+        target(text[None, :-1], past_key_values=cache)
+        states = recorder.take("cpu")
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(state.states[b, :pending], states[0, start:], **close)
+    for ours, fresh in zip(state.target_cache.layers, cache.layers, strict=True):
+        torch.testing.assert_close(ours.keys[b, : length - 1].transpose(0, 1), fresh.keys[0], **close)
+        torch.testing.assert_close(ours.values[b, : length - 1].transpose(0, 1), fresh.values[0], **close)
+    if start:
+        fresh = Eagle3DrafterModel.forward(drafter, text[None, 1 : start + 1], states[:, :start], use_cache=True)
+        ours = state.drafter_cache.layers[0].keys[b, :start].transpose(0, 1)
+        torch.testing.assert_close(ours, fresh.past_key_values.layers[0].keys[0], **close)
+
+
+def test_a_wide_window_mask_by_hand():
+    mask = make_mask(torch.tensor([[2, 3]]), 5, window=2)[0, 0].long()
+    assert mask.tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+
+
+@given(st.integers(1, 200_000))
+def test_buckets_waste_little(n):
+    assert n <= to_bucket(n) < n + max(64, n / 8 + 1)
+    assert to_bucket(to_bucket(n)) == to_bucket(n)
+
+
+# ---- where rows end ----
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    depth=st.integers(1, 5),
+    wrong_share=st.sampled_from([0.0, 0.3, 1.0]),
+    max_new_tokens=st.integers(1, 14),
+    eos=st.lists(st.integers(3, 60), max_size=12),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_batch_ends_where_it_does_without(lengths, depth, wrong_share, max_new_tokens, eos):
+    batch = pad(prompts_of(*lengths))
+    options = {"depth": depth, "wrong_share": wrong_share, "max_new_tokens": max_new_tokens}
+    assert_same(make_target("llama"), batch, eos_token_id=eos or None, **options)
+
+
+class StopOn(StoppingCriteria):
+    """Ends a row after a token of a set."""
+
+    def __init__(self, tokens):
+        self.tokens = torch.tensor(sorted(tokens))
+
+    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+        return torch.isin(input_ids[:, -1], self.tokens)
+
+
+@pytest.mark.parametrize("eos", [None, 2], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("seed", range(6))
+def test_custom_criterion_ends_each_row_inside_a_block(target, seed, eos):
+    tokens = torch.randint(3, 60, (6,), generator=torch.Generator().manual_seed(seed)).tolist()
+    criteria = StoppingCriteriaList([StopOn(tokens)])
+    options = {"max_new_tokens": 25, "stopping_criteria": criteria, "eos_token_id": eos, "wrong_share": 0.1}
+    assert_same(target, pad(prompts_of(6, 2, 9)), depth=5, **options)
+
+
+def test_criterion_is_asked_once_a_token_as_without(target):
+    criterion = StopAt(11)
+    assert_same(target, pad(prompts_of(6)), max_new_tokens=30, stopping_criteria=StoppingCriteriaList([criterion]))
+    half = len(criterion.lengths_seen) // 2
+    assert criterion.lengths_seen[half:] == criterion.lengths_seen[:half]
+
+
+def test_stop_strings_end_rows(target):
+    batch = pad(prompts_of(6, 3))
+    text = target.generate(**batch, max_new_tokens=20, **GREEDY)
+    words = [f"w{text[0, 6 + 7]}", f"w{text[1, 6 + 4]}"]
+    assert_same(target, batch, max_new_tokens=30, stop_strings=words, tokenizer=word_tokenizer(), eos_token_id=2)
+
+
+def test_no_time_ends_after_one_token(target):
+    batch = pad(prompts_of(6, 3))
+    out = target.generate(**batch, assistant_model=make_drafter(target), max_new_tokens=20, max_time=1e-9, **GREEDY)
+    assert out.shape == (2, 7)
+
+
+# ---- processors ----
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 4, 12)], ids=["one_row", "ragged"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_length": 22, "eos_token_id": [5, 17, 23, 40, 51]},
+        {"min_new_tokens": 6, "eos_token_id": list(range(3, 30))},
+        {"bad_words_ids": [[7], [11, 12]]},
+        {"suppress_tokens": [4, 8, 15, 16, 23, 42]},
+        {"forced_eos_token_id": 9, "eos_token_id": 9},
+        {"sequence_bias": [[[5], 3.0]]},
+        {
+            "prefix_allowed_tokens_fn": lambda b, ids: [
+                3 + (7 * b + len(ids) * 5 + int(ids[-1]) + i) % 57 for i in (0, 9)
+            ]
+        },
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_give_what_they_give_without(target, options, lengths):
+    assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=18, **options)
+
+
+class Prefixes(LogitsProcessor):
+    """Notes each prefix it is shown, and bans a token that depends on it and on how often it was called."""
+
+    def __init__(self):
+        self.seen, self.calls = [], 0
+
+    def __call__(self, input_ids, scores):
+        self.seen += [tuple(ids) for ids in input_ids.tolist()]
+        self.calls += 1
+        banned = (input_ids.sum(-1) + self.calls) % scores.shape[1]
+        return scores.scatter(1, banned[:, None], -torch.inf)
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 4)], ids=["one_row", "ragged"])
+def test_stateful_processor_sees_the_prefixes_of_plain_decoding(target, lengths):
+    batch, seen = pad(prompts_of(*lengths)), []
+    for assistant in ({}, {"assistant_model": make_drafter(target)}):
+        noted = Prefixes()
+        options = {"max_new_tokens": 12, "logits_processor": LogitsProcessorList([noted]), **GREEDY}
+        out = target.generate(**batch, **options, **assistant)
+        seen.append((noted.seen if len(lengths) == 1 else sorted(noted.seen), out.tolist()))  # ours goes row by row
+    assert seen[0] == seen[1]
+
+
+# ---- what is returned ----
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 4, 12)], ids=["one_row", "ragged"])
+def test_scores_and_logits_have_plain_shapes_and_values(target, lengths):
+    options = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
+    plain, out = assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=15, **options)
+    for name in ("scores", "logits"):
+        assert len(out[name]) == 15
+        torch.testing.assert_close(torch.stack(out[name]), torch.stack(plain[name]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_returned_cache_goes_on_as_a_plain_one(family):
+    target, batch = make_target(family), pad(prompts_of(12))
+    plain, out = assert_same(target, batch, max_new_tokens=11)
+    more = torch.cat([plain.sequences, make_prompt(4)], dim=1)
+    ends = [target.generate(more, past_key_values=o.past_key_values, max_new_tokens=9, **GREEDY) for o in (plain, out)]
+    assert ends[0].tolist() == ends[1].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(6,), (6, 2)], ids=["one_row", "batch"])
+def test_streamer_gets_the_same_columns(target, lengths):
+    batch, puts = pad(prompts_of(*lengths)), []
+
+    class Columns:
+        def put(self, value):
+            puts[-1].append(value.tolist())
+
+        def end(self):
+            puts[-1].append("end")
+
+    for assistant in ({}, {"assistant_model": make_drafter(target)}):
+        puts.append([])
+        options = {"max_new_tokens": 12, "eos_token_id": list(range(3, 9)), **GREEDY}
+        target.generate(**batch, streamer=Columns(), **options, **assistant)
+    assert puts[0] == puts[1]
+
+
+def test_text_streamer_streams_token_by_token(target):
+    streamers = [RecordingStreamer(word_tokenizer()) for _ in range(2)]
+    target.generate(make_prompt(6), streamer=streamers[0], max_new_tokens=12, **GREEDY)
+    options = {"assistant_model": make_drafter(target), "max_new_tokens": 12, **GREEDY}
+    target.generate(make_prompt(6), streamer=streamers[1], **options)
+    assert streamers[0].puts == streamers[1].puts
+    assert streamers[0].text == streamers[1].text
+
+
+def test_several_sequences_of_one_prompt(target):
+    options = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 8}
+    out = target.generate(pad(prompts_of(5, 3))["input_ids"], assistant_model=make_drafter(target), **options)
+    assert out.shape == (6, 13)
+
+
+def test_one_seed_gives_one_output(target):
+    batch, runs, drafter = pad(prompts_of(5, 3)), [], make_drafter(target)
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out = target.generate(**batch, assistant_model=drafter, do_sample=True, max_new_tokens=20)
+        runs.append(out.tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_counts_of_rows_add_up(target):
+    _, out = assert_same(target, pad(prompts_of(5, 3, 9)), max_new_tokens=25)
+    told = out.speculation
+    for name in ("num_tokens", "num_drafted", "num_accepted", "rounds"):
+        assert getattr(told, name) == sum(getattr(row, name) for row in told.rows)
+    assert [row.num_tokens for row in told.rows] == [25] * 3
+    assert told.seconds > told.draft_seconds > 0
+    assert told.accept_seconds > 0
+    assert told.host_seconds > 0
+    assert told.verify_seconds > 0
+
+
+# ---- which loop ----
+
+
+def test_loop_is_chosen_and_can_be_asked_for(target):
+    drafter = make_drafter(target)
+
+    def loop(model=target, prompt=None, **options):
+        options = {"max_new_tokens": 4, "return_dict_in_generate": True, "assistant_model": drafter, **options}
+        told = model.generate(make_prompt(5) if prompt is None else prompt, **options).speculation
+        return told.loop, told.why
+
+    host, own = "host assisted decoding", "own decode loop"
+    assert loop() == (own, "attention caches only")
+    assert loop(decode_loop="host") == (host, "asked for")
+    assert loop(decode_loop="own") == (own, "asked for")
+    assert loop(prefill_chunk_size=2) == (host, "prefill_chunk_size is set")
+    embeds = target.get_input_embeddings()(make_prompt(5))
+    assert loop(prompt=make_prompt(5)[:, :0], inputs_embeds=embeds) == (host, "the prompt has inputs_embeds")
+    drafter.generation_config.decode_loop = "host"
+    assert loop() == (host, "asked for")
+    assert loop(decode_loop="own") == (own, "asked for")
+
+
+def test_target_with_positions_of_several_axes_keeps_the_host_loop():
+    target = make_target("qwen_vlm")
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "assistant_model": make_drafter(target)}
+    told = target.generate(make_prompt(5), **options).speculation
+    assert told.loop == "host assisted decoding"
+    assert "several axes" in told.why
+
+
+def test_asked_loop_is_saved_with_the_drafter(target, tmp_path):
+    drafter = make_drafter(target)
+    drafter.generation_config.decode_loop = "host"
+    drafter.save_pretrained(tmp_path)
+    assert Eagle3DrafterModel.from_pretrained(tmp_path).generation_config.decode_loop == "host"
+
+
+# ---- trouble ----
+
+
+def test_interrupted_call_leaves_both_models_usable(target):
+    batch, drafter = pad(prompts_of(6, 3)), make_drafter(target)
+    plain = target.generate(**batch, max_new_tokens=12, **GREEDY)
+    options = {"max_new_tokens": 12, "assistant_model": drafter, **GREEDY}
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(**batch, logits_processor=LogitsProcessorList([Raise(10)]), **options)
+    assert count_hooks(target) == 0
+    assert target.generate(**batch, **options).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}], ids=["tensors", "in_order"])
+def test_nan_logits_are_named(target, options):
+    handle = target.lm_head.register_forward_hook(lambda _m, _a, out: out * torch.nan)
+    try:
+        with pytest.raises(NotANumberError, match="logits are NaN"):
+            target.generate(make_prompt(5), assistant_model=make_drafter(target), max_new_tokens=4, **options)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("drafter_dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_runs(drafter_dtype):
+    target = FAMILIES["mistral"]().eval().to(torch.bfloat16)
+    batch = pad(prompts_of(6, 3))
+    drafter = make_drafter(target).to(drafter_dtype)
+    out = target.generate(**batch, assistant_model=drafter, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert out.shape == (2, 18)
