@@ -76,7 +76,10 @@ def why_not_call(
         return f"cache_implementation is {setting('cache_implementation')}"
     if setting("guidance_scale") not in (None, 1):
         return "guidance_scale runs the target a second time"
-    for name in ("prefill_chunk_size", "watermarking_config", "output_hidden_states", "output_attentions"):
+    for name in (
+        *("prefill_chunk_size", "watermarking_config", "output_hidden_states", "output_attentions"),
+        "assistant_ensemble_weight",  # the host's lossy rule
+    ):
         if setting(name):
             return f"{name} is set"
     return "synced_gpus is set" if has_synced_gpus else None

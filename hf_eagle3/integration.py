@@ -324,38 +324,26 @@ def summarize(session: Session, why: str, num_behind: int, seconds: float) -> Sp
 # Transformers 5.23 generation/utils.py:GenerationMixin._sample
 def wrap_sample(original: Callable) -> Callable:
     """Our own loop, where the call was given to it."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def _sample(
-        self: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: Any = None,  # Any: the host's own annotations differ by version
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        choice = take_choice(stopping_criteria)
+    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind_partial(self, *args, **kwargs).arguments
+        choice = take_choice(arguments.get("stopping_criteria"))
         if choice is None:
-            return original(
-                self,
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                **kwargs,
-            )
-        prompt = input_ids if input_ids.device.type == self.device.type else input_ids.to(self.device)
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
+            return original(self, *args, **kwargs)
+        prompt = arguments["input_ids"]
+        prompt = prompt if prompt.device.type == self.device.type else prompt.to(self.device)
+        mask = arguments["model_kwargs"].get("attention_mask")
         return run_own_loop(
             self,
             prompt,
-            mask.bool(),
+            torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask.to(prompt.device).bool(),
             choice,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            kwargs.get("streamer"),
+            arguments["logits_processor"],
+            arguments["stopping_criteria"],
+            arguments["generation_config"],
+            arguments.get("streamer"),
         )
 
     return _sample

@@ -1,5 +1,6 @@
 """Our decode loop: what `generate()` gives without a drafter, row by row, for batches."""
 
+import gc
 import itertools
 
 import conftest
@@ -33,6 +34,7 @@ from transformers import (
     PhiForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
+    pipeline,
 )
 
 import hf_eagle3.integration as integration
@@ -474,3 +476,46 @@ def test_half_precision_runs(drafter_dtype):
     drafter = make_drafter(target).to(drafter_dtype)
     out = target.generate(**batch, assistant_model=drafter, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
     assert out.shape == (2, 18)
+
+
+def test_mixed_calls_with_failures_leave_nothing_behind(target):
+    drafter = make_drafter(target)
+
+    def call(seed):
+        random = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 14, (1 + seed % 4,), generator=random).tolist()
+        options = {"max_new_tokens": 1 + seed % 9, "assistant_model": drafter, "do_sample": seed % 2 == 1}
+        options |= [{}, {"repetition_penalty": 1.2}, {"output_scores": True, "return_dict_in_generate": True}][
+            seed % 3
+        ]
+        if seed % 5 == 0:
+            options["logits_processor"] = LogitsProcessorList([Raise(max(lengths) + 2)])
+        try:
+            target.generate(**pad(prompts_of(*lengths)), **options)
+        except KeyboardInterrupt:
+            assert seed % 5 == 0
+
+    def count_tensors():
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    for seed in range(30):
+        call(seed)
+    before = count_tensors()
+    for seed in range(30, 120):
+        call(seed)
+    assert count_tensors() <= before
+    assert count_hooks(target) == 0
+
+
+def test_pipeline_takes_a_drafter(target):
+    tokenizer = word_tokenizer()
+    texts = ["w5 w9 w11", "w7 w8 w9"]
+    outs = []
+    same_ids = make_drafter(target, pad_token_id=0, bos_token_id=1)
+    # The host compares special tokens, and wants a tokenizer of a drafter whose config does not state them.
+    other_ids = {"assistant_model": make_drafter(target), "assistant_tokenizer": tokenizer}
+    for assistant in ({}, {"assistant_model": same_ids}, other_ids):
+        generate = pipeline("text-generation", model=target, tokenizer=tokenizer, **assistant)
+        outs.append(generate(texts, max_new_tokens=8, do_sample=False, batch_size=2))
+    assert outs[0] == outs[1] == outs[2]
