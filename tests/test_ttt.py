@@ -108,7 +108,7 @@ def test_a_step_too_many_in_the_mask_is_noticed(target, monkeypatch):
 def test_first_step_does_not_depend_on_how_many_follow(target):
     drafter = make(target)
     ids, aux = torch.randint(0, V, (1, 9)), torch.randn(1, 9, 96, dtype=torch.float64)
-    torch.testing.assert_close(next(unroll(drafter, ids, aux, 1)), list(unroll(drafter, ids, aux, 3))[0])
+    torch.testing.assert_close(next(unroll(drafter, ids, aux, 1)), next(unroll(drafter, ids, aux, 3)))
 
 
 def test_supervision_of_a_two_turn_conversation():
