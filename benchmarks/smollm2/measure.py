@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--plain", type=int, default=80, help="prompts of a set that are also answered without drafter"
     )
+    parser.add_argument("--every", type=int, default=1, help="take only every so-manyth prompt of a set")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -131,7 +132,7 @@ def main() -> None:
         "sets": {},
     }
     for name in args.sets:
-        prompts, categories = unpack(arrays, name), arrays[f"{name}_category"]
+        prompts, categories = unpack(arrays, name)[:: args.every], arrays[f"{name}_category"][:: args.every]
         records = []
         for number, prompt in enumerate(tqdm(prompts, desc=name)):
             ids = torch.from_numpy(prompt.astype(np.int64))[None].to(args.device)
