@@ -26,6 +26,7 @@ from transformers.generation import utils as generation_utils
 from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
+from .cache import CACHE_NAME
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .checkpoints import load_published_config, register_weight_names
 from .features import StateRecorder
@@ -196,7 +197,7 @@ def continue_from_cache(target: PreTrainedModel, input_ids: Tensor, call: dict[s
     given the new tokens only, it cuts the attention mask to their length. Either way the text goes wrong.
     """
     model_kwargs = call["model_kwargs"]
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
     embeds = model_kwargs.get("inputs_embeds")
     past = int(cache.get_seq_length()) if cache is not None else 0  # in 5.17 a tensor at times, changed in place
     given = input_ids.shape[1] if embeds is None else embeds.shape[1]
@@ -216,7 +217,7 @@ def continue_from_cache(target: PreTrainedModel, input_ids: Tensor, call: dict[s
 
     def restore_mask(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         fed = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        length = int(kwargs["past_key_values"].get_seq_length()) + fed.shape[1]
+        length = int(kwargs[CACHE_NAME].get_seq_length()) + fed.shape[1]
         kwargs["attention_mask"] = functional.pad(mask, (0, length - full), value=1)  # [1, length]
         return args, kwargs
 
@@ -249,7 +250,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             arguments.get("streamer"),
         )
         refuse_inputs(input_ids, arguments["model_kwargs"])
-        refuse_static_cache(None, arguments["model_kwargs"].get("past_key_values"))
+        refuse_static_cache(None, arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None
         if needs_tokenwise_stop(criteria, streamer):
