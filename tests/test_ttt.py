@@ -168,7 +168,7 @@ def test_sums_equal_a_loop_over_slots(target):
                 correct += guess == int(lesson.argmax[b, at])
                 assert bool(sums.hits[t, b, i]) == (guess == int(x[i + 2 + t]))
                 count += 1
-        assert int(sums.count[t]) == count
+        assert int(sums.num_live[t]) == count
         assert int(sums.correct[t]) == correct
         torch.testing.assert_close(sums.loss[t].double(), torch.as_tensor(loss).double(), atol=1e-4, rtol=1e-5)
 
@@ -183,7 +183,7 @@ def test_padding_changes_nothing(target):
     rest = ttt(drafter, other, teach(target, drafter, other), K)
     both = ttt(drafter, long, teach(target, drafter, long), K)
     torch.testing.assert_close(both.loss, alone.loss + rest.loss, atol=1e-5, rtol=1e-5)
-    assert torch.equal(both.count, alone.count + rest.count)
+    assert torch.equal(both.num_live, alone.num_live + rest.num_live)
 
 
 def test_loss_and_its_gradient_are_those_of_the_definition():

@@ -37,7 +37,7 @@ def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
     for start in starts:
         end = start + np.argmin(loss_mask[start:]) if not loss_mask[start:].all() else T  # one past the turn
         slot = start - 1
-        while 0 <= slot and slot + 2 < end:
+        while slot >= 0 and slot + 2 < end:
             matched = prefix[:, slot]
             rounds += 1
             accepted += matched

@@ -101,9 +101,7 @@ class TokenDataset(Dataset):
                 except ValueError as error:
                     raise ValueError(f"Row {number}: {error}") from error
             else:
-                raise ValueError(
-                    f"Row {number} must have messages, or input_ids and loss_mask; it has {sorted(row)}."
-                )
+                raise ValueError(f"Row {number} must have messages, or input_ids and loss_mask; it has {sorted(row)}.")
             ids, mask = np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool)
             if not trains_something(mask):
                 raise ValueError(
@@ -117,7 +115,9 @@ class TokenDataset(Dataset):
             self._ids.append(ids)
             self._masks.append(mask)
         if left_out:
-            logger.warning(f"{left_out} rows have no generated tokens within max_length {max_length} and are left out.")
+            logger.warning(
+                f"{left_out} rows have no generated tokens within max_length {max_length} and are left out."
+            )
         if not self._ids:
             raise ValueError("The training data is empty: no row is left to train on.")
 

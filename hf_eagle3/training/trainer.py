@@ -90,10 +90,9 @@ class Eagle3Trainer(Trainer):
                 f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
                 f"{args.n_gpu} GPUs. Set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        train_dataset = _tokenize(train_dataset, processing_class, args.max_length)
-        eval_dataset = _tokenize(eval_dataset, processing_class, args.max_length)
+        train_rows = _tokenize(train_dataset, processing_class, args.max_length)
         if model is None:
-            model = self._new_drafter(target_model, args, train_dataset)
+            model = self._new_drafter(target_model, args, train_rows)
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "
@@ -114,8 +113,8 @@ class Eagle3Trainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=_tokenize(eval_dataset, processing_class, args.max_length),
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
@@ -162,17 +161,17 @@ class Eagle3Trainer(Trainer):
     ) -> Tensor | tuple[Tensor, StepSums]:
         """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update."""
         sums = self._run(model, inputs, self.args.ttt_steps)
-        counts = sums.count if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
+        counts = sums.num_live if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
         weights = self.args.ttt_decay ** torch.arange(len(counts), device=sums.loss.device)  # [k]
         loss = (weights * sums.loss / counts.clamp_min(1)).sum()
         if model.training:
-            self._train_sums.append((sums.loss.detach(), sums.correct, sums.count))
+            self._train_sums.append((sums.loss.detach(), sums.correct, sums.num_live))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's loss and accuracy since the last training log."""
         if "loss" in logs and self._train_sums:
-            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums))
+            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums, strict=True))
             self._train_sums.clear()
             logs |= _by_step("", loss, correct, count)
         super().log(logs, start_time)
@@ -194,12 +193,12 @@ class Eagle3Trainer(Trainer):
         for inputs in tqdm(dataloader, desc=description, disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             batch = self._run(self.model, inputs, steps)
-            sums.append((batch.loss, batch.correct, batch.count))
+            sums.append((batch.loss, batch.correct, batch.num_live))
             hits, masks = batch.hits[:depth].cpu().numpy(), inputs["loss_mask"].cpu().numpy()
             for row, mask in enumerate(masks):
                 walked += walk(hits[:, row], mask)
             num_rows += len(masks)
-        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums))
+        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
         weights = self.args.ttt_decay ** torch.arange(self.args.ttt_steps, device=loss.device)
         k = self.args.ttt_steps
         metrics = _by_step(f"{metric_key_prefix}_", loss, correct, count)
