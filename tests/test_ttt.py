@@ -207,11 +207,11 @@ def test_walk_counts_rounds_like_decoding():
     hits[:, 1] = True  # round at slot 1 (root x2): drafts x3 x4 right; next root x5
     hits[1, 4] = True  # slot 4: first draft wrong, so the second does not count; next root x6
     hits[0, 5] = True  # slot 5: one right; next root x8
-    hits[0, 7] = True  # slot 7: x9 right, and the turn ends
+    hits[0, 7] = True  # slot 7: x9 right, but the turn has room for one token, and that is the target's own
     result = walk(hits, mask)
     assert result.rounds == 4
-    assert result.accepted.tolist() == [3, 1]
-    assert result.acceptance_length == pytest.approx(2.0)
+    assert result.accepted.tolist() == [2, 1]
+    assert result.acceptance_length == pytest.approx(7 / 4)  # x3 .. x9 in four rounds
 
 
 def test_lesson_is_not_trained(target):
