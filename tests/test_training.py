@@ -177,9 +177,7 @@ def test_loss_is_the_weighted_mean_over_supervised_slots(target, rows, tmp_path)
 
 def test_checkpoints_hold_the_drafter_only_and_load(target, rows, tmp_path):
     args = make_args(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
-    trainer = Eagle3Trainer(
-        target_model=target, args=args, train_dataset=rows, processing_class=make_tokenizer()
-    )
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows, processing_class=make_tokenizer())
     trainer.train()
     folder = tmp_path / "out" / "checkpoint-2"
     names = {path.name for path in folder.iterdir()}
@@ -291,12 +289,12 @@ def test_bad_input_is_refused(target, rows, tmp_path):
     args = make_args(tmp_path)
     with pytest.raises(ValueError, match="needs target_model"):
         Eagle3Trainer(args=args, train_dataset=rows)
-    with pytest.raises(ValueError, match="float32.*bfloat16"):
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
         Eagle3Trainer(
             model=make_drafter(target).to(torch.bfloat16), target_model=target, args=args, train_dataset=rows
         )
     other = LlamaForCausalLM(LlamaConfig(**{**TINY, "hidden_size": 16, "head_dim": 4}))
-    with pytest.raises(ValueError, match="hidden size 16.*|hidden size 32"):
+    with pytest.raises(ValueError, match=r"hidden size 16.*|hidden size 32"):
         Eagle3Trainer(model=make_drafter(other), target_model=target, args=args, train_dataset=rows)
     with pytest.raises(ValueError, match="train_dataset"):
         Eagle3Trainer(target_model=target, args=args)
@@ -311,7 +309,7 @@ def test_bad_input_is_refused(target, rows, tmp_path):
 def test_several_processes_are_refused(target, rows, tmp_path):
     args = make_args(tmp_path)
     several = types.SimpleNamespace(**{**vars(args), "world_size": 2, "n_gpu": 1})
-    with pytest.raises(ValueError, match="one process.*2 processes"):
+    with pytest.raises(ValueError, match=r"one process.*2 processes"):
         Eagle3Trainer(target_model=target, args=several, train_dataset=rows)
 
 
@@ -367,7 +365,20 @@ TEMPLATE = (
 
 
 def make_tokenizer(template=TEMPLATE):
-    words = ["<unk>", "<|im_end|>", "<|im_start|>", "\n", "system", "user", "assistant", "be", "kind", "hi", "yes", "no"]
+    words = [
+        "<unk>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "\n",
+        "system",
+        "user",
+        "assistant",
+        "be",
+        "kind",
+        "hi",
+        "yes",
+        "no",
+    ]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
