@@ -81,6 +81,7 @@ def refuse_settings(setting: Callable[[str], Any]) -> None:
         "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
         "num_return_sequences": (setting("num_return_sequences") or 1) > 1,
         "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
+        "guidance_scale": (setting("guidance_scale") or 1) != 1,  # runs the target on a context of its own
         "use_cache": setting("use_cache") is False,
         **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
         **{name: bool(setting(name)) for name in OTHER_DRAFTS},
@@ -162,6 +163,11 @@ def wrap_generate(original: Callable) -> Callable:
             )
         drafter.bind(self)
         refuse_settings(setting)
+        if setting("output_attentions") and self.config.get_text_config()._attn_implementation != "eager":
+            raise ValueError(
+                "The target's attention gives no weights to return (output_attentions=True): call "
+                "target.set_attn_implementation('eager') first, or leave out output_attentions."
+            )
         # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
         depth = resolve_depth(setting("num_assistant_tokens"), drafter)
         if given is None:

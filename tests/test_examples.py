@@ -83,6 +83,33 @@ def test_regenerate_goes_on_where_it_stopped(folder, tmp_path):
     assert regenerate(folder, part, temperature=0) == whole
 
 
+def test_regenerate_goes_on_after_a_cut_in_the_middle_of_a_row(folder, tmp_path, capsys):
+    whole = regenerate(folder, tmp_path / "whole.jsonl.gz", temperature=0)
+    part = tmp_path / "part.jsonl.gz"
+    with gzip.open(part, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in whole[:4])
+    second = gzip.compress("".join(json.dumps(row) + "\n" for row in whole[4:8]).encode())
+    part.write_bytes(part.read_bytes() + second[: len(second) // 2])
+    assert regenerate(folder, part, temperature=0) == whole
+    assert "middle of a row" in capsys.readouterr().out
+
+
+def test_regenerate_samples_several_answers(folder, tmp_path):
+    out = tmp_path / "rows.jsonl.gz"
+    rows = regenerate(folder, out, temperature=1.0, top_p=0.9, num_return_sequences=2)
+    assert len(rows) == 18
+    prompts = [tuple(t for t, new in zip(*row.values(), strict=True) if not new) for row in rows]
+    assert prompts[::2] == prompts[1::2]
+    assert rows[::2] != rows[1::2]
+    with gzip.open(out, "wt") as file:  # interrupted between two answers to one prompt
+        file.writelines(json.dumps(row) + "\n" for row in rows[:9])
+    again = regenerate(folder, out, temperature=1.0, top_p=0.9, num_return_sequences=2)
+    assert again[:8] == rows[:8]
+    assert len(again) == 18
+    with pytest.raises(ValueError, match="num_return_sequences 2"):
+        regenerate(folder, out, temperature=0, num_return_sequences=2)
+
+
 def test_regenerate_says_what_it_cannot_read(folder, tmp_path):
     module = load_example("regenerate")
     bad = tmp_path / "bad.jsonl"

@@ -414,6 +414,8 @@ def test_speculation_tells_the_story(target):
         ({"assistant_early_exit": 2}, "assistant_early_exit"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"use_cache": False}, "use_cache"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "attn_implementation"),
         ({"cache_implementation": "static"}, "static"),
         ({"num_assistant_tokens": 0}, "at least 1; got 0"),
         ({"num_assistant_tokens": -3}, "at least 1; got -3"),

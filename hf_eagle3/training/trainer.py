@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
-from .data import TokenDataset, choose_draft_vocabulary, collate, count_supervised_tokens
+from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, collate, count_supervised_tokens
 from .new import new_drafter
 from .ttt import StepSums, live_slots, teach, ttt
+
+# What the host's Trainer writes into the configs of the model it trains.
+HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Eagle3Trainer(Trainer):
         target_model: The target; any decoder of the host.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
-            tokens); any iterable of mappings. For `eval_acceptance_length` to be exact, the eval answers must be the
+            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. For `eval_acceptance_length` to be exact, the eval answers must be the
             target's own greedy ones.
         processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
         kwargs: As for the host's Trainer.
@@ -90,7 +93,16 @@ class Eagle3Trainer(Trainer):
                 f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
                 f"{args.n_gpu} GPUs. Set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        train_rows = _tokenize(train_dataset, processing_class, args.max_length)
+        vocab_size = target_model.config.get_text_config(decoder=True).vocab_size
+        train_rows = _tokenize(train_dataset, processing_class, args.max_length, vocab_size)
+        eval_rows: Any  # one set, several by name, or None
+        if isinstance(eval_dataset, dict):
+            eval_rows = {
+                name: _tokenize(rows, processing_class, args.max_length, vocab_size)
+                for name, rows in eval_dataset.items()
+            }
+        else:
+            eval_rows = _tokenize(eval_dataset, processing_class, args.max_length, vocab_size)
         if model is None:
             model = self._new_drafter(target_model, args, train_rows)
         if model.dtype != torch.float32:
@@ -110,16 +122,19 @@ class Eagle3Trainer(Trainer):
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
         self._target = (target_model,)
         self._train_sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        own_configs = KeepOwnConfigs(model)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_rows,
-            eval_dataset=_tokenize(eval_dataset, processing_class, args.max_length),
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
+        own_configs.restore()
+        self.add_callback(own_configs)
 
     @staticmethod
     def _new_drafter(
@@ -207,12 +222,42 @@ class Eagle3Trainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
 
 
+class KeepOwnConfigs(TrainerCallback):
+    """Takes back what the host's Trainer writes into a drafter's configs: `use_cache`, and the tokenizer's tokens.
+
+    A drafter's special tokens are its target's, and its generation config says how to draft and nothing else.
+    """
+
+    def __init__(self, drafter: Eagle3DrafterModel):
+        self._before = [
+            (config, {name: vars(config)[name] for name in HOST_WRITES if name in vars(config)})
+            for config in (drafter.config, drafter.generation_config)
+        ]
+
+    def restore(self) -> None:
+        """Give `HOST_WRITES` the values they had, or none."""
+        for config, values in self._before:
+            for name in HOST_WRITES:
+                vars(config).pop(name, None)
+            vars(config).update(values)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:  # the host's arguments
+        """The host has just written the tokenizer's special tokens."""
+        self.restore()
+
+
 def _tokenize(
-    rows: Iterable[Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+    rows: Iterable[Mapping[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
 ) -> TokenDataset | None:
-    if rows is None or isinstance(rows, TokenDataset):
-        return rows
-    return TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    if rows is None:
+        return None
+    if not isinstance(rows, TokenDataset):
+        rows = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    check_token_ids(rows, vocab_size)
+    return rows
 
 
 def _by_step(prefix: str, loss: Tensor, correct: Tensor, count: Tensor) -> dict[str, float]:
