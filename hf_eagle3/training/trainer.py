@@ -62,8 +62,8 @@ class Eagle3Trainer(Trainer):
         target_model: The target; any decoder of the host.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
-            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. For `eval_acceptance_length` to be exact, the eval answers must be the
-            target's own greedy ones.
+            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. For
+            `eval_acceptance_length` to be exact, the eval answers must be the target's own greedy ones.
         processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
         kwargs: As for the host's Trainer.
 
@@ -229,17 +229,15 @@ class KeepOwnConfigs(TrainerCallback):
     """
 
     def __init__(self, drafter: Eagle3DrafterModel):
-        self._before = [
-            (config, {name: vars(config)[name] for name in HOST_WRITES if name in vars(config)})
-            for config in (drafter.config, drafter.generation_config)
-        ]
+        configs = [drafter.config.__dict__, drafter.generation_config.__dict__]
+        self._before = [(config, {name: config[name] for name in HOST_WRITES if name in config}) for config in configs]
 
     def restore(self) -> None:
         """Give `HOST_WRITES` the values they had, or none."""
         for config, values in self._before:
             for name in HOST_WRITES:
-                vars(config).pop(name, None)
-            vars(config).update(values)
+                config.pop(name, None)
+            config.update(values)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:  # the host's arguments
         """The host has just written the tokenizer's special tokens."""
@@ -254,10 +252,13 @@ def _tokenize(
 ) -> TokenDataset | None:
     if rows is None:
         return None
-    if not isinstance(rows, TokenDataset):
-        rows = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
-    check_token_ids(rows, vocab_size)
-    return rows
+    dataset: TokenDataset
+    if isinstance(rows, TokenDataset):
+        dataset = rows
+    else:
+        dataset = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    check_token_ids(dataset, vocab_size)
+    return dataset
 
 
 def _by_step(prefix: str, loss: Tensor, correct: Tensor, count: Tensor) -> dict[str, float]:
