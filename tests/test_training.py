@@ -304,19 +304,29 @@ def test_best_checkpoint_is_chosen_by_acceptance(target, rows, tmp_path):
 
 
 def test_a_given_drafter_keeps_its_vocabulary_and_starts_where_it_was(target, rows, tmp_path):
-    drafter = make_drafter(target)
-    before, ids = weights_of(drafter), drafter.draft_to_target_ids
-    trainer = Eagle3Trainer(
-        model=drafter, target_model=target, args=make_args(tmp_path), train_dataset=rows, eval_dataset=rows[:4]
+    first = Eagle3Trainer(
+        model=make_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path, max_steps=20),
+        train_dataset=rows,
+        eval_dataset=rows[:16],
     )
-    assert torch.equal(trainer.model.draft_to_target_ids, ids)
-    first = trainer.evaluate()
-    fresh = make_drafter(target)
-    fresh.load_state_dict(before)
-    other = Eagle3Trainer(
-        model=fresh, target_model=target, args=make_args(tmp_path), train_dataset=rows, eval_dataset=rows[:4]
-    )
-    assert other.evaluate()["eval_accuracy_0"] == first["eval_accuracy_0"]
+    untrained = first.evaluate()
+    first.train()
+    first.save_model()
+    learnt = first.evaluate()
+    assert learnt["eval_accuracy_0"] > untrained["eval_accuracy_0"]
+
+    source = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = source.draft_to_target_ids
+    args = make_args(tmp_path, draft_vocab_size=7)
+    again = Eagle3Trainer(model=source, target_model=target, args=args, train_dataset=rows, eval_dataset=rows[:16])
+    metrics = again.evaluate()
+    names = [name for name in learnt if "accuracy" in name or "acceptance" in name]
+    assert {name: metrics[name] for name in names} == {name: learnt[name] for name in names}
+    again.train()
+    assert torch.equal(again.model.draft_to_target_ids, ids)
+    assert again.model.config.draft_vocab_size == 40
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3", "bf16", "eager"])
