@@ -371,6 +371,17 @@ def test_eager_and_sdpa_give_one_loss(target, rows, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_evaluate_takes_rows_as_the_constructor_does(target, rows, tmp_path):
+    trainer = Eagle3Trainer(
+        model=make_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+    )
+    assert trainer.evaluate(eval_dataset=rows[:4])["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
 # ---- bad input ----
 
 

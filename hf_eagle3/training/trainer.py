@@ -162,6 +162,13 @@ class Eagle3Trainer(Trainer):
         with self.accelerator.autocast():
             return ttt(drafter, inputs, lesson, steps)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
+        """Batches of `eval_dataset`, whose rows may be as they are given to the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            vocab_size = self.model.config.vocab_size
+            eval_dataset = _tokenize(eval_dataset, self.processing_class, self.args.max_length, vocab_size)
+        return super().get_eval_dataloader(eval_dataset)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[k] supervised slots of each step, over all batches of one update."""
         counts = [live_slots(batch["loss_mask"], self.args.ttt_steps).flatten(1).sum(1) for batch in batch_samples]
