@@ -1,6 +1,11 @@
-"""Forgetting cache positions, by count."""
+"""Forgetting cache positions, by count; and what the host calls a cache."""
 
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import Cache
+
+# The host's name for it, among a model's arguments and outputs.
+CACHE_NAME = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 
 
 def rewind(cache: Cache, num_tokens: int) -> None:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
+from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_greedy, draft_chain, extend, make_choose_sampled
 from .features import StateRecorder
 from .sampling import make_to_probs, stateless_warpers
@@ -141,7 +142,7 @@ def first_positions(num_states: int, model_kwargs: dict[str, Any]) -> tuple[Tens
     """
     mask = model_kwargs.get("attention_mask")  # [1, S], the root included
     if mask is None:
-        past = int(model_kwargs["past_key_values"].get_seq_length())  # in 5.17 a tensor at times
+        past = int(model_kwargs[CACHE_NAME].get_seq_length())  # in 5.17 a tensor at times
         return torch.arange(past - num_states, past)[None], torch.ones(num_states, dtype=torch.bool)
     is_real = mask[0, -1 - num_states : -1].bool()  # [T]
     position_ids = mask.long().cumsum(-1)[:, -1 - num_states : -1] - 1

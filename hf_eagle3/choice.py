@@ -74,8 +74,6 @@ def why_not_call(
         return f"the prompt has {', '.join(further)}"
     if setting("cache_implementation") not in (None, "dynamic"):
         return f"cache_implementation is {setting('cache_implementation')}"
-    if setting("guidance_scale") not in (None, 1):
-        return "guidance_scale runs the target a second time"
     for name in (
         *("prefill_chunk_size", "watermarking_config", "output_hidden_states", "output_attentions"),
         "assistant_ensemble_weight",  # the host's lossy rule

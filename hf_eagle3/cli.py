@@ -32,6 +32,7 @@ PROMPTS = (
     "What are the health benefits of regular exercise?",
 )
 WARM_UP_TOKENS = 8
+STEADY = 1.5  # runs of one kind that differ by more than this factor were disturbed
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
 OPTIONAL_PACKAGES = ("gguf", "datasets", "flash-attn", "triton", "peft", "bitsandbytes")
 
@@ -57,6 +58,7 @@ class DemoResult:
     drafted_seconds: float  # median, with it
     acceptance_length: float
     is_identical: bool  # every run gave the same tokens
+    spread: float  # slowest over fastest run, of the kind where that is larger
 
     @property
     def plain_speed(self) -> float:
@@ -135,6 +137,7 @@ def run_demo(
         drafted_seconds=statistics.median(run.seconds for run in drafted),
         acceptance_length=drafted[0].acceptance_length,
         is_identical=len({run.tokens for run in plain + drafted}) == 1,
+        spread=max(max(run.seconds for run in kind) / min(run.seconds for run in kind) for kind in (plain, drafted)),
     )
 
 
@@ -158,14 +161,19 @@ def format_results(results: Sequence[DemoResult]) -> str:
     for row in (header, tuple("-" * width for width in widths), *rows):
         first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
-    plain, drafted = (sum(r.plain_seconds for r in results), sum(r.drafted_seconds for r in results))
     if all(result.is_identical for result in results):
-        verdict = "Every answer is the same, token for token."
+        lines += ["", "Every answer is the same, token for token."]
     else:
-        verdict = "Answers DIFFER. In float32 that is a bug: please report it with the output of `hf-eagle3 env`."
-    return "\n".join([*lines, "", f"{verdict} Together {plain:.1f} s without, {drafted:.1f} s with: "]) + (
-        f"{plain / drafted:.2f} times as fast."
-    )
+        lines += ["", "Answers DIFFER. In float32 that is a bug: please report it with the output of `hf-eagle3 env`."]
+    if (spread := max(result.spread for result in results)) > STEADY:
+        lines.append(
+            f"The speeds mean little: equal runs took up to {spread:.1f} times as long as one another. Something else "
+            "keeps this machine busy; try again when it is quiet."
+        )
+    else:
+        plain, drafted = (sum(r.plain_seconds for r in results), sum(r.drafted_seconds for r in results))
+        lines.append(f"Together {plain:.1f} s without, {drafted:.1f} s with: {plain / drafted:.2f} times as fast.")
+    return "\n".join(lines)
 
 
 def shorten(text: str, width: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from .accept import Verdict, accept_greedy, accept_sampled
+from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_greedy, make_choose_sampled
 from .features import StateRecorder
 from .rows import RowCache, make_masks, to_bucket
@@ -89,7 +90,7 @@ def prepare(
         out = target(
             input_ids=prompts,
             position_ids=slots,
-            past_key_values=target_cache,
+            **{CACHE_NAME: target_cache},
             use_cache=True,
             logits_to_keep=ends,
             return_dict=True,
@@ -166,7 +167,7 @@ def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor, *,
             input_ids=tokens,
             attention_mask=make_masks(text_config, slots, cache.capacity, target.dtype),
             position_ids=position_ids,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
             return_dict=True,
         )

@@ -36,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
+from .cache import CACHE_NAME
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .checkpoints import load_published_config, register_weight_names
 from .choice import HOST_LOOP, OWN_LOOP, Choice, choose_loop, take_choice
@@ -91,6 +92,7 @@ def refuse_settings(setting: Callable[[str], Any]) -> None:
         "num_beams": (setting("num_beams") or 1) > 1,
         "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
         "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
+        "guidance_scale": (setting("guidance_scale") or 1) != 1,  # runs the target on a context of its own
         "use_cache": setting("use_cache") is False,
         **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
         **{name: bool(setting(name)) for name in OTHER_DRAFTS},
@@ -172,6 +174,11 @@ def wrap_generate(original: Callable) -> Callable:
             )
         drafter.bind(self)
         refuse_settings(setting)
+        if setting("output_attentions") and self.config.get_text_config()._attn_implementation != "eager":
+            raise ValueError(
+                "The target's attention gives no weights to return (output_attentions=True): call "
+                "target.set_attn_implementation('eager') first, or leave out output_attentions."
+            )
         # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
         depth = resolve_depth(setting("num_assistant_tokens"), drafter)
         if given is None:
@@ -232,7 +239,7 @@ def continue_from_cache(target: PreTrainedModel, input_ids: Tensor, call: dict[s
     given the new tokens only, it cuts the attention mask to their length. Either way the text goes wrong.
     """
     model_kwargs = call["model_kwargs"]
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
     embeds = model_kwargs.get("inputs_embeds")
     past = int(cache.get_seq_length()) if cache is not None else 0  # in 5.17 a tensor at times, changed in place
     given = input_ids.shape[1] if embeds is None else embeds.shape[1]
@@ -252,7 +259,7 @@ def continue_from_cache(target: PreTrainedModel, input_ids: Tensor, call: dict[s
 
     def restore_mask(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         fed = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        length = int(kwargs["past_key_values"].get_seq_length()) + fed.shape[1]
+        length = int(kwargs[CACHE_NAME].get_seq_length()) + fed.shape[1]
         kwargs["attention_mask"] = functional.pad(mask, (0, length - full), value=1)  # [1, length]
         return args, kwargs
 
@@ -287,7 +294,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         choice = take_choice(criteria)
         why = choice.why if choice is not None else "called from outside generate()"
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
-        refuse_static_cache(None, arguments["model_kwargs"].get("past_key_values"))
+        refuse_static_cache(None, arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None
         if needs_tokenwise_stop(criteria, streamer):
@@ -413,18 +420,18 @@ def run_own_loop(
         return sequences
     told.seconds = time.perf_counter() - start
     told.draft_seconds, told.accept_seconds, told.host_seconds = (clock.read_seconds() for clock in clocks)
+    cache = None
+    if len(prompt) == 1:  # rows of a batch end at slots of their own, which no cache of the host's can hold
+        num_pads = T - int(lengths[0])
+        config_of_text = target.config.get_text_config(decoder=True)
+        length = sequences.shape[1] - num_pads - 1
+        cache = last.state.target_cache.to_dynamic(config_of_text, length, num_pads=num_pads)
     output = GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=transcript.columns(transcript.scores),
         logits=transcript.columns(transcript.logits),
-        past_key_values=None,
+        **{CACHE_NAME: cache},
     )
-    if len(prompt) == 1:  # rows of a batch end at slots of their own, which no cache of the host's can hold
-        num_pads = T - int(lengths[0])
-        config_of_text = target.config.get_text_config(decoder=True)
-        output.past_key_values = last.state.target_cache.to_dynamic(
-            config_of_text, sequences.shape[1] - num_pads - 1, num_pads=num_pads
-        )
     output.speculation = told
     return output
 

@@ -13,7 +13,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .cache import rewind
+from .cache import CACHE_NAME, rewind
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,15 @@ def cut_output(output: ModelOutput | Tensor, num_tokens: int) -> ModelOutput | T
         for name in ("scores", "logits", "attentions", "hidden_states"):
             if (per_token := output.get(name)) is not None:
                 setattr(output, name, per_token[:-num_tokens])
-        if (cache := output.get("past_key_values")) is not None:
+        if (cache := output.get(CACHE_NAME)) is not None:
             if is_whole(cache):
                 rewind(cache, num_tokens)
             else:
-                output.past_key_values = None
+                # A new one: the host's outputs keep the entry of a field that is set to None.
+                output = type(output)(**{name: value for name, value in output.items() if name != CACHE_NAME})
                 logger.warning(
                     "The call stopped inside a block of draft tokens, and the target's sliding-window or recurrent "
-                    "cache cannot be cut back to there: past_key_values is None. Go on with the whole sequence."
+                    f"cache cannot be cut back to there: {CACHE_NAME} is None. Go on with the whole sequence."
                 )
     return output
 

@@ -10,9 +10,8 @@ states, V target vocabulary, V_d draft vocabulary.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .configuration_eagle3 import Eagle3DrafterConfig
 from .weights_eagle3 import (
@@ -55,13 +54,12 @@ REMOTE_CODE = {
 REMOTE_CODE_FILES = ("configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
 
 
-@dataclass
-class Eagle3DrafterOutput(ModelOutput):
+class Eagle3DrafterOutput(NamedTuple):
     """What one drafter forward returns."""
 
-    logits: Tensor | None = None  # [B, T, V_d], over the draft vocabulary
-    feedback: Tensor | None = None  # [B, T, H], what the next draft step takes as `hidden_states`
-    past_key_values: Cache | None = None
+    logits: Tensor  # [B, T, V_d], over the draft vocabulary
+    feedback: Tensor  # [B, T, H], what the next draft step takes as `hidden_states`
+    past_key_values: Cache | None
 
 
 class Eagle3Attention(nn.Module):
@@ -385,6 +383,7 @@ class Eagle3DrafterModel(PreTrainedModel):
                 f"{name} must be [B, T, {width}] with [B, T] = {list(input_ids.shape)} as in input_ids, got "
                 f"{list(states.shape)}."
             )
+        past_key_values = kwargs.pop("cache", past_key_values)  # the host's name for it from Transformers 5.24 on
         if past_key_values is None and use_cache:
             # Full layers even under a sliding window: the mask cuts, and what a refused draft wrote can be cut off.
             past_key_values = DynamicCache()
@@ -397,10 +396,10 @@ class Eagle3DrafterModel(PreTrainedModel):
 
         make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
         attention_mask = make_mask(
-            config=config,
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            config,
+            embeddings,
+            attention_mask,
+            past_key_values,  # by position: the host calls it cache from Transformers 5.24 on
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -420,11 +419,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             kept = normed[:, logits_to_keep]
         else:
             kept = normed.gather(1, logits_to_keep[..., None].expand(-1, -1, normed.shape[-1]))  # [B, n, H]
-        return Eagle3DrafterOutput(
-            logits=self.compute_logits(kept),
-            feedback=normed if config.norm_output else hidden_states,
-            past_key_values=past_key_values,
-        )
+        feedback = normed if config.norm_output else hidden_states
+        return Eagle3DrafterOutput(self.compute_logits(kept), feedback, past_key_values)
 
     # ---- files ----
 

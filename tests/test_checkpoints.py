@@ -1038,7 +1038,7 @@ def test_a_corrupted_checkpoint_is_refused(seed, tmp_path):
     config, weights = json.loads(json.dumps(published)), dict(weights)
     what = corrupt(rng, config, weights)
     write(tmp_path, config, weights, rng.choice(["safetensors", "sharded", "bin"]))
-    print(what, "in", layout)  # shown if it fails
+    print(what, "in", layout)  # noqa: T201  shown if it fails
     with pytest.raises(CheckpointError) as caught:
         AutoModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -144,15 +144,24 @@ def test_differing_answers_are_said_and_fail(demo, monkeypatch, capsys):
 
 def test_table_is_aligned():
     results = [
-        cli.DemoResult("a" * 60, "", 100, 10.0, 5.0, 2.5, True),
-        cli.DemoResult("b\nc", "", 8, 1.0, 0.9, 1.2, False),
+        cli.DemoResult("a" * 60, "", 100, 10.0, 5.0, 2.5, True, 1.1),
+        cli.DemoResult("b\nc", "", 8, 1.0, 0.9, 1.2, False, 1.2),
     ]
-    header, rule, first, second, _, verdict = cli.format_results(results).splitlines()
+    header, rule, first, second, _, verdict, total = cli.format_results(results).splitlines()
     assert len(header) == len(rule) == len(first) == len(second)
     assert first.split()[-7:] == ["10.0", "tok/s", "20.0", "tok/s", "2.00x", "2.50", "yes"]
     assert second.startswith("b c ")
     assert second.endswith("NO")
-    assert "Together 11.0 s without, 5.9 s with: 1.86 times as fast." in verdict
+    assert verdict.startswith("Answers DIFFER")
+    assert total == "Together 11.0 s without, 5.9 s with: 1.86 times as fast."
+
+
+def test_disturbed_timings_are_not_summed_up():
+    steady = cli.DemoResult("a", "", 100, 10.0, 5.0, 2.5, True, 1.1)
+    disturbed = cli.DemoResult("b", "", 100, 100.0, 5.0, 2.5, True, 9.7)
+    text = cli.format_results([steady, disturbed])
+    assert "equal runs took up to 9.7 times as long" in text
+    assert "times as fast" not in text
 
 
 # ---- env, version, errors ----

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 import hf_eagle3.integration as integration
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.decode import NotANumberError
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
@@ -202,7 +203,7 @@ def assert_in_step(target, drafter, state, b: int, text: Tensor):
     assert state.block[b, :pending].tolist() == text[start + 1 :].tolist()
     cache = DynamicCache()
     with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
-        target(text[None, :-1], past_key_values=cache)
+        target(text[None, :-1], **{CACHE_NAME: cache})
         states = recorder.take("cpu")
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(state.states[b, :pending], states[0, start:], **close)
@@ -350,7 +351,7 @@ def test_returned_cache_goes_on_as_a_plain_one(family):
     target, batch = make_target(family), pad(prompts_of(12))
     plain, out = assert_same(target, batch, max_new_tokens=11)
     more = torch.cat([plain.sequences, make_prompt(4)], dim=1)
-    ends = [target.generate(more, past_key_values=o.past_key_values, max_new_tokens=9, **GREEDY) for o in (plain, out)]
+    ends = [target.generate(more, **{CACHE_NAME: o[CACHE_NAME]}, max_new_tokens=9, **GREEDY) for o in (plain, out)]
     assert ends[0].tolist() == ends[1].tolist()
 
 

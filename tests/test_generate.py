@@ -22,6 +22,8 @@ from transformers import (
     TextStreamer,
 )
 
+from hf_eagle3.cache import CACHE_NAME
+
 GREEDY = {"do_sample": False}
 FEEDS = ["whole_sequence", "new_tokens_only"]
 
@@ -153,7 +155,7 @@ def test_outputs_have_the_lengths_and_values_of_plain_ones(family):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert out.keys() == plain.keys()
-    assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert out[CACHE_NAME].get_seq_length() == plain[CACHE_NAME].get_seq_length()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "qwen_vlm"])
@@ -169,17 +171,17 @@ def test_conversation_goes_on_from_the_cache(family, feed):
     # A drafter in the first turn already: its call leaves the cache as a plain one does.
     turn = first_turn(assistant_model=make_oracle(target, plain.sequences[0]))
     whole = torch.cat([turn.sequences, make_prompt(5)], dim=1)
-    cached = int(turn.past_key_values.get_seq_length())
+    cached = int(turn[CACHE_NAME].get_seq_length())
     fed = {
         "inputs": whole if feed == "whole_sequence" else whole[:, cached:],
         "attention_mask": torch.ones_like(whole),
     }
-    expected = target.generate(**fed, past_key_values=plain.past_key_values, **settings)
+    expected = target.generate(**fed, **{CACHE_NAME: plain[CACHE_NAME]}, **settings)
     num_new = expected.shape[1] - fed["inputs"].shape[1]
     oracle = make_oracle(target, torch.cat([whole[0], expected[0, -num_new:]]))
     out = target.generate(
         **fed,
-        past_key_values=turn.past_key_values,
+        **{CACHE_NAME: turn[CACHE_NAME]},
         assistant_model=oracle,
         return_dict_in_generate=True,
         **settings,
@@ -200,9 +202,9 @@ def test_conversation_with_a_padded_start_goes_on_from_the_cache(target, fed):
         turn = target.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **settings, **assistant)
         whole = torch.cat([turn.sequences, make_prompt(5)], dim=1)
         mask = torch.nn.functional.pad(mask, (0, whole.shape[1] - mask.shape[1]), value=1)
-        past = turn.past_key_values
+        past = turn[CACHE_NAME]
         ids = whole if fed == "whole_sequence" else whole[:, int(past.get_seq_length()) :]
-        outs.append(target.generate(ids, attention_mask=mask, past_key_values=past, **settings, **assistant))
+        outs.append(target.generate(ids, attention_mask=mask, **{CACHE_NAME: past}, **settings, **assistant))
     assert outs[1].tolist() == outs[0].tolist()
 
 
@@ -239,7 +241,7 @@ def test_custom_criterion_stops_inside_a_block(target, length):
     plain, out, _ = assert_same_with_oracle(target, prompt, depth=5, drafter_options={"wrong_share": 0.1}, **settings)
     assert out.sequences.shape[1] == length
     assert len(out.scores) == length - 6
-    assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == length - 1
+    assert out[CACHE_NAME].get_seq_length() == plain[CACHE_NAME].get_seq_length() == length - 1
     half = len(criterion.lengths_seen) // 2
     assert criterion.lengths_seen[half:] == criterion.lengths_seen[:half]  # once a token, as without a drafter
 
@@ -256,7 +258,7 @@ def test_cache_that_cannot_be_cut_back_is_not_returned(family, caplog):
             prompt, assistant_model=oracle.tell(text[0], wrong_share=0.0), stopping_criteria=criteria, **settings
         )
         assert out.sequences.tolist() == text[:, :length].tolist()
-        assert (out.past_key_values is None) == is_inside
+        assert (out.get(CACHE_NAME) is None) == (getattr(out, CACHE_NAME) is None) == is_inside
         assert ("cannot be cut back" in caplog.text) == is_inside
         caplog.clear()
 
@@ -414,6 +416,8 @@ def test_speculation_tells_the_story(target):
         ({"assistant_early_exit": 2}, "assistant_early_exit"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"use_cache": False}, "use_cache"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "attn_implementation"),
         ({"cache_implementation": "static"}, "static"),
         ({"num_assistant_tokens": 0}, "at least 1; got 0"),
         ({"num_assistant_tokens": -3}, "at least 1; got -3"),
@@ -443,7 +447,7 @@ def test_refused_before_any_work_and_usable_afterwards(target, settings, says):
 def test_static_cache_object_is_refused(target):
     cache = StaticCache(config=target.config, max_cache_len=64)
     with pytest.raises(ValueError, match="cut back, not a StaticCache"):
-        target.generate(make_prompt(4), past_key_values=cache, assistant_model=make_drafter(target), max_new_tokens=4)
+        target.generate(make_prompt(4), **{CACHE_NAME: cache}, assistant_model=make_drafter(target), max_new_tokens=4)
 
 
 def test_drafter_of_another_target_is_refused(target):

@@ -108,7 +108,7 @@ def test_a_step_too_many_in_the_mask_is_noticed(target, monkeypatch):
 def test_first_step_does_not_depend_on_how_many_follow(target):
     drafter = make(target)
     ids, aux = torch.randint(0, V, (1, 9)), torch.randn(1, 9, 96, dtype=torch.float64)
-    torch.testing.assert_close(next(unroll(drafter, ids, aux, 1)), list(unroll(drafter, ids, aux, 3))[0])
+    torch.testing.assert_close(next(unroll(drafter, ids, aux, 1)), next(unroll(drafter, ids, aux, 3)))
 
 
 def test_supervision_of_a_two_turn_conversation():
@@ -168,7 +168,7 @@ def test_sums_equal_a_loop_over_slots(target):
                 correct += guess == int(lesson.argmax[b, at])
                 assert bool(sums.hits[t, b, i]) == (guess == int(x[i + 2 + t]))
                 count += 1
-        assert int(sums.count[t]) == count
+        assert int(sums.num_live[t]) == count
         assert int(sums.correct[t]) == correct
         torch.testing.assert_close(sums.loss[t].double(), torch.as_tensor(loss).double(), atol=1e-4, rtol=1e-5)
 
@@ -183,7 +183,7 @@ def test_padding_changes_nothing(target):
     rest = ttt(drafter, other, teach(target, drafter, other), K)
     both = ttt(drafter, long, teach(target, drafter, long), K)
     torch.testing.assert_close(both.loss, alone.loss + rest.loss, atol=1e-5, rtol=1e-5)
-    assert torch.equal(both.count, alone.count + rest.count)
+    assert torch.equal(both.num_live, alone.num_live + rest.num_live)
 
 
 def test_loss_and_its_gradient_are_those_of_the_definition():
@@ -207,11 +207,11 @@ def test_walk_counts_rounds_like_decoding():
     hits[:, 1] = True  # round at slot 1 (root x2): drafts x3 x4 right; next root x5
     hits[1, 4] = True  # slot 4: first draft wrong, so the second does not count; next root x6
     hits[0, 5] = True  # slot 5: one right; next root x8
-    hits[0, 7] = True  # slot 7: x9 right, and the turn ends
+    hits[0, 7] = True  # slot 7: x9 right, but the turn has room for one token, and that is the target's own
     result = walk(hits, mask)
     assert result.rounds == 4
-    assert result.accepted.tolist() == [3, 1]
-    assert result.acceptance_length == pytest.approx(2.0)
+    assert result.accepted.tolist() == [2, 1]
+    assert result.acceptance_length == pytest.approx(7 / 4)  # x3 .. x9 in four rounds
 
 
 def test_lesson_is_not_trained(target):

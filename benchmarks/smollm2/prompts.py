@@ -8,6 +8,7 @@ PROMPT_FOLDER holds `train.jsonl.gz` and `eval_*.jsonl`: one object a line with 
 import argparse
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def pack(rows: list[list[int]]) -> dict[str, np.ndarray]:
 def unpack(arrays: dict[str, np.ndarray], name: str) -> list[np.ndarray]:
     """The rows that `pack` made, from a loaded npz."""
     ids, offsets = arrays[f"{name}_ids"], arrays[f"{name}_offsets"]
-    return [ids[a:b] for a, b in zip(offsets, offsets[1:])]
+    return [ids[a:b] for a, b in pairwise(offsets)]
 
 
 def first_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

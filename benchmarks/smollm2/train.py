@@ -104,7 +104,7 @@ def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Pat
     for name in EVAL_SETS:
         prompts, texts = unpack(arrays, name), unpack(dict(np.load(answers / f"eval_{name}.npz")), "answer")
         categories = arrays[f"{name}_category"]
-        rows = [joined(p, a) for p, a in zip(prompts, texts)]
+        rows = [joined(p, a) for p, a in zip(prompts, texts, strict=True)]
         walks: list[dict[int, Walk]] = []
         for start in range(0, len(rows), 16):
             batch = {k: v.cuda() for k, v in collate(rows[start : start + 16]).items()}
@@ -141,7 +141,7 @@ def main() -> None:
     for temperature in args.temperatures:
         file = dict(np.load(Path(args.answers, f"train_{temperature}.npz")))
         answers = unpack(file, "answer")
-        rows += [joined(prompts[i], a) for i, a in zip(file["prompt"], answers) if len(a) >= 3]
+        rows += [joined(prompts[i], a) for i, a in zip(file["prompt"], answers, strict=True) if len(a) >= 3]
     dataset = TokenDataset(rows, max_length=training.max_length)
     counts = count_supervised_tokens(dataset, target.config.vocab_size)
     for size in (8192, 12288, 16384, 24576):
@@ -156,7 +156,9 @@ def main() -> None:
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.num_layers,
     )
-    print(f"{len(dataset)} rows, {int(counts.sum())} supervised tokens, {drafter.num_parameters()} weights", flush=True)
+    print(
+        f"{len(dataset)} rows, {int(counts.sum())} supervised tokens, {drafter.num_parameters()} weights", flush=True
+    )
     trainer = Eagle3Trainer(model=drafter, target_model=target, args=training, train_dataset=dataset)
     began = time.time()
     trainer.train()
@@ -179,9 +181,11 @@ def main() -> None:
     Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=1))
     for name, groups in result.items():
         for group, values in groups.items():
-            print(f"{name:10} {group:12} " + "  ".join(
-                f"{k} {values[k]['acceptance_length']:.3f}" for k in ("K=3", "K=5", "K=7")
-            ) + f"  ({values['answers']} answers)")
+            print(
+                f"{name:10} {group:12} "
+                + "  ".join(f"{k} {values[k]['acceptance_length']:.3f}" for k in ("K=3", "K=5", "K=7"))
+                + f"  ({values['answers']} answers)"
+            )
     print(f"trained {seconds:.0f} s")
 
 

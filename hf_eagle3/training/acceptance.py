@@ -37,8 +37,9 @@ def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
     for start in starts:
         end = start + np.argmin(loss_mask[start:]) if not loss_mask[start:].all() else T  # one past the turn
         slot = start - 1
-        while 0 <= slot and slot + 2 < end:
-            matched = prefix[:, slot]
+        while slot >= 0 and slot + 2 < end:
+            # The round adds a token of the target's own, and the turn has room for so many: as a decoder counts.
+            matched = prefix[:, slot] & (np.arange(K) < end - slot - 3)
             rounds += 1
             accepted += matched
             slot += int(matched.sum()) + 1

@@ -73,10 +73,12 @@ class TokenDataset(Dataset):
     Args:
         rows: Each with `input_ids` and `loss_mask`, or with `messages`.
         tokenizer: Needed for `messages`.
-        max_length: Longer rows are cut on the right; those with nothing left to learn from are left out.
+        max_length: Longer rows are cut on the right.
+
+    Rows too short to draft in (answers of one token, or cut before their second) are left out, with a warning.
 
     Raises:
-        ValueError: A row has neither form, or nothing to learn from: the message names the row.
+        ValueError: A row has neither form, or no generated token at all: the message names the row.
     """
 
     def __init__(
@@ -101,14 +103,11 @@ class TokenDataset(Dataset):
                 except ValueError as error:
                     raise ValueError(f"Row {number}: {error}") from error
             else:
-                raise ValueError(
-                    f"Row {number} must have messages, or input_ids and loss_mask; it has {sorted(row)}."
-                )
+                raise ValueError(f"Row {number} must have messages, or input_ids and loss_mask; it has {sorted(row)}.")
             ids, mask = np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool)
-            if not trains_something(mask):
+            if not mask.any():
                 raise ValueError(
-                    f"Row {number} has nothing to learn from: a draft needs two generated tokens in a row after the "
-                    f"first token, and loss_mask marks {int(mask.sum())} of {len(mask)} tokens."
+                    f"Row {number} has nothing to learn from: loss_mask marks none of its {len(mask)} tokens as generated."
                 )
             ids, mask = ids[:max_length], mask[:max_length]
             if not trains_something(mask):
@@ -117,7 +116,10 @@ class TokenDataset(Dataset):
             self._ids.append(ids)
             self._masks.append(mask)
         if left_out:
-            logger.warning(f"{left_out} rows have no generated tokens within max_length {max_length} and are left out.")
+            logger.warning(
+                f"{left_out} of {number + 1} rows are left out: a draft needs two generated tokens in a row, after the "
+                f"first token and within max_length ({max_length})."
+            )
         if not self._ids:
             raise ValueError("The training data is empty: no row is left to train on.")
 
@@ -126,6 +128,17 @@ class TokenDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {"input_ids": self._ids[index], "loss_mask": self._masks[index]}
+
+
+def check_token_ids(dataset: TokenDataset, vocab_size: int) -> None:
+    """Raise ValueError if a token is none of the target's: on a GPU, looking it up would end the process."""
+    for i in range(len(dataset)):
+        ids = dataset[i]["input_ids"]
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError(
+                f"The data has token ids {ids.min()} to {ids.max()} in one row, and the target's vocabulary is 0 to "
+                f"{vocab_size - 1}. Make the rows with the target's own tokenizer."
+            )
 
 
 def trains_something(loss_mask: np.ndarray) -> bool:

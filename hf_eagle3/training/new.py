@@ -35,6 +35,8 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
         "rms_norm_eps": getattr(theirs, "rms_norm_eps", 1e-6),
         "rope_parameters": plain_rope(getattr(theirs, "rope_parameters", None)),
         "target_model_type": theirs.model_type,
+        # The host's pipeline takes two models for one vocabulary only if these agree.
+        **{name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "fc_norm": True,
         "norm_output": True,
     }

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
-from .data import TokenDataset, choose_draft_vocabulary, collate, count_supervised_tokens
+from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, collate, count_supervised_tokens
 from .new import new_drafter
 from .ttt import StepSums, live_slots, teach, ttt
+
+# What the host's Trainer writes into the configs of the model it trains.
+HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
 
 @dataclass
@@ -59,8 +62,8 @@ class Eagle3Trainer(Trainer):
         target_model: The target; any decoder of the host.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
-            tokens); any iterable of mappings. For `eval_acceptance_length` to be exact, the eval answers must be the
-            target's own greedy ones.
+            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. For
+            `eval_acceptance_length` to be exact, the eval answers must be the target's own greedy ones.
         processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
         kwargs: As for the host's Trainer.
 
@@ -90,10 +93,18 @@ class Eagle3Trainer(Trainer):
                 f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
                 f"{args.n_gpu} GPUs. Set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        train_dataset = _tokenize(train_dataset, processing_class, args.max_length)
-        eval_dataset = _tokenize(eval_dataset, processing_class, args.max_length)
+        vocab_size = target_model.config.get_text_config(decoder=True).vocab_size
+        train_rows = _tokenize(train_dataset, processing_class, args.max_length, vocab_size)
+        eval_rows: Any  # one set, several by name, or None
+        if isinstance(eval_dataset, dict):
+            eval_rows = {
+                name: _tokenize(rows, processing_class, args.max_length, vocab_size)
+                for name, rows in eval_dataset.items()
+            }
+        else:
+            eval_rows = _tokenize(eval_dataset, processing_class, args.max_length, vocab_size)
         if model is None:
-            model = self._new_drafter(target_model, args, train_dataset)
+            model = self._new_drafter(target_model, args, train_rows)
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "
@@ -111,16 +122,19 @@ class Eagle3Trainer(Trainer):
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
         self._target = (target_model,)
         self._train_sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        own_configs = KeepOwnConfigs(model)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=collate,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
+        own_configs.restore()
+        self.add_callback(own_configs)
 
     @staticmethod
     def _new_drafter(
@@ -148,6 +162,13 @@ class Eagle3Trainer(Trainer):
         with self.accelerator.autocast():
             return ttt(drafter, inputs, lesson, steps)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
+        """Batches of `eval_dataset`, whose rows may be as they are given to the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            vocab_size = self.model.config.vocab_size
+            eval_dataset = _tokenize(eval_dataset, self.processing_class, self.args.max_length, vocab_size)
+        return super().get_eval_dataloader(eval_dataset)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[k] supervised slots of each step, over all batches of one update."""
         counts = [live_slots(batch["loss_mask"], self.args.ttt_steps).flatten(1).sum(1) for batch in batch_samples]
@@ -162,17 +183,17 @@ class Eagle3Trainer(Trainer):
     ) -> Tensor | tuple[Tensor, StepSums]:
         """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update."""
         sums = self._run(model, inputs, self.args.ttt_steps)
-        counts = sums.count if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
+        counts = sums.num_live if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
         weights = self.args.ttt_decay ** torch.arange(len(counts), device=sums.loss.device)  # [k]
         loss = (weights * sums.loss / counts.clamp_min(1)).sum()
         if model.training:
-            self._train_sums.append((sums.loss.detach(), sums.correct, sums.count))
+            self._train_sums.append((sums.loss.detach(), sums.correct, sums.num_live))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's loss and accuracy since the last training log."""
         if "loss" in logs and self._train_sums:
-            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums))
+            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums, strict=True))
             self._train_sums.clear()
             logs |= _by_step("", loss, correct, count)
         super().log(logs, start_time)
@@ -194,12 +215,12 @@ class Eagle3Trainer(Trainer):
         for inputs in tqdm(dataloader, desc=description, disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             batch = self._run(self.model, inputs, steps)
-            sums.append((batch.loss, batch.correct, batch.count))
+            sums.append((batch.loss, batch.correct, batch.num_live))
             hits, masks = batch.hits[:depth].cpu().numpy(), inputs["loss_mask"].cpu().numpy()
             for row, mask in enumerate(masks):
                 walked += walk(hits[:, row], mask)
             num_rows += len(masks)
-        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums))
+        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
         weights = self.args.ttt_decay ** torch.arange(self.args.ttt_steps, device=loss.device)
         k = self.args.ttt_steps
         metrics = _by_step(f"{metric_key_prefix}_", loss, correct, count)
@@ -208,12 +229,43 @@ class Eagle3Trainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
 
 
+class KeepOwnConfigs(TrainerCallback):
+    """Takes back what the host's Trainer writes into a drafter's configs: `use_cache`, and the tokenizer's tokens.
+
+    A drafter's special tokens are its target's, and its generation config says how to draft and nothing else.
+    """
+
+    def __init__(self, drafter: Eagle3DrafterModel):
+        configs = [drafter.config.__dict__, drafter.generation_config.__dict__]
+        self._before = [(config, {name: config[name] for name in HOST_WRITES if name in config}) for config in configs]
+
+    def restore(self) -> None:
+        """Give `HOST_WRITES` the values they had, or none."""
+        for config, values in self._before:
+            for name in HOST_WRITES:
+                config.pop(name, None)
+            config.update(values)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:  # the host's arguments
+        """The host has just written the tokenizer's special tokens."""
+        self.restore()
+
+
 def _tokenize(
-    rows: Iterable[Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+    rows: Iterable[Mapping[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
 ) -> TokenDataset | None:
-    if rows is None or isinstance(rows, TokenDataset):
-        return rows
-    return TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    if rows is None:
+        return None
+    dataset: TokenDataset
+    if isinstance(rows, TokenDataset):
+        dataset = rows
+    else:
+        dataset = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    check_token_ids(dataset, vocab_size)
+    return dataset
 
 
 def _by_step(prefix: str, loss: Tensor, correct: Tensor, count: Tensor) -> dict[str, float]:

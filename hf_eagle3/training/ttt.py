@@ -35,7 +35,7 @@ class StepSums(NamedTuple):
 
     loss: Tensor  # [k] float32
     correct: Tensor  # [k] int64, the drafter's argmax is the target's; a token it cannot propose is a miss
-    count: Tensor  # [k] int64, live slots
+    num_live: Tensor  # [k] int64, live slots
     hits: Tensor  # [k, B, T] bool, the drafter's argmax is the token in the data
 
 
@@ -118,8 +118,10 @@ def attention_kernels() -> AbstractContextManager[None]:
 @torch.no_grad()
 def teach(target: PreTrainedModel, drafter: Eagle3DrafterModel, batch: dict[str, Tensor]) -> Lesson:
     """Run the frozen target over `batch` (`input_ids`, `attention_mask`, `loss_mask`, each [B, T])."""
-    device = batch["input_ids"].device
-    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder, attention_kernels():
+    device, boundaries = batch["input_ids"].device, drafter.bound_aux_layer_ids
+    if boundaries is None:
+        raise ValueError("The drafter is bound to no target: call drafter.bind(target) first.")
+    with StateRecorder(target, boundaries) as recorder, attention_kernels():
         logits = target(
             input_ids=batch["input_ids"].to(target.device),
             attention_mask=batch["attention_mask"].to(target.device),

@@ -1,0 +1,218 @@
+"""Configuration of an EAGLE-3 or EAGLE-3.1 drafter.
+
+Copied into every published drafter and run from there with `trust_remote_code=True`: it imports nothing but
+Transformers and huggingface_hub.
+"""
+
+from itertools import pairwise
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# What Transformers itself may put into a config.json or pass along; none of it changes the drafter's arithmetic.
+HOST_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "trust_remote_code",
+        "use_cache",
+    }
+)
+
+
+@strict
+class Eagle3DrafterConfig(PreTrainedConfig):
+    r"""Sizes and switches of an EAGLE-3 drafter (arXiv:2503.01840) or an EAGLE-3.1 drafter (arXiv:2605.09992).
+
+    Every size must be given: a drafter that guesses one loads without an error and accepts nothing. Keys that are
+    neither listed here nor the host's own bookkeeping are refused, since an ignored key may change the arithmetic.
+
+    Args:
+        hidden_size (`int`): H, the drafter's width.
+        intermediate_size (`int`): Width of the gated MLP.
+        num_hidden_layers (`int`): Decoder layers of the drafter. The first takes 2H inputs, the others H.
+        num_attention_heads (`int`): Query heads.
+        num_key_value_heads (`int`): Key and value heads; divides `num_attention_heads`.
+        head_dim (`int`): Width of one head, not necessarily H / heads.
+        vocab_size (`int`): V, rows of the *target's* vocabulary.
+        draft_vocab_size (`int`): V_d, the tokens the drafter can propose; at most V.
+        target_hidden_size (`int`, *optional*): Width of the target's states. Default: H.
+        num_aux_hidden_states (`int`): A, how many of the target's states `fc` reads.
+        aux_layer_ids (`list[int]`, *optional*): The boundaries they are taken at, ascending: boundary i is the input
+            of target layer i, boundary n (after all n layers) is before the final norm. Null means
+            (2, n // 2, n - 3), resolved when the drafter is bound to a target.
+        use_aux_hidden_state (`bool`): False: no `fc`; the drafter reads the target's final, normed state instead.
+        fc_norm (`bool`): One norm per captured state, before `fc` (EAGLE-3.1).
+        norm_before_fc (`bool`): One norm over the concatenation, before `fc`.
+        norm_before_residual (`bool`): The first layer's residual is the normed hidden state.
+        norm_output (`bool`): Feed the normed output to the next draft step (EAGLE-3.1) instead of the un-normed one.
+        qk_norm (`bool`): Norms over each query and key head.
+        attention_bias, mlp_bias, fc_bias (`bool`): Biases of the attention projections, the MLP and `fc`.
+        has_own_embeddings (`bool`): False: token embeddings are borrowed from the target by `bind`.
+        share_lm_head (`bool`): True: the head is borrowed from the target, and V_d = V.
+        sliding_window (`int`, *optional*): Position p sees keys j > p - sliding_window.
+        rope_parameters (`dict`, *optional*): The host's rotary parameters; any kind it knows.
+        max_position_embeddings (`int`): Positions seen in training. Longer prompts work.
+        target_model_type (`str`, *optional*): `model_type` of the target, for the record.
+    """
+
+    model_type = "eagle3"
+    has_no_defaults_at_init = (
+        True  # so that the host up to 5.17 does not make one without sizes, to save its difference
+    )
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int | None = None
+    num_aux_hidden_states: int = 3
+    aux_layer_ids: list[int] | tuple[int, ...] | None = None
+    use_aux_hidden_state: bool = True
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    fc_bias: bool = False
+    has_own_embeddings: bool = False
+    share_lm_head: bool = False
+    sliding_window: int | None = None
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    attention_dropout: int | float = 0.0
+    target_model_type: str | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"This config says model_type {model_type!r}, expected {self.model_type!r}. Published drafters of other "
+                "layouts load with AutoModel.from_pretrained, after `import hf_eagle3`."
+            )
+        if unknown := sorted(kwargs.keys() - HOST_KEYS):
+            raise ValueError(
+                f"Eagle3DrafterConfig got keys it does not know: {unknown}. An ignored key may change the drafter's "
+                "arithmetic, so none is ignored: remove them, or spell them as listed in the class's docstring."
+            )
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.aux_layer_ids is not None:
+            self.aux_layer_ids = [int(i) for i in self.aux_layer_ids]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse combinations that no drafter has."""
+        sizes = [
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states"),
+            "max_position_embeddings",
+        ]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be a small positive number, got {self.rms_norm_eps}.")
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size ({self.draft_vocab_size}) is larger than the target's vocab_size "
+                f"({self.vocab_size}); the draft vocabulary is a subset of the target's."
+            )
+        if self.share_lm_head and self.draft_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"share_lm_head borrows the target's head of {self.vocab_size} rows, so draft_vocab_size must equal "
+                f"vocab_size; got {self.draft_vocab_size}."
+            )
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc both norm the input of fc; a drafter has one of them.")
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings must be false: a drafter's head is its own, or the target's (share_lm_head)."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or null, got {self.sliding_window}.")
+        if not self.use_aux_hidden_state:
+            if self.aux_layer_ids or self.fc_norm or self.norm_before_fc or self.fc_bias:
+                raise ValueError(
+                    "use_aux_hidden_state=False has no fc, so aux_layer_ids, fc_norm, norm_before_fc and fc_bias "
+                    "must not be set."
+                )
+            if self.target_hidden_size != self.hidden_size:
+                raise ValueError(
+                    f"use_aux_hidden_state=False feeds the target's state (width {self.target_hidden_size}) to the "
+                    f"drafter as it is, whose width is {self.hidden_size}."
+                )
+        if (ids := self.aux_layer_ids) is not None and self.use_aux_hidden_state:
+            if len(ids) != self.num_aux_hidden_states:
+                raise ValueError(
+                    f"aux_layer_ids {ids} names {len(ids)} states, but num_aux_hidden_states is "
+                    f"{self.num_aux_hidden_states}."
+                )
+            if any(a >= b for a, b in pairwise(ids)) or ids[0] < 0:
+                raise ValueError(f"aux_layer_ids must be boundaries 0, 1, ... in ascending order, got {ids}.")
+
+    @property
+    def num_captured_states(self) -> int:
+        """How many target states one position needs: A, or 1 for a drafter without `fc`."""
+        return self.num_aux_hidden_states if self.use_aux_hidden_state else 1
+
+    def resolve_aux_layer_ids(self, num_target_layers: int) -> tuple[int, ...]:
+        """The boundaries to capture from a target of `num_target_layers` layers, ascending.
+
+        Empty for a drafter without `fc`, which reads the final normed state.
+
+        Raises:
+            ValueError: A boundary lies outside 0..`num_target_layers`, or null cannot stand for A states.
+        """
+        if not self.use_aux_hidden_state:
+            return ()
+        n = num_target_layers
+        ids = self.aux_layer_ids
+        if ids is None:
+            if self.num_aux_hidden_states != 3:
+                raise ValueError(
+                    f"aux_layer_ids is null, which stands for three states, but this drafter reads "
+                    f"{self.num_aux_hidden_states}. Set config.aux_layer_ids to the boundaries it was trained with."
+                )
+            ids = sorted((2, n // 2, n - 3))
+        if ids[0] < 0 or ids[-1] > n:
+            raise ValueError(
+                f"This drafter reads the target at boundaries {list(ids)}, but the target has {n} layers, so "
+                f"boundaries 0 to {n}. It was made for another target."
+            )
+        return tuple(ids)

@@ -1,0 +1,546 @@
+"""The EAGLE-3 and EAGLE-3.1 drafter network (arXiv:2503.01840, arXiv:2605.09992).
+
+Read top to bottom: attention over [embedding ; hidden state], the decoder layers, then the drafter itself. Copied into
+every published drafter and run from there with `trust_remote_code=True`, so it imports torch, Transformers and its
+siblings only.
+
+Shapes: B batch, T positions of this call, S positions seen so far, H drafter width, Ht target width, A captured
+states, V target vocabulary, V_d draft vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import logging
+
+from .configuration_eagle3 import Eagle3DrafterConfig
+from .weights_eagle3 import (
+    SECOND_NAME,
+    CheckpointError,
+    StoredTensor,
+    find_file,
+    find_weight_files,
+    list_tensors,
+    read_tensor,
+    to_our_names,
+)
+
+logger = logging.get_logger(__name__)
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+REMOTE_CODE = {
+    "AutoConfig": "configuration_eagle3.Eagle3DrafterConfig",
+    "AutoModel": "modeling_eagle3.Eagle3DrafterModel",
+    "AutoModelForCausalLM": "modeling_eagle3.Eagle3DrafterModel",
+}
+REMOTE_CODE_FILES = ("configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
+
+
+class Eagle3DrafterOutput(NamedTuple):
+    """What one drafter forward returns."""
+
+    logits: Tensor  # [B, T, V_d], over the draft vocabulary
+    feedback: Tensor  # [B, T, H], what the next draft step takes as `hidden_states`
+    past_key_values: Cache | None
+
+
+class Eagle3Attention(nn.Module):
+    """Llama's attention with an input width of its own, and norms over heads where the drafter has them."""
+
+    def __init__(self, config: Eagle3DrafterConfig, layer_idx: int, input_size: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.sliding_window = config.sliding_window
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(input_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, input_size]
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> Tensor:  # [B, T, H]
+        B, T, _ = hidden_states.shape
+        heads = (B, T, -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, heads, T, head_dim]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
+
+        attend: Callable = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class Eagle3Layer(GradientCheckpointingLayer):
+    """A decoder layer after the first: Llama's, over the hidden state alone."""
+
+    def __init__(self, config: Eagle3DrafterConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Eagle3Attention(config, layer_idx, input_size=config.hidden_size)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, embeddings: Tensor, **kwargs) -> Tensor:  # noqa: ARG002  one signature
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Eagle3FirstLayer(GradientCheckpointingLayer):
+    """The layer that makes EAGLE-3: attention reads [token embedding ; hidden state], each normed, 2H wide.
+
+    The embedding never enters the residual stream. The residual is the hidden state as it came, or normed
+    (`norm_before_residual`).
+    """
+
+    def __init__(self, config: Eagle3DrafterConfig):
+        super().__init__()
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = Eagle3Attention(config, layer_idx=0, input_size=2 * config.hidden_size)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, embeddings: Tensor, **kwargs) -> Tensor:
+        normed = self.hidden_norm(hidden_states)
+        residual = normed if self.norm_before_residual else hidden_states
+        pair = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # [B, T, 2H]
+        hidden_states = residual + self.self_attn(pair, **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Eagle3DrafterModel(PreTrainedModel):
+    """An EAGLE-3 or EAGLE-3.1 drafter. Load it, pass it as `assistant_model`; nothing else is needed.
+
+    What it lacks (token embeddings, sometimes the head) it borrows from a target by `bind`. Logits are over the draft
+    vocabulary only; `draft_to_target_ids` maps ids.
+    """
+
+    config_class = Eagle3DrafterConfig
+    config: Eagle3DrafterConfig
+    # No drafter has it. Empty, the host would strip a tensor's first letter to make it fit: enorm.weight as norm.weight.
+    base_model_prefix = "eagle3_drafter"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Eagle3FirstLayer", "Eagle3Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Tensors that `from_pretrained` accounts for itself: membership of the draft vocabulary, and a norm's second name.
+    _keys_to_ignore_on_load_unexpected = [r"^t2d$", SECOND_NAME]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # How published checkpoints spell our tensor names: regular expression -> replacement. hf-eagle3 fills it in on
+    # import; a drafter run as remote code knows its own names only.
+    published_names: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: Eagle3DrafterConfig):
+        super().__init__(config)
+        H, A = config.hidden_size, config.num_aux_hidden_states
+        Ht: int = config.target_hidden_size  # type: ignore[assignment]  # H where it is not given
+        if config.has_own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, H)
+        if config.use_aux_hidden_state:
+            if config.fc_norm:
+                self.fc_norm = nn.ModuleList(LlamaRMSNorm(Ht, eps=config.rms_norm_eps) for _ in range(A))
+            if config.norm_before_fc:
+                self.input_norm = LlamaRMSNorm(A * Ht, eps=config.rms_norm_eps)
+            self.fc = nn.Linear(A * Ht, H, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            Eagle3Layer(config, i) if i else Eagle3FirstLayer(config) for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(H, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        if not config.share_lm_head:
+            self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
+        # As published: offsets, target id = draft id + d2t[draft id].
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))  # [V_d]
+
+        # Where `generate(assistant_model=...)` looks for the draft shape; null leaves it to hf-eagle3.
+        self.generation_config = GenerationConfig()
+        # The target's own tensors and the boundaries to read it at, once bound. Plain attributes: what is borrowed is
+        # neither saved, nor trained, nor moved.
+        self._borrowed: dict[str, Tensor] = {}
+        self.bound_aux_layer_ids: tuple[int, ...] | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.d2t)
+
+    # ---- the target ----
+
+    def bind(self, target: PreTrainedModel) -> "Eagle3DrafterModel":
+        """Borrow from `target` what this drafter lacks, after checking that the two fit. Returns the drafter.
+
+        May be called again, with this or another target. Nothing changes when it raises.
+
+        Raises:
+            ValueError: `target` is an encoder-decoder, or its sizes, vocabulary or layers are not those this drafter
+                was made for.
+        """
+        if target.config.is_encoder_decoder:
+            raise ValueError(
+                f"An EAGLE-3 drafter needs a decoder-only target, but {type(target).__name__} is an encoder-decoder. "
+                "Call generate() without assistant_model."
+            )
+        config, text_config = self.config, target.config.get_text_config(decoder=True)
+        for what, ours, theirs in (
+            ("hidden size", config.target_hidden_size, text_config.hidden_size),
+            ("vocabulary size", config.vocab_size, text_config.vocab_size),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"This drafter does not fit {type(target).__name__}: it was made for a target with {what} {ours}, "
+                    f"and this one has {theirs}. Load the drafter that was trained for this target."
+                )
+        aux_layer_ids = config.resolve_aux_layer_ids(text_config.num_hidden_layers)
+
+        borrowed: dict[str, Tensor] = {}
+        if not config.has_own_embeddings:
+            borrowed["embed_tokens"] = target.get_input_embeddings().weight  # [>= V, Ht]
+        if config.share_lm_head:
+            borrowed["lm_head"] = target.get_output_embeddings().weight  # [>= V, Ht]
+        for name, weight in borrowed.items():
+            if weight.is_meta:
+                raise ValueError(
+                    f"This drafter borrows the target's {name}, which is offloaded (device 'meta'). Load the target "
+                    "with its embeddings on a device."
+                )
+            if weight.shape[-1] != config.hidden_size:
+                raise ValueError(
+                    f"This drafter of width {config.hidden_size} has no {name} of its own and cannot borrow the "
+                    f"target's, whose width is {weight.shape[-1]}. The checkpoint is incomplete."
+                )
+        self._borrowed, self.bound_aux_layer_ids = borrowed, aux_layer_ids
+        return self
+
+    def _weight(self, name: str) -> Tensor:
+        """The weight of `embed_tokens` or `lm_head`: our own, or the target's."""
+        if (module := getattr(self, name, None)) is not None:
+            return module.weight
+        if name not in self._borrowed:
+            raise ValueError(
+                f"This drafter borrows {name} from its target and is bound to none yet. Pass it to "
+                "generate(assistant_model=...), or call drafter.bind(target)."
+            )
+        return self._borrowed[name].detach()  # borrowed, not trained
+
+    # ---- the vocabulary ----
+
+    @property
+    def draft_to_target_ids(self) -> Tensor:
+        """[V_d] int64: the target id of each draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Target ids of `draft_ids`, any shape."""
+        return draft_ids + self.d2t[draft_ids]
+
+    def set_draft_to_target_ids(self, ids: Tensor) -> None:
+        """Make `ids` [V_d] int64, distinct target ids, the draft vocabulary."""
+        with torch.no_grad():
+            self.d2t.copy_(ids.to(self.d2t.device) - torch.arange(len(self.d2t), device=self.d2t.device))
+        self._check_draft_vocabulary("the ids given")
+
+    def _check_draft_vocabulary(self, where: str) -> None:
+        if self.d2t.is_meta:
+            return
+        ids, V = self.draft_to_target_ids, self.config.vocab_size
+        if (outside := ((ids < 0) | (ids >= V)).nonzero()).numel():
+            i = int(outside[0])
+            raise CheckpointError(
+                f"{where}: d2t sends draft id {i} to target id {int(ids[i])}, outside the target's vocabulary of {V}. "
+                "d2t holds offsets: target id = draft id + d2t[draft id]."
+            )
+        if ids.unique().numel() < ids.numel():
+            ordered = ids.sort().values
+            twice = int(ordered[1:][ordered.diff() == 0][0])
+            raise CheckpointError(f"{where}: d2t sends two draft ids to the same target id, {twice}.")
+
+    # ---- the network ----
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings [B, T, H] of `input_ids` [B, T], unscaled: the first layer norms them."""
+        weight = self._weight("embed_tokens")
+        return F.embedding(input_ids.to(weight.device), weight).to(self.norm.weight.device, self.dtype)
+
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """The target's captured states [B, T, A*Ht] as one feature [B, T, H]. First draft step only.
+
+        Norms work on the states as they come, in float32 inside: residual streams outgrow half precision.
+        """
+        if not self.config.use_aux_hidden_state:
+            return aux_hidden_states.to(self.dtype)
+        if self.config.norm_before_fc:
+            aux_hidden_states = self.input_norm(aux_hidden_states)
+        if self.config.fc_norm:
+            chunks = aux_hidden_states.split(self.config.target_hidden_size, dim=-1)
+            aux_hidden_states = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+        return self.fc(aux_hidden_states.to(self.fc.weight.dtype))
+
+    def compute_logits(self, normed: Tensor) -> Tensor:
+        """Draft logits [..., V_d] of normed outputs [..., H]."""
+        if not self.config.share_lm_head:
+            return self.lm_head(normed)
+        weight = self._weight("lm_head")[: self.config.draft_vocab_size]
+        return F.linear(normed.to(weight.device, weight.dtype), weight).to(normed.device, normed.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        aux_hidden_states: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> Eagle3DrafterOutput:
+        """One draft step over T positions (arXiv:2503.01840, section 3).
+
+        Args:
+            input_ids: [B, T] int64, the token one *after* the state at each position, in the target's vocabulary.
+            aux_hidden_states: [B, T, A*Ht], the target's states at the boundaries, ascending: the first draft step.
+            hidden_states: [B, T, H], `feedback` of the previous draft step: every later one. Exactly one of the two.
+            attention_mask: [B, S] 1 = keep, over cached and new positions; or a 4D mask, used as it is.
+            position_ids: [B, T], positions of the *states*. Default: counted on from the cache.
+            past_key_values: Cache of earlier positions; extended in place.
+            use_cache: Make a cache when none is given.
+            logits_to_keep: Logits of the last so many positions only, or of these positions; 0 means all.
+
+        Returns:
+            `logits` [B, T, V_d], `feedback` [B, T, H] and `past_key_values`. Logits at t propose the token two after
+            the state at t.
+        """
+        config = self.config
+        if aux_hidden_states is not None and hidden_states is None:
+            name, states = "aux_hidden_states", aux_hidden_states
+            width = config.num_captured_states * config.target_hidden_size  # type: ignore[operator]  # as in __init__
+        elif hidden_states is not None and aux_hidden_states is None:
+            name, states, width = "hidden_states", hidden_states, config.hidden_size
+        else:
+            raise ValueError(
+                "Give exactly one of aux_hidden_states (the target's, first draft step) and hidden_states (the "
+                "drafter's own feedback, later steps)."
+            )
+        if states.shape != (*input_ids.shape, width):
+            raise ValueError(
+                f"{name} must be [B, T, {width}] with [B, T] = {list(input_ids.shape)} as in input_ids, got "
+                f"{list(states.shape)}."
+            )
+        past_key_values = kwargs.pop("cache", past_key_values)  # the host's name for it from Transformers 5.24 on
+        if past_key_values is None and use_cache:
+            # Full layers even under a sliding window: the mask cuts, and what a refused draft wrote can be cut off.
+            past_key_values = DynamicCache()
+
+        hidden_states = self.fuse(states) if hidden_states is None else hidden_states  # [B, T, H]
+        embeddings = self.embed(input_ids)  # [B, T, H]
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=hidden_states.device)[None]
+
+        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        attention_mask = make_mask(
+            config,
+            embeddings,
+            attention_mask,
+            past_key_values,  # by position: the host calls it cache from Transformers 5.24 on
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                embeddings,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        normed = self.norm(hidden_states)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        feedback = normed if config.norm_output else hidden_states
+        return Eagle3DrafterOutput(self.compute_logits(normed[:, keep]), feedback, past_key_values)
+
+    # ---- files ----
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ) -> "Eagle3DrafterModel":
+        """Load a drafter; see `PreTrainedModel.from_pretrained`. Strict: no tensor is left out, made up or reshaped.
+
+        Raises:
+            CheckpointError: The weights are not readable, or tensors are missing, extra, misshapen or out of range.
+        """
+        files, stored, names = [], {}, {}
+        theirs = ("state_dict", "key_mapping", "gguf_file")
+        if not any(kwargs.get(key) for key in theirs):  # else the caller says what the weights are
+            files = find_weight_files(pretrained_model_name_or_path, **kwargs)
+            stored = list_tensors(files)
+            names = to_our_names(stored, cls.published_names)
+            # Exact names, so that nothing else of the host's renaming applies.
+            kwargs["key_mapping"] = {rf"^{re.escape(name)}$": ours for name, ours in names.items() if name != ours}
+        where = ", ".join(map(str, files)) or str(pretrained_model_name_or_path)
+
+        kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+
+        by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
+        problems = [
+            f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
+            for name, found, wanted in sorted(info["mismatched_keys"])
+        ]
+        problems += [
+            f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
+            for name in sorted(info["unexpected_keys"])
+        ]
+        missing = set(info["missing_keys"])
+        if "t2d" in stored or model.config.draft_vocab_size == model.config.vocab_size:
+            missing.discard("d2t")  # made from t2d, or the identity
+        problems += [f"{where}: {name} is missing" for name in sorted(missing)]
+        problems += [str(message) for message in info.get("error_msgs") or ()]
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
+        if not is_quantized:
+            problems += _check_dtypes(stored)
+        if problems:
+            raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
+
+        model._load_draft_vocabulary(stored, where)
+        for name, weight in model.named_parameters():
+            if not is_quantized and not weight.is_meta and not _is_finite(weight):
+                raise CheckpointError(
+                    f"{by_our_name.get(name, f'{where}: {name}')} holds NaN or infinity. Expected numbers."
+                )
+        if pretrained_model_name_or_path is not None:
+            model._load_generation_config(pretrained_model_name_or_path, kwargs)
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # the host's way
+
+    def _load_draft_vocabulary(self, stored: Mapping[str, StoredTensor], where: str) -> None:
+        """Check `d2t` against the vocabulary and against `t2d`; make it from `t2d` where a file has only that."""
+        V, V_d = self.config.vocab_size, self.config.draft_vocab_size
+        t2d = stored.get("t2d")
+        if t2d is not None:
+            file = t2d.file
+            if t2d.shape != (V,):
+                raise CheckpointError(
+                    f"{file}: t2d has shape {list(t2d.shape)}, expected [{V}], one flag for each of the target's tokens."
+                )
+            members = read_tensor(t2d, "t2d").to(torch.bool).nonzero().squeeze(-1)  # [V_d]
+            if len(members) != V_d:
+                raise CheckpointError(
+                    f"{file}: t2d marks {len(members)} tokens, but the draft vocabulary has {V_d} (draft_vocab_size)."
+                )
+            if "d2t" not in stored:
+                self.set_draft_to_target_ids(members)
+        self._check_draft_vocabulary(where)
+        if self.d2t.is_meta:
+            return
+        if t2d is not None:
+            ids = self.draft_to_target_ids.sort().values.cpu()
+            if not torch.equal(ids, members):
+                i = int((ids != members).nonzero()[0])
+                raise CheckpointError(
+                    f"{file}: t2d and d2t disagree: d2t reaches target id {int(ids[i])} where t2d marks "
+                    f"{int(members[i])}. d2t holds offsets: target id = draft id + d2t[draft id]."
+                )
+        elif V_d < V and not self.d2t.any():
+            logger.warning(
+                f"{where}: d2t is all zeros, so the draft vocabulary is the target's first {V_d} tokens. That is what a "
+                "table looks like that was never filled."
+            )
+
+    def _load_generation_config(self, name_or_path, kwargs: dict) -> None:
+        if (found := find_file(name_or_path, GENERATION_CONFIG_NAME, **kwargs)) is not None:
+            self.generation_config = GenerationConfig.from_pretrained(found.parent)
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Write config, weights, generation config and the `modeling/` files, so that the folder loads anywhere."""
+        self.config.auto_map = dict(REMOTE_CODE)
+        kwargs["save_original_format"] = False  # our names, never those of the checkpoint it came from
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        self.generation_config.save_pretrained(folder)
+        here = Path(__file__).parent
+        for name in REMOTE_CODE_FILES:
+            (folder / name).write_text((here / name).read_text(encoding="utf-8"), encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+
+def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:
+    """What is wrong with the dtypes of the stored tensors; the host would cast each to what it needs."""
+    problems = []
+    for name, (file, _, dtype) in stored.items():
+        if name == "d2t":
+            wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
+        elif name == "t2d":
+            wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+        else:
+            wanted, fits = "a float", dtype is not None and dtype.is_floating_point
+        if not fits:
+            problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
+    return problems
+
+
+def _is_finite(weight: Tensor) -> bool:
+    local = getattr(weight, "to_local", lambda: weight)()  # of a parallel load, this process's shard
+    low, high = local.detach().aminmax()  # no copy, and NaN wins
+    return bool(low.isfinite() & high.isfinite())

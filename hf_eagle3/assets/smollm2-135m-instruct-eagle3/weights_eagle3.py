@@ -1,0 +1,188 @@
+"""What a drafter's weight files hold: which tensor lies in which file, of which shape and dtype.
+
+Reads headers where it can. Copied into every published drafter, so it imports torch, safetensors and Transformers only.
+"""
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+HUB_KEYS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+# SGLang and TensorRT-LLM call the input norm of a further layer so; a file for several engines has it under both names.
+SECOND_NAME = r"^layers\.[1-9]\d*\.hidden_norm\.weight$"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be a drafter as it stands: says which file, which tensor or key, and what was expected."""
+
+
+class StoredTensor(NamedTuple):
+    """Where one tensor lies, and what it is; its values are not read."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: a packed type that no drafter is made of
+
+
+def find_file(name_or_path: str, filename: str, **kwargs) -> Path | None:
+    """The local path of one file of a folder or Hub repository, downloaded if need be; None if there is none."""
+    found = cached_file(
+        name_or_path,
+        filename,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **{key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None},
+    )
+    return Path(found) if found is not None else None
+
+
+def find_weight_files(
+    name_or_path: str, *, variant: str | None = None, use_safetensors: bool | None = None, **kwargs
+) -> list[Path]:
+    """The weight files the host will read, in its own order of preference; empty if there are none.
+
+    Raises:
+        CheckpointError: An index names a shard that is not there, or is no index.
+    """
+    middle = f".{variant}" if variant else ""
+    names = []
+    if use_safetensors is not False:
+        names += [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+    if not use_safetensors:
+        names += [f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"]
+    for name in names:
+        file = find_file(name_or_path, name, **kwargs)
+        if file is not None:
+            return [file] if file.suffix != ".json" else _find_shards(name_or_path, file, **kwargs)
+    return []
+
+
+def _find_shards(name_or_path: str, index: Path, **kwargs) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not an index of shards ({type(error).__name__}: {error}). Expected JSON with a weight_map from "
+            "tensor name to file name."
+        ) from error
+    shards = []
+    for name in names:
+        if (file := find_file(name_or_path, str(name), **kwargs)) is None:
+            raise CheckpointError(f"{index}: names the shard {name}, which is not there. Download it again.")
+        shards.append(file)
+    return shards
+
+
+def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of `files` by name.
+
+    Raises:
+        CheckpointError: A file is damaged, is not what its name says, or repeats a tensor of another file.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, (shape, dtype) in _read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: holds {name}, and so does {tensors[name].file.name}.")
+            tensors[name] = StoredTensor(file, shape, dtype)
+    return tensors
+
+
+def read_tensor(tensor: StoredTensor, name: str) -> Tensor:
+    """The values of the tensor stored as `name`, on the CPU."""
+    if tensor.file.suffix == ".safetensors":
+        with safe_open(tensor.file, framework="pt") as file:
+            return file.get_tensor(name)
+    return _read_pickle(tensor.file)[name]
+
+
+def to_our_names(stored: Mapping[str, StoredTensor], published_names: Mapping[str, str]) -> dict[str, str]:
+    """The drafter's name of each stored tensor.
+
+    Args:
+        published_names: Regular expression -> replacement, applied in turn.
+
+    Raises:
+        CheckpointError: Two tensors are the same one of the drafter's.
+    """
+    by_ours: dict[str, str] = {}
+    for name in stored:
+        ours = name
+        for pattern, replacement in published_names.items():
+            ours = re.sub(pattern, replacement, ours)
+        if ours in by_ours:
+            raise CheckpointError(
+                f"{stored[name].file}: {by_ours[ours]} and {name} are both {ours}. Remove the one that is wrong."
+            )
+        by_ours[ours] = name
+    for second in [ours for ours in by_ours if re.match(SECOND_NAME, ours)]:
+        first = second.replace("hidden_norm", "input_layernorm")
+        if first not in by_ours:
+            by_ours[first] = by_ours.pop(second)
+            continue
+        a, b = by_ours[first], by_ours[second]
+        if not torch.equal(read_tensor(stored[a], a), read_tensor(stored[b], b)):
+            raise CheckpointError(f"{stored[b].file}: {a} and {b} name the same norm, but their values differ.")
+    return {name: ours for ours, name in by_ours.items()}
+
+
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    if file.suffix != ".safetensors":
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _read_pickle(file).items()}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}). Download it again; it is cut short or something else."
+        ) from error
+
+
+# What torch.load raises on a file that is cut short, is something else, or holds objects with code.
+NOT_A_PICKLE = (
+    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+    *(AssertionError, struct.error, zipfile.BadZipFile),
+)
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        # Files of before torch 1.6 are no zip archives, and cannot be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except NOT_A_PICKLE as error:
+        raise CheckpointError(
+            f"{file}: not a pickle of plain tensors ({type(error).__name__}: {str(error)[:200]}). It is damaged, or "
+            "holds objects that could run code and are not loaded."
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{file}: expected a dict from names to tensors, got something else.")
+    return tensors

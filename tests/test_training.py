@@ -1,0 +1,571 @@
+"""Data, draft vocabulary and the trainer, on a tiny target that was taught some structure."""
+
+import copy
+import json
+import types
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+from hf_eagle3 import Eagle3DrafterModel, Eagle3Trainer, Eagle3TrainingArguments
+from hf_eagle3.training import (
+    TokenDataset,
+    choose_draft_vocabulary,
+    count_supervised_tokens,
+    new_drafter,
+    tokenize_conversation,
+)
+
+V, EOS, PROMPT, NEW = 48, 1, 6, 24
+TINY = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
+
+
+def progressions(count, length, seed):
+    """Sequences start, start + step, ... in 4..V-1: something to learn, and something to draft."""
+    rng = np.random.default_rng(seed)
+    start, step = rng.integers(0, V - 4, (count, 1)), rng.integers(1, 6, (count, 1))
+    return torch.from_numpy(4 + (start + step * np.arange(length)) % (V - 4))
+
+
+@pytest.fixture(scope="module")
+def target():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        ids = progressions(32, PROMPT + NEW, seed=step)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def rows(target):
+    """The target's own greedy answers, token-native."""
+    prompts = progressions(72, PROMPT, seed=1000)
+    out = target.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=False)
+    lengths = [PROMPT + NEW - i % 7 for i in range(len(out))]  # ragged
+    return [
+        {"input_ids": ids[:n].tolist(), "loss_mask": [0] * PROMPT + [1] * (n - PROMPT)}
+        for ids, n in zip(out, lengths, strict=True)
+    ]
+
+
+@pytest.fixture
+def data_warnings(caplog):
+    """What our data module warns of, through the host's logger, which is quiet in tests."""
+    logger = logging.get_logger("hf_eagle3.training.data")
+    level = logger.level
+    logger.setLevel("WARNING")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+def make_args(tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "ttt_steps": 3,
+        "draft_vocab_size": 40,
+        "learning_rate": 3e-3,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return Eagle3TrainingArguments(**{**settings, **changes})
+
+
+def make_drafter(target, **overrides):
+    torch.manual_seed(5)
+    return new_drafter(target, torch.arange(2, 42), **overrides)
+
+
+def weights_of(drafter):
+    return {name: value.clone() for name, value in drafter.state_dict().items()}
+
+
+# ---- the trainer ----
+
+
+def test_it_learns_to_draft_and_its_acceptance_length_is_the_real_one(target, rows, tmp_path):
+    """Trained on the target's answers, the drafter is accepted; `eval_acceptance_length` is what decoding gives."""
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    args = make_args(tmp_path, max_steps=120, per_device_train_batch_size=32, learning_rate=5e-3)
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows[:64], eval_dataset=rows[64:])
+    untrained = trainer.evaluate()["eval_acceptance_length"]
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_acceptance_length"] > untrained + 1
+    assert metrics["eval_acceptance_length"] > 2.5
+    assert metrics["eval_accuracy_0"] > 0.7
+
+    rounds = accepted = 0
+    drafter = trainer.model.eval()
+    drafter.generation_config.num_assistant_tokens = args.eval_depth
+    for row in rows[64:]:
+        prompt = torch.tensor([row["input_ids"][:PROMPT]])
+        out = target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=len(row["input_ids"]) - PROMPT,
+            do_sample=False,
+            assistant_model=drafter,
+            return_dict_in_generate=True,
+        )
+        assert out.sequences[0].tolist() == row["input_ids"]
+        rounds += out.speculation.rounds
+        accepted += out.speculation.num_accepted
+    assert 1 + accepted / rounds == pytest.approx(metrics["eval_acceptance_length"], abs=1e-9)
+    # The target is as it was.
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_changes_nothing(target, rows, tmp_path, batch, accumulation):
+    """Every supervised token weighs the same, however the rows of an update are split."""
+    results = []
+    for size, steps in ((8, 1), (batch, accumulation)):
+        args = make_args(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+        )
+        trainer = Eagle3Trainer(
+            model=make_drafter(target), target_model=target, args=args, train_dataset=copy.deepcopy(rows[:16])
+        )
+        trainer.train()
+        results.append(weights_of(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=2e-5, rtol=0, msg=name)
+
+
+def test_a_window_that_the_data_does_not_fill_counts_only_what_is_in_it(target, rows, tmp_path):
+    """Ten rows, eight an update: the second update is the mean over two rows, not a quarter of it."""
+    results = []
+    for size, steps in ((8, 1), (2, 4)):
+        args = make_args(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=-1,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            optim="sgd",  # Adam forgives a wrong scale
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            max_grad_norm=0,
+        )
+        trainer = Eagle3Trainer(model=make_drafter(target), target_model=target, args=args, train_dataset=rows[:10])
+        trainer.train()
+        assert trainer.state.global_step == 2
+        results.append(weights_of(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_optimizer_holds_the_drafter_only(target, rows, tmp_path):
+    trainer = Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=rows[:8])
+    held = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainer.model.parameters()}
+    assert not held & {id(p) for p in target.parameters()}
+
+
+def test_training_leaves_the_configs_as_they_were(target, rows, tmp_path):
+    """The host's Trainer would write its `use_cache`, and the tokenizer's special tokens, into what is saved."""
+    other = copy.deepcopy(target)
+    other.config.eos_token_id = [EOS, 3]
+    drafter = make_drafter(other)
+    trainer = Eagle3Trainer(
+        model=drafter,
+        target_model=other,
+        args=make_args(tmp_path),
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
+    drafter.generation_config.num_assistant_tokens = 4
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "use_cache" not in saved
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (0, [EOS, 3], EOS)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation.keys() == {"num_assistant_tokens", "transformers_version"}
+
+
+def test_several_eval_sets_are_reported_by_name(target, rows, tmp_path):
+    sets = {"easy": rows[:4], "hard": rows[4:8]}
+    trainer = Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=rows, eval_dataset=sets)
+    assert {"eval_easy_acceptance_length", "eval_hard_acceptance_length"} <= trainer.evaluate().keys()
+
+
+def test_loss_is_the_weighted_mean_over_supervised_slots(target, rows, tmp_path):
+    trainer = Eagle3Trainer(
+        model=make_drafter(target), target_model=target, args=make_args(tmp_path), train_dataset=rows[:8]
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss, sums = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    expected = sum(0.8**t * sums.loss[t] / sums.num_live[t] for t in range(3))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_checkpoints_hold_the_drafter_only_and_load(target, rows, tmp_path):
+    args = make_args(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows, processing_class=make_tokenizer())
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_eagle3.py", "tokenizer.json"} <= names
+    loaded = AutoModel.from_pretrained(folder)
+    assert isinstance(loaded, Eagle3DrafterModel)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert not any("embed_tokens" in name for name in loaded.state_dict())
+    assert loaded.config.eos_token_id == EOS
+
+
+def test_resuming_ends_where_an_uninterrupted_run_ends(target, rows, tmp_path):
+    whole = Eagle3Trainer(
+        model=make_drafter(target), target_model=target, args=make_args(tmp_path, max_steps=6), train_dataset=rows
+    )
+    whole.train()
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    first = Eagle3Trainer(
+        model=make_drafter(target), target_model=target, args=make_args(tmp_path, **settings), train_dataset=rows
+    )
+    first.train()
+    again = Eagle3Trainer(
+        model=make_drafter(target), target_model=target, args=make_args(tmp_path, **settings), train_dataset=rows
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_best_checkpoint_is_chosen_by_acceptance(target, rows, tmp_path):
+    args = make_args(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_acceptance_length",
+        greater_is_better=True,
+    )
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows[:64], eval_dataset=rows[64:])
+    trainer.train()
+    seen = [log["eval_acceptance_length"] for log in trainer.state.log_history if "eval_acceptance_length" in log]
+    assert trainer.state.best_metric == max(seen)
+    best = AutoModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(best[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_given_drafter_keeps_its_vocabulary_and_starts_where_it_was(target, rows, tmp_path):
+    first = Eagle3Trainer(
+        model=make_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path, max_steps=20),
+        train_dataset=rows,
+        eval_dataset=rows[:16],
+    )
+    untrained = first.evaluate()
+    first.train()
+    first.save_model()
+    learnt = first.evaluate()
+    assert learnt["eval_accuracy_0"] > untrained["eval_accuracy_0"]
+
+    source = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = source.draft_to_target_ids
+    args = make_args(tmp_path, draft_vocab_size=7)
+    again = Eagle3Trainer(model=source, target_model=target, args=args, train_dataset=rows, eval_dataset=rows[:16])
+    metrics = again.evaluate()
+    names = [name for name in learnt if "accuracy" in name or "acceptance" in name]
+    assert {name: metrics[name] for name in names} == {name: learnt[name] for name in names}
+    again.train()
+    assert torch.equal(again.model.draft_to_target_ids, ids)
+    assert again.model.config.draft_vocab_size == 40
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "qwen3", "bf16", "eager"])
+def test_other_targets_and_settings_train(target, rows, tmp_path, family):
+    torch.manual_seed(0)
+    changes, attention = {}, "sdpa"
+    if family == "gemma3":
+        config = Gemma3TextConfig(**TINY, sliding_window=4, query_pre_attn_scalar=8, final_logit_softcapping=30.0)
+        target = Gemma3ForCausalLM(config).eval()
+    elif family == "gpt_oss":
+        target = GptOssForCausalLM(
+            GptOssConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, sliding_window=4)
+        ).eval()
+    elif family == "qwen3":
+        target = Qwen3ForCausalLM(Qwen3Config(**TINY)).eval()
+    elif family == "bf16":
+        changes["bf16"] = True
+    else:
+        attention = "eager"
+    drafter = make_drafter(target)
+    drafter.set_attn_implementation(attention)
+    trainer = Eagle3Trainer(
+        model=drafter, target_model=target, args=make_args(tmp_path, **changes), train_dataset=rows[:16]
+    )
+    before = weights_of(drafter)
+    trainer.train()
+    assert all(value.isfinite().all() for value in drafter.state_dict().values())
+    assert all(p.dtype == torch.float32 for p in drafter.parameters())
+    assert not torch.equal(before["fc.weight"], drafter.fc.weight)
+    assert all(parameter.grad is None for parameter in target.parameters())
+
+
+def test_eager_and_sdpa_give_one_loss(target, rows, tmp_path):
+    losses = []
+    for attention in ("eager", "sdpa"):
+        drafter = make_drafter(target)
+        drafter.set_attn_implementation(attention)
+        trainer = Eagle3Trainer(
+            model=drafter, target_model=target, args=make_args(tmp_path), train_dataset=rows[:8], eval_dataset=rows[:8]
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_evaluate_takes_rows_as_the_constructor_does(target, rows, tmp_path):
+    trainer = Eagle3Trainer(
+        model=make_drafter(target),
+        target_model=target,
+        args=make_args(tmp_path),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+    )
+    assert trainer.evaluate(eval_dataset=rows[:4])["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+# ---- bad input ----
+
+
+def test_bad_input_is_refused(target, rows, tmp_path):
+    args = make_args(tmp_path)
+    with pytest.raises(ValueError, match="needs target_model"):
+        Eagle3Trainer(args=args, train_dataset=rows)
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
+        Eagle3Trainer(
+            model=make_drafter(target).to(torch.bfloat16), target_model=target, args=args, train_dataset=rows
+        )
+    other = LlamaForCausalLM(LlamaConfig(**{**TINY, "hidden_size": 16, "head_dim": 4}))
+    with pytest.raises(ValueError, match="hidden size 16, and this one has 32"):
+        Eagle3Trainer(model=make_drafter(other), target_model=target, args=args, train_dataset=rows)
+    with pytest.raises(ValueError, match="train_dataset"):
+        Eagle3Trainer(target_model=target, args=args)
+    drafter = make_drafter(target)
+    drafter.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        Eagle3Trainer(model=drafter, target_model=target, args=args, train_dataset=rows)
+    # Nothing of this spoils the target or the data.
+    Eagle3Trainer(target_model=target, args=args, train_dataset=rows).train()
+
+
+def test_several_processes_are_refused(target, rows, tmp_path):
+    args = make_args(tmp_path)
+    for world_size, n_gpu in ((2, 1), (1, 2)):
+        several = types.SimpleNamespace(**{**vars(args), "world_size": world_size, "n_gpu": n_gpu})
+        with pytest.raises(ValueError, match=rf"one process.*{world_size} processes.*{n_gpu} GPUs"):
+            Eagle3Trainer(target_model=target, args=several, train_dataset=rows)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("ttt_steps", 0, "ttt_steps"), ("ttt_decay", 0.0, "ttt_decay"), ("eval_depth", 0, "eval_depth")],
+)
+def test_arguments_are_checked(tmp_path, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 0]}, "Row 1 has nothing to learn from.*none of its 4"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "Row 1: 3 input_ids but 2"),
+        ({"text": "hello"}, r"Row 1 must have messages.*\['text'\]"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "Row 1: A training conversation needs an assistant turn"),
+    ],
+)
+def test_rows_that_cannot_teach_are_named(row, message):
+    good = {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]}
+    with pytest.raises(ValueError, match=message):
+        TokenDataset([good, row], make_tokenizer())
+
+
+def test_messages_need_a_tokenizer_and_data_must_not_be_empty():
+    with pytest.raises(ValueError, match="processing_class"):
+        TokenDataset([{"messages": [{"role": "assistant", "content": "a"}]}])
+    with pytest.raises(ValueError, match="empty"):
+        TokenDataset([])
+
+
+def test_answers_of_one_token_are_left_out(data_warnings):
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 1]},
+        {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]},
+    ]
+    assert len(TokenDataset(rows)) == 1
+    assert "1 of 2 rows are left out" in data_warnings.text
+
+
+def test_tokens_of_another_tokenizer_are_refused(target, rows, tmp_path):
+    for token in (V, -1):
+        bad = {"input_ids": [5, 6, 7, token], "loss_mask": [0, 0, 1, 1]}
+        with pytest.raises(ValueError, match="vocabulary is 0 to 47"):
+            Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=[*rows, bad])
+
+
+def test_long_rows_are_cut_and_left_out_when_nothing_remains():
+    long = {"input_ids": list(range(20)), "loss_mask": [0] * 12 + [1] * 8}
+    short = {"input_ids": list(range(8)), "loss_mask": [0] * 2 + [1] * 6}
+    dataset = TokenDataset([long, short], max_length=6)
+    assert len(dataset) == 1
+    assert len(dataset[0]["input_ids"]) == 6
+    with pytest.raises(ValueError, match="no row is left"):
+        TokenDataset([long], max_length=6)
+
+
+# ---- conversations ----
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(template=TEMPLATE):
+    words = [
+        "<unk>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "\n",
+        "system",
+        "user",
+        "assistant",
+        "be",
+        "kind",
+        "hi",
+        "yes",
+        "no",
+    ]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_assistant_turns_are_supervised_with_their_end_and_no_more():
+    tokenizer = make_tokenizer()
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes no"},
+        {"role": "user", "content": "kind"},
+        {"role": "assistant", "content": "no"},
+    ]
+    ids, mask = tokenize_conversation(messages, tokenizer)
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    supervised = tokenizer.convert_ids_to_tokens([i for i, keep in zip(ids, mask, strict=True) if keep])
+    assert supervised == ["yes", "no", "<|im_end|>", "no", "<|im_end|>"]
+    assert mask[-1] == 0  # the newline that the template writes
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    only_last = "{% for m in messages %}{% if loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    messages = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", "no"))]
+    with pytest.raises(ValueError, match="up to turn 1 differently"):
+        tokenize_conversation(messages, make_tokenizer(only_last))
+
+
+# ---- the draft vocabulary ----
+
+
+def test_a_draft_vocabulary_that_covers_little_is_warned_about(data_warnings):
+    counts = torch.tensor([90, 5, 5, 0])
+    choose_draft_vocabulary(counts, 3)
+    assert "covers only" not in data_warnings.text
+    choose_draft_vocabulary(counts, 1)
+    assert "of 1 tokens covers only 90.0%" in data_warnings.text
+
+
+def test_draft_vocabulary_holds_the_frequent_and_the_forced():
+    dataset = TokenDataset(
+        [
+            {"input_ids": [9, 9, 5, 5, 5, 7], "loss_mask": [0, 0, 1, 1, 1, 1]},
+            {"input_ids": [9, 8, 8, 7], "loss_mask": [0, 1, 1, 1]},
+        ]
+    )
+    counts = count_supervised_tokens(dataset, 12)
+    assert counts.tolist() == [0, 0, 0, 0, 0, 3, 0, 2, 2, 0, 0, 0]  # prompts do not count
+    assert choose_draft_vocabulary(counts, 3).tolist() == [5, 7, 8]
+    assert choose_draft_vocabulary(counts, 2).tolist() == [5, 7]  # ties go to the lower id
+    assert choose_draft_vocabulary(counts, 2, always=[11]).tolist() == [5, 11]
+    assert choose_draft_vocabulary(counts, 5).tolist() == [0, 1, 5, 7, 8]  # filled with the lowest
+    for size, always in ((13, []), (1, [2, 3])):
+        with pytest.raises(ValueError, match="draft_vocab_size"):
+            choose_draft_vocabulary(counts, size, always)
+
+
+def test_a_new_drafter_takes_after_its_target(target):
+    drafter = make_drafter(target)
+    config = drafter.config
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (32, 8, 2)
+    assert config.fc_norm
+    assert config.norm_output
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, EOS, EOS)
+    assert drafter.dtype == torch.float32
+    assert torch.equal(drafter.lm_head.weight, target.lm_head.weight[torch.arange(2, 42)])
+    assert isinstance(drafter.fc, nn.Linear)
+    json.dumps(config.to_dict())
