@@ -89,17 +89,21 @@ def choose_loop(
     *,
     asked: str | None,
     depth: int,
+    num_rows: int,
     setting: Callable[[str], Any],
     inputs: Mapping[str, Any],
     has_synced_gpus: bool,
 ) -> Choice:
     """Our loop wherever it can take the call, unless asked otherwise; else the host's.
 
+    Except for one row on an accelerator: there only the host's loop has been run so far, so it stays the default.
+
     Args:
         target: Given to `generate`.
         drafter: Bound to it.
         asked: `decode_loop`: "own", "host" or None.
         depth: K.
+        num_rows: Rows to generate.
         setting: The call's generation settings by name.
         inputs: What `generate` was given by name beside its own parameters.
         has_synced_gpus: Whether several processes must keep step.
@@ -112,6 +116,8 @@ def choose_loop(
     why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
     if asked == "host":
         return Choice(HOST_LOOP, "asked for", drafter, depth)
+    if why_not is None and num_rows == 1 and asked is None and target.device.type != "cpu":
+        why_not = f"one row on {target.device.type}"
     if why_not is None:
         return Choice(OWN_LOOP, "asked for" if asked else "attention caches only", drafter, depth)
     if asked == "own":

@@ -130,6 +130,13 @@ def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], why: str) -> 
 # ---- the wraps ----
 
 
+def count_prompts(arguments: dict[str, Any]) -> int:
+    """How many prompts `generate` was given; 1 where it makes its own."""
+    further = arguments.get("kwargs", {})
+    given = (arguments.get("inputs"), further.get("input_ids"), further.get("inputs_embeds"))
+    return next((len(prompts) for prompts in given if prompts is not None), 1)
+
+
 def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
     """K: what the call says, else the drafter's generation config, else a default.
 
@@ -194,6 +201,7 @@ def wrap_generate(original: Callable) -> Callable:
             drafter,
             asked=asked,
             depth=depth,
+            num_rows=count_prompts(call.arguments) * (setting("num_return_sequences") or 1),
             setting=setting,
             has_synced_gpus=bool(call.arguments.get("synced_gpus")),
             inputs=further,

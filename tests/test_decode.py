@@ -39,6 +39,7 @@ from transformers import (
 
 import hf_eagle3.integration as integration
 from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.choice import ASKED, choose_loop
 from hf_eagle3.decode import NotANumberError
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
@@ -422,6 +423,7 @@ def test_loop_is_chosen_and_can_be_asked_for(target):
 
     host, own = "host assisted decoding", "own decode loop"
     assert loop() == (own, "attention caches only")
+    assert loop(num_return_sequences=3, do_sample=True) == (own, "attention caches only")
     assert loop(decode_loop="host") == (host, "asked for")
     assert loop(decode_loop="own") == (own, "asked for")
     assert loop(prefill_chunk_size=2) == (host, "prefill_chunk_size is set")
@@ -430,6 +432,22 @@ def test_loop_is_chosen_and_can_be_asked_for(target):
     drafter.generation_config.decode_loop = "host"
     assert loop() == (host, "asked for")
     assert loop(decode_loop="own") == (own, "asked for")
+
+
+@pytest.mark.parametrize(("num_rows", "asked", "loop"), [(1, None, "host"), (2, None, "own"), (1, "own", "own")])
+def test_one_row_on_an_accelerator_gets_the_loop_that_was_run_there(target, monkeypatch, num_rows, asked, loop):
+    monkeypatch.setattr(type(target), "device", torch.device("cuda"))
+    drafter = make_drafter(target)
+    choice = choose_loop(
+        *(target, drafter),
+        asked=asked,
+        depth=3,
+        num_rows=num_rows,
+        setting=lambda _: None,
+        inputs={},
+        has_synced_gpus=False,
+    )
+    assert choice.loop == ASKED[loop]
 
 
 def test_target_with_positions_of_several_axes_keeps_the_host_loop():

@@ -360,7 +360,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             position_ids: [B, T], positions of the *states*. Default: counted on from the cache.
             past_key_values: Cache of earlier positions; extended in place.
             use_cache: Make a cache when none is given.
-            logits_to_keep: Logits of the last so many positions only, or of these positions; 0 means all.
+            logits_to_keep: Logits of the last so many positions only, or of these positions: [n] the same in every row,
+                [B, n] each row's own; 0 means all.
 
         Returns:
             `logits` [B, T, V_d], `feedback` [B, T, H] and `past_key_values`. Logits at t propose the token two after
@@ -412,9 +413,14 @@ class Eagle3DrafterModel(PreTrainedModel):
                 **kwargs,
             )
         normed = self.norm(hidden_states)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(logits_to_keep, int):
+            kept = normed[:, slice(-logits_to_keep, None)]
+        elif logits_to_keep.dim() == 1:
+            kept = normed[:, logits_to_keep]
+        else:
+            kept = normed.gather(1, logits_to_keep[..., None].expand(-1, -1, normed.shape[-1]))  # [B, n, H]
         feedback = normed if config.norm_output else hidden_states
-        return Eagle3DrafterOutput(self.compute_logits(normed[:, keep]), feedback, past_key_values)
+        return Eagle3DrafterOutput(self.compute_logits(kept), feedback, past_key_values)
 
     # ---- files ----
 
