@@ -131,6 +131,15 @@ class Transcript:
         )
 
 
+# What the host's processors keep for each prompt: the pads that a repetition penalty skips; prompts, and their n-grams.
+HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
+
+
+def is_sized(value: Any) -> bool:  # Any: whatever a processor keeps by that name
+    """Whether `value` has one entry for each prompt; a number counts for all of them."""
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+
+
 def processors_for_rows(processors: LogitsProcessorList, num_rows: int) -> list[LogitsProcessorList]:
     """For each row the processors that see it alone, in calls of one row.
 
@@ -144,10 +153,14 @@ def processors_for_rows(processors: LogitsProcessorList, num_rows: int) -> list[
         if type(processor) is PrefixConstrainedLogitsProcessor:
             ask: Any = processor._prefix_allowed_tokens_fn  # Any: the user's function
             return PrefixConstrainedLogitsProcessor(lambda _, prefix: ask(row, prefix), num_beams=1)
-        ignored = getattr(processor, "prompt_ignore_length", None)  # the host's repetition penalty: pads of each row
-        if isinstance(ignored, Tensor) and len(ignored) == num_rows:
+        by_row = {name: value for name, value in vars(processor).items() if name in HOLDS_ROWS and is_sized(value)}
+        if by_row:
             processor = copy.copy(processor)
-            vars(processor)["prompt_ignore_length"] = ignored[row : row + 1]
+            for name, value in by_row.items():
+                prompt = row * len(value) // num_rows  # several rows may answer one prompt
+                setattr(processor, name, value[prompt : prompt + 1])
+            if hasattr(processor, "batch_size"):
+                processor.batch_size = 1
             return processor
         is_hosts = type(processor).__module__.startswith("transformers.")
         return processor if is_hosts else copy.copy(processor)

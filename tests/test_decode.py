@@ -293,6 +293,8 @@ def test_no_time_ends_after_one_token(target):
     [
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.4},
+        {"encoder_no_repeat_ngram_size": 2},
         {"min_length": 22, "eos_token_id": [5, 17, 23, 40, 51]},
         {"min_new_tokens": 6, "eos_token_id": list(range(3, 30))},
         {"bad_words_ids": [[7], [11, 12]]},
