@@ -27,7 +27,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    StaticCache,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
@@ -43,6 +42,7 @@ from .choice import HOST_LOOP, OWN_LOOP, Choice, choose_loop, take_choice
 from .decode import Clocks, DecodeConfig, decode
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from .refusals import is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
 from .stats import Speculation, Stopwatch
 from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 from .transcript import Transcript
@@ -53,8 +53,6 @@ logger = logging.getLogger(__name__)
 # back out of a sliding-window cache.
 MINIMUM_TRANSFORMERS = "5.17.0"
 DEFAULT_DEPTH = 3
-# Settings that draft by other means.
-OTHER_DRAFTS = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")
 
 # What the host's `PreTrainedConfig.get_config_dict` takes for itself (5.23 configuration_utils.py).
 HUB_KEYS = frozenset(
@@ -63,71 +61,6 @@ HUB_KEYS = frozenset(
         *("subfolder", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline"),
     }
 )
-
-
-def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_model
-    """Whether `model` is an EAGLE-3 drafter: ours, or the same code loaded with `trust_remote_code=True`."""
-    return getattr(getattr(model, "config", None), "model_type", None) == Eagle3DrafterConfig.model_type
-
-
-# ---- refusals: one line each, before any work ----
-
-
-def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as assistant_model
-    """Raise if `model` is a published drafter that was loaded as a Llama, with random layers."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "llama":
-        return
-    if hasattr(config, "draft_vocab_size") or hasattr(config, "eagle_config"):
-        name = getattr(config, "_name_or_path", "") or "the drafter's folder"
-        raise ValueError(
-            "assistant_model is an EAGLE-3 drafter that was loaded as a Llama, most of it with random weights. After "
-            f'`import hf_eagle3`, load it again: AutoModel.from_pretrained("{name}").'
-        )
-
-
-def refuse_settings(setting: Callable[[str], Any]) -> None:
-    """Raise if a drafter cannot help with a call of these settings; `setting(name)` is None for what is unset."""
-    other_loops = {
-        "num_beams": (setting("num_beams") or 1) > 1,
-        "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
-        "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
-        "guidance_scale": (setting("guidance_scale") or 1) != 1,  # runs the target on a context of its own
-        "use_cache": setting("use_cache") is False,
-        **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
-        **{name: bool(setting(name)) for name in OTHER_DRAFTS},
-    }
-    if refused := [name for name, is_set in other_loops.items() if is_set]:
-        values = ", ".join(f"{name}={setting(name)!r}" for name in refused)
-        raise ValueError(
-            f"An EAGLE-3 drafter assists greedy decoding and sampling, with a cache; got {values}. "
-            f"Leave out {' and '.join(refused)}, or assistant_model."
-        )
-    refuse_static_cache(setting("cache_implementation"), None)
-
-
-def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any: a user may pass anything
-    """Raise if the target's cache cannot forget refused draft tokens."""
-    is_compileable = implementation in ("static", "offloaded_static", "hybrid", "sliding_window", "hybrid_chunked")
-    if is_compileable or isinstance(cache, StaticCache):
-        raise ValueError(
-            f"An EAGLE-3 drafter needs a target cache that can be cut back, not {implementation or 'a StaticCache'}: "
-            "leave out cache_implementation and past_key_values, or call generate() without assistant_model."
-        )
-
-
-def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], why: str) -> None:
-    """Raise if there is not exactly one row with something in it; `why` says what rules out our own loop."""
-    if len(input_ids) > 1:
-        raise ValueError(
-            f"An EAGLE-3 drafter can assist only one row at a time here ({why}), got a batch of {len(input_ids)}: call "
-            "generate() once for each row, or without assistant_model."
-        )
-    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
-        raise ValueError("The prompt is empty (input_ids of length 0): give at least one token, such as BOS.")
-
-
-# ---- the wraps ----
 
 
 def count_prompts(arguments: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ LAYERS = [
     ["cli"],
     ["__init__", "__main__"],
     ["integration"],
-    ["candidates", "choice", "graphs", "training"],
+    ["candidates", "choice", "graphs", "refusals", "training"],
     ["decode", "stopping", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "features", "accept"],
     ["cache", "rows"],
