@@ -7,7 +7,7 @@ import torch
 from reference_drafter import ReferenceDrafter, inverse_frequencies
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 
@@ -491,3 +491,42 @@ def test_last_boundary_is_allowed_and_the_next_is_not():
 
 def test_no_fc_means_no_boundaries():
     assert make_config(use_aux_hidden_state=False).resolve_aux_layer_ids(8) == ()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [3.0] * 8,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rope_that_depends_on_length_is_the_hosts(rope, tmp_path):
+    """Within the trained length and beyond it the angles are a host model's, also after saving and loading."""
+    drafter = make_drafter(
+        rope_parameters=dict(rope), head_dim=16, max_position_embeddings=16, has_own_embeddings=True
+    )
+    host = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=16, rope_parameters=dict(rope)
+    )
+    theirs = LlamaRotaryEmbedding(host)
+    drafter.save_pretrained(tmp_path)
+    loaded = Eagle3DrafterModel.from_pretrained(tmp_path)
+    for length in (8, 48, 8):
+        positions = torch.arange(length)[None]
+        for one, other in zip(
+            loaded.rotary_emb(torch.ones(1), positions), theirs(torch.ones(1), positions), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        ids, states = torch.zeros(1, length, dtype=torch.long), torch.randn(1, length, drafter.fc.in_features)
+        with torch.no_grad():
+            assert torch.equal(
+                loaded(ids, aux_hidden_states=states).logits, drafter(ids, aux_hidden_states=states).logits
+            )
