@@ -12,9 +12,10 @@ import torch
 class Speculation:
     """Counts and times of one `generate` call, or the counts of one of its rows.
 
-    In a batch, each row of a round counts as a round of its own. A round counts when it verified a draft. The first token of a call comes from the prefill, and the last may come
-    from a round without room for a draft; neither is a round, both are in `num_tokens`. A last round that
-    end-of-sequence or the length limit cut short counts with the tokens it still emitted.
+    In a batch, each row of a round counts as a round of its own. A round counts when it verified a draft. The first
+    token of a call comes from the prefill, and the last may come from a round without room for a draft; neither is a
+    round, both are in `num_tokens`. A last round that end-of-sequence or the length limit cut short counts with the
+    tokens it still emitted.
     """
 
     loop: str  # which decode loop ran

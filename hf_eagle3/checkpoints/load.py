@@ -1,7 +1,7 @@
 """Reading a published drafter's config: whether it is EAGLE-3, of which flavour, and what it is in our terms.
 
-The weights themselves are loaded by the
-host, under names that `register_weight_names` teaches the drafter, and checked by `Eagle3DrafterModel.from_pretrained`.
+The weights themselves are loaded by the host, under names that `register_weight_names` teaches the drafter, and checked
+by `Eagle3DrafterModel.from_pretrained`.
 """
 
 import json
