@@ -4,24 +4,34 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 MASKED_ATTENTION = ("sdpa", "eager")  # those that take a ready-made mask of any shape
-# Of what `generate` is given by name, all that our loop can feed to the target.
-KNOWN_INPUTS = ("attention_mask", "input_ids", "tokenizer", "assistant_tokenizer", "use_cache", "logits_to_keep")
+# Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
+# decoding passes to each forward.
+KNOWN_INPUTS = {
+    *("attention_mask", "input_ids", "inputs_embeds", "past_key_values", "cache", "position_ids"),
+    *("tokenizer", "assistant_tokenizer", "use_cache", "logits_to_keep"),
+    *("token_type_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
 
 
 class Choice(StoppingCriteria):
     """The loop for one call. A criterion only so that the host hands it through to the decode loop."""
 
-    def __init__(self, loop: str, why: str, drafter: PreTrainedModel, depth: int):
+    def __init__(self, loop: str, why: str, drafter: PreTrainedModel, depth: int, *, has_cache: bool = False):
         self.loop, self.why, self.drafter, self.depth = loop, why, drafter, depth
+        self.has_cache = has_cache  # one of the user's, to be left as plain decoding leaves it
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's signature
         raise AssertionError("The choice of a loop is taken out before criteria are asked.")
@@ -35,18 +45,30 @@ def take_choice(criteria: Any) -> Choice | None:  # Any: the host's list of crit
     return None
 
 
+def kinds_of_layers(cache: Cache) -> set[str]:
+    """The kinds of layers in a cache of the host."""
+    return {type(layer).__name__ for layer in cache.layers}
+
+
+def is_sliding(target: PreTrainedModel) -> bool:
+    """Whether some layer of `target` attends within a window."""
+    return "DynamicSlidingWindowLayer" in kinds_of_layers(
+        DynamicCache(config=target.config.get_text_config(decoder=True))
+    )
+
+
 def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
     """What about the models rules out our loop; None if nothing does."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     per_type = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, Mapping) else []
     ropes = [rope, *per_type]
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    kinds = kinds_of_layers(DynamicCache(config=config))
     layer_types = set(getattr(config, "layer_types", None) or LAYER_TYPES)
     name = type(target).__name__
     if type(target)._sample is not GenerationMixin._sample:
         return f"{name} decodes in a way of its own"
-    if not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} or not layer_types <= LAYER_TYPES:
+    if not kinds <= CACHE_LAYERS or not layer_types <= LAYER_TYPES:
         return f"{name} has layers other than full and sliding-window attention"
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"{name} attends in chunks"
@@ -55,14 +77,23 @@ def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | N
         or "position_ids" not in inspect.signature(target.forward).parameters
     ):
         return f"{name} does not take masks and positions for each row"
-    if any("mrope_section" in r for r in ropes):
-        return f"{name} has positions of several axes"
     if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
         return f"the rotary embedding of {name} depends on the longest row"
     for role, model_config in (("target", config), ("drafter", drafter.config)):
         if model_config._attn_implementation not in MASKED_ATTENTION:
             return f"the {role}'s attention is {model_config._attn_implementation}, not sdpa or eager"
     return None
+
+
+def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
+    """The cache that `generate` was given, by either of its names."""
+    return next((inputs[name] for name in ("past_key_values", "cache") if inputs.get(name) is not None), None)
+
+
+def has_holes(mask: Tensor) -> bool:
+    """Whether some row of an attention mask [B, S] has pads behind its first token and before its last."""
+    is_start = torch.nn.functional.pad(mask.long(), (1, 0)).diff(dim=-1) == 1  # [B, S], of a run of tokens
+    return bool((is_start.sum(-1) > 1).any())
 
 
 def why_not_call(
@@ -72,10 +103,13 @@ def why_not_call(
     known = vars(GenerationConfig())
     if further := sorted(k for k, v in inputs.items() if v is not None and k not in known and k not in KNOWN_INPUTS):
         return f"the prompt has {', '.join(further)}"
+    cache = find_cache(inputs)
+    if cache is not None and not (type(cache) is DynamicCache and kinds_of_layers(cache) <= CACHE_LAYERS):
+        return f"the cache given is a {type(cache).__name__}"
     if setting("cache_implementation") not in (None, "dynamic"):
         return f"cache_implementation is {setting('cache_implementation')}"
     for name in (
-        *("prefill_chunk_size", "watermarking_config", "output_hidden_states", "output_attentions"),
+        *("watermarking_config", "output_hidden_states", "output_attentions"),
         "assistant_ensemble_weight",  # the host's lossy rule
     ):
         if setting(name):
@@ -89,21 +123,17 @@ def choose_loop(
     *,
     asked: str | None,
     depth: int,
-    num_rows: int,
     setting: Callable[[str], Any],
     inputs: Mapping[str, Any],
     has_synced_gpus: bool,
 ) -> Choice:
     """Our loop wherever it can take the call, unless asked otherwise; else the host's.
 
-    Except for one row on an accelerator: there only the host's loop has been run so far, so it stays the default.
-
     Args:
         target: Given to `generate`.
         drafter: Bound to it.
         asked: `decode_loop`: "own", "host" or None.
         depth: K.
-        num_rows: Rows to generate.
         setting: The call's generation settings by name.
         inputs: What `generate` was given by name beside its own parameters.
         has_synced_gpus: Whether several processes must keep step.
@@ -114,12 +144,18 @@ def choose_loop(
     if asked is not None and asked not in ASKED:
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "host" or None for the best that fits.')
     why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
+    if (
+        why_not is None
+        and is_sliding(target)
+        and (mask := inputs.get("attention_mask")) is not None
+        and has_holes(mask)
+    ):
+        why_not = "the attention mask has pads between tokens, which a sliding window counts"
     if asked == "host":
         return Choice(HOST_LOOP, "asked for", drafter, depth)
-    if why_not is None and num_rows == 1 and asked is None and target.device.type != "cpu":
-        why_not = f"one row on {target.device.type}"
     if why_not is None:
-        return Choice(OWN_LOOP, "asked for" if asked else "attention caches only", drafter, depth)
+        why = "asked for" if asked else "attention caches only"
+        return Choice(OWN_LOOP, why, drafter, depth, has_cache=find_cache(inputs) is not None)
     if asked == "own":
         raise ValueError(f'decode_loop="own" cannot take this call: {why_not}. Leave out decode_loop or that.')
     return Choice(HOST_LOOP, why_not, drafter, depth)

@@ -3,7 +3,7 @@
 Rounds of draft, verify, accept, commit over a batch whose rows accept different numbers. Sizes in a round are fixed by
 the number of rows and the depth; between prepare and read there are tensors only, and one read a round.
 
-Shapes: B rows still going, K draft tokens, W positions with pending states (the prompt's at first, then K+1).
+Shapes: B rows in the batch, K draft tokens.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from .accept import Verdict, accept_greedy, accept_sampled
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_greedy, make_choose_sampled
 from .features import StateRecorder
+from .prefill import Prompt
 from .rows import RowCache, make_masks, to_bucket
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
@@ -32,6 +34,7 @@ class DecodeConfig:
     do_sample: bool
     processors: LogitsProcessorList
     max_length: int | None  # of a row without pads: no position at or behind it is ever read
+    keeps_rows: bool = False  # rows that are done stay, so that the target's cache can be returned
 
 
 @dataclass(slots=True)
@@ -39,14 +42,17 @@ class DecodeState:
     """What a batch carries from round to round. Only `commit` and `keep_rows` write to it.
 
     Between rounds, row by row: the target's cache holds the slots 0..length-2, all verified tokens but the root. The
-    drafter's cache holds those before the pending states, each computed from the target's own states.
+    drafter's cache holds those before the pending states, each computed from the target's own states. A drafter that
+    has not seen the beginning of a text has its slots counted from `first`.
     """
 
     length: Tensor  # [B] int64, verified tokens
     root: Tensor  # [B] int64, the newest of them
-    block: Tensor  # [B, W] int64, the token after each pending state; junk from num_pending on
-    states: Tensor  # [B, W, A*Ht], pending: made by the target, not seen by the drafter
-    num_pending: Tensor  # [B] int64, 1..W; the last pending state is at position length-2
+    block: Tensor  # [B, K+1] int64, the token after each pending state; junk from num_pending on
+    states: Tensor  # [B, K+1, A*Ht], pending: made by the target, not seen by the drafter
+    num_pending: Tensor  # [B] int64, 1..K+1; the last pending state is at position length-2
+    first: Tensor  # [B] int64, position of the drafter's slot 0
+    shift: Tensor  # [B, 1] or [axes, B, 1] int64, the target's position ids less its slots
     target_cache: RowCache
     drafter_cache: RowCache
 
@@ -71,62 +77,56 @@ class NotANumberError(ValueError):
     """The target's logits are NaN."""
 
 
-def prepare(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    recorder: StateRecorder,
-    prompts: Tensor,  # [B, T], pads on the right
-    lengths: Tensor,  # [B] int64, without pads
-) -> tuple[DecodeState, Tensor]:
-    """Run the target over the prompts, in one go. The state without a root yet, and logits [B, 1, V]."""
-    B, T = prompts.shape
-    text_config = target.config.get_text_config(decoder=True)
-    capacity = to_bucket(T)
-    target_cache = RowCache(text_config.num_hidden_layers, capacity)
-    slots = torch.arange(T, device=prompts.device).expand(B, T)
-    ends, place = (lengths - 1).unique(return_inverse=True)  # logits where some row ends only
-    # Pads come last, so causality alone keeps them out, and the host makes its own masks.
-    with target_cache.writing(slots, is_first=True):
-        out = target(
-            input_ids=prompts,
-            position_ids=slots,
-            **{CACHE_NAME: target_cache},
-            use_cache=True,
-            logits_to_keep=ends,
-            return_dict=True,
-        )
-    rows = torch.arange(B, device=prompts.device)
-    logits = out.logits[rows, place.to(out.logits.device)][:, None].to(prompts.device, torch.float32)
-    state = DecodeState(
-        length=lengths,
-        root=prompts[:, 0],
-        block=prompts,
-        states=recorder.take(drafter.device),
-        num_pending=lengths,
-        target_cache=target_cache,
-        drafter_cache=RowCache(drafter.config.num_hidden_layers, capacity),
+def prepare(drafter: PreTrainedModel, prompt: Prompt, *, depth: int) -> DecodeState:
+    """The state behind the prompts, without a root yet: the drafter has seen all states but the last of each row."""
+    B, M, width = prompt.states.shape
+    first = prompt.lengths - prompt.num_states  # [B]
+    capacity = to_bucket(M)
+    cache = RowCache(drafter.config.num_hidden_layers, capacity)
+    if M > 1:
+        # Behind a row's last state but one comes junk, which later writes cover.
+        slots = torch.arange(M - 1, device=drafter.device).expand(B, M - 1)
+        with cache.writing(slots, is_first=True):
+            drafter(
+                input_ids=prompt.tokens[:, 1:].to(drafter.device),
+                aux_hidden_states=prompt.states[:, :-1],
+                position_ids=slots + first[:, None].to(drafter.device),
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+    states = prompt.states.new_zeros(B, depth + 1, width)
+    rows = torch.arange(B, device=states.device)
+    states[:, 0] = prompt.states[rows, (prompt.num_states - 1).to(states.device)]
+    return DecodeState(
+        length=prompt.lengths.clone(),
+        root=torch.zeros_like(prompt.lengths),
+        block=prompt.lengths.new_zeros(B, depth + 1),
+        states=states,
+        num_pending=torch.ones_like(prompt.lengths),
+        first=first,
+        shift=prompt.shift,
+        target_cache=prompt.cache,
+        drafter_cache=cache,
     )
-    return state, logits
 
 
 def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: Choose) -> Draft:
     """Propose `depth` tokens after each row's root.
 
-    The first draft step runs over all pending states at once, W wide in every row; what it writes behind a row's
-    last pending state is junk, as is all that the later steps write. Lengths say so, and no mask shows it.
+    The first draft step runs over K+1 positions in every row; what it writes behind a row's last pending state is junk,
+    as is all that the later steps write. Lengths say so, and no mask shows it.
     """
     cache, device = state.drafter_cache, drafter.device
+    first = state.first[:, None].to(device)  # [B, 1]
     last = (state.num_pending - 1)[:, None].to(device)  # [B, 1]
-    start = (state.length - 1 - state.num_pending)[:, None].to(device)  # [B, 1], slot of the first pending state
-    slots = start + torch.arange(state.block.shape[1], device=device)  # [B, W]
-    is_first = not cache.layers[0].is_initialized
-    mask = None if is_first else make_masks(drafter.config, slots, cache.capacity, drafter.dtype)
-    with cache.writing(slots, is_first=is_first):
+    start = (state.length - 1 - state.num_pending)[:, None].to(device) - first  # [B, 1], of the first pending state
+    slots = start + torch.arange(state.block.shape[1], device=device)  # [B, K+1]
+    with cache.writing(slots):
         out = drafter(
             input_ids=state.block.to(device),
             aux_hidden_states=state.states,
-            attention_mask=mask,
-            position_ids=slots,
+            attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+            position_ids=slots + first,
             past_key_values=cache,
             logits_to_keep=last,
         )
@@ -137,13 +137,12 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
     for step in range(depth):
         if step:
             slots = slots + 1
-            mask = make_masks(drafter.config, slots, cache.capacity, drafter.dtype)
             with cache.writing(slots):
                 out = drafter(
                     input_ids=tokens[-1][:, None],
                     hidden_states=feedback,
-                    attention_mask=mask,
-                    position_ids=slots,
+                    attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+                    position_ids=slots + first,
                     past_key_values=cache,
                 )
             feedback = out.feedback
@@ -156,8 +155,13 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
 
 def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor, *, max_length: int | None) -> Tensor:
     """Logits [B, K+1, V] float32 after the root and each of `draft_tokens` [B, K]."""
-    cache = state.target_cache
     tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, K+1]
+    return run_target(target, state, tokens, max_length=max_length).to(tokens.device, torch.float32)
+
+
+def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor, *, max_length: int | None) -> Tensor:
+    """Logits [B, T, V] of `tokens` [B, T], the first in each row's slot length-1."""
+    cache = state.target_cache
     slots = (state.length - 1)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     # Nothing behind the end is kept, but a learned position embedding has no row for it.
     position_ids = slots if max_length is None else slots.clamp(max=max_length - 1)
@@ -166,39 +170,42 @@ def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor, *,
         out = target(
             input_ids=tokens,
             attention_mask=make_masks(text_config, slots, cache.capacity, target.dtype),
-            position_ids=position_ids,
+            position_ids=position_ids + state.shift,
             **{CACHE_NAME: cache},
             use_cache=True,
             return_dict=True,
         )
-    return out.logits.to(tokens.device, torch.float32)
+    return out.logits
 
 
 def commit(state: DecodeState, draft_tokens: Tensor, verdict: Verdict, states: Tensor | None) -> None:
     """Make the accepted tokens and the next token text: lengths move, the caches stay as they are.
 
     Args:
-        state: Changed in place.
+        state: Changed in place, each tensor where it is.
         draft_tokens: [B, K].
         verdict: Over them.
-        states: [B, K+1, A*Ht], the target's, of root and draft tokens; None after the prompt's forward.
+        states: [B, K+1, A*Ht], the target's, of root and draft tokens; None after the prompt's forward, K = 0, whose
+            last state is pending already.
     """
-    num_new = verdict.num_accepted + 1  # [B]
-    if states is None:  # the prompt's block: its tokens moved by one, the next token after its last
-        state.block = state.block.roll(-1, dims=1).scatter(1, (state.length - 1)[:, None], verdict.next_token[:, None])
-    else:
-        padded = torch.nn.functional.pad(draft_tokens, (0, 1))  # [B, K+1]
-        state.block = padded.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
-        state.states, state.num_pending = states, num_new
-    state.length = state.length + num_new
-    state.root = verdict.next_token
+    K = draft_tokens.shape[1]
+    block = functional.pad(draft_tokens, (0, 1)).scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+    state.block[:, : K + 1].copy_(block)
+    if states is not None:
+        state.states.copy_(states)
+    state.num_pending.copy_(verdict.num_accepted + 1)
+    # A row that is done and stays goes on over junk. It must not leave the cache.
+    longest = state.target_cache.capacity - state.block.shape[1]
+    state.length.copy_((state.length + verdict.num_accepted + 1).clamp(max=longest))
+    state.root.copy_(verdict.next_token)
 
 
 def keep_rows(state: DecodeState, kept: list[int]) -> None:
     """Drop all rows but `kept`, places in the batch."""
     rows = torch.tensor(kept, dtype=torch.long, device=state.length.device)
-    state.length, state.root, state.num_pending = state.length[rows], state.root[rows], state.num_pending[rows]
-    state.block, state.states = state.block[rows], state.states[rows.to(state.states.device)]
+    state.length, state.root, state.block = state.length[rows], state.root[rows], state.block[rows]
+    state.states, state.num_pending = state.states[rows.to(state.states.device)], state.num_pending[rows]
+    state.first, state.shift = state.first[rows], state.shift[..., rows, :]
     state.target_cache.select(rows)
     state.drafter_cache.select(rows)
 
@@ -230,7 +237,8 @@ def accept_in_order(
     K = draft_tokens.shape[1]
     counts, last = [], []
     for b, row in enumerate(rows):
-        for k in range(K + 1):
+        k, token = 0, 0
+        for k in range(K + 1 if transcript.is_live(row) else 0):
             scores = processors[row](transcript.prefix(row), logits[b, k][None].clone())  # [1, V]
             proposed = draft_tokens[b : b + 1, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
             if do_sample:
@@ -256,25 +264,25 @@ def decode(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     recorder: StateRecorder,
-    prompts: Tensor,  # [B, T], pads on the right
-    lengths: Tensor,  # [B] int64, at least 1
+    prompt: Prompt,
     *,
     config: DecodeConfig,
     transcript: Transcript,
     told: Speculation,
     clocks: Clocks,
 ) -> Iterator[Round]:
-    """Generate until the transcript is over; yields after each round, the prompt's forward included."""
+    """Generate until the transcript is over; yields after each round, the one that only chooses first tokens included."""
     warpers = stateless_warpers(config.processors)
     to_probs = make_to_probs(warpers)
     choose = make_choose_sampled(to_probs) if config.do_sample else choose_greedy
     in_order = len(warpers) < len(config.processors)
-    processors = processors_for_rows(config.processors, len(prompts))
-    rows = list(range(len(prompts)))
+    rows = list(range(len(prompt.lengths)))
+    processors = processors_for_rows(config.processors, len(rows))
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
 
-    state, logits = prepare(target, drafter, recorder, prompts, lengths)
-    draft_tokens, q, states = prompts[:, :0], None, None
+    with clocks.draft:
+        state = prepare(drafter, prompt, depth=config.depth)
+    logits, draft_tokens, q, states = prompt.logits, state.block[:, :0], None, None
     while True:
         started = [len(transcript.texts[row]) for row in rows]
         if in_order:
@@ -302,50 +310,42 @@ def decode(
                 is_nan = logits[:, 0].isnan().any()
         commit(state, draft_tokens, verdict, states)
 
+        K = draft_tokens.shape[1]
         if not in_order:
-            K = draft_tokens.shape[1]
-            block = state.block if state.block.shape[1] == K + 1 else verdict.next_token[:, None]
-            report = torch.cat(
-                [block.flatten(), verdict.num_accepted, is_nan.long()[None]]
-            ).tolist()  # the round's read
+            told_by_device = [state.block[:, : K + 1].flatten(), verdict.num_accepted, is_nan.long()[None]]
+            report = torch.cat(told_by_device).tolist()  # the round's read
             raise_if_nan(bool(report[-1]))
             with clocks.host:
                 for b, row in enumerate(rows):
-                    for k in range(report[len(rows) * (K + 1) + b] + 1):
+                    for k in range(report[len(rows) * (K + 1) + b] + 1 if transcript.is_live(row) else 0):
                         if transcript.append(row, report[b * (K + 1) + k], scores[b, k], logits[b, k]):
                             break
 
         num_new = [len(transcript.texts[row]) - before for row, before in zip(rows, started, strict=True)]
         for row, before, new in zip(rows, started, num_new, strict=True):
             # Near the length limit the last draft tokens never had a chance.
-            room = draft_tokens.shape[1] if transcript.max_new is None else transcript.max_new - before - 1
-            for speculation in (told, told.rows[row]):
-                speculation.count(min(draft_tokens.shape[1], room), new - 1)
+            room = K if transcript.max_new is None else min(K, transcript.max_new - before - 1)
+            for speculation in (told, told.rows[row]) if new else ():
+                speculation.count(room, new - 1)
         with clocks.host:
             transcript.stream()
         yield Round(rows, state, num_new)
         if transcript.is_over:
             return
         kept = [b for b, row in enumerate(rows) if transcript.is_live(row)]
-        if len(kept) < len(rows):
+        if len(kept) < len(rows) and not config.keeps_rows:
             keep_rows(state, kept)
             rows = [rows[b] for b in kept]
 
-        longest = int(lengths.max()) + max(len(transcript.texts[row]) for row in rows)
-        depth = config.depth
-        if transcript.max_new is not None:
-            depth = min(depth, max(transcript.max_new - len(transcript.texts[row]) for row in rows) - 1)
+        longest = int(prompt.lengths.max()) + max(len(text) for text in transcript.texts)
         for cache in (state.target_cache, state.drafter_cache):
-            cache.reserve(longest + config.depth + 1)
-        draft_tokens, q = state.root[:, None][:, :0], None
-        if depth > 0:
-            with clocks.draft:
-                drafted = draft(drafter, state, depth=depth, choose=choose)
-            draft_tokens = drafted.tokens.to(state.root.device)
+            cache.reserve(longest + 2 * config.depth + 2)
+        with clocks.draft:
+            drafted = draft(drafter, state, depth=config.depth, choose=choose)
+        draft_tokens = drafted.tokens.to(state.root.device)
         logits = verify(target, state, draft_tokens, max_length=config.max_length)
         states = recorder.take(drafter.device)
-        if depth > 0:
-            q = scatter_probs(drafter, drafted, logits)
+        q = scatter_probs(drafter, drafted, logits)
 
 
 def raise_if_nan(is_nan: bool) -> None:

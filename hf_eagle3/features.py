@@ -1,6 +1,8 @@
 """Reading the target's residual stream at the boundaries a drafter asks for, from any host model."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -41,8 +43,9 @@ class StateRecorder:
     def __init__(self, target: PreTrainedModel, aux_layer_ids: tuple[int, ...]):
         self._target = target
         self._aux_layer_ids = aux_layer_ids
-        self._states: dict[int, Tensor] = {}
+        self._states: dict[int, list[Tensor]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
+        self._in_chunks = False
 
     def __enter__(self) -> "StateRecorder":
         decoder, layers = find_layers(self._target)
@@ -62,15 +65,30 @@ class StateRecorder:
         self._handles.clear()
         self._states.clear()
 
+    @contextmanager
+    def in_chunks(self) -> Iterator[None]:
+        """Keep the states of each forward, one behind the other, not of the last alone."""
+        self._states.clear()
+        self._in_chunks = True
+        try:
+            yield
+        finally:
+            self._in_chunks = False
+
+    def _keep(self, boundary: int, state: Tensor) -> None:
+        if not self._in_chunks:
+            self._states[boundary].clear()
+        self._states[boundary].append(state)
+
     def _on_input(self, boundary: int) -> Callable:
         def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._states[boundary] = args[0] if args else kwargs["hidden_states"]
+            self._keep(boundary, args[0] if args else kwargs["hidden_states"])
 
         return keep
 
     def _on_output(self, boundary: int) -> Callable:
         def keep(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
-            self._states[boundary] = output if isinstance(output, Tensor) else output[0]
+            self._keep(boundary, output if isinstance(output, Tensor) else output[0])
 
         return keep
 
@@ -83,7 +101,8 @@ class StateRecorder:
         """
         if not self._states:
             raise RuntimeError("No target forward ran since the states were last taken.")
-        states = [self._states[boundary] for boundary in sorted(self._states)]  # [B, T + drop_last, Ht] each
+        parts = [self._states[boundary] for boundary in sorted(self._states)]
+        states = [part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts]  # [B, T + drop_last, Ht]
         self._states.clear()
         keep = states[0].shape[1] - drop_last
         return torch.cat([state[:, :keep].to(device) for state in states], dim=-1)

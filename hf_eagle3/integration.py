@@ -24,28 +24,23 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
 from .cache import CACHE_NAME
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .checkpoints import load_published_config, register_weight_names
-from .choice import HOST_LOOP, OWN_LOOP, Choice, choose_loop, take_choice
-from .decode import Clocks, DecodeConfig, decode
+from .choice import HOST_LOOP, OWN_LOOP, choose_loop, take_choice
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from .own_loop import run_own_loop
 from .refusals import is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
 from .stats import Speculation, Stopwatch
 from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
-from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +56,6 @@ HUB_KEYS = frozenset(
         *("subfolder", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline"),
     }
 )
-
-
-def count_prompts(arguments: dict[str, Any]) -> int:
-    """How many prompts `generate` was given; 1 where it makes its own."""
-    further = arguments.get("kwargs", {})
-    given = (arguments.get("inputs"), further.get("input_ids"), further.get("inputs_embeds"))
-    return next((len(prompts) for prompts in given if prompts is not None), 1)
 
 
 def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
@@ -134,7 +122,6 @@ def wrap_generate(original: Callable) -> Callable:
             drafter,
             asked=asked,
             depth=depth,
-            num_rows=count_prompts(call.arguments) * (setting("num_return_sequences") or 1),
             setting=setting,
             has_synced_gpus=bool(call.arguments.get("synced_gpus")),
             inputs=further,
@@ -280,101 +267,19 @@ def wrap_sample(original: Callable) -> Callable:
         choice = take_choice(arguments.get("stopping_criteria"))
         if choice is None:
             return original(self, *args, **kwargs)
-        prompt = arguments["input_ids"]
-        prompt = prompt if prompt.device.type == self.device.type else prompt.to(self.device)
-        mask = arguments["model_kwargs"].get("attention_mask")
+        given = arguments.get("model_kwargs", {})
         return run_own_loop(
             self,
-            prompt,
-            torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask.to(prompt.device).bool(),
             choice,
-            arguments["logits_processor"],
-            arguments["stopping_criteria"],
-            arguments["generation_config"],
-            arguments.get("streamer"),
+            arguments["input_ids"],
+            given,
+            processors=arguments["logits_processor"],
+            criteria=arguments["stopping_criteria"],
+            generation_config=arguments["generation_config"],
+            streamer=arguments.get("streamer"),
         )
 
     return _sample
-
-
-def run_own_loop(
-    target: PreTrainedModel,
-    prompt: Tensor,  # [B, T], as given
-    mask: Tensor,  # [B, T] bool
-    choice: Choice,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None,
-) -> ModelOutput | Tensor:
-    """Decode as the host's `_sample` does, with our loop: same arguments, same results."""
-    start = time.perf_counter()
-    drafter, T = choice.drafter, prompt.shape[1]
-    lengths = mask.sum(-1)  # [B]
-    if T == 0 or not bool(lengths.all()):
-        raise ValueError(
-            "The prompt is empty in some row (input_ids of length 0): give at least one token, such as BOS."
-        )
-    order = mask.long().sort(dim=-1, descending=True, stable=True).indices  # [B, T], pads to the right
-    compact = prompt.gather(1, order)
-    shown, num_hidden = prompt, [0] * len(prompt)
-    if not bool(mask[:, -1].all()):  # plain decoding goes wrong on pads to the right: each row as if it were alone
-        shown = prompt.gather(1, mask.long().sort(dim=-1, stable=True).indices)
-        num_hidden = (T - lengths).tolist()
-
-    is_dict = generation_config.return_dict_in_generate
-    pad = generation_config._pad_token_tensor
-    transcript = Transcript(
-        shown,
-        criteria,
-        num_hidden=num_hidden,
-        pad_token_id=None if pad is None else int(pad),
-        streamer=streamer,
-        keep_scores=bool(is_dict and generation_config.output_scores),
-        keep_logits=bool(is_dict and generation_config.output_logits),
-    )
-    config = DecodeConfig(
-        depth=choice.depth,
-        do_sample=bool(generation_config.do_sample),
-        processors=processors,
-        max_length=None if transcript.max_new is None else T + transcript.max_new,
-    )
-    told = Speculation(choice.loop, choice.why, choice.depth)
-    clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
-    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
-        rounds = decode(
-            target,
-            drafter,
-            recorder,
-            compact[:, : int(lengths.max())],
-            lengths,
-            config=config,
-            transcript=transcript,
-            told=told,
-            clocks=clocks,
-        )
-        *_, last = rounds
-    if streamer is not None:
-        streamer.end()
-    sequences = transcript.sequences(prompt)
-    if not is_dict:
-        return sequences
-    told.seconds = time.perf_counter() - start
-    told.draft_seconds, told.accept_seconds, told.host_seconds = (clock.read_seconds() for clock in clocks)
-    cache = None
-    if len(prompt) == 1:  # rows of a batch end at slots of their own, which no cache of the host's can hold
-        num_pads = T - int(lengths[0])
-        config_of_text = target.config.get_text_config(decoder=True)
-        length = sequences.shape[1] - num_pads - 1
-        cache = last.state.target_cache.to_dynamic(config_of_text, length, num_pads=num_pads)
-    output = GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=transcript.columns(transcript.scores),
-        logits=transcript.columns(transcript.logits),
-        **{CACHE_NAME: cache},
-    )
-    output.speculation = told
-    return output
 
 
 # Transformers 5.23 generation/utils.py:_speculative_sampling

@@ -4,12 +4,13 @@ A slot is where a position lives: slot = position, in every row and layer. What 
 length is junk that the next write overwrites and no mask shows.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 Masks = Tensor | dict[str, Tensor]
@@ -100,14 +101,44 @@ class RowCache(Cache):
                 layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
                 layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
 
-    def to_dynamic(self, config: PreTrainedConfig, length: int, *, num_pads: int) -> DynamicCache:
-        """The first row's `length` positions as the host's own cache, behind `num_pads` pads, which no mask shows."""
-        cache = DynamicCache(config=config)
+    @classmethod
+    def from_host(cls, cache: Cache, columns: Tensor, capacity: int) -> "RowCache":
+        """What the host's `cache` holds, row by row.
+
+        Args:
+            cache: Of full and sliding-window layers.
+            columns: [B, P] int64, the host's slot of each row's position.
+            capacity: Slots to make room for, at least P.
+        """
+        ours = cls(len(cache.layers), capacity)
+        rows = torch.arange(len(columns))[:, None]
+        for layer, theirs in zip(ours.layers, cache.layers, strict=True):
+            if not theirs.is_initialized:  # shares another layer's
+                continue
+            first = theirs.get_seq_length() - theirs.keys.shape[-2]  # before it, a window has forgotten
+            index = (columns - first).clamp(min=0).to(theirs.keys.device)  # [B, P]
+            layer.lazy_initialization(theirs.keys, theirs.values)
+            for mine, given in ((layer.keys, theirs.keys), (layer.values, theirs.values)):
+                mine[:, : columns.shape[1]] = given.transpose(1, 2)[rows.to(given.device), index]
+        return ours
+
+    def to_host(self, cache: Cache, slots: Tensor) -> None:
+        """Make the host's `cache` hold what lies in `slots` [B, S], -1 for pads, and nothing else."""
+        is_pad = (slots < 0)[..., None, None]  # [B, S, 1, 1]
+        rows = torch.arange(len(slots))[:, None]
         for index, layer in enumerate(self.layers):
-            keys, values = (x[:1, :length].transpose(1, 2) for x in (layer.keys, layer.values))  # [1, H_kv, S, D]
-            pad = (0, 0, num_pads, 0)
-            cache.update(torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad), index)
-        return cache
+            if not layer.is_initialized:
+                continue
+            fresh = copy.copy(cache.layers[index])  # an empty one of that kind
+            fresh.is_initialized = False
+            if hasattr(fresh, "cumulative_length"):
+                fresh.cumulative_length = 0
+            cache.layers[index] = fresh
+            keys, values = (
+                x[rows.to(x.device), slots.clamp(min=0).to(x.device)].masked_fill(is_pad.to(x.device), 0)
+                for x in (layer.keys, layer.values)
+            )  # [B, S, H_kv, D]
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64 only."""

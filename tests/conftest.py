@@ -63,7 +63,11 @@ def _gemma3_vlm() -> PreTrainedModel:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
     config = Gemma3Config(
-        text_config=Gemma3TextConfig(**GEMMA), vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=False
+        text_config=Gemma3TextConfig(**GEMMA),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_id=60,
+        tie_word_embeddings=False,
     )
     return Gemma3ForConditionalGeneration(config)
 

@@ -1,5 +1,6 @@
 """Our decode loop: what `generate()` gives without a drafter, row by row, for batches."""
 
+import copy
 import gc
 import itertools
 
@@ -37,9 +38,9 @@ from transformers import (
     pipeline,
 )
 
-import hf_eagle3.integration as integration
+import hf_eagle3.own_loop as own_loop
 from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.choice import ASKED, choose_loop
+from hf_eagle3.choice import has_holes
 from hf_eagle3.decode import NotANumberError
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
@@ -180,18 +181,18 @@ def test_cache_grows_beyond_its_first_bucket(target):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_between_rounds_caches_hold_what_was_verified(family, monkeypatch):
     target = make_target(family)
-    original, rounds = integration.decode, []
+    original, rounds = own_loop.decode, []
 
-    def checked(target, drafter, recorder, prompts, lengths, *, transcript, **kwargs):
-        for done in original(target, drafter, recorder, prompts, lengths, transcript=transcript, **kwargs):
+    def checked(target, drafter, recorder, prompt, *, transcript, **kwargs):
+        for done in original(target, drafter, recorder, prompt, transcript=transcript, **kwargs):
             rounds.append(done)
             for b, row in enumerate(done.rows):
                 if transcript.is_live(row):
-                    text = torch.tensor([*prompts[row, : lengths[row]].tolist(), *transcript.texts[row]])
+                    text = torch.tensor([*prompt.tokens[row, : prompt.lengths[row]].tolist(), *transcript.texts[row]])
                     assert_in_step(target, drafter, done.state, b, text)
             yield done
 
-    monkeypatch.setattr(integration, "decode", checked)
+    monkeypatch.setattr(own_loop, "decode", checked)
     assert_same(target, pad(prompts_of(3, 17, 9)), max_new_tokens=20)
     assert len(rounds) > 5
 
@@ -208,9 +209,12 @@ def assert_in_step(target, drafter, state, b: int, text: Tensor):
         states = recorder.take("cpu")
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(state.states[b, :pending], states[0, start:], **close)
-    for ours, fresh in zip(state.target_cache.layers, cache.layers, strict=True):
-        torch.testing.assert_close(ours.keys[b, : length - 1].transpose(0, 1), fresh.keys[0], **close)
-        torch.testing.assert_close(ours.values[b, : length - 1].transpose(0, 1), fresh.values[0], **close)
+    kinds = getattr(target.config, "layer_types", None) or ()
+    windows = [WINDOW if kind.startswith("sliding") else length for kind in kinds]
+    for i, (ours, fresh) in enumerate(zip(state.target_cache.layers, cache.layers, strict=True)):
+        seen = slice(max(length - (windows[i] if windows else length), 0), length - 1)
+        torch.testing.assert_close(ours.keys[b, seen].transpose(0, 1), fresh.keys[0][:, seen], **close)
+        torch.testing.assert_close(ours.values[b, seen].transpose(0, 1), fresh.values[0][:, seen], **close)
     if start:
         fresh = Eagle3DrafterModel.forward(drafter, text[None, 1 : start + 1], states[:, :start], use_cache=True)
         ours = state.drafter_cache.layers[0].keys[b, :start].transpose(0, 1)
@@ -226,6 +230,148 @@ def test_a_wide_window_mask_by_hand():
 def test_buckets_waste_little(n):
     assert n <= to_bucket(n) < n + max(64, n / 8 + 1)
     assert to_bucket(to_bucket(n)) == to_bucket(n)
+
+
+# ---- prompts of other things than text, and caches to go on from ----
+
+
+def with_and_without(target, batch, **options):
+    """What `generate` gives with an oracle and without, dict outputs."""
+    options = {"return_dict_in_generate": True, "max_new_tokens": 12, **GREEDY, **options}
+    plain = target.generate(**copied(batch), **options)
+    mask = batch.get("attention_mask")
+    if "input_ids" in batch:
+        drafter = make_oracle(target, plain.sequences, {**batch, "attention_mask": mask})
+    else:
+        drafter = make_drafter(target)
+        drafter.generation_config.decode_loop = "own"
+    return plain, target.generate(**copied(batch), assistant_model=drafter, **options)
+
+
+def copied(batch):
+    """The inputs of a call, with a cache of its own: calls fill it."""
+    return {name: copy.deepcopy(value) if name == CACHE_NAME else value for name, value in batch.items()}
+
+
+def assert_same_caches(target, plain, out):
+    """Both calls return caches of the same contents, and the next turn comes out the same."""
+    for ours, theirs in zip(out[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
+        assert type(ours) is type(theirs)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.keys.shape == theirs.keys.shape
+        assert ours.values.shape == theirs.values.shape
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("fed", ["whole_sequence", "new_tokens"])
+@pytest.mark.parametrize("eos", [None, [11, 25, 37, 41, 52]])
+def test_conversation_of_a_batch_goes_on_from_its_cache(family, fed, eos):
+    target = make_target(family)
+    first = pad(prompts_of(9, 2, 14))
+    plain, out = with_and_without(target, first, eos_token_id=eos)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert_same_caches(target, plain, out)
+    turns = []
+    for turn in (plain, out):
+        whole = torch.cat([turn.sequences, make_prompt(15).view(3, 5)], dim=1)
+        mask = torch.nn.functional.pad(first["attention_mask"], (0, whole.shape[1] - 14), value=1)
+        ids = whole if fed == "whole_sequence" else whole[:, turn[CACHE_NAME].get_seq_length() :]
+        turns.append({"input_ids": ids, "attention_mask": mask, CACHE_NAME: turn[CACHE_NAME]})
+    drafter = make_drafter(target)
+    drafter.generation_config.decode_loop = "own"
+    options = {"max_new_tokens": 10, "return_dict_in_generate": True, **GREEDY}
+    second = [target.generate(**turn, **options) for turn in copied_all(turns)]
+    assisted = [target.generate(**turn, assistant_model=drafter, **options) for turn in turns]
+    assert second[0].sequences.tolist() == second[1].sequences.tolist()
+    for other in assisted:
+        assert other.sequences.tolist() == second[0].sequences.tolist()
+        assert_same_caches(target, second[0], other)
+
+
+def copied_all(turns):
+    return [copied(turn) for turn in turns]
+
+
+def test_cache_of_the_users_is_filled_as_without(target):
+    """Chat code often makes a cache, and looks at it and not at the output."""
+    drafter = make_drafter(target)
+    texts = []
+    for assistant in ({}, {"assistant_model": drafter}):
+        cache, prompt = DynamicCache(), make_prompt(6)
+        for turn in range(3):
+            prompt = target.generate(prompt, **{CACHE_NAME: cache}, max_new_tokens=7, **GREEDY, **assistant)
+            assert cache.get_seq_length() == prompt.shape[1] - 1
+            prompt = torch.cat([prompt, make_prompt(3 + turn)], dim=1)
+        texts.append(prompt.tolist())
+    assert texts[0] == texts[1]
+
+
+def test_drafting_goes_on_behind_a_cache(target):
+    """The drafter has not seen what the cache holds; what comes after it is drafted as ever."""
+    prompt = make_prompt(20)
+    plain = target.generate(prompt, max_new_tokens=30, return_dict_in_generate=True, **GREEDY)
+    cache = DynamicCache()
+    target(prompt[:, :12], **{CACHE_NAME: cache})
+    oracle = make_oracle(target, plain.sequences, pad([prompt]), wrong_share=0.0)
+    options = {"max_new_tokens": 30, "return_dict_in_generate": True, **GREEDY}
+    out = target.generate(prompt, **{CACHE_NAME: cache}, assistant_model=oracle, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.acceptance_length > 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_embeddings(target, side):
+    batch = pad(prompts_of(9, 4, 6), side)
+    embeds = target.get_input_embeddings()(batch.pop("input_ids"))
+    if side == "left":
+        plain, out = with_and_without(target, {**batch, "inputs_embeds": embeds})
+        assert out.sequences.tolist() == plain.sequences.tolist()
+        assert out.speculation.loop == "own decode loop"
+        return
+    alone = [
+        target.generate(inputs_embeds=embeds[i : i + 1, :n], max_new_tokens=8, **GREEDY)
+        for i, n in ((0, 9), (1, 4), (2, 6))
+    ]
+    drafter = make_drafter(target)
+    out = target.generate(**batch, inputs_embeds=embeds, assistant_model=drafter, max_new_tokens=8, **GREEDY)
+    assert out.tolist() == torch.cat(alone).tolist()
+
+
+def image_prompts(family, side):
+    """Two prompts with an image each, of different lengths."""
+    if family == "gemma3_vlm":
+        target = make_target(family)
+        image = [60] * 4
+        images = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    else:
+        target = make_target(family)
+        image = [62, 60, 60, 60, 60, 63]
+        images = {
+            "pixel_values": torch.randn(2 * 16, 3 * 2 * 14 * 14),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        }
+    prompts = [torch.tensor([[5, *image, 9, 8, 7]]), torch.tensor([[4, 5, 6, 7, 8, *image, 9, 30]])]
+    batch = pad(prompts, side)
+    is_image = torch.isin(batch["input_ids"], torch.tensor(60))
+    name = "mm_token_type_ids" if family == "qwen_vlm" else "token_type_ids"
+    return target, {**batch, **images, name: is_image.long()}
+
+
+@pytest.mark.parametrize("family", ["gemma3_vlm", "qwen_vlm"])
+def test_image_prompts(family):
+    target, batch = image_prompts(family, "left")
+    plain, out = with_and_without(target, batch)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == "own decode loop"
+    assert out.speculation.num_accepted > 0
+    blind = target.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12)
+    assert blind.tolist() != plain.sequences.tolist()  # the images do matter
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_prompt_in_chunks(target, chunk):
+    _, out = assert_same(target, pad(prompts_of(9, 4, 13)), prefill_chunk_size=chunk, max_new_tokens=15)
+    assert out.speculation.acceptance_length > 1
 
 
 # ---- where rows end ----
@@ -415,6 +561,10 @@ def test_counts_of_rows_add_up(target):
 # ---- which loop ----
 
 
+class QuantizedLookalike(DynamicCache):
+    """A cache that is not quite the host's own."""
+
+
 def test_loop_is_chosen_and_can_be_asked_for(target):
     drafter = make_drafter(target)
 
@@ -428,36 +578,36 @@ def test_loop_is_chosen_and_can_be_asked_for(target):
     assert loop(num_return_sequences=3, do_sample=True) == (own, "attention caches only")
     assert loop(decode_loop="host") == (host, "asked for")
     assert loop(decode_loop="own") == (own, "asked for")
-    assert loop(prefill_chunk_size=2) == (host, "prefill_chunk_size is set")
-    embeds = target.get_input_embeddings()(make_prompt(5))
-    assert loop(prompt=make_prompt(5)[:, :0], inputs_embeds=embeds) == (host, "the prompt has inputs_embeds")
+    assert loop(output_hidden_states=True) == (host, "output_hidden_states is set")
+    assert loop(prefill_chunk_size=2) == (own, "attention caches only")
+    offloaded = QuantizedLookalike(config=target.config)
+    assert loop(**{CACHE_NAME: offloaded}) == (host, "the cache given is a QuantizedLookalike")
+    assert loop(output_router_logits=None) == (own, "attention caches only")
     drafter.generation_config.decode_loop = "host"
     assert loop() == (host, "asked for")
     assert loop(decode_loop="own") == (own, "asked for")
 
 
-@pytest.mark.parametrize(("num_rows", "asked", "loop"), [(1, None, "host"), (2, None, "own"), (1, "own", "own")])
-def test_one_row_on_an_accelerator_gets_the_loop_that_was_run_there(target, monkeypatch, num_rows, asked, loop):
-    monkeypatch.setattr(type(target), "device", torch.device("cuda"))
-    drafter = make_drafter(target)
-    choice = choose_loop(
-        *(target, drafter),
-        asked=asked,
-        depth=3,
-        num_rows=num_rows,
-        setting=lambda _: None,
-        inputs={},
-        has_synced_gpus=False,
-    )
-    assert choice.loop == ASKED[loop]
+@pytest.mark.parametrize(
+    ("mask", "is_one"),
+    [
+        *(([1, 1, 1, 1], False), ([0, 0, 1, 1], False), ([1, 1, 0, 0], False), ([0, 1, 1, 0], False)),
+        *(([1, 0, 1, 1], True), ([0, 1, 0, 1], True), ([1, 0, 1, 0], True)),
+    ],
+)
+def test_a_hole_is_a_pad_between_tokens(mask, is_one):
+    assert has_holes(torch.tensor([[1, 1, 1, 1], mask])) == is_one
 
 
-def test_target_with_positions_of_several_axes_keeps_the_host_loop():
-    target = make_target("qwen_vlm")
-    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "assistant_model": make_drafter(target)}
-    told = target.generate(make_prompt(5), **options).speculation
-    assert told.loop == "host assisted decoding"
-    assert "several axes" in told.why
+@pytest.mark.parametrize(("family", "loop"), [("llama", "own decode loop"), ("mistral", "host assisted decoding")])
+def test_masks_with_holes_come_out_the_same(family, loop):
+    target = make_target(family)
+    batch = {"input_ids": make_prompt(14), "attention_mask": torch.tensor([[0, 0, *[1] * 5, 0, 0, *[1] * 5]])}
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
+    plain = target.generate(**batch, **options)
+    out = target.generate(**batch, assistant_model=make_drafter(target), **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == loop
 
 
 def test_asked_loop_is_saved_with_the_drafter(target, tmp_path):

@@ -1,0 +1,133 @@
+"""One call of our decode loop: the host's arguments in, the host's results out."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .cache import CACHE_NAME
+from .choice import Choice
+from .decode import Clocks, DecodeConfig, DecodeState, decode, run_target
+from .features import StateRecorder
+from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
+from .stats import Speculation, Stopwatch
+from .transcript import Transcript
+
+
+def run_own_loop(
+    target: PreTrainedModel,
+    choice: Choice,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    *,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> ModelOutput | Tensor:
+    """Decode as the host's `_sample` does, with our loop: same arguments, same results."""
+    start = time.perf_counter()
+    drafter = choice.drafter
+    given = input_ids if input_ids.device.type == target.device.type else input_ids.to(target.device)  # [B, T]
+    T = given.shape[1]
+    mask = read_mask(given, model_kwargs)  # [B, S]
+    S = mask.shape[1]
+    if S == 0 or not bool(mask.any(-1).all()):
+        raise ValueError(
+            "The prompt is empty in some row (input_ids of length 0): give at least one token, such as BOS."
+        )
+    host_cache = model_kwargs[CACHE_NAME]
+    past = int(host_cache.get_seq_length())
+    prompt_ids, order, num_hidden = given, None, [0] * len(given)
+    if not bool(mask[:, -1].all()):  # plain decoding goes wrong on pads to the right: each row as if it were alone
+        order = pads_to_the_left(mask, past)
+        prompt_ids, mask = reorder(given, mask, model_kwargs, order)
+        num_hidden = (~mask[:, S - T :]).sum(-1).tolist()
+
+    is_dict = generation_config.return_dict_in_generate
+    pad = generation_config._pad_token_tensor
+    transcript = Transcript(
+        prompt_ids,
+        criteria,
+        num_hidden=num_hidden,
+        pad_token_id=None if pad is None else int(pad),
+        streamer=streamer,
+        keep_scores=bool(is_dict and generation_config.output_scores),
+        keep_logits=bool(is_dict and generation_config.output_logits),
+    )
+    keeps_cache = bool(is_dict or choice.has_cache)
+    config = DecodeConfig(
+        depth=choice.depth,
+        do_sample=bool(generation_config.do_sample),
+        processors=processors,
+        max_length=None if transcript.max_new is None else S + transcript.max_new,
+        keeps_rows=keeps_cache and len(given) > 1,
+    )
+    told = Speculation(choice.loop, choice.why, choice.depth)
+    clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
+    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder, target._optimize_model_for_decode():
+        prompt = prefill(
+            *(target, recorder, prompt_ids, mask, model_kwargs, generation_config),
+            device=drafter.device,
+            room=2 * choice.depth + 3,
+        )
+        *_, last = decode(
+            target, drafter, recorder, prompt, config=config, transcript=transcript, told=told, clocks=clocks
+        )
+        if keeps_cache:
+            fill_pads(target, prompt, last.state, transcript)
+    if streamer is not None:
+        streamer.end()
+    if keeps_cache:
+        assert transcript.length is not None
+        slots = slots_of_output(prompt, transcript.length, S, order)
+        last.state.target_cache.to_host(host_cache, slots)
+    sequences = transcript.sequences(given)
+    if not is_dict:
+        return sequences
+    told.seconds = time.perf_counter() - start
+    told.draft_seconds, told.accept_seconds, told.host_seconds = (clock.read_seconds() for clock in clocks)
+    output = GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=transcript.columns(transcript.scores),
+        logits=transcript.columns(transcript.logits),
+        **{CACHE_NAME: host_cache},
+    )
+    output.speculation = told
+    return output
+
+
+def fill_pads(target: PreTrainedModel, prompt: Prompt, state: DecodeState, transcript: Transcript) -> None:
+    """Let the target's cache hold what plain decoding leaves there behind rows that end early: its own pads."""
+    assert transcript.length is not None
+    num_known = torch.tensor([min(len(text), transcript.length) for text in transcript.texts])  # [B]
+    width = transcript.length - int(num_known.min())
+    if not width:
+        return
+    new = transcript.sequences(prompt.lengths.new_zeros(len(num_known), 0))  # [B, n]
+    # Each row from its last text token on; what comes too much lies behind the end.
+    at = (num_known - 1)[:, None] + torch.arange(width)  # [B, width]
+    tokens = new.gather(1, at.clamp(max=new.shape[1] - 1).to(new.device))
+    state.length.copy_(prompt.lengths + num_known.to(prompt.lengths.device))
+    state.target_cache.reserve(int(state.length.max()) + width)
+    run_target(target, state, tokens, max_length=None)
+
+
+def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:
+    """[B, S + num_new - 1] int64: our slot of each column of the output, -1 for pads of the prompt.
+
+    `order` is that in which the prompt's columns were put, if they were.
+    """
+    lengths, columns = prompt.lengths, prompt.columns
+    B, P = columns.shape
+    if order is not None:
+        columns = order.gather(1, columns)
+    slots = torch.full((B, S), -1, device=lengths.device)
+    position = torch.arange(P, device=lengths.device).expand(B, P)
+    slots.scatter_(1, columns, position.masked_fill(position >= lengths[:, None], -1))
+    return torch.cat([slots, lengths[:, None] + torch.arange(num_new - 1, device=lengths.device)], dim=1)

@@ -1,0 +1,130 @@
+"""The prompt's forward: the host's own, whatever the prompt is made of, then held row by row.
+
+Text, embeddings, images, a cache to go on from, chunks: `GenerationMixin._prefill` knows them all, and so the first
+token's logits are those of plain decoding to the last bit.
+
+Shapes: B rows, S columns of the attention mask, N of them new in this call, P positions in the longest row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from .cache import CACHE_NAME
+from .features import StateRecorder
+from .rows import RowCache, to_bucket
+
+# What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
+PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+class Prompt(NamedTuple):
+    """The target after the prompts, without pads."""
+
+    lengths: Tensor  # [B] int64, real positions
+    columns: Tensor  # [B, P] int64, where each of them was in the attention mask
+    logits: Tensor  # [B, 1, V] float32, after the last
+    tokens: Tensor  # [B, M] int64, of the last M positions that have states and token ids, pads last
+    states: Tensor  # [B, M, A*Ht], theirs
+    num_states: Tensor  # [B] int64, 1..M
+    shift: Tensor  # [B, 1], or [axes, B, 1]: position id of each slot, less the slot
+    cache: RowCache
+
+
+def read_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """The attention mask [B, S] bool, over cached and new columns."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.to(input_ids.device).bool()
+    cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    given = input_ids.shape[1] if embeds is None else embeds.shape[1]
+    # The host drops a mask of ones from 5.23 on. The position ids are as long as it was.
+    position_ids = model_kwargs.get("position_ids")
+    S = max(past + 1, given) if position_ids is None else max(position_ids.shape[-1], given)
+    return torch.ones(len(input_ids), S, dtype=torch.bool, device=input_ids.device)
+
+
+def pads_to_the_left(mask: Tensor, past: int) -> Tensor:
+    """[B, S] int64: the columns in an order that puts pads first, among new ones."""
+    new = mask[:, past:].long().sort(dim=-1, stable=True).indices + past
+    old = torch.arange(past, device=mask.device).expand(len(mask), past)
+    return torch.cat([old, new], dim=-1)
+
+
+def reorder(input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], order: Tensor) -> tuple[Tensor, Tensor]:
+    """The prompt with its columns in `order` [B, S]: ids and mask; what belongs to columns changes in `model_kwargs`."""
+    S = mask.shape[1]
+
+    def take(x: Tensor) -> Tensor:  # [..., B, n], of the last n columns
+        index = (order[:, S - x.shape[-1] :] - (S - x.shape[-1])).to(x.device)
+        return x.gather(-1, index.expand(*x.shape[:-2], len(index), -1))
+
+    mask = take(mask)
+    for name in PER_COLUMN:
+        if (given := model_kwargs.get(name)) is not None and given.dim() > 1:
+            model_kwargs[name] = take(given.expand(*given.shape[:-2], len(mask), -1))
+    if (position_ids := model_kwargs.get("position_ids")) is not None and position_ids.dim() == 2:
+        model_kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -position_ids.shape[-1] :]
+    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        index = (order[:, S - embeds.shape[1] :] - (S - embeds.shape[1])).to(embeds.device)
+        model_kwargs["inputs_embeds"] = embeds.gather(1, index[..., None].expand_as(embeds))
+    model_kwargs["attention_mask"] = mask.long()
+    return take(input_ids) if input_ids.shape[1] else input_ids, mask
+
+
+def prefill(
+    target: PreTrainedModel,
+    recorder: StateRecorder,
+    input_ids: Tensor,
+    mask: Tensor,
+    model_kwargs: dict[str, Any],
+    generation_config: GenerationConfig,
+    *,
+    device: torch.device,
+    room: int,
+) -> Prompt:
+    """Run the target over the prompts, as plain decoding would.
+
+    Args:
+        target: The model to generate with.
+        recorder: Open, on it.
+        input_ids: As the host passes them to its decode loop, [B, T]; no columns where embeddings are given.
+        mask: [B, S] bool, of cached and new columns; the last is real in every row.
+        model_kwargs: As the host passes them to its decode loop; the cache among them is filled.
+        generation_config: The call's.
+        device: The drafter's.
+        room: Slots wanted behind the longest prompt.
+    """
+    B, S = mask.shape
+    host_cache = model_kwargs[CACHE_NAME]
+    with recorder.in_chunks():
+        out = target._prefill(input_ids, generation_config, model_kwargs)
+    states = recorder.take(device)  # [B, N, A*Ht]
+
+    lengths = mask.sum(-1)  # [B]
+    P = int(lengths.max())
+    # Real columns first, in their order.
+    columns = mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]  # [B, P]
+    position_ids = model_kwargs["position_ids"][..., -1:].to(mask.device)  # [..., B or 1, 1]
+    shift = position_ids.expand(*position_ids.shape[:-2], B, 1) - (lengths - 1)[:, None]
+
+    # Embeddings given as a prompt have no token ids: drafting starts where ids do, at the latest with the last state.
+    num_ids = min(max(input_ids.shape[1], 1), states.shape[1])
+    new = mask[:, S - num_ids :]  # [B, num_ids]
+    num_states = new.sum(-1)  # [B]
+    order = new.long().sort(dim=-1, descending=True, stable=True).indices[:, : int(num_states.max())]  # [B, M]
+    tokens = torch.zeros_like(order) if not input_ids.shape[1] else input_ids[:, -num_ids:].gather(1, order)
+    index = order.to(device)[..., None].expand(-1, -1, states.shape[-1])
+    return Prompt(
+        lengths=lengths,
+        columns=columns,
+        logits=out.logits[:, -1:].to(input_ids.device, torch.float32, copy=True),
+        tokens=tokens,
+        states=states[:, -num_ids:].gather(1, index),
+        num_states=num_states,
+        shift=shift,
+        cache=RowCache.from_host(host_cache, columns, to_bucket(P + room)),
+    )
