@@ -7,6 +7,7 @@ import itertools
 import conftest
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import (
     TEXT,
     WINDOW,
@@ -690,3 +691,46 @@ def test_pipeline_takes_a_drafter(target):
         generate = pipeline("text-generation", model=target, tokenizer=tokenizer, **assistant)
         outs.append(generate(texts, max_new_tokens=8, do_sample=False, batch_size=2))
     assert outs[0] == outs[1] == outs[2]
+
+
+# ---- where models are, and in what ----
+
+
+@pytest.mark.parametrize("loop", ["own", "host"])
+def test_target_partly_on_disk(target, loop, tmp_path):
+    """As with any `device_map`, hooks of accelerate move what a layer needs."""
+    target.save_pretrained(tmp_path)
+    whole = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(whole, "cpu") | {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(8)}
+    spread = type(target).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    batch = pad(prompts_of(9, 4)) if loop == "own" else {"input_ids": make_prompt(9)}
+    options = {"max_new_tokens": 12, **GREEDY}
+    out = spread.generate(**batch, assistant_model=make_drafter(spread), decode_loop=loop, **options)
+    assert out.tolist() == target.generate(**batch, **options).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*OLD, *FAMILIES])
+@pytest.mark.parametrize("lengths", [(5,), (30, 7, 1, 18)], ids=["one_row", "ragged"])
+def test_greedy_rows_are_the_targets_on_a_gpu(family, lengths):
+    target = copy.deepcopy(make_target(family)).cuda()
+    batch = {name: value.cuda() for name, value in pad(prompts_of(*lengths)).items()}
+    options = {"max_new_tokens": 24, "return_dict_in_generate": True, **GREEDY}
+    plain = target.generate(**batch, **options)
+    oracle = make_oracle(target, plain.sequences, batch).cuda()
+    out = target.generate(**batch, assistant_model=oracle, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == "own decode loop"
+    assert 1 < out.speculation.acceptance_length < 4
+
+
+@pytest.mark.gpu
+def test_target_on_two_devices():
+    target = make_target("llama")
+    places = {f"model.layers.{i}": ("cpu", "cuda:0")[i % 2] for i in range(8)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cuda:0")
+    spread = dispatch_model(copy.deepcopy(target), places, main_device="cuda:0")
+    batch = {name: value.cuda() for name, value in pad(prompts_of(9, 4)).items()}
+    options = {"max_new_tokens": 12, **GREEDY}
+    out = spread.generate(**batch, assistant_model=make_drafter(spread).cuda(), **options)
+    assert out.tolist() == spread.generate(**batch, **options).tolist()
