@@ -1,0 +1,336 @@
+"""Attention of a few new tokens in each row over a cache whose rows have lengths of their own.
+
+Flash-decoding: the slots that a row can see are divided among programs, each of which keeps a running softmax; a second
+kernel joins them. What makes it cheap for speculative decoding: the T tokens of a row and the G query heads that share a
+KV head form one tile, so that keys and values are read once, and a row costs its own length, not the cache's capacity.
+
+B rows, T new tokens each, L slots in the cache, H query heads, H_kv KV heads, G = H / H_kv, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .language import jit, require, round_up_to_power, tl
+
+LOG2_E = 1.4426950408889634
+
+
+def attend_rows_eager(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of T new tokens in each row, which sit at the slots from `start` on, over what they can see.
+
+    Args:
+        query: [B, H, T, D].
+        keys: [B, L, H_kv, D], those of the new tokens included. What lies behind a row's last token is never used.
+        values: [B, L, H_kv, D].
+        start: [B] int64. Token t of row b sits at slot start[b] + t, and sees its own slot and those before.
+        scaling: Multiplies the scores.
+        window: How many slots a token sees at most, its own included.
+        sinks: [H], a score that each head also gives to nothing.
+        softcap: Scores are squashed into (-softcap, softcap).
+
+    Returns:
+        [B, T, H, D] in the query's dtype.
+    """
+    B, H, T, _ = query.shape
+    L, H_kv = keys.shape[1:3]
+    slots = start[:, None] + torch.arange(T, device=start.device)  # [B, T]
+    at = torch.arange(L, device=start.device)
+    is_visible = at <= slots[..., None]  # [B, T, L]
+    if window is not None:
+        is_visible &= at > slots[..., None] - window
+    is_used = (at < start[:, None] + T)[..., None, None]  # [B, L, 1, 1]
+
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q = query.reshape(B, H_kv, -1, T, query.shape[-1]).to(wide)  # [B, H_kv, G, T, D]
+    k, v = (x.to(wide).masked_fill(~is_used, 0) for x in (keys, values))
+    scores = torch.einsum("bhgtd,blhd->bhgtl", q, k) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~is_visible[:, None, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(wide).view(1, H_kv, -1, 1, 1).expand(B, -1, -1, T, 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    out = torch.einsum("bhgtl,blhd->bthgd", weights, v)  # [B, T, H_kv, G, D]
+    return out.reshape(B, T, H, -1).to(query.dtype)
+
+
+@jit
+def _attend_split(
+    query,
+    keys,
+    values,
+    start,
+    sinks,
+    out,  # [B, T, H, D]
+    partial,  # [B*H_kv, num_splits, T*G, D] float32
+    stats,  # [B*H_kv, num_splits, T*G, 2] float32: largest score, sum of exponentials; to the base 2
+    T,
+    scaling,
+    softcap,
+    window,
+    num_splits,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    H_KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    b = (pair // H_KV).to(tl.int64)
+    h_kv = pair % H_KV
+    first = tl.load(start + b).to(tl.int32)
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], t * G + g
+    t = row // G
+    head = h_kv * G + row % G
+    is_row = t < T
+    d = tl.arange(0, BLOCK_D)
+    is_d = d < D
+    q_at = query + b * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :]
+    q = tl.load(q_at, mask=is_row[:, None] & is_d[None, :], other=0.0)
+
+    # What the tile's tokens can see between them, and this program's share of it.
+    high = first + tl.minimum(T, (tile * BLOCK_M + BLOCK_M - 1) // G + 1)
+    low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(0, first + (tile * BLOCK_M) // G - window + 1)
+    share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), num_splits) * BLOCK_N
+    begin = low + split * share
+    end = tl.minimum(high, begin + share)
+
+    slot = tl.arange(0, BLOCK_N)
+    k_base = keys + b * stride_kb + h_kv * stride_kh + begin.to(tl.int64) * stride_kl
+    v_base = values + b * stride_vb + h_kv * stride_vh + begin.to(tl.int64) * stride_vl
+    k_at = k_base + slot[:, None] * stride_kl + d[None, :]
+    v_at = v_base + slot[:, None] * stride_vl + d[None, :]
+
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in range(begin, end, BLOCK_N):
+        # Zeros behind the end: junk there could be NaN, which even a weight of 0 lets through.
+        is_loaded = (n + slot < end)[:, None] & is_d[None, :]
+        k = tl.load(k_at, mask=is_loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1)
+            scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * scaling / softcap * 1.4426950408889634)) + 1)
+            scores = scores * 1.4426950408889634
+        else:
+            scores = scores * (scaling * 1.4426950408889634)
+        at = n + slot
+        is_visible = at[None, :] <= (first + t)[:, None]
+        if HAS_WINDOW:
+            is_visible = is_visible & (at[None, :] > (first + t)[:, None] - window)
+        scores = tl.where(is_visible, scores, float("-inf"))
+
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)  # a token that sees none of this block
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(best - shift)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(v_at, mask=is_loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        best = new_best
+        k_at += BLOCK_N * stride_kl
+        v_at += BLOCK_N * stride_vl
+
+    if not IS_SPLIT:
+        if HAS_SINKS:
+            sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
+            new_best = tl.maximum(best, sink)
+            fade = tl.exp2(best - new_best)
+            total = total * fade + tl.exp2(sink - new_best)
+            acc = acc * fade[:, None]
+        out_at = out + ((b * T + t) * (H_KV * G) + head)[:, None] * D + d[None, :]
+        tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None] & is_d[None, :])
+    else:
+        at = (pair.to(tl.int64) * num_splits + split) * (T * G) + row
+        tl.store(stats + at * 2, best, mask=is_row)
+        tl.store(stats + at * 2 + 1, total, mask=is_row)
+        is_stored = is_row[:, None] & is_d[None, :] & (begin < end)
+        tl.store(partial + at[:, None] * D + d[None, :], acc, mask=is_stored)
+
+
+@jit
+def _join_splits(
+    partial,
+    stats,
+    sinks,
+    out,
+    T,
+    num_splits,
+    H_KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    row = tl.program_id(1)
+    b = (pair // H_KV).to(tl.int64)
+    t = row // G
+    head = (pair % H_KV) * G + row % G
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    at = (pair.to(tl.int64) * num_splits + s) * (T * G) + row  # [BLOCK_S]
+    best = tl.load(stats + at * 2, mask=s < num_splits, other=float("-inf"))
+    total = tl.load(stats + at * 2 + 1, mask=s < num_splits, other=0.0)
+    is_filled = best > float("-inf")
+    overall = tl.max(best, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        overall = tl.maximum(overall, sink)
+    fade = tl.exp2(best - overall)
+    acc = tl.load(partial + at[:, None] * D + d[None, :], mask=is_filled[:, None] & (d < D)[None, :], other=0.0)
+    joined = tl.sum(acc * fade[:, None], 0)  # [BLOCK_D]
+    denominator = tl.sum(total * fade, 0)
+    if HAS_SINKS:
+        denominator += tl.exp2(sink - overall)
+    out_at = out + ((b * T + t) * (H_KV * G) + head) * D + d
+    tl.store(out_at, (joined / denominator).to(out.dtype.element_ty), mask=d < D)
+
+
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+    blocks: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """The kernel of `attend_rows_eager`; same arguments, and two for tuning.
+
+    Which sums are made in which order depends on sizes only, so equal calls give equal bits.
+
+    Args:
+        num_splits: Programs that share a row's slots. By default chosen from the sizes.
+        blocks: Slots a step, warps, and pipeline stages. By default chosen from the sizes.
+    """
+    require(query.device)
+    B, H, T, D = query.shape
+    L, H_kv = keys.shape[1:3]
+    G = H // H_kv
+    if H % H_kv or keys.shape != (B, L, H_kv, D) or values.shape != keys.shape or start.shape != (B,):
+        raise ValueError(
+            "query must be [B, H, T, D], keys and values [B, L, H_kv, D] with H_kv dividing H, and start [B]; got "
+            f"{tuple(query.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(start.shape)}."
+        )
+    if not query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1:
+        raise ValueError("query, keys and values must be contiguous in their last dimension, D.")
+    block_m = min(64, max(16, round_up_to_power(T * G)))
+    num_tiles = -(-T * G // block_m)
+    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size(), block_m)
+    if num_splits is None:
+        num_splits = choose_num_splits(B * H_kv * num_tiles, L if window is None else min(L, window + T), block_n)
+    block_d = max(16, round_up_to_power(D))
+    rows = T * G
+
+    out = query.new_empty(B, T, H, D)
+    if num_splits == 1:
+        partial = stats = out  # not written
+    else:
+        partial = torch.empty(B * H_kv, num_splits, rows, D, dtype=torch.float32, device=query.device)
+        stats = torch.empty(B * H_kv, num_splits, rows, 2, dtype=torch.float32, device=query.device)
+    sinks_at = out if sinks is None else sinks
+    with torch.cuda.device_of(query):
+        _attend_split[B * H_kv, num_splits, num_tiles](
+            query,
+            keys,
+            values,
+            start,
+            sinks_at,
+            out,
+            partial,
+            stats,
+            T,
+            scaling,
+            softcap or 1.0,
+            window or 0,
+            num_splits,
+            *query.stride()[:3],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            H_KV=H_kv,
+            G=G,
+            D=D,
+            BLOCK_D=block_d,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            IS_SPLIT=num_splits > 1,
+            HAS_WINDOW=window is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_SOFTCAP=softcap is not None,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        if num_splits > 1:
+            _join_splits[B * H_kv, rows](
+                partial,
+                stats,
+                sinks_at,
+                out,
+                T,
+                num_splits,
+                H_KV=H_kv,
+                G=G,
+                D=D,
+                BLOCK_D=block_d,
+                BLOCK_S=round_up_to_power(num_splits),
+                HAS_SINKS=sinks is not None,
+                num_warps=4,
+            )
+    return out
+
+
+def choose_blocks(D: int, itemsize: int, block_m: int) -> tuple[int, int, int]:
+    """Slots a step, warps and pipeline stages: three stages of keys and values in at most half of a multiprocessor."""
+    slot_bytes = 2 * round_up_to_power(D) * itemsize
+    block_n = 128
+    while block_n > 16 and 3 * block_n * slot_bytes > 100_000:
+        block_n //= 2
+    return block_n, 4, 3
+
+
+def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted: int = 264) -> int:
+    """How many programs share a row's slots, so that there are about `wanted`: two for each multiprocessor of an H100."""
+    num_blocks = -(-num_slots // block_n)
+    return max(1, min(-(-wanted // num_programs), num_blocks, 64))

@@ -1,0 +1,349 @@
+"""Our kernels in place of stock layers, while a CUDA graph is captured.
+
+No class of the host's is edited, and nothing is taken on faith: what looks like an RMSNorm, a rotary embedding or a
+gated MLP is first run on random numbers beside its kernel, and left alone unless the two agree. Whatever a kernel cannot
+take at run time (other dtypes, many rows, a gradient to keep) goes to the host's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import language
+from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
+from .mlp import ACTIVATIONS
+from .mlp import gate as gate_kernel
+from .norms import VARIANTS, rms_norm
+from .rotary import apply_rotary
+
+logger = logging.getLogger(__name__)
+
+NORM_SUFFIX = "RMSNorm"
+ROTARY_NAME = "apply_rotary_pos_emb"
+EPS_NAMES = ("variance_epsilon", "eps")
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class Swaps:
+    """What `fused` put kernels into."""
+
+    norms: dict[str, str] = field(default_factory=dict)  # class -> variant
+    rotaries: list[str] = field(default_factory=list)  # modules of the host's
+    mlps: dict[str, str] = field(default_factory=dict)  # class -> activation
+    num_groups: int = 0  # query, key and value projections that became one launch
+
+
+@contextmanager
+def fused(model: nn.Module, *, overlap: bool = False) -> Iterator[Swaps]:
+    """Run `model`'s linear layers over few rows, norms, rotary embeddings and gated MLPs as kernels.
+
+    For capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
+
+    Args:
+        overlap: Let each kernel start while the one before still runs, and fetch its weights meanwhile.
+    """
+    swaps = Swaps()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not language.is_available(device):
+        yield swaps
+        return
+    with ExitStack() as stack:
+        with torch.no_grad():
+            _swap_norms(model, swaps, stack, overlap)
+            _swap_rotaries(model, swaps, stack, overlap)
+            _swap_mlps(model, swaps, stack, overlap)
+            _group_projections(model, swaps, stack, overlap)
+        logger.info("Fused %s: %s", type(model).__name__, swaps)
+        stack.enter_context(_SmallLinears(overlap))
+        yield swaps
+
+
+def _set(stack: ExitStack, namespace: dict[str, Any], name: str, value: object) -> None:
+    """Put `value` into `namespace` until `stack` unwinds."""
+    if name in namespace:
+        stack.callback(namespace.__setitem__, name, namespace[name])
+    else:
+        stack.callback(namespace.pop, name)
+    namespace[name] = value
+
+
+def _can_run(*tensors: Tensor) -> bool:
+    """Whether a kernel may take these: plain tensors of one 16-bit dtype on a GPU, and no gradient to keep."""
+    first = tensors[0]
+    return (
+        all(type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype for x in tensors)
+        and first.dtype in DTYPES
+        and language.is_available(first.device)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` is calling its class's forward: nobody has hooked or replaced it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in vars(module) and not any(hooks)
+
+
+def _takes_one(function: Callable) -> bool:
+    """Whether `function`, unbound, needs exactly one argument besides self."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(needed) == 1 and needed[0].kind is not inspect.Parameter.KEYWORD_ONLY
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results were rounded at the same points: nearly all equal, and the others neighbours."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    step = torch.finfo(ours.dtype).eps
+    are_near = torch.isclose(ours, theirs, rtol=2 * step, atol=step / 16)
+    return bool(are_near.all()) and bool((ours == theirs).float().mean() > 0.98)
+
+
+def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers in the dtype and on the device of `like`, which leave the caller's random state alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+
+# ---- norms ----
+
+
+def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+    known: dict[tuple, str | None] = {}
+    for module in model.modules():
+        name = type(module).__name__
+        weight = getattr(module, "weight", None)
+        eps = next((getattr(module, key) for key in EPS_NAMES if hasattr(module, key)), None)
+        if not name.endswith(NORM_SUFFIX) or not isinstance(weight, Tensor) or not isinstance(eps, float):
+            continue
+        if weight.dim() != 1 or not _is_plain(module) or not _takes_one(type(module).forward) or not _can_run(weight):
+            continue
+        key = (type(module), len(weight), eps, weight.dtype, weight.device)
+        if key not in known:
+            known[key] = _find_variant(module, weight, eps)
+        if (variant := known[key]) is not None:
+            swaps.norms[name] = variant
+            _set(stack, vars(module), "forward", _make_norm(module, variant, eps, overlap))
+
+
+def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
+    """The variant of RMSNorm that `module` computes, tried with weights that tell them apart."""
+    x, probe = _random(16, len(weight), like=weight), _random(len(weight), like=weight, seed=1)
+    theirs = functional_call(module, {"weight": probe}, (x,))
+    for variant in VARIANTS:
+        if _agree(rms_norm(x, probe, eps=eps, variant=variant), theirs):
+            return variant
+    return None
+
+
+def _make_norm(module: nn.Module, variant: str, eps: float, overlap: bool) -> Callable[[Tensor], Tensor]:
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        weight: Any = module.weight
+        if not _can_run(x, weight):
+            return original(x)
+        return rms_norm(x, weight, eps=eps, variant=variant, overlap=overlap)
+
+    return forward
+
+
+# ---- rotary embeddings ----
+
+
+def _swap_rotaries(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+    """Replace the function by which the modules of the model's code rotate; each module's name for it is its own."""
+    homes: dict[str, ModuleType] = {}
+    for module in model.modules():
+        home = sys.modules.get(type(module).__module__)
+        if home is not None and callable(getattr(home, ROTARY_NAME, None)):
+            homes[home.__name__] = home
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    for name, home in homes.items():
+        original = getattr(home, ROTARY_NAME)
+        if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"] or like.dtype not in DTYPES:
+            continue
+        widths = tuple(width for width in (64, 32) if _turns_alike(original, width, like))
+        if widths:
+            swaps.rotaries.append(name)
+            _set(stack, vars(home), ROTARY_NAME, _make_rotary(original, 64 in widths, 32 in widths, overlap))
+
+
+def _turns_alike(original: Callable, width: int, like: Tensor) -> bool:
+    """Whether `original` does what the kernel does, for heads of 64 and cosines of `width`."""
+    q, k = (_random(2, 3, heads, 64, like=like, seed=heads).transpose(1, 2) for heads in (4, 2))
+    cos, sin = _random(2, 3, width, like=like), _random(2, 3, width, like=like, seed=1)
+    try:
+        theirs = original(q, k, cos, sin)
+    except RuntimeError:  # not a width that it takes
+        return False
+    return all(map(_agree, apply_rotary(q, k, cos, sin), theirs))
+
+
+def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap: bool) -> Callable:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        is_usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.keys() <= {"unsqueeze_dim"}
+        if not (is_usual and _can_run(q, k, cos, sin) and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3):
+            return original(q, k, cos, sin, *args, **kwargs)
+        B, _, T, D = q.shape
+        is_known = cos.shape[-1] == D and takes_full or cos.shape[-1] * 2 == D and takes_half
+        fits = (
+            cos.shape == sin.shape
+            and cos.shape[0] in (1, B)
+            and cos.shape[1] == T
+            and k.shape[0] == B
+            and k.shape[2:] == (T, D)
+            and all(x.stride(-1) == 1 for x in (q, k, cos, sin))
+        )
+        if not (is_known and fits):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return apply_rotary(q, k, cos, sin, overlap=overlap)
+
+    return rotate
+
+
+# ---- gated MLPs ----
+
+
+def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+    known: dict[type, str | None] = {}
+    for module in model.modules():
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(type(part) is nn.Linear and _is_plain(part) for part in parts) or not hasattr(module, "act_fn"):
+            continue
+        if not _is_plain(module) or not _takes_one(type(module).forward) or not _can_run(parts[0].weight):
+            continue
+        kind = type(module)
+        if kind not in known:
+            known[kind] = _find_activation(module, parts[0].weight)
+        if (activation := known[kind]) is not None:
+            swaps.mlps[kind.__name__] = activation
+            _set(stack, vars(module), "forward", _make_mlp(module, activation, overlap))
+
+
+def _find_activation(module: nn.Module, like: Tensor) -> str | None:
+    """The activation of a gated MLP, if that is what `module` is: tried on a small copy of it."""
+    x = _random(4, 64, like=like)
+    names = [name for name, function in ACTIVATIONS.items() if _agree(function(x), module.act_fn(x))]  # type: ignore[operator]
+    if not names:
+        return None
+    probe = copy.copy(module)
+    probe._modules = dict(module._modules)
+    gate, up, down = (_random(64, 64, like=like, seed=seed) / 8 for seed in (1, 2, 3))
+    for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+        linear = nn.Linear(64, 64, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        probe._modules[name] = linear
+    try:
+        theirs = probe(x)
+    except RuntimeError:  # its forward counts on its sizes
+        return None
+    ours = F.linear(gate_kernel(F.linear(x, gate), F.linear(x, up), activation=names[0]), down)
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+        return None
+    is_same = bool((ours - theirs).float().norm() <= 0.01 * theirs.float().norm())
+    return names[0] if is_same else None
+
+
+def _make_mlp(module: nn.Module, activation: str, overlap: bool) -> Callable[[Tensor], Tensor]:
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        gate, up, down = (getattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        if not _can_run(x, gate.weight, up.weight):
+            return original(x)
+        num_rows = x.numel() // x.shape[-1]
+        are_bare = gate.bias is None and up.bias is None
+        if are_bare and 0 < num_rows <= MAX_ROWS and is_worth_it(2 * gate.out_features, gate.in_features, num_rows):
+            return down(linear_gated(x, gate.weight, up.weight, activation=activation, overlap=overlap))
+        return down(gate_kernel(gate(x), up(x), activation=activation, overlap=overlap))
+
+    return forward
+
+
+# ---- linear layers ----
+
+
+class _SmallLinears(TorchFunctionMode):
+    """Sends what `F.linear` is asked for over few rows to our kernel."""
+
+    def __init__(self, overlap: bool):
+        super().__init__()
+        self.overlap = overlap
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  torch's
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and _is_small(*args, **kwargs):
+            return linear_small(*args, **kwargs, overlap=self.overlap)
+        return func(*args, **kwargs)
+
+
+def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether our kernel takes this linear layer, and is the faster one."""
+    if not _can_run(x, weight, *([] if bias is None else [bias])) or weight.dim() != 2 or not weight.is_contiguous():
+        return False
+    num_rows = x.numel() // max(1, x.shape[-1])
+    N, K = weight.shape
+    return 0 < num_rows <= MAX_ROWS and x.shape[-1] == K and is_worth_it(N, K, num_rows)
+
+
+def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+    """Let query, key and value projections of one input run as one kernel."""
+    for module in model.modules():
+        parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if not all(type(part) is nn.Linear and _is_plain(part) and _can_run(part.weight) for part in parts):
+            continue
+        group = _Group(parts, overlap)
+        swaps.num_groups += 1
+        for i, part in enumerate(parts):
+            _set(stack, vars(part), "forward", group.make_forward(i))
+
+
+class _Group:
+    """Projections that are called one after another with the same tensor: the first call computes all."""
+
+    def __init__(self, parts: list[nn.Linear], overlap: bool):
+        self.parts, self.overlap = parts, overlap
+        self.originals = [part.forward for part in parts]
+        self.x: Tensor | None = None
+        self.version: int | None = None
+        self.results: dict[int, Tensor] = {}
+
+    def make_forward(self, i: int) -> Callable[[Tensor], Tensor]:
+        """What stands in for the forward of part `i`."""
+
+        def forward(x: Tensor) -> Tensor:
+            # Inference tensors count no versions; that the host writes into its input between two projections is not
+            # known of any model.
+            version = None if x.is_inference() else x._version
+            if i == 0 and self._fits(x):
+                weights, biases = [part.weight for part in self.parts], [part.bias for part in self.parts]
+                first, *rest = linear_group(x, weights, biases, overlap=self.overlap)
+                self.x, self.version, self.results = x, version, dict(enumerate(rest, 1))
+                return first
+            is_ready = i in self.results and x is self.x and version == self.version
+            result = self.results.pop(i) if is_ready else self.originals[i](x)
+            if not self.results:
+                self.x = None
+            return result
+
+        return forward
+
+    def _fits(self, x: Tensor) -> bool:
+        return all(_is_small(x, part.weight, part.bias) for part in self.parts)

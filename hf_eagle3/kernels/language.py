@@ -1,0 +1,72 @@
+"""Triton where it is installed. Without it the kernels' modules still import, for their eager twins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+__all__ = ["is_available", "jit", "launch", "require", "round_up_to_power", "tl"]
+
+F = TypeVar("F", bound=Callable)
+
+
+def jit(kernel: F) -> F:
+    """`triton.jit`, or the function as it is where there is no Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _let_the_interpreter_count() -> None:
+    """NumPy 2.4 makes no int of an array with one element, which is what Triton 3.6's interpreter calls a scalar."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+if triton is not None and is_interpreted():
+    _let_the_interpreter_count()
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of `device`."""
+    return triton is not None and (device.type == "cuda" or is_interpreted())
+
+
+def require(device: torch.device) -> None:
+    """Refuse what cannot run a kernel."""
+    if triton is None:
+        raise ImportError("This needs Triton, which comes with PyTorch for CUDA: pip install triton")
+    if device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f"Kernels run on CUDA tensors, got one on {device}. Call the eager twin, or set TRITON_INTERPRET=1 before "
+            "importing to run in Triton's interpreter."
+        )
+
+
+def round_up_to_power(n: int) -> int:
+    """The smallest power of two that is at least `n` >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def launch(overlap: bool) -> dict[str, bool]:
+    """Options of a launch that may start while the kernel before it still runs, or of any other."""
+    return {"launch_pdl": True} if overlap else {}

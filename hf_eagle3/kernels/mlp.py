@@ -1,0 +1,71 @@
+"""The middle of a gated MLP, act(gate) * up, in one kernel.
+
+Rounds where the host does: after the activation, and after the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .language import jit, launch, require, tl
+
+BLOCK = 1024
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x)."""
+    return F.silu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh formula."""
+    return F.gelu(x, approximate="tanh")
+
+
+# What a kernel can compute, by the name it goes by there.
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def gate_eager(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """act(gate) * up, all of one shape and dtype; `activation` names one of `ACTIVATIONS`."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+@jit
+def activate(x, NAME: tl.constexpr):
+    """`x` float32 through the activation called NAME."""
+    if NAME == "silu":
+        return x / (1 + tl.exp(-x))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (2 - 2 / (tl.exp(2 * inner) + 1))  # 1 + tanh(inner)
+
+
+@jit
+def _gate(gate, up, out, size, BLOCK: tl.constexpr, NAME: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < size).to(tl.float32)
+    u = tl.load(up + at, mask=at < size).to(tl.float32)
+    activated = activate(g, NAME).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, (activated * u).to(out.dtype.element_ty), mask=at < size)
+
+
+def gate(gate: Tensor, up: Tensor, *, activation: str = "silu", overlap: bool = False) -> Tensor:
+    """The kernel of `gate_eager`. Equal to it but for the last bit of the activation's exponential.
+
+    Args:
+        overlap: Start while the kernel before still runs (programmatic dependent launch, Hopper on).
+    """
+    require(gate.device)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    with torch.cuda.device_of(gate):
+        _gate[(-(-gate.numel() // BLOCK),)](
+            gate, up, out, gate.numel(), BLOCK=BLOCK, NAME=activation, OVERLAP=overlap, **launch(overlap)
+        )
+    return out

@@ -1,0 +1,89 @@
+"""RMSNorm in one kernel, in the three ways that host models round it.
+
+All square, average and scale in float32. They differ in where the weight comes in:
+
+* llama: the scaled input is rounded to its dtype, then multiplied by the weight (and rounded again);
+* wide: multiplied by the weight in float32, then rounded (GptOss, Olmo 2);
+* shifted: multiplied by 1 + weight in float32, then rounded (Gemma).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .language import jit, launch, require, round_up_to_power, tl
+
+VARIANTS = ("llama", "wide", "shifted")
+
+
+def rms_norm_eager(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -> Tensor:
+    """`x` [..., D] over its root mean square, times `weight` [D], as `variant` of `VARIANTS` rounds it; `x`'s dtype."""
+    scaled = x.float()
+    scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)
+    if variant == "llama":
+        return weight * scaled.to(x.dtype)
+    wide_weight = weight.float() + 1 if variant == "shifted" else weight.float()
+    return (wide_weight * scaled).to(x.dtype)
+
+
+@jit
+def _rms_norm(
+    x,
+    weight,
+    out,
+    num_rows,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    VARIANT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    mask = (row < num_rows)[:, None] & (d < D)[None, :]
+    wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+    if VARIANT == "llama":
+        scaled = scaled.to(out.dtype.element_ty).to(tl.float32)
+    if VARIANT == "shifted":
+        w = w + 1
+    tl.store(out + at, (scaled * w).to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama", overlap: bool = False) -> Tensor:
+    """The kernel of `rms_norm_eager`, for `x` and `weight` of one dtype.
+
+    The sum of squares is taken in another order, so its last bit may differ; what is rounded to 16 bits is then equal
+    almost always, and otherwise the neighbour.
+    """
+    require(x.device)
+    D = x.shape[-1]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    num_rows = x.numel() // D
+    block_d = round_up_to_power(D)
+    block_r = max(1, 1024 // block_d)
+    with torch.cuda.device_of(x):
+        _rms_norm[(-(-num_rows // block_r),)](
+            x,
+            weight,
+            out,
+            num_rows,
+            eps,
+            D=D,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            VARIANT=variant,
+            OVERLAP=overlap,
+            num_warps=8 if block_d > 2048 else 4,
+            **launch(overlap),
+        )
+    return out
