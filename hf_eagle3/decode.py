@@ -6,6 +6,7 @@ the number of rows and the depth; between prepare and read there are tensors onl
 Shapes: B rows in the batch, K draft tokens.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class DecodeConfig:
     depth: int  # K
     do_sample: bool
     processors: LogitsProcessorList
-    max_length: int | None  # of a row without pads: no position at or behind it is ever read
+    max_length: int | None  # of a row without pads: nothing at or behind that position is ever read
     keeps_rows: bool = False  # rows that are done stay, so that the target's cache can be returned
 
 
@@ -53,6 +54,7 @@ class DecodeState:
     num_pending: Tensor  # [B] int64, 1..K+1; the last pending state is at position length-2
     first: Tensor  # [B] int64, position of the drafter's slot 0
     shift: Tensor  # [B, 1] or [axes, B, 1] int64, the target's position ids less its slots
+    last_position: Tensor  # [] int64: nothing behind it is ever read, and a learned position embedding may end there
     target_cache: RowCache
     drafter_cache: RowCache
 
@@ -65,24 +67,21 @@ class Clocks(NamedTuple):
     host: Stopwatch
 
 
-class Round(NamedTuple):
-    """A round as `decode` reports it, once all is committed."""
-
-    rows: list[int]  # [B] which rows of the call took part
-    state: DecodeState
-    num_new: list[int]  # [B] tokens that became text
-
-
 class NotANumberError(ValueError):
     """The target's logits are NaN."""
 
 
-def prepare(drafter: PreTrainedModel, prompt: Prompt, *, depth: int) -> DecodeState:
-    """The state behind the prompts, without a root yet: the drafter has seen all states but the last of each row."""
+def prepare(
+    drafter: PreTrainedModel, prompt: Prompt, *, depth: int, max_length: int | None, cache: RowCache | None = None
+) -> DecodeState:
+    """The state behind the prompts, without a root yet: the drafter has seen all states but the last of each row.
+
+    `cache` is the drafter's, if there is one to write to; `max_length` that of `DecodeConfig`.
+    """
     B, M, width = prompt.states.shape
     first = prompt.lengths - prompt.num_states  # [B]
-    capacity = to_bucket(M)
-    cache = RowCache(drafter.config.num_hidden_layers, capacity)
+    if cache is None:
+        cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M))
     if M > 1:
         # Behind a row's last state but one comes junk, which later writes cover.
         slots = torch.arange(M - 1, device=drafter.device).expand(B, M - 1)
@@ -105,6 +104,7 @@ def prepare(drafter: PreTrainedModel, prompt: Prompt, *, depth: int) -> DecodeSt
         num_pending=torch.ones_like(prompt.lengths),
         first=first,
         shift=prompt.shift,
+        last_position=prompt.lengths.new_tensor(2**62 if max_length is None else max_length - 1),
         target_cache=prompt.cache,
         drafter_cache=cache,
     )
@@ -153,24 +153,22 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
     return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None)
 
 
-def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor, *, max_length: int | None) -> Tensor:
+def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor) -> Tensor:
     """Logits [B, K+1, V] float32 after the root and each of `draft_tokens` [B, K]."""
     tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, K+1]
-    return run_target(target, state, tokens, max_length=max_length).to(tokens.device, torch.float32)
+    return run_target(target, state, tokens).to(tokens.device, torch.float32)
 
 
-def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor, *, max_length: int | None) -> Tensor:
+def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> Tensor:
     """Logits [B, T, V] of `tokens` [B, T], the first in each row's slot length-1."""
     cache = state.target_cache
     slots = (state.length - 1)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    # Nothing behind the end is kept, but a learned position embedding has no row for it.
-    position_ids = slots if max_length is None else slots.clamp(max=max_length - 1)
     text_config = target.config.get_text_config(decoder=True)
     with cache.writing(slots):
         out = target(
             input_ids=tokens,
             attention_mask=make_masks(text_config, slots, cache.capacity, target.dtype),
-            position_ids=position_ids + state.shift,
+            position_ids=torch.minimum(slots, state.last_position) + state.shift,
             **{CACHE_NAME: cache},
             use_cache=True,
             return_dict=True,
@@ -210,13 +208,10 @@ def keep_rows(state: DecodeState, kept: list[int]) -> None:
     state.drafter_cache.select(rows)
 
 
-def scatter_probs(drafter: PreTrainedModel, drafted: Draft, like: Tensor) -> Tensor | None:
-    """The probabilities q [B, K, V] over the target's vocabulary, zero outside the draft vocabulary, where `like` [B, K+1, V] is."""
-    if drafted.probs is None:
-        return None
-    B, K, _ = drafted.probs.shape
-    probs = drafted.probs.new_zeros(B, K, like.shape[-1])
-    return probs.scatter_(-1, drafter.draft_to_target_ids.expand(B, K, -1), drafted.probs).to(like.device)
+def scatter_probs(drafter: PreTrainedModel, probs: Tensor, vocab_size: int) -> Tensor:
+    """The probabilities q [B, K, V] of `probs` [B, K, V_d]: over the target's vocabulary, zero outside the drafter's."""
+    q = probs.new_zeros(*probs.shape[:2], vocab_size)
+    return q.scatter_(-1, drafter.draft_to_target_ids.expand_as(probs), probs)
 
 
 def accept_in_order(
@@ -260,92 +255,204 @@ def accept_in_order(
     return Verdict(torch.tensor(counts, device=device), torch.tensor(last, device=device))
 
 
+class Drafted(NamedTuple):
+    """What a round proposes, on the target's device."""
+
+    tokens: Tensor  # [B, K] int64
+    q: Tensor | None  # [B, K, V] float32, the law they were drawn from; None for a greedy draft
+
+
+class Verified(NamedTuple):
+    """What the target says to it."""
+
+    logits: Tensor  # [B, K+1, V] float32
+    states: Tensor | None  # [B, K+1, A*Ht]; None of the prompt, whose last state is pending already
+
+
+class Settled(NamedTuple):
+    """What came of it."""
+
+    report: Tensor  # [B*(K+1) + B + 1] int64: the new block, how many draft tokens were kept, whether there is a NaN
+    scores: Tensor  # [B, K+1, V] float32, what tokens were chosen by
+
+
+class Letter:
+    """A report on its way to the host, which need not wait for it yet."""
+
+    def __init__(self, report: Tensor):
+        self._report, self._event = report, None
+        if report.is_cuda:
+            self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+            self._report.copy_(report, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[int]:
+        """Wait for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._report.tolist()
+
+
+class Launched(NamedTuple):
+    """A settled round that the host has not looked at yet."""
+
+    rows: list[int]  # [B] which rows of the call take part
+    K: int
+    letter: Letter
+    scores: Tensor
+    logits: Tensor
+
+
+class Phases:
+    """The phases of a round over one batch, in eager PyTorch: tensors in, tensors out, and no wait for the device.
+
+    This defines what a round does; `graphs.CapturedPhases` replays it.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
+        recorder: StateRecorder,
+        state: DecodeState,
+        config: DecodeConfig,
+    ):
+        self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
+        self.warpers = stateless_warpers(config.processors)
+        self.choose: Choose = make_choose_sampled(make_to_probs(self.warpers)) if config.do_sample else choose_greedy
+
+    def draft(self) -> Drafted:
+        """Propose K tokens in each row."""
+        tokens, probs = draft(self.drafter, self.state, depth=self.config.depth, choose=self.choose)
+        device = self.state.root.device
+        if probs is None:
+            return Drafted(tokens.to(device), None)
+        V = self.target.config.get_text_config(decoder=True).vocab_size
+        return Drafted(tokens.to(device), scatter_probs(self.drafter, probs, V).to(device))
+
+    def verify(self, drafted: Drafted) -> Verified:
+        """Run the target over the root and the draft."""
+        logits = verify(self.target, self.state, drafted.tokens)
+        return Verified(logits, self.recorder.take(self.drafter.device))
+
+    def settle(self, drafted: Drafted, verified: Verified) -> Settled:
+        """Accept and commit, where processors look at scores alone."""
+        tokens, q = drafted
+        scores = verified.logits
+        for warper in self.warpers:
+            flat = scores.flatten(0, 1)  # [B*(K+1), V]
+            scores = warper(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+        if self.config.do_sample:
+            verdict = accept_sampled(tokens, scores[:, :0] if q is None else q, scores.softmax(-1))
+        else:
+            verdict = accept_greedy(tokens, scores)
+        commit(self.state, tokens, verdict, verified.states)
+        block = self.state.block[:, : tokens.shape[1] + 1]
+        is_nan = verified.logits[:, 0].isnan().any()
+        return Settled(torch.cat([block.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
+
+    @property
+    def lateness(self) -> int:
+        """How many rounds may be launched before one is read: on a GPU it then need not wait for the host."""
+        return int(self.state.length.is_cuda)
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` in each row."""
+        for cache in (self.state.target_cache, self.state.drafter_cache):
+            cache.reserve(num_slots)
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Go on without the others if that pays; the places in the batch that stay, of `rows` at least."""
+        keep_rows(self.state, rows)
+        return rows
+
+
 def decode(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    recorder: StateRecorder,
+    phases: Phases,
     prompt: Prompt,
     *,
-    config: DecodeConfig,
     transcript: Transcript,
     told: Speculation,
     clocks: Clocks,
-) -> Iterator[Round]:
-    """Generate until the transcript is over; yields after each round, the one that only chooses first tokens included."""
-    warpers = stateless_warpers(config.processors)
-    to_probs = make_to_probs(warpers)
-    choose = make_choose_sampled(to_probs) if config.do_sample else choose_greedy
-    in_order = len(warpers) < len(config.processors)
+) -> Iterator[list[int]]:
+    """Generate until the transcript is over; yields after each round which rows of the call took part, in their places.
+
+    The first of them only chooses first tokens.
+    """
+    config = phases.config
+    in_order = len(phases.warpers) < len(config.processors)
     rows = list(range(len(prompt.lengths)))
     processors = processors_for_rows(config.processors, len(rows))
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
+    longest_prompt = prompt.columns.shape[1]
+    launched: deque[Launched] = deque()
 
-    with clocks.draft:
-        state = prepare(drafter, prompt, depth=config.depth)
-    logits, draft_tokens, q, states = prompt.logits, state.block[:, :0], None, None
+    drafted, verified = Drafted(phases.state.block[:, :0], None), Verified(prompt.logits, None)
     while True:
-        started = [len(transcript.texts[row]) for row in rows]
+        done, K, started = rows, drafted.tokens.shape[1], transcript.num_tokens
         if in_order:
             with clocks.host:
-                raise_if_nan(bool(logits[:, 0].isnan().any()))
+                raise_if_nan(bool(verified.logits[:, 0].isnan().any()))
                 verdict = accept_in_order(
-                    draft_tokens,
-                    q,
-                    logits,
+                    *drafted,
+                    verified.logits,
                     rows=rows,
                     transcript=transcript,
                     processors=processors,
                     do_sample=config.do_sample,
                 )
+            commit(phases.state, drafted.tokens, verdict, verified.states)
         else:
             with clocks.accept:
-                scores = logits
-                for warper in warpers:
-                    flat = scores.flatten(0, 1)  # [B*(K+1), V]
-                    scores = warper(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
-                if config.do_sample:
-                    verdict = accept_sampled(draft_tokens, scores[:, :0] if q is None else q, scores.softmax(-1))
-                else:
-                    verdict = accept_greedy(draft_tokens, scores)
-                is_nan = logits[:, 0].isnan().any()
-        commit(state, draft_tokens, verdict, states)
+                report, scores = phases.settle(drafted, verified)
+            launched.append(Launched(rows, K, Letter(report), scores, verified.logits))
+            if len(launched) > phases.lateness:
+                done, K, letter, scores, logits = launched.popleft()
+                read = letter.read()  # the round's wait
+                raise_if_nan(bool(read[-1]))
+                with clocks.host:
+                    take_down(read, scores, logits, rows=done, K=K, transcript=transcript)
 
-        K = draft_tokens.shape[1]
-        if not in_order:
-            told_by_device = [state.block[:, : K + 1].flatten(), verdict.num_accepted, is_nan.long()[None]]
-            report = torch.cat(told_by_device).tolist()  # the round's read
-            raise_if_nan(bool(report[-1]))
+        if transcript.num_tokens != started:
+            for row in done:
+                if new := transcript.num_tokens[row] - started[row]:
+                    # Near the length limit the last draft tokens never had a chance.
+                    room = K if transcript.max_new is None else min(K, transcript.max_new - started[row] - 1)
+                    told.count(room, new - 1)
+                    told.rows[row].count(room, new - 1)
             with clocks.host:
-                for b, row in enumerate(rows):
-                    for k in range(report[len(rows) * (K + 1) + b] + 1 if transcript.is_live(row) else 0):
-                        if transcript.append(row, report[b * (K + 1) + k], scores[b, k], logits[b, k]):
-                            break
+                transcript.stream()
+            yield done
+            if transcript.is_over:
+                return
+            kept = [b for b, row in enumerate(rows) if transcript.is_live(row)]
+            if len(kept) < len(rows) and not config.keeps_rows:
+                rows = [rows[b] for b in phases.keep(kept)]
 
-        num_new = [len(transcript.texts[row]) - before for row, before in zip(rows, started, strict=True)]
-        for row, before, new in zip(rows, started, num_new, strict=True):
-            # Near the length limit the last draft tokens never had a chance.
-            room = K if transcript.max_new is None else min(K, transcript.max_new - before - 1)
-            for speculation in (told, told.rows[row]) if new else ():
-                speculation.count(room, new - 1)
-        with clocks.host:
-            transcript.stream()
-        yield Round(rows, state, num_new)
-        if transcript.is_over:
-            return
-        kept = [b for b, row in enumerate(rows) if transcript.is_live(row)]
-        if len(kept) < len(rows) and not config.keeps_rows:
-            keep_rows(state, kept)
-            rows = [rows[b] for b in kept]
-
-        longest = int(prompt.lengths.max()) + max(len(text) for text in transcript.texts)
-        for cache in (state.target_cache, state.drafter_cache):
-            cache.reserve(longest + 2 * config.depth + 2)
+        unseen = len(launched) * (config.depth + 1)
+        phases.reserve(longest_prompt + max(transcript.num_tokens) + unseen + 2 * config.depth + 2)
         with clocks.draft:
-            drafted = draft(drafter, state, depth=config.depth, choose=choose)
-        draft_tokens = drafted.tokens.to(state.root.device)
-        logits = verify(target, state, draft_tokens, max_length=config.max_length)
-        states = recorder.take(drafter.device)
-        q = scatter_probs(drafter, drafted, logits)
+            drafted = phases.draft()
+        verified = phases.verify(drafted)
+
+
+def take_down(
+    read: list[int],  # a report
+    scores: Tensor,  # [B, K+1, V]
+    logits: Tensor,  # [B, K+1, V]
+    *,
+    rows: list[int],
+    K: int,
+    transcript: Transcript,
+) -> None:
+    """Append what a round settled to the text of each row that has not ended."""
+    for b, row in enumerate(rows):
+        if not transcript.is_live(row):
+            continue
+        for k in range(read[len(rows) * (K + 1) + b] + 1):
+            if transcript.append(row, read[b * (K + 1) + k], scores[b, k], logits[b, k]):
+                break
 
 
 def raise_if_nan(is_nan: bool) -> None:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from .cache import CACHE_NAME
 from .choice import Choice
-from .decode import Clocks, DecodeConfig, DecodeState, decode, run_target
+from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, run_target
 from .features import StateRecorder
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
 from .stats import Speculation, Stopwatch
@@ -76,17 +76,19 @@ def run_own_loop(
             device=drafter.device,
             room=2 * choice.depth + 3,
         )
-        *_, last = decode(
-            target, drafter, recorder, prompt, config=config, transcript=transcript, told=told, clocks=clocks
-        )
+        with clocks.draft:
+            state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length)
+        phases = Phases(target, drafter, recorder, state, config)
+        for _ in decode(phases, prompt, transcript=transcript, told=told, clocks=clocks):
+            pass
         if keeps_cache:
-            fill_pads(target, prompt, last.state, transcript)
+            fill_pads(target, prompt, phases.state, transcript)
     if streamer is not None:
         streamer.end()
     if keeps_cache:
         assert transcript.length is not None
         slots = slots_of_output(prompt, transcript.length, S, order)
-        last.state.target_cache.to_host(host_cache, slots)
+        phases.state.target_cache.to_host(host_cache, slots)
     sequences = transcript.sequences(given)
     if not is_dict:
         return sequences
@@ -115,7 +117,7 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: DecodeState, trans
     tokens = new.gather(1, at.clamp(max=new.shape[1] - 1).to(new.device))
     state.length.copy_(prompt.lengths + num_known.to(prompt.lengths.device))
     state.target_cache.reserve(int(state.length.max()) + width)
-    run_target(target, state, tokens, max_length=None)
+    run_target(target, state, tokens)
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ length is junk that the next write overwrites and no mask shows.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 Masks = Tensor | dict[str, Tensor]
+BY_ROWS = "eagle3_rows"  # the attention that asks the cache and no mask; see row_attention.py
+
+# The cache that the forward under way writes to.
+WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
 
 
 def to_bucket(num_slots: int) -> int:
@@ -85,9 +90,11 @@ class RowCache(Cache):
     def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
         """Let one forward write its T positions to `slots` [B, T]."""
         self.slots, self.is_first = slots, is_first
+        token = WRITING.set(self)
         try:
             yield self
         finally:
+            WRITING.reset(token)
             self.slots, self.is_first = None, False
 
     def reserve(self, num_slots: int) -> None:
@@ -156,8 +163,10 @@ def make_mask(slots: Tensor, capacity: int, *, window: int | None) -> Tensor:
     return mask if window is None else mask & (keys > queries - window)
 
 
-def make_masks(config: PreTrainedConfig, slots: Tensor, capacity: int, dtype: torch.dtype) -> Masks:
+def make_masks(config: PreTrainedConfig, slots: Tensor, capacity: int, dtype: torch.dtype) -> Masks | None:
     """Masks as the host's models take them ready-made: one, or one for each of the config's `layer_types`."""
+    if config._attn_implementation == BY_ROWS:
+        return None
 
     def finish(mask: Tensor) -> Tensor:
         if config._attn_implementation != "eager":

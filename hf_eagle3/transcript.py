@@ -78,6 +78,11 @@ class Transcript:
             self.finish[row] = len(text)
         return not self.is_live(row)
 
+    @property
+    def num_tokens(self) -> list[int]:
+        """New tokens of each row so far."""
+        return [len(text) for text in self.texts]
+
     def is_live(self, row: int) -> bool:
         """Whether a row has more to say. Where the host does not pad, it goes on until the last row is finished."""
         if self.finish[row] is None:

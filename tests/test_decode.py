@@ -184,14 +184,14 @@ def test_between_rounds_caches_hold_what_was_verified(family, monkeypatch):
     target = make_target(family)
     original, rounds = own_loop.decode, []
 
-    def checked(target, drafter, recorder, prompt, *, transcript, **kwargs):
-        for done in original(target, drafter, recorder, prompt, transcript=transcript, **kwargs):
-            rounds.append(done)
-            for b, row in enumerate(done.rows):
+    def checked(phases, prompt, *, transcript, **kwargs):
+        for rows in original(phases, prompt, transcript=transcript, **kwargs):
+            rounds.append(rows)
+            for b, row in enumerate(rows):
                 if transcript.is_live(row):
                     text = torch.tensor([*prompt.tokens[row, : prompt.lengths[row]].tolist(), *transcript.texts[row]])
-                    assert_in_step(target, drafter, done.state, b, text)
-            yield done
+                    assert_in_step(target, phases.drafter, phases.state, b, text)
+            yield rows
 
     monkeypatch.setattr(own_loop, "decode", checked)
     assert_same(target, pad(prompts_of(3, 17, 9)), max_new_tokens=20)

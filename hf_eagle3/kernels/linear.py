@@ -39,9 +39,7 @@ def linear_small_eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def linear_group_eager(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+def linear_group_eager(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Up to three linear layers over one `x` [..., K]; `weights` [N_i, K] each."""
     return tuple(linear_small_eager(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
@@ -369,7 +367,16 @@ def linear_group(
     with torch.cuda.device_of(x):
         if blocks.kind == "fma":
             _linear_fma[(num_tiles,)](
-                x_rows, *w, *b, *o, K, *n, M=M, NUM_STAGES=blocks.num_stages, IS_EVEN_K=K % blocks.block_k == 0, **shared
+                x_rows,
+                *w,
+                *b,
+                *o,
+                K,
+                *n,
+                M=M,
+                NUM_STAGES=blocks.num_stages,
+                IS_EVEN_K=K % blocks.block_k == 0,
+                **shared,
             )
             return tuple(outs)
         split_k = blocks.split_k if len(weights) == 1 else 1

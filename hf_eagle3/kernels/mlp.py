@@ -15,7 +15,7 @@ BLOCK = 1024
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x)."""
+    """X * sigmoid(x)."""
     return F.silu(x)
 
 

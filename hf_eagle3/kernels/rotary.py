@@ -112,9 +112,7 @@ def _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF: tl.constexpr):
     tl.store(y_at + HALF, y_2.to(dtype), mask=mask)
 
 
-def apply_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, overlap: bool = False
-) -> tuple[Tensor, Tensor]:
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The kernel of `apply_rotary_eager`, for tensors of one dtype, each contiguous in its last dimension."""
     require(q.device)
     B, H, T, D = q.shape
