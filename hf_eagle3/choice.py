@@ -12,7 +12,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
-ASKED = {"host": HOST_LOOP, "own": OWN_LOOP}
+ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 MASKED_ATTENTION = ("sdpa", "eager")  # those that take a ready-made mask of any shape
@@ -29,8 +29,18 @@ KNOWN_INPUTS = {
 class Choice(StoppingCriteria):
     """The loop for one call. A criterion only so that the host hands it through to the decode loop."""
 
-    def __init__(self, loop: str, why: str, drafter: PreTrainedModel, depth: int, *, has_cache: bool = False):
+    def __init__(
+        self,
+        loop: str,
+        why: str,
+        drafter: PreTrainedModel,
+        depth: int,
+        *,
+        has_cache: bool = False,
+        is_eager: bool = False,
+    ):
         self.loop, self.why, self.drafter, self.depth = loop, why, drafter, depth
+        self.is_eager = is_eager  # whether rounds must not be captured
         self.has_cache = has_cache  # one of the user's, to be left as plain decoding leaves it
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's signature
@@ -132,7 +142,7 @@ def choose_loop(
     Args:
         target: Given to `generate`.
         drafter: Bound to it.
-        asked: `decode_loop`: "own", "host" or None.
+        asked: `decode_loop`: "own", "eager", "host" or None.
         depth: K.
         setting: The call's generation settings by name.
         inputs: What `generate` was given by name beside its own parameters.
@@ -142,7 +152,7 @@ def choose_loop(
         ValueError: What was asked for is unknown, or impossible.
     """
     if asked is not None and asked not in ASKED:
-        raise ValueError(f'decode_loop is {asked!r}, expected "own", "host" or None for the best that fits.')
+        raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
     why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
     if (
         why_not is None
@@ -155,7 +165,8 @@ def choose_loop(
         return Choice(HOST_LOOP, "asked for", drafter, depth)
     if why_not is None:
         why = "asked for" if asked else "attention caches only"
-        return Choice(OWN_LOOP, why, drafter, depth, has_cache=find_cache(inputs) is not None)
-    if asked == "own":
-        raise ValueError(f'decode_loop="own" cannot take this call: {why_not}. Leave out decode_loop or that.')
+        has_cache = find_cache(inputs) is not None
+        return Choice(OWN_LOOP, why, drafter, depth, has_cache=has_cache, is_eager=asked == "eager")
+    if asked is not None:
+        raise ValueError(f'decode_loop="{asked}" cannot take this call: {why_not}. Leave out decode_loop or that.')
     return Choice(HOST_LOOP, why_not, drafter, depth)

@@ -6,6 +6,7 @@ the number of rows and the depth; between prepare and read there are tensors onl
 Shapes: B rows in the batch, K draft tokens.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -280,18 +281,17 @@ class Letter:
     """A report on its way to the host, which need not wait for it yet."""
 
     def __init__(self, report: Tensor):
-        self._report, self._event = report, None
-        if report.is_cuda:
-            self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-            self._report.copy_(report, non_blocking=True)
-            self._event = torch.cuda.Event()
+        self._copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
+        self._copy.copy_(report, non_blocking=True)
+        self._event = torch.cuda.Event() if report.is_cuda else None
+        if self._event is not None:
             self._event.record()
 
     def read(self) -> list[int]:
         """Wait for it."""
         if self._event is not None:
             self._event.synchronize()
-        return self._report.tolist()
+        return self._copy.tolist()
 
 
 class Launched(NamedTuple):
@@ -320,6 +320,7 @@ class Phases:
     ):
         self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
         self.warpers = stateless_warpers(config.processors)
+        self.in_order = len(self.warpers) < len(config.processors)  # whether some processor looks at the text
         self.choose: Choose = make_choose_sampled(make_to_probs(self.warpers)) if config.do_sample else choose_greedy
 
     def draft(self) -> Drafted:
@@ -362,8 +363,11 @@ class Phases:
         for cache in (self.state.target_cache, self.state.drafter_cache):
             cache.reserve(num_slots)
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """Go on without the others if that pays; the places in the batch that stay, of `rows` at least."""
+    def keep(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  for graphs
+        """Go on without the others if that pays; the places in the batch that stay, of `rows` at least.
+
+        `num_left` is how many tokens they may still say.
+        """
         keep_rows(self.state, rows)
         return rows
 
@@ -381,7 +385,6 @@ def decode(
     The first of them only chooses first tokens.
     """
     config = phases.config
-    in_order = len(phases.warpers) < len(config.processors)
     rows = list(range(len(prompt.lengths)))
     processors = processors_for_rows(config.processors, len(rows))
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
@@ -391,7 +394,7 @@ def decode(
     drafted, verified = Drafted(phases.state.block[:, :0], None), Verified(prompt.logits, None)
     while True:
         done, K, started = rows, drafted.tokens.shape[1], transcript.num_tokens
-        if in_order:
+        if phases.in_order:
             with clocks.host:
                 raise_if_nan(bool(verified.logits[:, 0].isnan().any()))
                 verdict = accept_in_order(
@@ -428,7 +431,10 @@ def decode(
                 return
             kept = [b for b, row in enumerate(rows) if transcript.is_live(row)]
             if len(kept) < len(rows) and not config.keeps_rows:
-                rows = [rows[b] for b in phases.keep(kept)]
+                num_left = math.inf
+                if transcript.max_new is not None:
+                    num_left = transcript.max_new - min(transcript.num_tokens[rows[b]] for b in kept)
+                rows = [rows[b] for b in phases.keep(kept, num_left=num_left)]
 
         unseen = len(launched) * (config.depth + 1)
         phases.reserve(longest_prompt + max(transcript.num_tokens) + unseen + 2 * config.depth + 2)

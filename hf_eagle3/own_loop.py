@@ -1,6 +1,8 @@
 """One call of our decode loop: the host's arguments in, the host's results out."""
 
+import logging
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,9 +16,13 @@ from .cache import CACHE_NAME
 from .choice import Choice
 from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, run_target
 from .features import StateRecorder
+from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
+from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
 from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
 
 
 def run_own_loop(
@@ -70,25 +76,52 @@ def run_own_loop(
     )
     told = Speculation(choice.loop, choice.why, choice.depth)
     clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
-    with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder, target._optimize_model_for_decode():
+    with ExitStack() as stack:
+        arena = None
+        why_eager = "asked for" if choice.is_eager else why_not_captured(target, drafter)
+        longest = int(mask.sum(-1).max())
+        if why_eager is None:
+            max_new = FIRST_ROOM if transcript.max_new is None else transcript.max_new
+            sizes = {"num_rows": len(given), "prompt_length": longest, "max_new": max_new, "depth": choice.depth}
+            arena = stack.enter_context(open_arena(target, drafter, **sizes))
+            target_cache, drafter_cache = arena.first_rows(len(given))
+        else:
+            num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+            target_cache, drafter_cache = RowCache(num_layers, to_bucket(longest + 2 * choice.depth + 3)), None
+        recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
+        stack.enter_context(target._optimize_model_for_decode())
         prompt = prefill(
             *(target, recorder, prompt_ids, mask, model_kwargs, generation_config),
             device=drafter.device,
-            room=2 * choice.depth + 3,
+            cache=target_cache,
+            move=not choice.has_cache,
         )
         with clocks.draft:
-            state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length)
-        phases = Phases(target, drafter, recorder, state, config)
+            state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length, cache=drafter_cache)
+        models = (target, drafter, recorder, state, config)
+        phases = Phases(*models)
+        if arena is not None and arena.unfit is None:
+            try:
+                keeps_scores = transcript.scores is not None or transcript.logits is not None
+                phases = captured = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
+                told.graphs = captured.told
+            except (RuntimeError, NotImplementedError) as error:  # of a model that attends otherwise, or waits
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                arena.unfit = f"{type(error).__name__}: {error}"
+                logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", arena.unfit)
+        why_eager = why_eager or (arena.unfit if arena is not None else None)
+        if why_eager is not None:
+            told.graphs = f"none ({why_eager})"
         for _ in decode(phases, prompt, transcript=transcript, told=told, clocks=clocks):
             pass
         if keeps_cache:
             fill_pads(target, prompt, phases.state, transcript)
+            assert transcript.length is not None
+            slots = slots_of_output(prompt, transcript.length, S, order)
+            phases.state.target_cache.to_host(host_cache, slots)
     if streamer is not None:
         streamer.end()
-    if keeps_cache:
-        assert transcript.length is not None
-        slots = slots_of_output(prompt, transcript.length, S, order)
-        phases.state.target_cache.to_host(host_cache, slots)
     sequences = transcript.sequences(given)
     if not is_dict:
         return sequences

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import CACHE_NAME
 from .features import StateRecorder
-from .rows import RowCache, to_bucket
+from .rows import RowCache
 
 # What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -84,7 +84,8 @@ def prefill(
     generation_config: GenerationConfig,
     *,
     device: torch.device,
-    room: int,
+    cache: RowCache,
+    move: bool,
 ) -> Prompt:
     """Run the target over the prompts, as plain decoding would.
 
@@ -96,7 +97,8 @@ def prefill(
         model_kwargs: As the host passes them to its decode loop; the cache among them is filled.
         generation_config: The call's.
         device: The drafter's.
-        room: Slots wanted behind the longest prompt.
+        cache: To hold what the target has seen of each row, with room for the longest.
+        move: Leave nothing in the host's.
     """
     B, S = mask.shape
     host_cache = model_kwargs[CACHE_NAME]
@@ -118,6 +120,7 @@ def prefill(
     order = new.long().sort(dim=-1, descending=True, stable=True).indices[:, : int(num_states.max())]  # [B, M]
     tokens = torch.zeros_like(order) if not input_ids.shape[1] else input_ids[:, -num_ids:].gather(1, order)
     index = order.to(device)[..., None].expand(-1, -1, states.shape[-1])
+    cache.from_host(host_cache, columns, move=move)
     return Prompt(
         lengths=lengths,
         columns=columns,
@@ -126,5 +129,5 @@ def prefill(
         states=states[:, -num_ids:].gather(1, index),
         num_states=num_states,
         shift=shift,
-        cache=RowCache.from_host(host_cache, columns, to_bucket(P + room)),
+        cache=cache,
     )

@@ -39,9 +39,15 @@ class RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for what is like `key_states` and `value_states` [B, H_kv, T, D]."""
         # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN.
+        whole, num_rows = self.cache.whole or (None, len(key_states))
         for name, like in (("keys", key_states), ("values", value_states)):
             B, H_kv, _, D = like.shape
-            setattr(self, name, like.new_zeros(B, self.cache.capacity, H_kv, D))
+            memory = like.new_zeros(num_rows, self.cache.capacity, H_kv, D)
+            setattr(self, name, memory[:B])
+            if whole is not None:
+                layer = whole.layers[self.cache.layers.index(self)]
+                setattr(layer, name, memory)
+                layer.is_initialized = True
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
@@ -84,6 +90,7 @@ class RowCache(Cache):
         self.capacity = capacity
         self.slots: Tensor | None = None  # [B, T] int64, while a forward runs
         self.is_first = False  # while the first forward runs, over nothing but its own positions
+        self.whole: tuple[RowCache, int] | None = None  # whose first rows these are, and how many it has
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
 
     @contextmanager
@@ -108,26 +115,26 @@ class RowCache(Cache):
                 layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
                 layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
 
-    @classmethod
-    def from_host(cls, cache: Cache, columns: Tensor, capacity: int) -> "RowCache":
-        """What the host's `cache` holds, row by row.
+    def from_host(self, cache: Cache, columns: Tensor, *, move: bool) -> None:
+        """Hold what the host's `cache` holds, row by row.
 
         Args:
             cache: Of full and sliding-window layers.
             columns: [B, P] int64, the host's slot of each row's position.
-            capacity: Slots to make room for, at least P.
+            move: Empty the host's, layer by layer, so that no more than one is held twice.
         """
-        ours = cls(len(cache.layers), capacity)
         rows = torch.arange(len(columns))[:, None]
-        for layer, theirs in zip(ours.layers, cache.layers, strict=True):
+        for layer, theirs in zip(self.layers, cache.layers, strict=True):
             if not theirs.is_initialized:  # shares another layer's
                 continue
             first = theirs.get_seq_length() - theirs.keys.shape[-2]  # before it, a window has forgotten
             index = (columns - first).clamp(min=0).to(theirs.keys.device)  # [B, P]
-            layer.lazy_initialization(theirs.keys, theirs.values)
+            if not layer.is_initialized:
+                layer.lazy_initialization(theirs.keys, theirs.values)
             for mine, given in ((layer.keys, theirs.keys), (layer.values, theirs.values)):
                 mine[:, : columns.shape[1]] = given.transpose(1, 2)[rows.to(given.device), index]
-        return ours
+            if move:
+                theirs.keys = theirs.values = None
 
     def to_host(self, cache: Cache, slots: Tensor) -> None:
         """Make the host's `cache` hold what lies in `slots` [B, S], -1 for pads, and nothing else."""
@@ -146,6 +153,23 @@ class RowCache(Cache):
                 for x in (layer.keys, layer.values)
             )  # [B, S, H_kv, D]
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+
+    def first_rows(self, num_rows: int, *, of: int) -> "RowCache":
+        """A cache over the same memory, of the first `num_rows` of its rows, `of` how many there are or will be."""
+        view = RowCache(len(self.layers), self.capacity)
+        view.whole = (self, of)
+        for mine, theirs in zip(view.layers, self.layers, strict=True):
+            if theirs.is_initialized:
+                mine.keys, mine.values = theirs.keys[:num_rows], theirs.values[:num_rows]
+                mine.is_initialized = True
+        return view
+
+    def take_rows(self, other: "RowCache", rows: Tensor) -> None:
+        """Hold the `rows` [B'] int64 of `other`, which may be over the same memory."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if theirs.is_initialized:
+                mine.keys.copy_(theirs.keys[rows])
+                mine.values.copy_(theirs.values[rows])
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64 only."""

@@ -21,6 +21,7 @@ class Speculation:
     loop: str  # which decode loop ran
     why: str  # and why that one
     depth: int  # K, draft steps a round at most
+    graphs: str = ""  # our loop: whether rounds ran as CUDA graphs, and if not, why
     num_tokens: int = 0  # new tokens, by whatever means
     num_drafted: int = 0  # draft tokens verified
     num_accepted: int = 0  # draft tokens kept

@@ -18,6 +18,7 @@ LAYERS = [
     ["integration"],
     ["own_loop"],
     ["candidates", "choice", "graphs", "refusals", "training"],
+    ["row_attention"],
     ["decode", "stopping", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],
     ["accept", "features"],

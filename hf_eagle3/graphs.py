@@ -1,0 +1,346 @@
+"""Rounds as CUDA graphs: the phases of `decode.Phases`, recorded once over static memory and replayed.
+
+The phases themselves are those of the eager loop, run while the device records; what differs is who attends (row lengths
+instead of masks) and that kernels stand in for stock layers (`kernels.fusion`). One arena a target keeps memory and
+graphs between calls.
+"""
+
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .decode import DecodeConfig, DecodeState, Drafted, Phases, Settled, Verified
+from .features import StateRecorder
+from .kernels.fusion import fused
+from .kernels.language import is_available
+from .row_attention import attending_by_rows
+from .rows import RowCache, to_bucket
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 8  # sets of graphs that an arena keeps
+FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
+WORTH_CAPTURE = 128  # new tokens that a smaller batch must still be good for, to have graphs made for it
+SMALL = ("length", "root", "block", "states", "num_pending", "first", "shift", "last_position")  # of DecodeState
+
+
+class CacheMemoryError(torch.OutOfMemoryError):
+    """The device has no room for the caches of a call."""
+
+
+@dataclass(slots=True)
+class Recorded:
+    """The graphs of a round, and where each leaves its results."""
+
+    phases: Phases  # whose tensors they use
+    draft: Callable[[], None]
+    verify: Callable[[], None]
+    settle: Callable[[], None] | None  # None where processors look at the text
+    drafted: Drafted
+    verified: Verified
+    settled: Settled | None
+
+
+class Arena:
+    """Static memory for rounds of up to `num_rows` rows, and the graphs recorded over it.
+
+    Caches are filled from the front; a smaller batch uses the first rows.
+    """
+
+    def __init__(self, num_rows: int, capacity: int, target_layers: int, drafter_layers: int, fingerprint: tuple):
+        self.num_rows, self.capacity, self.fingerprint = num_rows, capacity, fingerprint
+        self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
+        self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.is_busy = False
+        self.unfit: str | None = None  # why capture failed
+
+    def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
+        """The target's and the drafter's cache, of the first rows."""
+        target_cache, drafter_cache = (cache.first_rows(num_rows, of=self.num_rows) for cache in self.caches)
+        return target_cache, drafter_cache
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` in each row. Graphs go."""
+        self.forget()
+        for cache in self.caches:
+            cache.reserve(num_slots)
+        self.capacity = self.caches[0].capacity
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        synchronize()  # one may be running
+        self.recorded.clear()
+
+
+_arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
+
+
+def release_graphs() -> None:
+    """Free the memory that captured rounds keep between calls: caches and graphs of all targets."""
+    for arena in _arenas.values():
+        arena.forget()
+    _arenas.clear()
+
+
+def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
+    """What about the models keeps rounds from being captured; None if nothing does."""
+    devices = {p.device for model in (target, drafter) for p in model.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return f"the models are on {', '.join(sorted({d.type for d in devices}))}"
+    if len(devices) > 1:
+        return "the models are on several devices"
+    if not is_available(next(iter(devices))):
+        return "Triton is not installed"
+    if target.training or drafter.training:
+        return "a model is in training mode"
+    for module in (*target.modules(), *drafter.modules()):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{type(module).__name__} has forward hooks"
+    return why_busy(target)
+
+
+def why_busy(target: PreTrainedModel) -> str | None:
+    """That another call uses the target's arena, if so."""
+    arena = _arenas.get(target)
+    return "another call of this target is under way" if arena is not None and arena.is_busy else None
+
+
+def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
+    """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
+    marks: list[Any] = [target.config._attn_implementation, drafter.config._attn_implementation, id(drafter)]
+    for model in (target, drafter):
+        for module in model.modules():
+            marks.append(vars(module).get("forward"))
+            if isinstance(getattr(type(module), "active_adapters", None), property):  # PEFT's layers
+                marks.append((str(module.active_adapters), str(getattr(module, "scaling", None))))
+                marks.append((getattr(module, "disable_adapters", None), getattr(module, "merged", None)))
+        marks.extend((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
+    marks.extend(tensor.data_ptr() for tensor in drafter._borrowed.values())
+    return tuple(marks)
+
+
+@contextmanager
+def open_arena(
+    target: PreTrainedModel, drafter: PreTrainedModel, *, num_rows: int, prompt_length: int, max_new: int, depth: int
+) -> Iterator[Arena]:
+    """The target's arena, with room for a call, for the length of that call."""
+    slack = 4 * depth + 6  # rounds under way when the last row ends
+    num_slots = to_bucket(prompt_length + min(max_new, FIRST_ROOM) + slack)
+    fingerprint = take_fingerprint(target, drafter)
+    arena = _arenas.get(target)
+    if arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots):
+        arena.forget()
+        del _arenas[target]
+        arena = None
+    if arena is not None and arena.fingerprint != fingerprint:
+        arena.forget()
+        arena.fingerprint, arena.unfit = fingerprint, None
+    if arena is None:
+        layers = target.config.get_text_config(decoder=True).num_hidden_layers, drafter.config.num_hidden_layers
+        arena = Arena(num_rows, num_slots, *layers, fingerprint)
+        _arenas[target] = arena
+    arena.is_busy = True
+    try:
+        yield arena
+    except torch.OutOfMemoryError as error:
+        _arenas.pop(target, None)
+        arena.forget()
+        if isinstance(error, CacheMemoryError):
+            raise
+        raise CacheMemoryError(
+            f"The device ran out of memory for {num_rows} rows of {arena.capacity} positions, "
+            f"{describe_need(target, num_rows, arena.capacity)}: use fewer rows, a shorter prompt or a lower "
+            f"max_new_tokens. {error}"
+        ) from error
+    finally:
+        arena.is_busy = False
+
+
+def describe_need(target: PreTrainedModel, num_rows: int, num_slots: int) -> str:
+    """How much memory the target's cache takes."""
+    config = target.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * heads * head_dim * num_slots * num_rows * target.dtype.itemsize
+    return f"whose keys and values take {size / 2**30:.2f} GiB"
+
+
+class CapturedPhases(Phases):
+    """The phases of a round, replayed from graphs.
+
+    Args:
+        arena: Open. `state` uses its caches.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
+        recorder: StateRecorder,
+        state: DecodeState,
+        config: DecodeConfig,
+        arena: Arena,
+        *,
+        keeps_scores: bool,
+    ):
+        super().__init__(target, drafter, recorder, state, config)
+        self.arena, self.keeps_scores = arena, keeps_scores
+        self.told = "replayed"
+        self.recorded = self._record()
+
+    @property
+    def lateness(self) -> int:
+        """As of the eager phases, but scores that are kept would be overwritten."""
+        return 0 if self.keeps_scores else super().lateness
+
+    def draft(self) -> Drafted:
+        """Replay."""
+        self.recorded.draft()
+        return self.recorded.drafted
+
+    def verify(self, drafted: Drafted) -> Verified:  # noqa: ARG002  the graph's own
+        """Replay."""
+        self.recorded.verify()
+        return self.recorded.verified
+
+    def settle(self, drafted: Drafted, verified: Verified) -> Settled:
+        """Replay; the prompt's own first tokens are settled eagerly."""
+        if drafted is not self.recorded.drafted:
+            return super().settle(drafted, verified)
+        assert self.recorded.settle is not None
+        assert self.recorded.settled is not None
+        self.recorded.settle()
+        return self.recorded.settled
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room. Graphs over the smaller memory are recorded anew."""
+        if num_slots <= self.arena.capacity:
+            return
+        num_rows = len(self.state.length)
+        self.arena.reserve(num_slots + min(num_slots, 4 * FIRST_ROOM))
+        self.state.target_cache, self.state.drafter_cache = self.arena.first_rows(num_rows)
+        self.recorded = self._record()
+
+    def keep(self, rows: list[int], *, num_left: float) -> list[int]:
+        """Once half of the batch is done, go on with a smaller one, if that is worth its graphs."""
+        num_rows = len(self.state.length)
+        size = 1 << (len(rows) - 1).bit_length()  # few sizes, few graphs
+        if 2 * size > num_rows or (num_left < WORTH_CAPTURE and self._key(size) not in self.arena.recorded):
+            return list(range(num_rows))
+        done = [b for b in range(num_rows) if b not in rows]
+        rows = [*rows, *done[: size - len(rows)]]
+        caches = self.arena.first_rows(size)
+        index = torch.tensor(rows, device=self.state.length.device)
+        for cache, whole in zip(caches, (self.state.target_cache, self.state.drafter_cache), strict=True):
+            cache.take_rows(whole, index)
+        values = {name: getattr(self.state, name) for name in SMALL}
+        values |= {name: value[index] for name, value in values.items() if name not in ("shift", "last_position")}
+        values["shift"] = values["shift"][..., index, :]
+        self.state = DecodeState(**values, target_cache=caches[0], drafter_cache=caches[1])
+        self.recorded = self._record()
+        return rows
+
+    def _record(self) -> Recorded:
+        """The graphs for this batch: found, or captured. The state goes over to their tensors."""
+        num_rows = len(self.state.length)
+        key = self._key(num_rows)
+        recorded = self.arena.recorded.pop(key, None)
+        if recorded is None:
+            start, before = time.perf_counter(), memory_in_use()
+            recorded = self._capture()
+            seconds, size = time.perf_counter() - start, memory_in_use() - before
+            self.told = f"captured in {seconds:.2f} s, {max(size, 0) / 2**20:.0f} MiB"
+            logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.depth, self.told)
+        self.arena.recorded[key] = recorded  # the newest last
+        while len(self.arena.recorded) > MAX_GRAPHS:
+            synchronize()
+            self.arena.recorded.popitem(last=False)
+        theirs = recorded.phases.state
+        for name in SMALL:
+            getattr(theirs, name).copy_(getattr(self.state, name))
+        self.state = theirs
+        return recorded
+
+    def _key(self, num_rows: int) -> tuple:
+        """What tells sets of graphs apart."""
+        what = (self.config.depth, self.config.do_sample, self.in_order, self.state.shift.dim())
+        return num_rows, *what, *map(describe_warper, self.warpers)
+
+    def _capture(self) -> Recorded:
+        with torch.inference_mode(False), torch.no_grad():
+            small = {name: getattr(self.state, name).clone() for name in SMALL}
+            # A warm-up must not write over what the caches hold. Before the first token of a call that reaches one
+            # slot further than the lengths say.
+            small["length"] += 1
+            state = DecodeState(**small, target_cache=self.state.target_cache, drafter_cache=self.state.drafter_cache)
+        phases = Phases(self.target, self.drafter, self.recorder, state, self.config)
+
+        def run_all() -> None:
+            drafted = phases.draft()
+            verified = phases.verify(drafted)
+            if not self.in_order:
+                phases.settle(drafted, verified)
+
+        pool = self.arena.pool
+        with ExitStack() as stack:
+            for model in (self.target, self.drafter):
+                stack.enter_context(attending_by_rows(model))
+                stack.enter_context(fused(model))
+            warm_up(run_all, state.length.device)
+            draft, drafted = capture(phases.draft, pool=pool)
+            verify, verified = capture(phases.verify, drafted, pool=pool)
+            settle = settled = None
+            if not self.in_order:
+                settle, settled = capture(phases.settle, drafted, verified, pool=pool)
+        phases.target = phases.drafter = phases.recorder = None  # type: ignore[assignment]  # the models may go first
+        return Recorded(phases, draft, verify, settle, drafted, verified, settled)
+
+
+def warm_up(function: Callable[[], None], device: torch.device) -> None:
+    """Run what is to be captured, so that kernels are compiled and libraries have their workspaces.
+
+    Random numbers are drawn as if it had not run.
+    """
+    random_state = torch.cuda.get_rng_state(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.set_rng_state(random_state, device)
+
+
+def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
+    """How to replay `function(*args)`, and where its results will lie."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = function(*args)
+    return graph.replay, results
+
+
+def synchronize() -> None:
+    """Wait for all that was launched."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_in_use() -> int:
+    """Bytes that PyTorch holds on the device."""
+    return torch.cuda.memory_reserved()
+
+
+def describe_warper(warper: Any) -> tuple:  # Any: one of the host's
+    """What a warper does, as a key."""
+    settings = {k: v.item() if isinstance(v, Tensor) else v for k, v in vars(warper).items()}
+    return type(warper).__name__, *sorted(settings.items())

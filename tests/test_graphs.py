@@ -1,0 +1,322 @@
+"""Captured rounds: the same text as eager ones, whatever happens between calls.
+
+On a CPU, a stand-in for CUDA graphs runs the recorded phases again and moves their results to where the recording left
+them. It shows that phases read and write static memory alone; row attention runs as its eager twin.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import count_hooks, make_drafter, make_prompt, make_target
+from test_decode import FAMILIES, GREEDY, OLD, _families, assert_same, make_oracle, pad, prompts_of  # noqa: F401  a fixture
+from test_generate import Raise
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+import hf_eagle3.own_loop as own_loop
+from hf_eagle3 import graphs
+from hf_eagle3.decode import Phases
+from hf_eagle3.features import StateRecorder
+
+ATTEND_BY_ROWS = graphs.attending_by_rows
+
+
+class Counts:
+    """What happened."""
+
+    captured = replayed = 0
+
+
+def move(new, old):
+    """Copy the tensors of a phase's results to where those of its recording are."""
+    if isinstance(old, Tensor):
+        assert new.shape == old.shape
+        old.copy_(new)
+    elif isinstance(old, tuple):
+        for a, b in zip(new, old, strict=True):
+            move(a, b)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Lets rounds be captured on a CPU, and counts it."""
+    counts = Counts()
+
+    def capture(function, *args, pool):
+        counts.captured += 1
+        phases = function.__self__
+        target, drafter = phases.target, phases.drafter
+        random_state = torch.get_rng_state()
+        results = function(*args)
+        torch.set_rng_state(random_state)  # a capture draws nothing
+
+        def replay():
+            counts.replayed += 1
+            with (
+                ATTEND_BY_ROWS(target),
+                ATTEND_BY_ROWS(drafter),
+                StateRecorder(target, drafter.bound_aux_layer_ids) as recorder,
+            ):
+                # The recording lets go of the models; a graph has no need of them.
+                phases.target, phases.drafter, phases.recorder = target, drafter, recorder
+                move(function(*args), results)
+            phases.target = phases.drafter = phases.recorder = None
+
+        return replay, results
+
+    def warm_up(function, device):
+        random_state = torch.get_rng_state()
+        function()
+        torch.set_rng_state(random_state)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "warm_up", warm_up)
+    monkeypatch.setattr(own_loop, "why_not_captured", lambda *_: None)
+    yield counts
+    graphs.release_graphs()
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+def test_greedy_rows_are_the_targets(family, lengths, counts):
+    _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), max_new_tokens=24)
+    assert 1 < out.speculation.acceptance_length < 4
+    assert out.speculation.graphs.startswith("captured in")
+    assert counts.captured == 3
+    assert counts.replayed > 15
+
+
+def test_graphs_are_kept_between_calls(target, counts):
+    batch = pad(prompts_of(9, 4))
+    plain = target.generate(**batch, max_new_tokens=20, **GREEDY)
+    drafter = make_drafter(target)
+    told = []
+    for _ in range(3):
+        options = {"assistant_model": drafter, "max_new_tokens": 20, "return_dict_in_generate": True, **GREEDY}
+        out = target.generate(**batch, **options)
+        assert out.sequences.tolist() == plain.tolist()
+        told.append(out.speculation.graphs)
+    assert counts.captured == 3
+    assert told[1:] == ["replayed", "replayed"]
+
+
+def test_smaller_batches_and_other_settings_share_the_memory(target, counts):
+    drafter = make_drafter(target)
+    calls = [((9, 4, 6), {}), ((3, 5), {}), ((9, 4, 6), {"repetition_penalty": 1.3}), ((7,), {}), ((2, 3, 4), {})]
+    arenas = set()
+    for lengths, options in calls:
+        batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 15, **GREEDY, **options}
+        plain = target.generate(**batch, **options)
+        assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
+        arenas.add(id(graphs._arenas[target]))
+    assert len(arenas) == 1
+    assert counts.captured == 3 + 3 + 2 + 3  # processors that look at the text settle eagerly
+
+
+def test_larger_calls_get_more_memory(target, counts):
+    drafter = make_drafter(target)
+    for lengths in ((3,), (4, 40), (100, 2, 3)):
+        batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}
+        plain = target.generate(**batch, **options)
+        assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
+    assert graphs._arenas[target].num_rows == 3
+
+
+@pytest.mark.parametrize("further", [{}, {"no_repeat_ngram_size": 3}], ids=["tensors", "in_order"])
+def test_memory_grows_within_a_call(target, counts, monkeypatch, further):
+    monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
+    _, out = assert_same(target, pad(prompts_of(50, 60)), max_new_tokens=150, **further)
+    assert counts.captured >= 4
+    assert "captured" in out.speculation.graphs
+
+
+@pytest.mark.parametrize("eos", [[11, 25, 37, 41, 52, 7, 13], list(range(3, 60, 3))])
+def test_batches_shrink_as_rows_end(target, counts, monkeypatch, eos):
+    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+    batch = pad(prompts_of(9, 4, 6, 12, 3, 5, 8))
+    plain, out = assert_same(target, batch, max_new_tokens=60, eos_token_id=eos)
+    ends = [row.num_tokens for row in out.speculation.rows]
+    assert min(ends) < max(ends)
+    # Dict outputs keep their rows for the cache; a plain call drops them.
+    before = counts.captured
+    oracle = make_oracle(target, plain.sequences, batch)
+    options = {"max_new_tokens": 60, "eos_token_id": eos, **GREEDY}
+    assert target.generate(**batch, assistant_model=oracle, **options).tolist() == plain.sequences.tolist()
+    assert counts.captured > before
+
+
+@pytest.mark.parametrize("lateness", [0, 1, 2])
+def test_rounds_may_be_read_late(target, counts, monkeypatch, lateness):
+    monkeypatch.setattr(graphs.CapturedPhases, "lateness", lateness)
+    for eos in (None, [11, 25, 37]):
+        assert_same(target, pad(prompts_of(9, 4, 6)), max_new_tokens=25, eos_token_id=eos)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.9, "min_p": 0.02}], ids=str)
+def test_sampling_draws_the_same_numbers_as_eager_rounds(target, counts, monkeypatch, options):
+    batch, drafter, runs = pad(prompts_of(5, 3)), make_drafter(target), []
+    monkeypatch.setattr(graphs.CapturedPhases, "lateness", 0)
+    # Eager rounds drop a row at once, after which the others draw other numbers.
+    monkeypatch.setattr(Phases, "keep", lambda self, _, **__: list(range(len(self.state.length))))
+    for loop in ("own", "own", "eager"):
+        torch.manual_seed(3)
+        out = target.generate(
+            **batch, assistant_model=drafter, do_sample=True, max_new_tokens=20, decode_loop=loop, **options
+        )
+        runs.append(out.tolist())
+    assert runs[0] == runs[1] == runs[2]
+    assert counts.captured == 3
+
+
+def test_changed_weights_and_adapters_are_seen(counts):
+    target = copy.deepcopy(make_target("llama"))
+    drafter, prompt, seen = make_drafter(target), make_prompt(7), []
+
+    def check():
+        plain = target.generate(prompt, max_new_tokens=15, **GREEDY)
+        out = target.generate(prompt, assistant_model=drafter, max_new_tokens=15, **GREEDY)
+        assert out.tolist() == plain.tolist()
+        seen.append(counts.captured)
+
+    check()
+    with torch.no_grad():  # in place: graphs stay
+        target.lm_head.weight.mul_(-1)
+    check()
+    target.lm_head.weight = torch.nn.Parameter(-target.lm_head.weight.detach() + 0.1)  # elsewhere: graphs go
+    check()
+    assert seen == [3, 3, 6]
+
+
+def test_scores_are_kept_though_graphs_overwrite_them(target, counts):
+    options = {"max_new_tokens": 15, "output_scores": True, "output_logits": True}
+    plain, out = assert_same(target, pad(prompts_of(9, 4)), **options)
+    for ours, theirs in zip((*out.scores, *out.logits), (*plain.scores, *plain.logits), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_interrupted_call_leaves_graphs_usable(target, counts):
+    batch, drafter = pad(prompts_of(6, 3)), make_drafter(target)
+    options = {"max_new_tokens": 12, "assistant_model": drafter, **GREEDY}
+    plain = target.generate(**batch, max_new_tokens=12, **GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(**batch, logits_processor=LogitsProcessorList([Raise(10)]), **options)
+    assert count_hooks(target) == 0
+    assert target.generate(**batch, **options).tolist() == plain.tolist()
+    assert not graphs._arenas[target].is_busy
+
+
+class GenerateInside(torch.nn.Module):
+    """A processor that generates with the same models."""
+
+    def __init__(self, target, drafter):
+        super().__init__()
+        self.models = [target, drafter]
+        self.told = []
+
+    def __call__(self, input_ids, scores):
+        target, drafter = self.models
+        out = target.generate(
+            input_ids, assistant_model=drafter, max_new_tokens=3, return_dict_in_generate=True, **GREEDY
+        )
+        self.told.append(out.speculation.graphs)
+        return scores
+
+
+def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch):
+    monkeypatch.setattr(own_loop, "why_not_captured", lambda t, _: graphs.why_busy(t))
+    prompt, drafter = make_prompt(6), make_drafter(target)
+    plain = target.generate(prompt, max_new_tokens=8, **GREEDY)
+    inside = GenerateInside(target, drafter)
+    options = {"max_new_tokens": 8, "assistant_model": drafter, **GREEDY}
+    assert (
+        target.generate(prompt, logits_processor=LogitsProcessorList([inside]), **options).tolist() == plain.tolist()
+    )
+    assert set(inside.told) == {"none (another call of this target is under way)"}
+
+
+def test_target_that_cannot_be_captured_runs_eagerly(target, counts, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    drafter, prompt = make_drafter(target), make_prompt(9)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
+    for _ in range(2):
+        out = target.generate(prompt, assistant_model=drafter, **options)
+        assert out.sequences.tolist() == target.generate(prompt, **options).sequences.tolist()
+        assert out.speculation.graphs == "none (RuntimeError: operation not permitted when stream is capturing)"
+    assert caplog.text.count("cannot be captured") == 1
+
+
+def test_no_room_for_caches_is_an_error_that_says_how_much(target, counts, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    batch, drafter = pad(prompts_of(9, 4)), make_drafter(target)
+    options = {"max_new_tokens": 12, "assistant_model": drafter, **GREEDY}
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.RowCache, "from_host", fail)
+        with pytest.raises(graphs.CacheMemoryError, match=r"2 rows of 64 positions, .* 0\.00 GiB: use fewer rows"):
+            target.generate(**batch, **options)
+    plain = target.generate(**batch, max_new_tokens=12, **GREEDY)
+    assert target.generate(**batch, **options).tolist() == plain.tolist()
+
+
+def test_cpu_runs_eagerly_and_says_so(target):
+    _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
+    assert out.speculation.graphs == "none (the models are on cpu)"
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+@pytest.mark.parametrize("lengths", [(5,), (30, 7, 1, 18)], ids=["one_row", "ragged"])
+def test_captured_rounds_on_a_gpu(family, lengths):
+    target = copy.deepcopy(make_target(family)).cuda()
+    batch = {name: value.cuda() for name, value in pad(prompts_of(*lengths)).items()}
+    options = {"max_new_tokens": 24, "return_dict_in_generate": True, **GREEDY}
+    plain = target.generate(**batch, **options)
+    drafter = make_drafter(target).cuda()
+    for loop in ("own", "own", "eager"):
+        out = target.generate(**batch, assistant_model=drafter, decode_loop=loop, **options)
+        assert out.sequences.tolist() == plain.sequences.tolist()
+        assert out.speculation.graphs.startswith("none (asked" if loop == "eager" else ("captured", "replayed"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sampled"])
+def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monkeypatch):
+    target = copy.deepcopy(make_target("llama")).to("cuda", dtype)
+    drafter = make_drafter(target).to("cuda", dtype)
+    batch = {name: value.cuda() for name, value in pad(prompts_of(9, 30, 4)).items()}
+    options = {"max_new_tokens": 60, "assistant_model": drafter, **GREEDY, **options}
+    torch.manual_seed(5)
+    captured = target.generate(**batch, **options).tolist()
+    graphs.release_graphs()
+
+    def run_eagerly(function, *args, pool):
+        phases = function.__self__
+        target, drafter = phases.target, phases.drafter
+        results = function(*args)
+
+        def replay():
+            with (
+                ATTEND_BY_ROWS(target),
+                ATTEND_BY_ROWS(drafter),
+                graphs.fused(target),
+                graphs.fused(drafter),
+                StateRecorder(target, drafter.bound_aux_layer_ids) as recorder,
+            ):
+                phases.target, phases.drafter, phases.recorder = target, drafter, recorder
+                move(function(*args), results)
+
+        return replay, results
+
+    monkeypatch.setattr(graphs, "capture", run_eagerly)
+    torch.manual_seed(5)
+    assert target.generate(**batch, **options).tolist() == captured
+    graphs.release_graphs()
