@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, require, round_up_to_power, tl
+from .language import jit, launch, require, round_up_to_power, tl
 
 LOG2_E = 1.4426950408889634
 
@@ -68,7 +68,7 @@ def attend_rows_eager(
     return out.reshape(B, T, H, -1).to(query.dtype)
 
 
-@jit
+@jit("T", "window", "num_splits")
 def _attend_split(
     query,
     keys,
@@ -103,7 +103,11 @@ def _attend_split(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0)
     split = tl.program_id(1)
     tile = tl.program_id(2)
@@ -183,7 +187,7 @@ def _attend_split(
         tl.store(partial + at[:, None] * D + d[None, :], acc, mask=is_stored)
 
 
-@jit
+@jit("T", "num_splits")
 def _join_splits(
     partial,
     stats,
@@ -197,7 +201,11 @@ def _join_splits(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0)
     row = tl.program_id(1)
     b = (pair // H_KV).to(tl.int64)
@@ -235,14 +243,16 @@ def attend_rows(
     softcap: float | None = None,
     num_splits: int | None = None,
     blocks: tuple[int, int, int] | None = None,
+    overlap: bool = False,
 ) -> Tensor:
-    """The kernel of `attend_rows_eager`; same arguments, and two for tuning.
+    """The kernel of `attend_rows_eager`; same arguments, and some for speed.
 
     Which sums are made in which order depends on sizes only, so equal calls give equal bits.
 
     Args:
         num_splits: Programs that share a row's slots. By default chosen from the sizes.
         blocks: Slots a step, warps, and pipeline stages. By default chosen from the sizes.
+        overlap: Start while the kernel before still runs (programmatic dependent launch, Hopper on).
     """
     require(query.device)
     B, H, T, D = query.shape
@@ -299,8 +309,10 @@ def attend_rows(
             HAS_SINKS=sinks is not None,
             HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            OVERLAP=overlap,
             num_warps=num_warps,
             num_stages=num_stages,
+            **launch(overlap),
         )
         if num_splits > 1:
             _join_splits[B * H_kv, rows](
@@ -316,7 +328,9 @@ def attend_rows(
                 BLOCK_D=block_d,
                 BLOCK_S=round_up_to_power(num_splits),
                 HAS_SINKS=sinks is not None,
+                OVERLAP=overlap,
                 num_warps=4,
+                **launch(overlap),
             )
     return out
 
@@ -334,3 +348,93 @@ def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted
     """How many programs share a row's slots, so that there are about `wanted`: two for each multiprocessor of an H100."""
     num_blocks = -(-num_slots // block_n)
     return max(1, min(-(-wanted // num_programs), num_blocks, 64))
+
+
+def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
+    """Put the keys and values of T new tokens into each row of a cache.
+
+    Args:
+        keys: [B, L, H_kv, D], written to.
+        values: [B, L, H_kv, D], written to.
+        new_keys: [B, H_kv, T, D].
+        new_values: [B, H_kv, T, D].
+        start: [B] int64. Token t of row b goes to slot start[b] + t.
+    """
+    T = new_keys.shape[2]
+    slots = start[:, None] + torch.arange(T, device=start.device)  # [B, T]
+    rows = torch.arange(len(slots), device=start.device)[:, None]
+    keys[rows, slots] = new_keys.transpose(1, 2)
+    values[rows, slots] = new_values.transpose(1, 2)
+
+
+@jit("T")
+def _write_rows(
+    keys,
+    values,
+    new_keys,
+    new_values,
+    start,
+    T,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_nkb,
+    stride_nkh,
+    stride_nkt,
+    stride_nvb,
+    stride_nvh,
+    stride_nvt,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    b = (token // T).to(tl.int64)
+    t = token % T
+    slot = tl.load(start + b) + t
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (h < H_KV) & (d < D)
+    key = tl.load(new_keys + b * stride_nkb + t * stride_nkt + h * stride_nkh + d, mask=mask)
+    tl.store(keys + b * stride_kb + slot * stride_kl + h * stride_kh + d, key, mask=mask)
+    value = tl.load(new_values + b * stride_nvb + t * stride_nvt + h * stride_nvh + d, mask=mask)
+    tl.store(values + b * stride_vb + slot * stride_vl + h * stride_vh + d, value, mask=mask)
+
+
+def write_rows(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor, *, overlap: bool = False
+) -> None:
+    """The kernel of `write_rows_eager`: one for both, where the twin needs four. Same arguments."""
+    require(keys.device)
+    B, H_kv, T, D = new_keys.shape
+    if any(x.stride(-1) != 1 for x in (keys, values, new_keys, new_values)):
+        raise ValueError("keys and values, new and cached, must be contiguous in their last dimension, D.")
+    block_d = round_up_to_power(D)
+    block_h = min(round_up_to_power(H_kv), max(1, 2048 // block_d))
+    with torch.cuda.device_of(keys):
+        _write_rows[B * T, -(-H_kv // block_h)](
+            keys,
+            values,
+            new_keys,
+            new_values,
+            start,
+            T,
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            *new_keys.stride()[:3],
+            *new_values.stride()[:3],
+            H_KV=H_kv,
+            D=D,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            OVERLAP=overlap,
+            **launch(overlap),
+        )

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import language
-from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
+from .linear import is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
 from .norms import VARIANTS, rms_norm
@@ -270,7 +270,7 @@ def _make_mlp(module: nn.Module, activation: str, overlap: bool) -> Callable[[Te
             return original(x)
         num_rows = x.numel() // x.shape[-1]
         are_bare = gate.bias is None and up.bias is None
-        if are_bare and 0 < num_rows <= MAX_ROWS and is_worth_it(2 * gate.out_features, gate.in_features, num_rows):
+        if are_bare and num_rows and is_worth_it(gate.out_features, gate.in_features, num_rows, is_gated=True):
             return down(linear_gated(x, gate.weight, up.weight, activation=activation, overlap=overlap))
         return down(gate_kernel(gate(x), up(x), activation=activation, overlap=overlap))
 
@@ -289,18 +289,20 @@ class _SmallLinears(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if func is F.linear and len(args) >= 2 and _is_small(*args, **kwargs):
+        if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
             return linear_small(*args, **kwargs, overlap=self.overlap)
         return func(*args, **kwargs)
 
 
 def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether our kernel takes this linear layer, and is the faster one."""
-    if not _can_run(x, weight, *([] if bias is None else [bias])) or weight.dim() != 2 or not weight.is_contiguous():
-        return False
-    num_rows = x.numel() // max(1, x.shape[-1])
     N, K = weight.shape
-    return 0 < num_rows <= MAX_ROWS and x.shape[-1] == K and is_worth_it(N, K, num_rows)
+    return _is_ours(x, weight, bias) and is_worth_it(N, K, x.numel() // K)
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = [x, weight] if bias is None else [x, weight, bias]
+    return _can_run(*given) and weight.is_contiguous() and x.numel() > 0 and x.shape[-1] == weight.shape[-1]
 
 
 def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
@@ -346,4 +348,6 @@ class _Group:
         return forward
 
     def _fits(self, x: Tensor) -> bool:
-        return all(_is_small(x, part.weight, part.bias) for part in self.parts)
+        N, K = sum(part.out_features for part in self.parts), self.parts[0].in_features
+        are_ours = all(_is_ours(x, part.weight, part.bias) for part in self.parts)
+        return are_ours and is_worth_it(N, K, x.numel() // K)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,12 +16,16 @@ except ImportError:
 
 __all__ = ["is_available", "jit", "launch", "require", "round_up_to_power", "tl"]
 
-F = TypeVar("F", bound=Callable)
 
+def jit(*unspecialized: str) -> Callable[[Callable], Any]:
+    """`triton.jit`, or nothing where there is no Triton.
 
-def jit(kernel: F) -> F:
-    """`triton.jit`, or the function as it is where there is no Triton."""
-    return kernel if triton is None else triton.jit(kernel)
+    Args:
+        unspecialized: Integers whose value is nothing to compile a kernel of its own for.
+    """
+    if triton is None:
+        return lambda kernel: kernel
+    return triton.jit(do_not_specialize=list(unspecialized))
 
 
 def is_interpreted() -> bool:

@@ -49,7 +49,7 @@ def linear_gated_eager(x: Tensor, gate: Tensor, up: Tensor, *, activation: str =
     return ACTIVATIONS[activation](linear_small_eager(x, gate)) * linear_small_eager(x, up)
 
 
-@jit
+@jit()
 def _prefetch(at):
     """Ask for the cache line of each address, and wait for none."""
     tl.inline_asm_elementwise(
@@ -57,7 +57,7 @@ def _prefetch(at):
     )
 
 
-@jit
+@jit("M")
 def _linear_dot(
     x,
     weight_0,
@@ -150,7 +150,7 @@ def _linear_dot(
         tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit()
 def _sum_splits(
     partial,
     bias,
@@ -174,7 +174,7 @@ def _sum_splits(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
 
 
-@jit
+@jit()
 def _linear_fma(
     x,
     weight_0,
@@ -265,7 +265,7 @@ def _linear_fma(
         tl.store(out + 3 * N + n, (tl.sum(acc_3, 1) + offset).to(dtype), mask=n < N)
 
 
-@jit
+@jit("M")
 def _linear_gated(
     x,
     gate,
@@ -473,26 +473,31 @@ def _check(x: Tensor, *weights: Tensor) -> Tensor:
     return x.reshape(M, K).contiguous()
 
 
-# Measured best on an H100, by (N, K, M rounded up to a bucket).
-TABLE: dict[tuple[int, int, int], Blocks] = {}
-GATED_TABLE: dict[tuple[int, int, int], Blocks] = {}
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# Measured best on an H100, by (N, K, M rounded up to a bucket). None: cuBLAS is faster.
+TABLE: dict[tuple[int, int, int], Blocks | None] = {}
+GATED_TABLE: dict[tuple[int, int, int], Blocks | None] = {}
+BUCKETS = (1, 4, 8, 16, 32, 64)
 
 
-def is_worth_it(N: int, K: int, M: int) -> bool:  # noqa: ARG001  all that a choice can depend on
-    """Whether these kernels beat cuBLAS at a linear layer."""
-    return M <= 16
+def _find(table: dict[tuple[int, int, int], Blocks | None], N: int, K: int, M: int) -> tuple[bool, Blocks | None]:
+    """Whether the table knows a layer, and what it says."""
+    key = (N, K, next(bucket for bucket in BUCKETS if bucket >= M))
+    return key in table, table.get(key)
 
 
-def to_bucket(M: int) -> int:
-    """The row count that a table lists for M rows."""
-    return next(bucket for bucket in BUCKETS if bucket >= M)
+def is_worth_it(N: int, K: int, M: int, *, is_gated: bool = False) -> bool:
+    """Whether our kernel beats cuBLAS at a linear layer, or at the two of a gated pair with N each."""
+    if M > MAX_ROWS:
+        return False
+    is_known, blocks = _find(GATED_TABLE if is_gated else TABLE, N, K, M)
+    return blocks is not None if is_known else M <= 16
 
 
 def choose_blocks(N: int, K: int, M: int) -> Blocks:
     """How to cut a linear layer: the table's row, or by its sizes."""
-    if (found := TABLE.get((N, K, to_bucket(M)))) is not None:
-        return found
+    _, blocks = _find(TABLE, N, K, M)
+    if blocks is not None:
+        return blocks
     block_n = 16 if M <= 16 else 32
     split_k = 1
     while N * split_k < 132 * block_n and K // split_k > 1024:
@@ -502,4 +507,5 @@ def choose_blocks(N: int, K: int, M: int) -> Blocks:
 
 def choose_gated_blocks(N: int, K: int, M: int) -> Blocks:
     """How to cut a gated pair of them."""
-    return GATED_TABLE.get((N, K, to_bucket(M))) or Blocks("dot", 16, 256 if M <= 16 else 128, 1, 4, 3)
+    _, blocks = _find(GATED_TABLE, N, K, M)
+    return blocks or Blocks("dot", 16, 256 if M <= 16 else 128, 1, 4, 3)

@@ -33,7 +33,7 @@ def gate_eager(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-@jit
+@jit()
 def activate(x, NAME: tl.constexpr):
     """`x` float32 through the activation called NAME."""
     if NAME == "silu":
@@ -43,7 +43,7 @@ def activate(x, NAME: tl.constexpr):
         return 0.5 * x * (2 - 2 / (tl.exp(2 * inner) + 1))  # 1 + tanh(inner)
 
 
-@jit
+@jit()
 def _gate(gate, up, out, size, BLOCK: tl.constexpr, NAME: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()

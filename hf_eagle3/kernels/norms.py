@@ -27,7 +27,7 @@ def rms_norm_eager(x: Tensor, weight: Tensor, *, eps: float, variant: str = "lla
     return (wide_weight * scaled).to(x.dtype)
 
 
-@jit
+@jit()
 def _rms_norm(
     x,
     weight,

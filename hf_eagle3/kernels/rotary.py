@@ -34,7 +34,7 @@ def apply_rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return turn(q), turn(k)
 
 
-@jit
+@jit()
 def _apply_rotary(
     q,
     k,
@@ -101,7 +101,7 @@ def _apply_rotary(
         _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF)
 
 
-@jit
+@jit()
 def _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF: tl.constexpr):
     dtype: tl.constexpr = y_at.dtype.element_ty
     x_1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,898 @@
+"""Kernels against what they replace: right first, then how fast. One CUDA GPU, about four minutes.
+
+python benchmarks/bench_kernels.py --out OUT [--only correct attention linear small stack compiled]
+
+`--tiny` runs every part on toy sizes; with TRITON_INTERPRET=1 also on a CPU, where its times mean nothing.
+(Not called kernels.py: that is the name of a package the host looks for.)
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import gc
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, choose_blocks, choose_num_splits
+from hf_eagle3.kernels.fusion import fused
+from hf_eagle3.kernels.linear import (
+    Blocks,
+    linear_gated,
+    linear_gated_eager,
+    linear_group,
+    linear_small,
+    linear_small_eager,
+)
+from hf_eagle3.kernels.mlp import gate
+from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
+from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
+from hf_eagle3.rows import RowCache
+
+PARTS = ["correct", "attention", "linear", "small", "stack", "compiled"]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter has no bfloat16 products
+COLD_BYTES = 160 * 2**20  # what the copies of an input must exceed together, so that none is left in the L2 cache
+
+
+class Layer(NamedTuple):
+    """A linear layer's shape and where it comes from."""
+
+    name: str
+    N: int
+    K: int
+
+
+# Llama-3.1-8B, and the drafter's first layer (2H wide) and fc.
+LAYERS = [
+    Layer("o", 4096, 4096),
+    Layer("k", 1024, 4096),
+    Layer("gate", 14336, 4096),
+    Layer("down", 4096, 14336),
+    Layer("head", 128256, 4096),
+    Layer("draft head", 32000, 4096),
+    Layer("drafter q", 4096, 8192),
+    Layer("drafter fc", 4096, 12288),
+]
+QKV = (4096, 1024, 1024)
+GATED = (14336, 4096)
+ROW_COUNTS = [1, 4, 8, 32, 64]
+
+
+class Report:
+    """Results as they come: printed, and kept for the files."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.data: dict[str, Any] = {}
+
+    def add(self, line: str = "") -> None:
+        """One line of Markdown."""
+        self.lines.append(line)
+
+    def table(self, title: str, head: list[str], rows: list[list[Any]]) -> None:
+        """A table with a heading."""
+        cells = [[f"{x:.1f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+        self.add(f"\n### {title}\n")
+        self.add("| " + " | ".join(head) + " |")
+        self.add("|" + "---|" * len(head))
+        for row in cells:
+            self.add("| " + " | ".join(row) + " |")
+        self.data[title] = [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def say(text: str) -> None:
+    """Progress, to stderr."""
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+BEGAN = time.perf_counter()
+
+
+def microseconds(calls: list[Callable[[], Any]], *, replays: int = 5) -> float:
+    """Time of one call: median over replays of a CUDA graph of all of them, in order. Without a GPU, of one run."""
+    if not ON_GPU:
+        began = time.perf_counter()
+        calls[0]()
+        return 1e6 * (time.perf_counter() - began)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [1000 * a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    del graph
+    return statistics.median(times) / len(calls)
+
+
+def num_copies(num_bytes: int, most: int = 24) -> int:
+    """How many copies of an input of `num_bytes` keep the L2 cache cold."""
+    return min(most, max(2, -(-COLD_BYTES // num_bytes))) if ON_GPU else 1
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape, dtype=dtype, device=DEVICE) * scale
+
+
+def error(out: Tensor, truth: Tensor) -> float:
+    """Relative error in the Frobenius norm; NaN is infinite."""
+    ratio = float((out.double() - truth.double()).norm() / truth.double().norm())
+    return ratio if ratio == ratio else float("inf")
+
+
+# ---- right first ----
+
+
+def attention_case(B: int, H: int, H_kv: int, T: int, D: int, L: int, dtype: torch.dtype = DTYPE) -> dict[str, Tensor]:
+    """Rows of lengths of their own, NaN behind each."""
+    query = random(B, T, H, D, dtype=dtype).transpose(1, 2)
+    keys, values = random(B, L, 2, H_kv, D, dtype=dtype).unbind(2)  # strided, as a cache may be
+    start = torch.randint(0, L - T + 1, (B,), device=DEVICE)
+    start[0] = 0
+    start[-1] = L - T
+    is_junk = torch.arange(L, device=DEVICE) >= start[:, None] + T  # [B, L]
+    for x in (keys, values):
+        x.masked_fill_(is_junk[..., None, None], float("nan"))
+    return {"query": query, "keys": keys, "values": values, "start": start}
+
+
+def in_double(case: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs in float64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.items()}
+
+
+def attend_low(
+    query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, scaling: float, **options: Any
+) -> Tensor:
+    """An independent reference in the inputs' own dtype: the host's eager attention, as GptOss has it."""
+    T, G = query.shape[2], query.shape[1] // keys.shape[2]
+    at = torch.arange(keys.shape[1], device=query.device)
+    slots = start[:, None, None] + torch.arange(T, device=query.device)[:, None]  # [B, T, 1]
+    is_visible = at <= slots
+    if options.get("window"):
+        is_visible &= at > slots - options["window"]
+    k, v = (repeat_kv(torch.nan_to_num(x).transpose(1, 2), G) for x in (keys, values))
+    scores = query @ k.transpose(2, 3) * scaling
+    if options.get("softcap"):
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    scores = scores.masked_fill(~is_visible[:, None], torch.finfo(scores.dtype).min)
+    if options.get("sinks") is not None:
+        sinks = options["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], -1).float().softmax(-1).to(query.dtype)[..., :-1]
+    else:
+        weights = scores.float().softmax(-1).to(query.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def check(report: Report, tiny: bool) -> bool:
+    """Errors against float64, and what an independent computation in the same dtype loses. At most twice that."""
+    rows: list[list[Any]] = []
+
+    def compare(name: str, run: Callable[[], Tensor], truth: Tensor, low: Tensor) -> None:
+        out = run()
+        is_same_again = torch.equal(out, run())
+        ours, theirs = error(out, truth), error(low, truth)
+        budget = 2 * theirs + 1e-7
+        verdict = "ok" if ours <= budget and is_same_again else "WRONG"
+        rows.append([name, f"{ours:.1e}", f"{theirs:.1e}", "yes" if is_same_again else "NO", verdict])
+
+    L = 96 if tiny else 1100
+    dtypes = [DTYPE] if tiny else [torch.bfloat16, torch.float16, torch.float32]
+    shapes = [
+        ("8B", (3, 8 if tiny else 32, 2 if tiny else 8, 4, 32 if tiny else 128), {}),
+        ("GptOss window + sinks", (2, 16 if tiny else 64, 2 if tiny else 8, 4, 64), {"window": 40, "sinks": True}),
+        ("GptOss full + sinks", (2, 16 if tiny else 64, 2 if tiny else 8, 1, 64), {"sinks": True}),
+        ("SmolLM2", (3, 9, 3, 4, 64), {}),
+        ("D 96, softcap", (2, 8, 4, 3, 96), {"softcap": 20.0}),
+        ("D 256, softcap, window", (2, 8, 4, 4, 256), {"softcap": 50.0, "window": 33}),
+        ("T 40", (2, 8, 2, 40, 64), {"window": 37}),
+    ]
+    for dtype in dtypes:
+        for name, (B, H, H_kv, T, D), options in shapes:
+            case = attention_case(B, H, H_kv, T, D, L, dtype)
+            given = dict(options, scaling=D**-0.5)
+            if given.pop("sinks", None):
+                given["sinks"] = random(H, dtype=dtype)
+            truth = attend_rows_eager(**in_double(case), **in_double(given))
+            low = attend_low(**case, **given)
+            for num_splits in (None, 1, 5):
+                compare(
+                    f"attention {name}, {str(dtype)[6:]}, splits {num_splits or 'default'}",
+                    lambda case=case, given=given, n=num_splits: attend_rows(**case, **given, num_splits=n),
+                    truth,
+                    low,
+                )
+
+    N, K = (80, 96) if tiny else (1040, 4096)
+    for M in (1, 3, 4, 17, 64):
+        x, w, w2, bias = random(M, K), random(N, K, scale=K**-0.5), random(N, K, scale=K**-0.5), random(N)
+        truth = linear_small_eager(x.double(), w.double(), bias.double())
+        for blocks in [
+            None,
+            Blocks("dot", 32, 32, 4, 4, 3),
+            *([Blocks("fma", 4, 32 if tiny else 512, 1, 4, s) for s in (1, 3)] if M <= 4 else []),
+        ]:
+            compare(
+                f"linear M {M}, {blocks}",
+                lambda x=x, w=w, b=bias, blocks=blocks: linear_small(x, w, b, blocks=blocks),
+                truth,
+                F.linear(x, w, bias),
+            )
+        others = random(M, K)
+        others[-1] = x[-1]
+        is_alone = torch.equal(linear_small(x, w)[-1], linear_small(others, w)[-1])
+        rows.append([f"linear M {M}, a row alone", "", "", "", "ok" if is_alone else "WRONG"])
+        for name in ("silu", "gelu_tanh"):
+            truth = linear_gated_eager(x.double(), w.double(), w2.double(), activation=name)
+            low = linear_gated_low(x, w, w2, name)
+            compare(
+                f"gated M {M}, {name}",
+                lambda x=x, w=w, w2=w2, n=name: linear_gated(x, w, w2, activation=n),
+                truth,
+                low,
+            )
+        group = linear_group(x, [w, w2[:16], w[16:]], [bias, None, None])
+        for i, (out, weight, b) in enumerate(zip(group, [w, w2[:16], w[16:]], [bias, None, None], strict=True)):
+            low = F.linear(x, weight, b)
+            truth = linear_small_eager(x.double(), weight.double(), None if b is None else b.double())
+            compare(f"group M {M}, part {i}", lambda out=out: out, truth, low)
+
+    x, w = random(5, N), random(N)
+    for variant in ("llama", "wide", "shifted"):
+        low = rms_norm_eager(x, w, eps=1e-5, variant=variant)
+        out = rms_norm(x, w, eps=1e-5, variant=variant)
+        share = float((out == low).float().mean())
+        rows.append(
+            [f"rms_norm {variant}", f"{error(out, low):.1e}", "equal to host", f"{share:.5f}", verdict_of(share)]
+        )
+    D = 64
+    q, k = random(2, 3, 8, D).transpose(1, 2), random(2, 3, 2, D).transpose(1, 2)
+    for width in (D, D // 2):
+        cos, sin = random(2, 3, width), random(2, 3, width)
+        want = apply_rotary_pos_emb(q, k, cos, sin) if width == D else apply_rotary_eager(q, k, cos, sin)
+        is_same = all(map(torch.equal, apply_rotary(q, k, cos, sin), want))
+        rows.append([f"rotary, cosines of {width}", "", "equal to host", str(is_same), "ok" if is_same else "WRONG"])
+    a, b = random(5, N), random(5, N)
+    share = float((gate(a, b) == F.silu(a) * b).float().mean())
+    rows.append(["silu(gate) * up", "", "equal to host", f"{share:.5f}", verdict_of(share)])
+
+    bad = [row for row in rows if row[-1] != "ok"]
+    report.add(f"\nCorrect: {len(rows) - len(bad)} of {len(rows)} checks.")
+    head = ["check", "error", "reference's error", "same again", "verdict"]
+    report.data["correct"] = [dict(zip(head, row, strict=True)) for row in rows]
+    if bad:
+        report.table("Wrong", head, bad)
+    worst = sorted((row for row in rows if row[1]), key=lambda row: -float(row[1]))[:6]
+    report.table("Largest errors", head, worst)
+    return not bad
+
+
+def verdict_of(share: float) -> str:
+    """Whether `share` of equal elements is what rounding at the same points gives."""
+    return "ok" if share > 0.99 else "WRONG"
+
+
+def linear_gated_low(x: Tensor, w: Tensor, w2: Tensor, name: str) -> Tensor:
+    """The gated pair as the host computes it."""
+    act = F.silu(F.linear(x, w)) if name == "silu" else F.gelu(F.linear(x, w), approximate="tanh")
+    return act * F.linear(x, w2)
+
+
+# ---- attention ----
+
+
+def flash_rows(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, scaling: float) -> Tensor:
+    """ATen's variable-length flash attention over the same cache: [B, T, H, D]."""
+    B, H, T, D = query.shape
+    L, H_kv = keys.shape[1:3]
+    q = query.transpose(1, 2).reshape(B * T, H, D)
+    k, v = keys.reshape(B * L, H_kv, D), values.reshape(B * L, H_kv, D)
+    q_at = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=query.device)
+    k_at = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=query.device)
+    used = (start + T).to(torch.int32)
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_at, k_at, T, L, 0.0, True, False, scale=scaling, seqused_k=used
+    )[0]
+    return out.view(B, T, H, D)
+
+
+def sdpa_rows(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, scaling: float) -> Tensor:
+    """What the host's sdpa does with a mask [B, 1, T, L]."""
+    T, G = query.shape[2], query.shape[1] // keys.shape[2]
+    slots = start[:, None] + torch.arange(T, device=start.device)
+    mask = torch.arange(keys.shape[1], device=start.device) <= slots[:, None, :, None]
+    k, v = (repeat_kv(x.transpose(1, 2), G) for x in (keys, values))
+    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scaling).transpose(1, 2)
+
+
+def make_caches(B: int, L: int, H_kv: int, D: int) -> list[tuple[Tensor, Tensor]]:
+    """Enough copies of a cache to keep L2 cold."""
+    num_bytes = 4 * B * L * H_kv * D
+    return [(random(B, L, H_kv, D), random(B, L, H_kv, D)) for _ in range(num_copies(num_bytes))]
+
+
+def time_attention(report: Report, tiny: bool) -> None:
+    """Ours, flash and sdpa by batch, tokens and context; then how ours is best cut."""
+    H, H_kv, D = (8, 2, 32) if tiny else (32, 8, 128)
+    contexts = [40] if tiny else [640, 8192, 32768]
+    rows: list[list[Any]] = []
+    for B in [1, 2] if tiny else [1, 8, 64]:
+        for context in contexts:
+            L = context + 64
+            caches = make_caches(B, L, H_kv, D)
+            for T in (1, 4):
+                query = random(B, T, H, D).transpose(1, 2)
+                start = torch.full((B,), context - T, device=DEVICE)
+                row: list[Any] = [B, T, context]
+                for name, attend, limit in (
+                    ("ours", attend_rows, 10**9),
+                    ("flash", flash_rows, 10**9 if ON_GPU else 0),
+                    ("sdpa", sdpa_rows, 70_000),
+                ):
+                    if B * context > limit:
+                        row.append("-")
+                        continue
+                    calls = [
+                        lambda a=attend, q=query, k=k, v=v, s=start: a(q, k, v, s, scaling=D**-0.5) for k, v in caches
+                    ]
+                    row.append(attempt(lambda calls=calls: microseconds(calls), f"{name} {row}"))
+                if isinstance(row[3], float):
+                    row.append(4 * B * context * H_kv * D / row[3] / 1e3)
+                    row.append(row[4] / row[3] if isinstance(row[4], float) else "-")
+                rows.append([*row, *["-"] * (8 - len(row))])
+            del caches
+            free()
+    report.table(
+        f"Attention, {H} heads, {H_kv} KV heads, D {D}: us",
+        ["B", "T", "context", "ours", "flash", "sdpa", "ours GB/s", "flash / ours"],
+        rows,
+    )
+
+    # Lengths that differ, window, sinks.
+    rows = []
+    for name, (h, h_kv, d), options in (
+        ("8B, lengths from 64 up", (H, H_kv, D), {}),
+        ("GptOss window 128, sinks", (16, 2, 64) if tiny else (64, 8, 64), {"window": 128}),
+        ("GptOss full, sinks", (16, 2, 64) if tiny else (64, 8, 64), {"sinks": None}),
+        ("SmolLM2", (9, 3, 64), {}),
+    ):
+        for B in [2] if tiny else [1, 8, 64]:
+            context = 40 if tiny else 1024
+            caches = make_caches(B, context, h_kv, d)
+            query = random(B, 4, h, d).transpose(1, 2)
+            low = 20 if tiny else 60
+            start = torch.linspace(low, context - 4, B, device=DEVICE).long() if "from" in name else None
+            start = torch.full((B,), context - 4, device=DEVICE) if start is None else start
+            given = dict(options, scaling=d**-0.5)
+            if "sinks" in name:
+                given["sinks"] = random(h)
+            calls = [lambda q=query, k=k, v=v, s=start, g=given: attend_rows(q, k, v, s, **g) for k, v in caches]
+            rows.append([name, B, context, microseconds(calls)])
+    report.table("Attention, other shapes, T 4: us", ["shape", "B", "context", "ours"], rows)
+
+    # The cut: slots a step, warps, stages; programs a row.
+    rows = []
+    cuts = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (128, 4, 2), (128, 8, 3), (64, 2, 3), (64, 8, 3)]
+    splits = {1: [8, 16, 32, 64], 8: [2, 4, 8, 16], 64: [1, 2, 4]}
+    for B, context in [(1, 40)] if tiny else [(1, 640), (1, 8192), (8, 640), (8, 8192), (64, 640), (64, 8192)]:
+        L = context if tiny else 2048 if context == 640 else context + 64
+        caches = make_caches(B, L, H_kv, D)
+        query = random(B, 4, H, D).transpose(1, 2)
+        start = torch.full((B,), context - 4, device=DEVICE)
+        found = []
+        for cut in cuts[:2] if tiny else cuts:
+            for n in splits[B][:2] if tiny else splits[B]:
+                calls = [
+                    lambda q=query, k=k, v=v, s=start, c=cut, n=n: attend_rows(
+                        q, k, v, s, scaling=D**-0.5, num_splits=n, blocks=c
+                    )
+                    for k, v in caches
+                ]
+                took = attempt(lambda calls=calls: microseconds(calls), f"cut {cut} {n}")
+                if isinstance(took, float):
+                    found.append((took, cut, n))
+        default = choose_blocks(D, 2, 16)
+        n_default = choose_num_splits(B * H_kv, L, default[0])
+        calls = [lambda q=query, k=k, v=v, s=start: attend_rows(q, k, v, s, scaling=D**-0.5) for k, v in caches]
+        best = [f"{took:.1f}: {cut} x {n}" for took, cut, n in sorted(found)[:4]]
+        rows.append(
+            [B, context, L, f"{microseconds(calls):.1f}: {default} x {n_default}", *best, *["-"] * (4 - len(best))]
+        )
+        report.data.setdefault("attention cuts", []).append({"B": B, "context": context, "found": found})
+        del caches
+        free()
+    report.table(
+        "Attention, cuts (slots a step, warps, stages) x splits, T 4: us",
+        ["B", "context", "L", "default", "best", "2nd", "3rd", "4th"],
+        rows,
+    )
+
+
+# ---- linear ----
+
+
+def list_blocks(M: int, tiny: bool) -> list[Blocks]:
+    """What to try for M rows."""
+    if tiny:
+        return [Blocks("dot", 16, 32, 1, 4, 3), *([Blocks("fma", 4, 32, 1, 4, 2)] if M <= 4 else [])]
+    if M <= 16:
+        dots = [(16, 256, 4, 4), (16, 512, 4, 3), (16, 512, 8, 3), (16, 512, 4, 4), (16, 256, 4, 6), (16, 256, 2, 4)]
+        dots += [(16, 128, 2, 6), (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 4), (32, 256, 8, 4), (32, 128, 4, 6)]
+        dots += [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 256, 8, 3), (16, 1024, 8, 3)]
+        found = [Blocks("dot", n, k, 1, w, s) for n, k, w, s in dots]
+        found += [Blocks("dot", 16, 256, 2, 4, 4), Blocks("dot", 32, 256, 2, 4, 4), Blocks("dot", 16, 256, 4, 4, 4)]
+        if M <= 4:
+            fmas = [(4, 512, 4, 3), (4, 512, 4, 1), (2, 1024, 4, 3), (2, 1024, 4, 1), (1, 1024, 4, 1), (4, 512, 2, 3)]
+            fmas += [(1, 2048, 8, 1), (8, 256, 4, 4)]
+            found += [Blocks("fma", n, k, 1, w, s) for n, k, w, s in fmas]
+        return found
+    dots = [(32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (32, 128, 8, 4)]
+    dots += [(64, 128, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 8, 5)]
+    found = [Blocks("dot", n, k, 1, w, s) for n, k, w, s in dots]
+    return found + [Blocks("dot", n, k, s, 4, 4) for n, k in ((32, 128), (64, 64), (128, 64)) for s in (2, 4)]
+
+
+GATED_BLOCKS = {
+    16: [
+        (16, 256, 4, 3),
+        (16, 256, 4, 4),
+        (16, 128, 4, 4),
+        (32, 128, 4, 3),
+        (32, 128, 4, 4),
+        (32, 256, 8, 3),
+        (16, 512, 8, 3),
+    ],
+    64: [(32, 128, 4, 3), (32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3), (64, 64, 8, 5), (32, 128, 8, 4)],
+}
+
+
+def list_gated_blocks(M: int, tiny: bool) -> list[Blocks]:
+    """What to try for a gated pair."""
+    cuts = [(16, 32, 4, 3)] if tiny else GATED_BLOCKS[16 if M <= 16 else 64]
+    return [Blocks("dot", n, k, 1, w, s) for n, k, w, s in cuts]
+
+
+def build(job: tuple[str, Blocks, int]) -> str | None:
+    """Compile one kernel into the cache on disk, by running it small. In a process of its own."""
+    kind, blocks, M = job
+    x, w = random(M, 4096), random(256, 4096)
+    try:
+        if kind == "gated":
+            linear_gated(x, w, w, blocks=blocks)
+        else:
+            linear_group(x, [w] * (3 if kind == "group" else 1), [None] * (3 if kind == "group" else 1), blocks=blocks)
+        torch.cuda.synchronize()
+    except Exception as problem:  # noqa: BLE001  reported by the sweep, which meets it again
+        return f"{kind} {blocks} M {M}: {type(problem).__name__}: {str(problem)[:200]}"
+    return None
+
+
+def build_all(num_workers: int) -> None:
+    """Compile what the sweep needs, in parallel."""
+    jobs: dict[tuple, tuple[str, Blocks, int]] = {}
+    for M in ROW_COUNTS:
+        # What Triton compiles apart: row counts of 1, multiples of 16, and others.
+        kind_of_m = M if M == 1 or M > 16 else 4
+        for blocks in list_blocks(M, False):
+            for kind in ("one", "group"):
+                if kind == "one" or (M in (1, 4) and blocks.split_k == 1):
+                    jobs[kind, blocks, kind_of_m if blocks.kind == "dot" else M] = (kind, blocks, M)
+        for blocks in list_gated_blocks(M, False):
+            jobs["gated", blocks, kind_of_m] = ("gated", blocks, M)
+    say(f"compiling {len(jobs)} kernels with {num_workers} processes")
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        for problem in pool.map(build, jobs.values(), chunksize=1):
+            if problem:
+                say(problem)
+
+
+def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -> None:
+    """The sweep, against cuBLAS as called and with the rows padded."""
+    if ON_GPU:
+        build_all(num_workers)
+        say("compiled")
+    layers = [Layer("toy", 48, 64)] if tiny else LAYERS
+    rows: list[list[Any]] = []
+    best: dict[tuple, Blocks] = {}
+    for layer in layers:
+        N, K = layer.N, layer.K
+        weights = [random(N, K, scale=K**-0.5) for _ in range(num_copies(2 * N * K))]
+        for M in [1, 4, 32] if tiny else ROW_COUNTS:
+            x = random(M, K)
+            if time.perf_counter() - BEGAN > deadline:
+                say(f"out of time before {layer} M {M}")
+                return
+            found = []
+            for blocks in list_blocks(M, tiny):
+                took = attempt(
+                    lambda x=x, b=blocks: microseconds(
+                        [lambda w=w: linear_small(x, w, blocks=b) for w in weights], replays=3
+                    ),
+                    f"{layer} {M} {blocks}",
+                )
+                if isinstance(took, float):
+                    found.append((took, blocks))
+            found.sort()
+            took, blocks = found[0]
+            best[N, K, M] = blocks
+            plain = microseconds([lambda w=w: F.linear(x, w) for w in weights])  # noqa: B023
+            padded = []
+            for size in (8, 16):
+                wide = random(max(M, size), K)
+                padded.append(microseconds([lambda w=w: F.linear(wide, w) for w in weights]) if M < size else "-")  # noqa: B023
+            default = microseconds([lambda w=w: linear_small(x, w) for w in weights])  # noqa: B023
+            fma = min((t for t, b in found if b.kind == "fma"), default="-")
+            second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
+            gbps = 2 * N * K / took / 1e3
+            rows.append(
+                [layer.name, N, K, M, took, gbps, default, fma, plain, *padded, plain / took, tuple(blocks), second]
+            )
+            report.data.setdefault("linear sweep", []).append({"N": N, "K": K, "M": M, "found": found})
+        del weights
+        free()
+        say(f"linear {layer}")
+    head = [
+        "layer",
+        "N",
+        "K",
+        "M",
+        "ours",
+        "GB/s",
+        "default",
+        "fma",
+        "cuBLAS",
+        "pad 8",
+        "pad 16",
+        "cuBLAS / ours",
+        "blocks",
+        "2nd",
+    ]
+    report.table("Linear: us", head, rows)
+
+    rows = []
+    sizes, (N, K) = ((32, 16, 16), (48, 64)) if tiny else (QKV, GATED)
+    table: dict[tuple, Blocks] = {}
+    for M in [1, 4] if tiny else ROW_COUNTS:
+        x = random(M, K)
+        pairs = [[random(N, K, scale=K**-0.5) for _ in range(2)] for _ in range(num_copies(4 * N * K))]
+        found = []
+        for blocks in list_gated_blocks(M, tiny):
+            took = attempt(
+                lambda b=blocks: microseconds(
+                    [lambda p=p, b=b: linear_gated(x, *p, blocks=b) for p in pairs], replays=3
+                ),  # noqa: B023
+                f"gated {M} {blocks}",
+            )
+            if isinstance(took, float):
+                found.append((took, blocks))
+        found.sort()
+        table[N, K, M] = found[0][1]
+        host = microseconds([lambda p=p: F.silu(F.linear(x, p[0])) * F.linear(x, p[1]) for p in pairs])  # noqa: B023
+        two = microseconds([lambda p=p: gate(F.linear(x, p[0]), F.linear(x, p[1])) for p in pairs])  # noqa: B023
+        second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
+        rows.append(["gated", M, found[0][0], 4 * N * K / found[0][0] / 1e3, host, two, tuple(found[0][1]), second])
+        report.data.setdefault("gated sweep", []).append({"M": M, "found": found})
+        del pairs
+        free()
+        if M > 16:
+            continue
+        triples = [[random(n, K, scale=K**-0.5) for n in sizes] for _ in range(num_copies(2 * sum(sizes) * K))]
+        found = []
+        for blocks in list_blocks(M, tiny):
+            if blocks.split_k == 1:
+                took = attempt(
+                    lambda b=blocks: microseconds(
+                        [lambda p=p, b=b: linear_group(x, p, [None] * 3, blocks=b) for p in triples],  # noqa: B023
+                        replays=3,
+                    ),
+                    f"group {M} {blocks}",
+                )
+                if isinstance(took, float):
+                    found.append((took, blocks))
+        found.sort()
+        best[sum(sizes), K, M] = found[0][1]
+        host = microseconds([lambda p=p: [F.linear(x, w) for w in p] for p in triples])  # noqa: B023
+        second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
+        rows.append(
+            ["q k v", M, found[0][0], 2 * sum(sizes) * K / found[0][0] / 1e3, host, "-", tuple(found[0][1]), second]
+        )
+        report.data.setdefault("group sweep", []).append({"M": M, "found": found})
+        del triples
+        free()
+    head = ["what", "M", "ours", "GB/s", "host", "cuBLAS + gate kernel", "blocks", "2nd"]
+    report.table("Linear layers fused: us", head, rows)
+    report.add("\n```python")
+    for name, entries in (("TABLE", best), ("GATED_TABLE", table)):
+        report.add(f"{name} = {{")
+        for (n, k, m), blocks in entries.items():
+            report.add(f"    ({n}, {k}, {m}): Blocks{tuple(blocks)},")
+        report.add("}")
+    report.add("```")
+
+
+# ---- norms, rotary, gate ----
+
+
+def host_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """LlamaRMSNorm.forward."""
+    return rms_norm_eager(x, weight, eps=1e-5)
+
+
+def host_gate(g: Tensor, u: Tensor) -> Tensor:
+    """The middle of LlamaMLP.forward."""
+    return F.silu(g) * u
+
+
+def time_small(report: Report, tiny: bool, with_compiled: bool) -> None:
+    """Each against the host's eager code, and compiled."""
+    H, heads, kv_heads, D, width = (64, 4, 2, 16, 96) if tiny else (4096, 32, 8, 128, 14336)
+    rows: list[list[Any]] = []
+    for M in [4] if tiny else [4, 32, 256]:
+        n = 4 if ON_GPU else 1
+        x, w = random(M, H), random(H)
+        q, k = random(M, 1, heads, D).transpose(1, 2), random(M, 1, kv_heads, D).transpose(1, 2)
+        cos, sin = random(M, 1, D), random(M, 1, D)
+        g, u = random(M, width), random(M, width)
+        for name, ours, host, args in (
+            ("rms_norm", lambda x, w: rms_norm(x, w, eps=1e-5), host_norm, (x, w)),
+            ("rotary", apply_rotary, apply_rotary_pos_emb, (q, k, cos, sin)),
+            ("silu * up", gate, host_gate, (g, u)),
+            ("add", None, torch.add, (x, x)),
+        ):
+            row: list[Any] = [name, M]
+            for function in (ours, host):
+                row.append(microseconds([lambda f=function, a=args: f(*a)] * n) if function else "-")
+            if with_compiled and ours and M == 4:
+                compiled = torch.compile(host, dynamic=False)
+                row.append(
+                    attempt(lambda c=compiled, a=args, n=n: microseconds([lambda: c(*a)] * n), f"compiled {name}")
+                )
+            else:
+                row.append("-")
+            rows.append(row)
+    title = "Norm, rotary, gate (in L2), with compiled: us" if with_compiled else "Norm, rotary, gate (in L2): us"
+    report.table(title, ["what", "rows", "ours", "host eager", "torch.compile"], rows)
+
+
+# ---- a stack of layers ----
+
+
+class Rows:
+    """A static cache, and the attention that reads it, for a model that is captured."""
+
+    attend: Callable = staticmethod(attend_rows)
+    start: Tensor | None = None
+
+
+def attention_of_rows(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001  none is built
+    scaling: float,
+    **kwargs: Any,  # noqa: ARG001  the host's
+) -> tuple[Tensor, None]:
+    """As the host calls attention; `key` and `value` are the whole cache, [B, H_kv, L, D]."""
+    out = Rows.attend(query, key.transpose(1, 2), value.transpose(1, 2), Rows.start, scaling=scaling)
+    return out, None
+
+
+@contextlib.contextmanager
+def as_stock(model: torch.nn.Module) -> Iterator[None]:  # noqa: ARG001  in the place of `fused`
+    """Nothing replaced."""
+    yield
+
+
+def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
+    """Layers of the 8B shape with a cache of rows: stock and fused, as a CUDA graph."""
+    AttentionInterface.register("bench_rows", attention_of_rows)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    if tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    num_layers, vocabulary = (2, 96) if tiny else (8, 128256)
+    config = LlamaConfig(
+        **sizes,
+        num_hidden_layers=num_layers,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        attn_implementation="bench_rows",
+    )
+    with torch.device(DEVICE), transformers.initialization.no_init_weights():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPE)
+        try:
+            model = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            weight.data.uniform_(0.5, 1.5, generator=generator)
+        else:
+            weight.data.normal_(0, 1.0 if "embed" in name else weight.shape[1] ** -0.5, generator=generator)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.compute_default_rope_parameters(config)[0].to(DEVICE)
+
+    layer_bytes = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    head_bytes = 2 * model.lm_head.weight.numel()
+    floor = (32 * layer_bytes + head_bytes) / bandwidth / 1e6  # ms
+    context, capacity = (20, 32) if tiny else (640, 2048)
+    rows: list[list[Any]] = []
+    ways: list[tuple[str, Callable, Callable]] = [
+        ("stock, flash", flash_rows, as_stock),
+        ("stock, ours", attend_rows, as_stock),
+        ("fused", attend_rows, fused),
+        ("fused, overlap", attend_rows, lambda m: fused(m, overlap=True)),
+    ]
+    if not ON_GPU:
+        ways = ways[1:3]
+    for B in [2] if tiny else [1, 8, 64]:
+        for T in [4] if tiny else [1, 4]:
+            row: list[Any] = [B, T]
+            wanted: Tensor | None = None
+            for name, attend, change in ways:
+                result = attempt(
+                    lambda a=attend, c=change, B=B, T=T: run_stack(model, a, c, B, T, context, capacity),
+                    f"{name} {row[:2]}",
+                )
+                if isinstance(result, str):
+                    row += [result, "-"]
+                    continue
+                total, logits = result
+                wanted = logits if wanted is None else wanted
+                row += [total, f"{error(logits, wanted):.1e}"]
+                if T == 4 and name != "stock, flash":
+                    say(f"stack B {B} T {T} {name}: {total:.2f} ms")
+            kv_floor = 32 * 2 * 2 * B * context * config.num_key_value_heads * config.head_dim / bandwidth / 1e6
+            rows.append([*row, floor + kv_floor])
+            free()
+    head = ["B", "T"]
+    for name, _, _ in ways:
+        head += [f"{name}", f"{name}: error"]
+    cells = [[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows]
+    report.table(
+        f"32 layers and head of the 8B shape, context {context}, from stacks of {num_layers} and {num_layers // 2}: ms "
+        f"(errors: relative, against the first)",
+        [*head, "floor"],
+        cells,
+    )
+
+
+@torch.no_grad()
+def run_stack(
+    model: LlamaForCausalLM, attend: Callable, change: Callable, B: int, T: int, context: int, capacity: int
+) -> tuple[float, Tensor]:
+    """ms of a forward with 32 layers, by extrapolation, and the logits of the stack as it is."""
+    layers = model.model.layers
+    num_layers = len(layers)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    cache = RowCache(num_layers, capacity)
+    kv = (B, model.config.num_key_value_heads, 1, model.config.head_dim)
+    for layer in cache.layers:
+        like = torch.empty(kv, dtype=DTYPE, device=DEVICE)
+        layer.lazy_initialization(like, like)
+        for x in (layer.keys, layer.values):
+            x.normal_(generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (B, T), generator=generator, device=DEVICE)
+    Rows.start = torch.full((B,), context - T, device=DEVICE)
+    Rows.attend = staticmethod(attend)
+    slots = Rows.start[:, None] + torch.arange(T, device=DEVICE)
+    logits: list[Tensor] = []
+
+    def forward() -> None:
+        with cache.writing(slots):
+            logits[:] = [model(input_ids=ids, position_ids=slots, past_key_values=cache, use_cache=True).logits]
+
+    times = {}
+    with change(model):
+        for n in (num_layers // 2, num_layers):
+            model.config.num_hidden_layers = n
+            try:
+                times[n] = microseconds([forward], replays=9) / 1000
+            finally:
+                model.config.num_hidden_layers = num_layers
+    layer_ms = (times[num_layers] - times[num_layers // 2]) / (num_layers - num_layers // 2)
+    return times[num_layers] + (32 - num_layers) * layer_ms, logits[0].clone()
+
+
+# ---- all of it ----
+
+
+def attempt(run: Callable[[], Any], what: str) -> Any:
+    """The result, or the reason why there is none: one configuration that fails must not cost the others."""
+    try:
+        return run()
+    except Exception as problem:  # noqa: BLE001  any
+        say(f"{what}: {type(problem).__name__}: {str(problem)[:300]}")
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return type(problem).__name__
+
+
+def free() -> None:
+    """Give memory back between parts."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def measure_bandwidth() -> float:
+    """GB/s that a large read reaches."""
+    if not ON_GPU:
+        return 1.0
+    x = torch.ones(2**30, dtype=torch.float32, device=DEVICE)
+    took = microseconds([lambda: x.sum(), lambda: x.sum()])
+    return 4 * x.numel() / took / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for kernels.md and kernels.json")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    parser.add_argument("--sweep-until", type=float, default=170, help="seconds after which the linear sweep stops")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report()
+    bandwidth = measure_bandwidth()
+    name = torch.cuda.get_device_name() if ON_GPU else platform.processor() or "CPU"
+    triton = __import__("triton").__version__
+    report.add(
+        f"{name}, Python {platform.python_version()}, torch {torch.__version__}, Triton {triton}, transformers "
+        f"{transformers.__version__}, {DTYPE}. Read bandwidth {bandwidth:.0f} GB/s."
+    )
+    parts: dict[str, Callable[[], Any]] = {
+        "correct": lambda: check(report, args.tiny),
+        "stack": lambda: time_stack(report, args.tiny, bandwidth),
+        "attention": lambda: time_attention(report, args.tiny),
+        "small": lambda: time_small(report, args.tiny, with_compiled=False),
+        "linear": lambda: time_linear(report, args.tiny, args.workers, args.sweep_until),
+        "compiled": lambda: time_small(report, args.tiny, with_compiled=True),
+    }
+    is_right = True
+    for part, run in parts.items():
+        if part not in args.only or (part == "compiled" and not ON_GPU):
+            continue
+        say(part)
+        result = attempt(run, part)
+        is_right &= result is not False and not isinstance(result, str)
+        free()
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "kernels.md").write_text("\n".join(report.lines) + "\n")
+            (args.out / "kernels.json").write_text(json.dumps(report.data, default=str))
+    say("done")
+    print("\n".join(report.lines))
+    sys.exit(not is_right)
+
+
+if __name__ == "__main__":
+    main()
