@@ -47,3 +47,22 @@ def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tens
     # Where p and q agree to the last bit, rounding can still refuse a token and leave nothing to draw from.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     return Verdict(num_accepted, draw(residual))
+
+
+def accept_simulated(draft_tokens: Tensor, target_logits: Tensor, length: float) -> Verdict:
+    """Keep as many draft tokens as gives an acceptance length of `length` on average, whatever they are. Not lossless.
+
+    For measuring speed with weights that were never trained. The schedule of least variance, drawn for each row: the
+    whole part always, one more with the fraction as its probability.
+
+    Args:
+        draft_tokens: [B, K].
+        target_logits: [B, K+1, V].
+        length: 1 to K+1, the target's own token included.
+    """
+    B, K = draft_tokens.shape
+    whole, fraction = divmod(length - 1, 1)
+    one_more = torch.rand(B, device=draft_tokens.device) < fraction
+    num_accepted = (int(whole) + one_more.long()).clamp(max=K)  # [B]
+    target_tokens = target_logits.argmax(-1)  # [B, K+1]
+    return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[:, None]).squeeze(-1))

@@ -161,6 +161,11 @@ def choose_loop(
         and has_holes(mask)
     ):
         why_not = "the attention mask has pads between tokens, which a sliding window counts"
+    if depth == 0 and (asked == "host" or why_not is not None):
+        raise ValueError(
+            f"num_assistant_tokens=0 is for our own decode loop ({why_not or 'decode_loop is host'}): to generate "
+            "without drafting, leave out assistant_model."
+        )
     if asked == "host":
         return Choice(HOST_LOOP, "asked for", drafter, depth)
     if why_not is None:

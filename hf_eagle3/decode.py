@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from .accept import Verdict, accept_greedy, accept_sampled
+from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_greedy, make_choose_sampled
 from .features import StateRecorder
@@ -32,10 +32,11 @@ from .transcript import Transcript, processors_for_rows
 class DecodeConfig:
     """What a call asks of the loop."""
 
-    depth: int  # K
+    depth: int  # K; 0: decode without drafting
     do_sample: bool
     processors: LogitsProcessorList
     max_length: int | None  # of a row without pads: nothing at or behind that position is ever read
+    simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     keeps_rows: bool = False  # rows that are done stay, so that the target's cache can be returned
 
 
@@ -83,7 +84,7 @@ def prepare(
     first = prompt.lengths - prompt.num_states  # [B]
     if cache is None:
         cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M))
-    if M > 1:
+    if M > 1 and depth:
         # Behind a row's last state but one comes junk, which later writes cover.
         slots = torch.arange(M - 1, device=drafter.device).expand(B, M - 1)
         with cache.writing(slots, is_first=True):
@@ -325,6 +326,8 @@ class Phases:
 
     def draft(self) -> Drafted:
         """Propose K tokens in each row."""
+        if not self.config.depth:
+            return Drafted(self.state.block[:, :0], None)
         tokens, probs = draft(self.drafter, self.state, depth=self.config.depth, choose=self.choose)
         device = self.state.root.device
         if probs is None:
@@ -344,7 +347,9 @@ class Phases:
         for warper in self.warpers:
             flat = scores.flatten(0, 1)  # [B*(K+1), V]
             scores = warper(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
-        if self.config.do_sample:
+        if self.config.simulated_length is not None:
+            verdict = accept_simulated(tokens, scores, self.config.simulated_length)
+        elif self.config.do_sample:
             verdict = accept_sampled(tokens, scores[:, :0] if q is None else q, scores.softmax(-1))
         else:
             verdict = accept_greedy(tokens, scores)

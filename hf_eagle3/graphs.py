@@ -273,7 +273,8 @@ class CapturedPhases(Phases):
 
     def _key(self, num_rows: int) -> tuple:
         """What tells sets of graphs apart."""
-        what = (self.config.depth, self.config.do_sample, self.in_order, self.state.shift.dim())
+        config = self.config
+        what = (config.depth, config.do_sample, config.simulated_length, self.in_order, self.state.shift.dim())
         return num_rows, *what, *map(describe_warper, self.warpers)
 
     def _capture(self) -> Recorded:

@@ -62,14 +62,11 @@ def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever
     """K: what the call says, else the drafter's generation config, else a default.
 
     Raises:
-        ValueError: It is not a positive whole number.
+        ValueError: It is not a whole number from 0 on.
     """
     depth = next(k for k in (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH) if k is not None)
-    if int(depth) != depth or depth < 1:
-        raise ValueError(
-            f"num_assistant_tokens is the number of tokens to draft each round, at least 1; got {depth}. To generate "
-            "without drafting, leave out assistant_model."
-        )
+    if int(depth) != depth or depth < 0:
+        raise ValueError(f"num_assistant_tokens is the number of tokens to draft each round, 0 for none; got {depth}.")
     return int(depth)
 
 

@@ -72,6 +72,7 @@ def run_own_loop(
         do_sample=bool(generation_config.do_sample),
         processors=processors,
         max_length=None if transcript.max_new is None else S + transcript.max_new,
+        simulated_length=getattr(drafter.generation_config, "simulated_acceptance_length", None),
         keeps_rows=keeps_cache and len(given) > 1,
     )
     told = Speculation(choice.loop, choice.why, choice.depth)

@@ -172,6 +172,26 @@ def test_random_drafter_changes_nothing(target):
     assert out.tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["tensors", "in_order"])
+def test_depth_zero_decodes_without_drafting(target, options):
+    batch = pad(prompts_of(9, 4, 13))
+    options = {"max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY, **options}
+    plain = target.generate(**batch, **options)
+    out = target.generate(**batch, assistant_model=make_drafter(target), num_assistant_tokens=0, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.rounds == out.speculation.num_drafted == 0
+
+
+@pytest.mark.parametrize("length", [1.0, 2.41, 3.7, 4.0])
+def test_simulated_acceptance_is_as_long_as_asked(target, length):
+    drafter = make_drafter(target)
+    drafter.generation_config.simulated_acceptance_length = length
+    batch = pad(prompts_of(9, 4, 13, 5))
+    out = target.generate(**batch, assistant_model=drafter, max_new_tokens=200, return_dict_in_generate=True, **GREEDY)
+    assert abs(out.speculation.acceptance_length - length) < 0.15
+    assert all(abs(row.acceptance_length - length) < 0.4 for row in out.speculation.rows)
+
+
 def test_cache_grows_beyond_its_first_bucket(target):
     assert_same(target, pad(prompts_of(50, 60)), wrong_share=0.2, max_new_tokens=120)
 
