@@ -20,7 +20,7 @@ LAYERS = [
     ["decode", "stopping", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "features", "accept"],
     ["cache", "rows"],
-    ["sampling", "tree"],
+    ["sampling", "tree", "kernels"],
     ["modeling"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -202,7 +202,7 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap
         if not (is_usual and _can_run(q, k, cos, sin) and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3):
             return original(q, k, cos, sin, *args, **kwargs)
         B, _, T, D = q.shape
-        is_known = cos.shape[-1] == D and takes_full or cos.shape[-1] * 2 == D and takes_half
+        is_known = (cos.shape[-1] == D and takes_full) or (cos.shape[-1] * 2 == D and takes_half)
         fits = (
             cos.shape == sin.shape
             and cos.shape[0] in (1, B)
@@ -287,7 +287,7 @@ class _SmallLinears(TorchFunctionMode):
         super().__init__()
         self.overlap = overlap
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ARG002  torch's
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
             return linear_small(*args, **kwargs, overlap=self.overlap)
