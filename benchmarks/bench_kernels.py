@@ -1,6 +1,6 @@
 """Kernels against what they replace: right first, then how fast. One CUDA GPU, about four minutes.
 
-python benchmarks/bench_kernels.py --out OUT [--only correct attention linear small stack compiled]
+python benchmarks/bench_kernels.py --out OUT [--only correct attention linear ...]
 
 `--tiny` runs every part on toy sizes; with TRITON_INTERPRET=1 also on a CPU, where its times mean nothing.
 (Not called kernels.py: that is the name of a package the host looks for.)
@@ -9,7 +9,9 @@ python benchmarks/bench_kernels.py --out OUT [--only correct attention linear sm
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import platform
@@ -27,7 +29,15 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, choose_blocks, choose_num_splits
+from hf_eagle3.kernels import linear
+from hf_eagle3.kernels.attention import (
+    attend_rows,
+    attend_rows_eager,
+    choose_blocks,
+    choose_num_splits,
+    write_rows,
+    write_rows_eager,
+)
 from hf_eagle3.kernels.fusion import fused
 from hf_eagle3.kernels.linear import (
     Blocks,
@@ -42,7 +52,7 @@ from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
 from hf_eagle3.rows import RowCache
 
-PARTS = ["correct", "attention", "linear", "small", "stack", "compiled"]
+PARTS = ["correct", "attention", "linear", "small", "stack", "overlap", "compiled"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter has no bfloat16 products
@@ -71,6 +81,7 @@ LAYERS = [
 QKV = (4096, 1024, 1024)
 GATED = (14336, 4096)
 ROW_COUNTS = [1, 4, 8, 32, 64]
+CUTS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (128, 4, 2), (128, 8, 3), (64, 2, 3), (64, 8, 3)]
 
 
 class Report:
@@ -103,20 +114,31 @@ def say(text: str) -> None:
 BEGAN = time.perf_counter()
 
 
+@functools.cache
+def capture_stream() -> Any:
+    """Where graphs are captured."""
+    return torch.cuda.Stream()
+
+
 def microseconds(calls: list[Callable[[], Any]], *, replays: int = 5) -> float:
     """Time of one call: median over replays of a CUDA graph of all of them, in order. Without a GPU, of one run."""
     if not ON_GPU:
         began = time.perf_counter()
         calls[0]()
         return 1e6 * (time.perf_counter() - began)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(capture_stream()):
         calls[0]()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+        torch.cuda.synchronize()
+        # Not `torch.cuda.graph`, which collects garbage each time.
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
     graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
@@ -124,7 +146,7 @@ def microseconds(calls: list[Callable[[], Any]], *, replays: int = 5) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    times = [1000 * a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    times = [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     del graph
     return statistics.median(times) / len(calls)
 
@@ -189,6 +211,39 @@ def attend_low(
     return (weights @ v).transpose(1, 2)
 
 
+class Case(NamedTuple):
+    """An attention to check."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]  # B, H, H_kv, T, D
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    dtype: torch.dtype = DTYPE
+
+    def options(self, H: int, D: int) -> dict[str, Any]:
+        """Arguments of attention besides tensors of the cache."""
+        given: dict[str, Any] = {"scaling": D**-0.5, "window": self.window, "softcap": self.softcap}
+        return {**given, "sinks": random(H, dtype=self.dtype) if self.has_sinks else None}
+
+
+def attention_cases(tiny: bool) -> list[Case]:
+    """Shapes, options and dtypes."""
+    many = 2 if tiny else 8
+    cases = [
+        Case("8B", (3, 4 * many, many, 4, 128)),
+        Case("GptOss window", (2, 8 * many, many, 4, 64), window=40, has_sinks=True),
+        Case("GptOss full", (2, 8 * many, many, 1, 64), has_sinks=True),
+        Case("SmolLM2", (3, 9, 3, 4, 64)),
+        Case("D 96", (2, 8, 4, 3, 96), softcap=20.0),
+        Case("D 256", (2, 8, 4, 4, 256), softcap=50.0, window=33),
+        Case("T 40", (2, 8, 2, 40, 64), window=37),
+    ]
+    if not tiny:
+        cases += [case._replace(dtype=dtype) for case in cases[1:6:4] for dtype in (torch.float16, torch.float32)]
+    return cases
+
+
 def check(report: Report, tiny: bool) -> bool:
     """Errors against float64, and what an independent computation in the same dtype loses. At most twice that."""
     rows: list[list[Any]] = []
@@ -201,35 +256,29 @@ def check(report: Report, tiny: bool) -> bool:
         verdict = "ok" if ours <= budget and is_same_again else "WRONG"
         rows.append([name, f"{ours:.1e}", f"{theirs:.1e}", "yes" if is_same_again else "NO", verdict])
 
-    L = 96 if tiny else 1100
-    dtypes = [DTYPE] if tiny else [torch.bfloat16, torch.float16, torch.float32]
-    shapes = [
-        ("8B", (3, 8 if tiny else 32, 2 if tiny else 8, 4, 32 if tiny else 128), {}),
-        ("GptOss window + sinks", (2, 16 if tiny else 64, 2 if tiny else 8, 4, 64), {"window": 40, "sinks": True}),
-        ("GptOss full + sinks", (2, 16 if tiny else 64, 2 if tiny else 8, 1, 64), {"sinks": True}),
-        ("SmolLM2", (3, 9, 3, 4, 64), {}),
-        ("D 96, softcap", (2, 8, 4, 3, 96), {"softcap": 20.0}),
-        ("D 256, softcap, window", (2, 8, 4, 4, 256), {"softcap": 50.0, "window": 33}),
-        ("T 40", (2, 8, 2, 40, 64), {"window": 37}),
-    ]
-    for dtype in dtypes:
-        for name, (B, H, H_kv, T, D), options in shapes:
-            case = attention_case(B, H, H_kv, T, D, L, dtype)
-            given = dict(options, scaling=D**-0.5)
-            if given.pop("sinks", None):
-                given["sinks"] = random(H, dtype=dtype)
-            truth = attend_rows_eager(**in_double(case), **in_double(given))
-            low = attend_low(**case, **given)
-            for num_splits in (None, 1, 5):
-                compare(
-                    f"attention {name}, {str(dtype)[6:]}, splits {num_splits or 'default'}",
-                    lambda case=case, given=given, n=num_splits: attend_rows(**case, **given, num_splits=n),
-                    truth,
-                    low,
-                )
+    for case_of in attention_cases(tiny):
+        dtype, H, D = case_of.dtype, case_of.shape[1], case_of.shape[4]
+        case = attention_case(*case_of.shape, 96 if tiny else 1100, dtype)
+        given = case_of.options(H, D)
+        truth = attend_rows_eager(**in_double(case), **in_double(given))
+        low = attend_low(**case, **given)
+        for num_splits in (None, 1, 5):
+            compare(
+                f"attention {case_of.name}, {str(dtype)[6:]}, splits {num_splits or 'default'}",
+                lambda case=case, given=given, n=num_splits: attend_rows(**case, **given, num_splits=n),
+                truth,
+                low,
+            )
+    kv, other = random(3, 20, 2, 2, 48), random(3, 4, 2, 2, 48)
+    start = torch.tensor([0, 16, 7], device=DEVICE)
+    caches = [kv.clone(), kv.clone()]
+    for cache, write in zip(caches, (write_rows_eager, write_rows), strict=True):
+        write(*cache.unbind(2), *(x.transpose(1, 2) for x in other.unbind(2)), start)
+    is_same = torch.equal(*caches) and not torch.equal(caches[0], kv)
+    rows.append(["write_rows", "", "equal to twin", str(is_same), "ok" if is_same else "WRONG"])
 
     N, K = (80, 96) if tiny else (1040, 4096)
-    for M in (1, 3, 4, 17, 64):
+    for M in (1, 3, 17, 64):
         x, w, w2, bias = random(M, K), random(N, K, scale=K**-0.5), random(N, K, scale=K**-0.5), random(N)
         truth = linear_small_eager(x.double(), w.double(), bias.double())
         for blocks in [
@@ -256,11 +305,15 @@ def check(report: Report, tiny: bool) -> bool:
                 truth,
                 low,
             )
-        group = linear_group(x, [w, w2[:16], w[16:]], [bias, None, None])
-        for i, (out, weight, b) in enumerate(zip(group, [w, w2[:16], w[16:]], [bias, None, None], strict=True)):
-            low = F.linear(x, weight, b)
+        parts = ([w, w2[:16], w[16:]], [bias, None, None])
+        for i, (weight, b) in enumerate(zip(*parts, strict=True)):
             truth = linear_small_eager(x.double(), weight.double(), None if b is None else b.double())
-            compare(f"group M {M}, part {i}", lambda out=out: out, truth, low)
+            compare(
+                f"group M {M}, part {i}",
+                lambda x=x, i=i, parts=parts: linear_group(x, *parts)[i],
+                truth,
+                F.linear(x, weight, b),
+            )
 
     x, w = random(5, N), random(N)
     for variant in ("llama", "wide", "shifted"):
@@ -306,17 +359,23 @@ def linear_gated_low(x: Tensor, w: Tensor, w2: Tensor, name: str) -> Tensor:
 # ---- attention ----
 
 
-def flash_rows(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, scaling: float) -> Tensor:
-    """ATen's variable-length flash attention over the same cache: [B, T, H, D]."""
+@functools.cache
+def row_bounds(B: int, T: int, L: int) -> tuple[Tensor, Tensor]:
+    """Where each row's queries and slots begin, as flash attention wants it."""
+    return tuple(torch.arange(0, B * n + 1, n, dtype=torch.int32, device=DEVICE) for n in (T, L))  # type: ignore[return-value]
+
+
+def flash_rows(
+    query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *, scaling: float, used: Tensor | None = None
+) -> Tensor:
+    """ATen's variable-length flash attention over the same cache: [B, T, H, D]. `used` [B] int32 is start + T."""
     B, H, T, D = query.shape
     L, H_kv = keys.shape[1:3]
     q = query.transpose(1, 2).reshape(B * T, H, D)
     k, v = keys.reshape(B * L, H_kv, D), values.reshape(B * L, H_kv, D)
-    q_at = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=query.device)
-    k_at = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=query.device)
-    used = (start + T).to(torch.int32)
+    used = (start + T).to(torch.int32) if used is None else used
     out = torch.ops.aten._flash_attention_forward(
-        q, k, v, q_at, k_at, T, L, 0.0, True, False, scale=scaling, seqused_k=used
+        q, k, v, *row_bounds(B, T, L), T, L, 0.0, True, False, scale=scaling, seqused_k=used
     )[0]
     return out.view(B, T, H, D)
 
@@ -351,7 +410,7 @@ def time_attention(report: Report, tiny: bool) -> None:
                 row: list[Any] = [B, T, context]
                 for name, attend, limit in (
                     ("ours", attend_rows, 10**9),
-                    ("flash", flash_rows, 10**9 if ON_GPU else 0),
+                    ("flash", functools.partial(flash_rows, used=(start + T).int()), 10**9 if ON_GPU else 0),
                     ("sdpa", sdpa_rows, 70_000),
                 ):
                     if B * context > limit:
@@ -397,7 +456,6 @@ def time_attention(report: Report, tiny: bool) -> None:
 
     # The cut: slots a step, warps, stages; programs a row.
     rows = []
-    cuts = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 4), (128, 4, 2), (128, 8, 3), (64, 2, 3), (64, 8, 3)]
     splits = {1: [8, 16, 32, 64], 8: [2, 4, 8, 16], 64: [1, 2, 4]}
     for B, context in [(1, 40)] if tiny else [(1, 640), (1, 8192), (8, 640), (8, 8192), (64, 640), (64, 8192)]:
         L = context if tiny else 2048 if context == 640 else context + 64
@@ -405,7 +463,7 @@ def time_attention(report: Report, tiny: bool) -> None:
         query = random(B, 4, H, D).transpose(1, 2)
         start = torch.full((B,), context - 4, device=DEVICE)
         found = []
-        for cut in cuts[:2] if tiny else cuts:
+        for cut in CUTS[:2] if tiny else CUTS:
             for n in splits[B][:2] if tiny else splits[B]:
                 calls = [
                     lambda q=query, k=k, v=v, s=start, c=cut, n=n: attend_rows(
@@ -416,7 +474,7 @@ def time_attention(report: Report, tiny: bool) -> None:
                 took = attempt(lambda calls=calls: microseconds(calls), f"cut {cut} {n}")
                 if isinstance(took, float):
                     found.append((took, cut, n))
-        default = choose_blocks(D, 2, 16)
+        default = choose_blocks(D, 2)
         n_default = choose_num_splits(B * H_kv, L, default[0])
         calls = [lambda q=query, k=k, v=v, s=start: attend_rows(q, k, v, s, scaling=D**-0.5) for k, v in caches]
         best = [f"{took:.1f}: {cut} x {n}" for took, cut, n in sorted(found)[:4]]
@@ -477,49 +535,79 @@ def list_gated_blocks(M: int, tiny: bool) -> list[Blocks]:
     return [Blocks("dot", n, k, 1, w, s) for n, k, w, s in cuts]
 
 
-def build(job: tuple[str, Blocks, int]) -> str | None:
+def build(job: tuple[str, Any, Any]) -> str | None:
     """Compile one kernel into the cache on disk, by running it small. In a process of its own."""
-    kind, blocks, M = job
-    x, w = random(M, 4096), random(256, 4096)
+    kind, what, M = job
     try:
-        if kind == "gated":
-            linear_gated(x, w, w, blocks=blocks)
+        if kind == "attend":
+            B, H, H_kv, T, D = what.shape
+            case = attention_case(B, H, H_kv, T, D, 128, what.dtype)
+            attend_rows(**case, **what.options(H, D), num_splits=M[0], blocks=M[1])
         else:
-            linear_group(x, [w] * (3 if kind == "group" else 1), [None] * (3 if kind == "group" else 1), blocks=blocks)
+            x, w = random(M, 4096), random(256, 4096)
+            n = 3 if kind == "group" else 1
+            if kind == "gated":
+                linear_gated(x, w, w, blocks=what)
+            else:
+                linear_group(x, [w] * n, [None] * n, blocks=what)
         torch.cuda.synchronize()
-    except Exception as problem:  # noqa: BLE001  reported by the sweep, which meets it again
-        return f"{kind} {blocks} M {M}: {type(problem).__name__}: {str(problem)[:200]}"
+    except Exception as problem:  # noqa: BLE001  whoever needs the kernel meets it again
+        return f"{kind} {what} {M}: {type(problem).__name__}: {str(problem)[:200]}"
     return None
 
 
-def build_all(num_workers: int) -> None:
-    """Compile what the sweep needs, in parallel."""
-    jobs: dict[tuple, tuple[str, Blocks, int]] = {}
-    for M in ROW_COUNTS:
-        # What Triton compiles apart: row counts of 1, multiples of 16, and others.
-        kind_of_m = M if M == 1 or M > 16 else 4
-        for blocks in list_blocks(M, False):
-            for kind in ("one", "group"):
-                if kind == "one" or (M in (1, 4) and blocks.split_k == 1):
-                    jobs[kind, blocks, kind_of_m if blocks.kind == "dot" else M] = (kind, blocks, M)
-        for blocks in list_gated_blocks(M, False):
-            jobs["gated", blocks, kind_of_m] = ("gated", blocks, M)
+def build_all(num_workers: int, parts: list[str]) -> None:
+    """Compile in parallel what most of the time would be spent on."""
+    jobs: dict[tuple, tuple[str, Any, Any]] = {}
+    if "correct" in parts:
+        for case in attention_cases(False):
+            for n in (1, 5):
+                jobs["attend", case, n] = ("attend", case, (n, None))
+    if "attention" in parts:
+        for cut in CUTS:
+            for n in (1, 2):
+                jobs["cut", cut, n] = ("attend", attention_cases(False)[0], (n, cut))
+    if "linear" in parts:
+        for M in ROW_COUNTS:
+            padded = max(16, M)
+            for blocks in list_blocks(M, False):
+                for kind in ("one", "group"):
+                    if kind == "one" or (M <= 16 and blocks.split_k == 1):
+                        jobs[kind, blocks, padded if blocks.kind == "dot" else M] = (kind, blocks, M)
+            for blocks in list_gated_blocks(M, False):
+                jobs["gated", blocks, padded] = ("gated", blocks, M)
+    if not jobs:
+        return
     say(f"compiling {len(jobs)} kernels with {num_workers} processes")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         for problem in pool.map(build, jobs.values(), chunksize=1):
             if problem:
                 say(problem)
+    say("compiled")
 
 
-def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -> None:
-    """The sweep, against cuBLAS as called and with the rows padded."""
-    if ON_GPU:
-        build_all(num_workers)
-        say("compiled")
+def sweep(run: Callable[[Any, Blocks], Tensor], inputs: list, choices: list[Blocks], truth: Tensor) -> list[tuple]:
+    """(us, blocks) of every way to cut that gives `truth` on the first input, fastest first."""
+    found = []
+    for blocks in choices:
+
+        def once(blocks: Blocks = blocks) -> float:
+            if (off := error(run(inputs[0], blocks), truth)) > 0.01:
+                raise ValueError(f"error {off}")
+            return microseconds([lambda given=given: run(given, blocks) for given in inputs], replays=3)
+
+        took = attempt(once, f"{[tuple(x.shape) for x in inputs[0]]} {blocks}")
+        if isinstance(took, float):
+            found.append((took, blocks))
+    return sorted(found)
+
+
+def time_linear(report: Report, tiny: bool, deadline: float) -> None:
+    """The sweep, against cuBLAS as called and with the rows padded; its best are what the parts after it use."""
     layers = [Layer("toy", 48, 64)] if tiny else LAYERS
     rows: list[list[Any]] = []
-    best: dict[tuple, Blocks] = {}
+    best: dict[tuple, Blocks | None] = {}
     for layer in layers:
         N, K = layer.N, layer.K
         weights = [random(N, K, scale=K**-0.5) for _ in range(num_copies(2 * N * K))]
@@ -527,25 +615,20 @@ def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -
             x = random(M, K)
             if time.perf_counter() - BEGAN > deadline:
                 say(f"out of time before {layer} M {M}")
-                return
-            found = []
-            for blocks in list_blocks(M, tiny):
-                took = attempt(
-                    lambda x=x, b=blocks: microseconds(
-                        [lambda w=w: linear_small(x, w, blocks=b) for w in weights], replays=3
-                    ),
-                    f"{layer} {M} {blocks}",
-                )
-                if isinstance(took, float):
-                    found.append((took, blocks))
-            found.sort()
+                break
+            found = sweep(
+                lambda given, b: linear_small(x, *given, blocks=b),  # noqa: B023
+                [(w,) for w in weights],
+                list_blocks(M, tiny),
+                F.linear(x, weights[0]),
+            )
             took, blocks = found[0]
-            best[N, K, M] = blocks
             plain = microseconds([lambda w=w: F.linear(x, w) for w in weights])  # noqa: B023
+            best[N, K, M] = blocks if took < plain else None
             padded = []
             for size in (8, 16):
                 wide = random(max(M, size), K)
-                padded.append(microseconds([lambda w=w: F.linear(wide, w) for w in weights]) if M < size else "-")  # noqa: B023
+                padded.append(microseconds([lambda w=w: F.linear(wide, w) for w in weights]) if size > M else "-")  # noqa: B023
             default = microseconds([lambda w=w: linear_small(x, w) for w in weights])  # noqa: B023
             fma = min((t for t, b in found if b.kind == "fma"), default="-")
             second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
@@ -577,24 +660,19 @@ def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -
 
     rows = []
     sizes, (N, K) = ((32, 16, 16), (48, 64)) if tiny else (QKV, GATED)
-    table: dict[tuple, Blocks] = {}
+    table: dict[tuple, Blocks | None] = {}
     for M in [1, 4] if tiny else ROW_COUNTS:
         x = random(M, K)
         pairs = [[random(N, K, scale=K**-0.5) for _ in range(2)] for _ in range(num_copies(4 * N * K))]
-        found = []
-        for blocks in list_gated_blocks(M, tiny):
-            took = attempt(
-                lambda b=blocks: microseconds(
-                    [lambda p=p, b=b: linear_gated(x, *p, blocks=b) for p in pairs], replays=3
-                ),  # noqa: B023
-                f"gated {M} {blocks}",
-            )
-            if isinstance(took, float):
-                found.append((took, blocks))
-        found.sort()
-        table[N, K, M] = found[0][1]
+        found = sweep(
+            lambda p, b: linear_gated(x, *p, blocks=b),  # noqa: B023
+            pairs,
+            list_gated_blocks(M, tiny),
+            F.silu(F.linear(x, pairs[0][0])) * F.linear(x, pairs[0][1]),
+        )
         host = microseconds([lambda p=p: F.silu(F.linear(x, p[0])) * F.linear(x, p[1]) for p in pairs])  # noqa: B023
         two = microseconds([lambda p=p: gate(F.linear(x, p[0]), F.linear(x, p[1])) for p in pairs])  # noqa: B023
+        table[N, K, M] = found[0][1] if found[0][0] < two else None
         second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
         rows.append(["gated", M, found[0][0], 4 * N * K / found[0][0] / 1e3, host, two, tuple(found[0][1]), second])
         report.data.setdefault("gated sweep", []).append({"M": M, "found": found})
@@ -603,19 +681,12 @@ def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -
         if M > 16:
             continue
         triples = [[random(n, K, scale=K**-0.5) for n in sizes] for _ in range(num_copies(2 * sum(sizes) * K))]
-        found = []
-        for blocks in list_blocks(M, tiny):
-            if blocks.split_k == 1:
-                took = attempt(
-                    lambda b=blocks: microseconds(
-                        [lambda p=p, b=b: linear_group(x, p, [None] * 3, blocks=b) for p in triples],  # noqa: B023
-                        replays=3,
-                    ),
-                    f"group {M} {blocks}",
-                )
-                if isinstance(took, float):
-                    found.append((took, blocks))
-        found.sort()
+        found = sweep(
+            lambda p, b: linear_group(x, p, [None] * 3, blocks=b)[0],  # noqa: B023
+            triples,
+            [blocks for blocks in list_blocks(M, tiny) if blocks.split_k == 1],
+            F.linear(x, triples[0][0]),
+        )
         best[sum(sizes), K, M] = found[0][1]
         host = microseconds([lambda p=p: [F.linear(x, w) for w in p] for p in triples])  # noqa: B023
         second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
@@ -631,9 +702,12 @@ def time_linear(report: Report, tiny: bool, num_workers: int, deadline: float) -
     for name, entries in (("TABLE", best), ("GATED_TABLE", table)):
         report.add(f"{name} = {{")
         for (n, k, m), blocks in entries.items():
-            report.add(f"    ({n}, {k}, {m}): Blocks{tuple(blocks)},")
+            line = f"    ({n}, {k}, {m}): {blocks and f'Blocks{tuple(blocks)}'},"
+            report.add(line.replace("'", '"'))
         report.add("}")
     report.add("```")
+    linear.TABLE.update(best)
+    linear.GATED_TABLE.update(table)
 
 
 # ---- norms, rotary, gate ----
@@ -687,11 +761,22 @@ class Rows:
     """A static cache, and the attention that reads it, for a model that is captured."""
 
     attend: Callable = staticmethod(attend_rows)
+    write: Callable = staticmethod(write_rows)
     start: Tensor | None = None
 
 
+class StaticRows(RowCache):
+    """A cache of rows whose new tokens are written by `Rows.write`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """As the host's."""
+        layer = self.layers[layer_idx]
+        Rows.write(layer.keys, layer.values, key_states, value_states, Rows.start)
+        return layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
+
+
 def attention_of_rows(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -710,8 +795,12 @@ def as_stock(model: torch.nn.Module) -> Iterator[None]:  # noqa: ARG001  in the 
     yield
 
 
-def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
-    """Layers of the 8B shape with a cache of rows: stock and fused, as a CUDA graph."""
+def time_stack(report: Report, tiny: bool, bandwidth: float, *, overlap: bool) -> None:
+    """Layers of the 8B shape with a cache of rows: stock and fused, as a CUDA graph.
+
+    Args:
+        overlap: Compare launches that overlap with those that do not, rather than fused with stock layers.
+    """
     AttentionInterface.register("bench_rows", attention_of_rows)
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     if tiny:
@@ -745,21 +834,23 @@ def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
     floor = (32 * layer_bytes + head_bytes) / bandwidth / 1e6  # ms
     context, capacity = (20, 32) if tiny else (640, 2048)
     rows: list[list[Any]] = []
-    ways: list[tuple[str, Callable, Callable]] = [
-        ("stock, flash", flash_rows, as_stock),
-        ("stock, ours", attend_rows, as_stock),
-        ("fused", attend_rows, fused),
-        ("fused, overlap", attend_rows, lambda m: fused(m, overlap=True)),
+    early = functools.partial(attend_rows, overlap=True), functools.partial(write_rows, overlap=True)
+    ways: list[tuple[str, Callable, Callable, Callable]] = [
+        ("stock, flash", flash_rows, write_rows_eager, as_stock),
+        ("stock, our attention", attend_rows, write_rows_eager, as_stock),
+        ("fused", attend_rows, write_rows, fused),
     ]
-    if not ON_GPU:
-        ways = ways[1:3]
+    if overlap:
+        ways = [ways[-1], ("fused, overlap", *early, functools.partial(fused, overlap=True))]
+    elif not ON_GPU:
+        ways = ways[1:]
     for B in [2] if tiny else [1, 8, 64]:
         for T in [4] if tiny else [1, 4]:
             row: list[Any] = [B, T]
             wanted: Tensor | None = None
-            for name, attend, change in ways:
+            for name, *way in ways:
                 result = attempt(
-                    lambda a=attend, c=change, B=B, T=T: run_stack(model, a, c, B, T, context, capacity),
+                    lambda way=way, B=B, T=T: run_stack(model, way, B, T, context, capacity),
                     f"{name} {row[:2]}",
                 )
                 if isinstance(result, str):
@@ -774,11 +865,11 @@ def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
             rows.append([*row, floor + kv_floor])
             free()
     head = ["B", "T"]
-    for name, _, _ in ways:
+    for name, *_ in ways:
         head += [f"{name}", f"{name}: error"]
     cells = [[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows]
     report.table(
-        f"32 layers and head of the 8B shape, context {context}, from stacks of {num_layers} and {num_layers // 2}: ms "
+        f"32 layers and head of the 8B shape{', launches that overlap' if overlap else ''}, context {context}, from stacks of {num_layers} and {num_layers // 2}: ms "
         f"(errors: relative, against the first)",
         [*head, "floor"],
         cells,
@@ -787,13 +878,14 @@ def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
 
 @torch.no_grad()
 def run_stack(
-    model: LlamaForCausalLM, attend: Callable, change: Callable, B: int, T: int, context: int, capacity: int
+    model: LlamaForCausalLM, way: list[Callable], B: int, T: int, context: int, capacity: int
 ) -> tuple[float, Tensor]:
-    """ms of a forward with 32 layers, by extrapolation, and the logits of the stack as it is."""
+    """Ms of a forward with 32 layers, by extrapolation, and the logits of the stack as it is."""
     layers = model.model.layers
     num_layers = len(layers)
     generator = torch.Generator(DEVICE).manual_seed(1)
-    cache = RowCache(num_layers, capacity)
+    attend, write, change = way
+    cache = StaticRows(num_layers, capacity)
     kv = (B, model.config.num_key_value_heads, 1, model.config.head_dim)
     for layer in cache.layers:
         like = torch.empty(kv, dtype=DTYPE, device=DEVICE)
@@ -802,13 +894,14 @@ def run_stack(
             x.normal_(generator=generator)
     ids = torch.randint(0, model.config.vocab_size, (B, T), generator=generator, device=DEVICE)
     Rows.start = torch.full((B,), context - T, device=DEVICE)
-    Rows.attend = staticmethod(attend)
+    if attend is flash_rows:
+        attend = functools.partial(flash_rows, used=(Rows.start + T).int())
+    Rows.attend, Rows.write = staticmethod(attend), staticmethod(write)
     slots = Rows.start[:, None] + torch.arange(T, device=DEVICE)
     logits: list[Tensor] = []
 
     def forward() -> None:
-        with cache.writing(slots):
-            logits[:] = [model(input_ids=ids, position_ids=slots, past_key_values=cache, use_cache=True).logits]
+        logits[:] = [model(input_ids=ids, position_ids=slots, past_key_values=cache, use_cache=True).logits]
 
     times = {}
     with change(model):
@@ -862,6 +955,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     report = Report()
+    gc.disable()  # collected between parts, not in the middle of a capture
+    if ON_GPU and not args.tiny:
+        build_all(args.workers, args.only)
     bandwidth = measure_bandwidth()
     name = torch.cuda.get_device_name() if ON_GPU else platform.processor() or "CPU"
     triton = __import__("triton").__version__
@@ -871,15 +967,16 @@ def main() -> None:
     )
     parts: dict[str, Callable[[], Any]] = {
         "correct": lambda: check(report, args.tiny),
-        "stack": lambda: time_stack(report, args.tiny, bandwidth),
         "attention": lambda: time_attention(report, args.tiny),
         "small": lambda: time_small(report, args.tiny, with_compiled=False),
-        "linear": lambda: time_linear(report, args.tiny, args.workers, args.sweep_until),
+        "linear": lambda: time_linear(report, args.tiny, args.sweep_until),
+        "stack": lambda: time_stack(report, args.tiny, bandwidth, overlap=False),
+        "overlap": lambda: time_stack(report, args.tiny, bandwidth, overlap=True),
         "compiled": lambda: time_small(report, args.tiny, with_compiled=True),
     }
     is_right = True
     for part, run in parts.items():
-        if part not in args.only or (part == "compiled" and not ON_GPU):
+        if part not in args.only or (part in ("overlap", "compiled") and not ON_GPU):
             continue
         say(part)
         result = attempt(run, part)

@@ -23,7 +23,7 @@ LAYERS = [
     ["draft", "prefill"],
     ["accept", "features"],
     ["cache", "rows"],
-    ["sampling", "tree"],
+    ["sampling", "tree", "kernels"],
     ["modeling"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .language import jit, launch, require, round_up_to_power, tl
 
-LOG2_E = 1.4426950408889634
-
 
 def attend_rows_eager(
     query: Tensor,
@@ -267,7 +265,7 @@ def attend_rows(
         raise ValueError("query, keys and values must be contiguous in their last dimension, D.")
     block_m = min(64, max(16, round_up_to_power(T * G)))
     num_tiles = -(-T * G // block_m)
-    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size(), block_m)
+    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size())
     if num_splits is None:
         num_splits = choose_num_splits(B * H_kv * num_tiles, L if window is None else min(L, window + T), block_n)
     block_d = max(16, round_up_to_power(D))
@@ -335,7 +333,7 @@ def attend_rows(
     return out
 
 
-def choose_blocks(D: int, itemsize: int, block_m: int) -> tuple[int, int, int]:
+def choose_blocks(D: int, itemsize: int) -> tuple[int, int, int]:
     """Slots a step, warps and pipeline stages: three stages of keys and values in at most half of a multiprocessor."""
     slot_bytes = 2 * round_up_to_power(D) * itemsize
     block_n = 128

@@ -15,7 +15,7 @@ BLOCK = 1024
 
 
 def silu(x: Tensor) -> Tensor:
-    """X * sigmoid(x)."""
+    """SiLU: x times its sigmoid."""
     return F.silu(x)
 
 
