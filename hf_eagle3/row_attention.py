@@ -34,7 +34,7 @@ def row_attention(
 ) -> tuple[Tensor, None]:  # [B, T, H, D]
     """Attend as the host's functions do: each new token sees what its row holds up to itself, within the window."""
     cache, name = WRITING.get(), type(module).__name__
-    if cache is None or cache.slots is None:
+    if cache is None or cache.start is None:
         raise UnfitError(f"{name} attends by rows outside our decode loop")
     if attention_mask is not None:
         raise UnfitError(f"{name} brings a mask of its own")
@@ -47,7 +47,7 @@ def row_attention(
         query,
         key.transpose(1, 2),
         value.transpose(1, 2),
-        cache.slots[:, 0].to(query.device),
+        cache.start.to(query.device),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=kwargs.get("sliding_window"),
         sinks=s_aux,

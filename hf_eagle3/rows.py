@@ -89,6 +89,7 @@ class RowCache(Cache):
     def __init__(self, num_layers: int, capacity: int):
         self.capacity = capacity
         self.slots: Tensor | None = None  # [B, T] int64, while a forward runs
+        self.start: Tensor | None = None  # [B] the first of them
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.whole: tuple[RowCache, int] | None = None  # whose first rows these are, and how many it has
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
@@ -97,12 +98,13 @@ class RowCache(Cache):
     def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
         """Let one forward write its T positions to `slots` [B, T]."""
         self.slots, self.is_first = slots, is_first
+        self.start = slots[:, 0].contiguous()
         token = WRITING.set(self)
         try:
             yield self
         finally:
             WRITING.reset(token)
-            self.slots, self.is_first = None, False
+            self.slots, self.start, self.is_first = None, None, False
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""
