@@ -224,7 +224,7 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap
 def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
     known: dict[type, str | None] = {}
     for module in model.modules():
-        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if not all(type(part) is nn.Linear and _is_plain(part) for part in parts) or not hasattr(module, "act_fn"):
             continue
         if not _is_plain(module) or not _takes_one(type(module).forward) or not _can_run(parts[0].weight):
@@ -287,7 +287,7 @@ class _SmallLinears(TorchFunctionMode):
         super().__init__()
         self.overlap = overlap
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
             return linear_small(*args, **kwargs, overlap=self.overlap)
@@ -308,7 +308,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
     """Let query, key and value projections of one input run as one kernel."""
     for module in model.modules():
-        parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if not all(type(part) is nn.Linear and _is_plain(part) and _can_run(part.weight) for part in parts):
             continue
         group = _Group(parts, overlap)

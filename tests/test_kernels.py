@@ -1,0 +1,551 @@
+"""Eager twins against loops and the host; kernels against their twins, on a GPU or in Triton's interpreter.
+
+Tests marked `gpu` need kernels to run. Where there is no GPU, `test_kernels_in_the_interpreter` runs them all in a
+process of its own, on CPU tensors.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_drafter, make_target
+from torch import nn
+from torch.nn import functional as F
+from transformers import Gemma2Config, LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from hf_eagle3.kernels import fusion, language
+from hf_eagle3.kernels.attention import (
+    attend_rows,
+    attend_rows_eager,
+    choose_num_splits,
+    write_rows,
+    write_rows_eager,
+)
+from hf_eagle3.kernels.fusion import Swaps, fused
+from hf_eagle3.kernels.linear import (
+    GATED_TABLE,
+    TABLE,
+    Blocks,
+    choose_blocks,
+    is_worth_it,
+    linear_gated,
+    linear_gated_eager,
+    linear_group,
+    linear_group_eager,
+    linear_small,
+    linear_small_eager,
+)
+from hf_eagle3.kernels.mlp import gate, gate_eager
+from hf_eagle3.kernels.norms import VARIANTS, rms_norm, rms_norm_eager
+from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
+from hf_eagle3.modeling import modeling_eagle3
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter has no bfloat16 arithmetic.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+HALF = torch.bfloat16 if ON_GPU else torch.float16
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def assert_as_good(out, reference, truth):
+    """At most twice the error of an independent computation in the same dtype, both against float64."""
+    assert out.dtype == reference.dtype
+    scale = truth.double().norm()
+    error, budget = ((x.double() - truth.double()).norm() / scale for x in (out, reference))
+    # Two roundings of the result: sums of few products may be exact in the reference.
+    assert error <= max(2 * budget, 2 * torch.finfo(out.dtype).eps), f"{error:.2e}, budget {2 * budget:.2e}"
+
+
+def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32):
+    """Rows of lengths of their own, from the shortest to the longest, NaN behind each; keys and values strided."""
+    query = random(B, T, H, D, dtype=dtype).transpose(1, 2)
+    keys, values = random(B, L, 2, H_kv, D, dtype=dtype).unbind(2)
+    start = torch.randint(0, L - T + 1, (B,), device=DEVICE)
+    start[0], start[-1] = L - T, 0
+    is_junk = torch.arange(L, device=DEVICE) >= start[:, None] + T  # [B, L]
+    for x in (keys, values):
+        x.masked_fill_(is_junk[..., None, None], float("nan"))
+    return query, keys, values, start
+
+
+def in_double(*tensors):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tensors]
+
+
+# ---- twins ----
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"),
+    [(None, None, False), (3, None, False), (None, 2.0, False), (4, 1.5, True)],
+    ids=["full", "window", "softcap", "all"],
+)
+def test_attention_twin_is_softmax_over_what_a_token_sees(window, softcap, has_sinks):
+    B, H, H_kv, T, D, L = 3, 4, 2, 3, 8, 11
+    query, keys, values, start = in_double(*(x.cpu() for x in make_rows(B, H, H_kv, T, D, L)))
+    sinks = torch.randn(H, dtype=torch.float64) if has_sinks else None
+    out = attend_rows_eager(query, keys, values, start, scaling=0.3, window=window, softcap=softcap, sinks=sinks)
+    assert out.shape == (B, T, H, D)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                last = int(start[b]) + t
+                first = 0 if window is None else max(0, last - window + 1)
+                weights, total = [], math.exp(sinks[h]) if has_sinks else 0.0
+                for slot in range(first, last + 1):
+                    score = 0.3 * float(query[b, h, t] @ keys[b, slot, h // 2])
+                    score = softcap * math.tanh(score / softcap) if softcap else score
+                    weights.append(math.exp(score))
+                total += sum(weights)
+                expected = sum(w * values[b, first + i, h // 2] for i, w in enumerate(weights)) / total
+                torch.testing.assert_close(out[b, t, h], expected)
+
+
+def test_writing_twin_writes_its_slots_only():
+    keys, values = torch.zeros(2, 6, 1, 3), torch.zeros(2, 6, 1, 3)
+    new_keys, new_values = torch.randn(2, 1, 2, 3), torch.randn(2, 1, 2, 3)
+    write_rows_eager(keys, values, new_keys, new_values, torch.tensor([0, 4]))
+    for cache, new in ((keys, new_keys), (values, new_values)):
+        assert torch.equal(cache[0, :2, 0], new[0, 0])
+        assert torch.equal(cache[1, 4:, 0], new[1, 0])
+        assert not cache[0, 2:].any()
+        assert not cache[1, :4].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [(LlamaRMSNorm, "llama"), (GptOssRMSNorm, "wide"), (Gemma2RMSNorm, "shifted")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_norm_twin_is_the_hosts(kind, variant):
+    norm = kind(40, eps=1e-5).bfloat16()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(7, 40).bfloat16()
+    results = {v: rms_norm_eager(x, norm.weight, eps=1e-5, variant=v) for v in VARIANTS}
+    assert torch.equal(results[variant], norm(x))
+    assert all(not torch.equal(results[v], norm(x)) for v in VARIANTS if v != variant)
+
+
+def test_rotary_twin_is_the_hosts():
+    q, k = torch.randn(2, 4, 3, 16).bfloat16(), torch.randn(2, 2, 3, 16).bfloat16()
+    for width, host in ((16, modeling_llama), (8, modeling_gpt_oss)):
+        cos, sin = torch.randn(2, 3, width).bfloat16(), torch.randn(2, 3, width).bfloat16()
+        expected = host.apply_rotary_pos_emb(q, k, cos, sin)
+        assert all(map(torch.equal, apply_rotary_eager(q, k, cos, sin), expected))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_twins_are_the_hosts(activation):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+    mlp = LlamaMLP(LlamaConfig(**sizes)) if activation == "silu" else Gemma2MLP(Gemma2Config(**sizes))
+    x = torch.randn(3, 16)
+    middle = gate_eager(mlp.gate_proj(x), mlp.up_proj(x), activation=activation)
+    torch.testing.assert_close(mlp.down_proj(middle), mlp(x))
+    together = linear_gated_eager(x, mlp.gate_proj.weight, mlp.up_proj.weight, activation=activation)
+    torch.testing.assert_close(together, middle)
+
+
+def test_linear_twin_is_linear():
+    x, weight, bias = torch.randn(2, 3, 16), torch.randn(5, 16), torch.randn(5)
+    torch.testing.assert_close(linear_small_eager(x, weight, bias), F.linear(x, weight, bias))
+    first, second = linear_group_eager(x, [weight, weight[:2]], [None, bias[:2]])
+    torch.testing.assert_close(first, F.linear(x, weight))
+    torch.testing.assert_close(second, F.linear(x, weight[:2], bias[:2]))
+
+
+def test_splits_fill_the_device_and_no_split_is_without_slots():
+    assert choose_num_splits(512, 10_000, 64) == 1
+    assert choose_num_splits(8, 10_000, 64) == 33
+    assert choose_num_splits(8, 130, 64) == 3
+    assert choose_num_splits(1, 10**6, 64) == 64
+
+
+def test_a_table_decides_for_the_sizes_it_lists(monkeypatch):
+    blocks = Blocks("dot", 64, 64, 1, 8, 2)
+    monkeypatch.setitem(TABLE, (7, 9, 4), blocks)
+    monkeypatch.setitem(TABLE, (7, 9, 8), None)
+    monkeypatch.setitem(GATED_TABLE, (7, 9, 32), blocks)
+    assert choose_blocks(7, 9, 3) == choose_blocks(7, 9, 4) == blocks
+    assert choose_blocks(7, 9, 5) != blocks
+    assert is_worth_it(7, 9, 3)
+    assert not is_worth_it(7, 9, 6)
+    assert is_worth_it(7, 9, 16)
+    assert not is_worth_it(7, 9, 32)
+    assert is_worth_it(7, 9, 32, is_gated=True)
+    assert not is_worth_it(7, 9, 65)
+
+
+@pytest.mark.skipif(language.is_available(torch.device(DEVICE)), reason="kernels can run here")
+def test_without_kernels_nothing_is_replaced_and_they_say_why():
+    model = modeling_llama.LlamaForCausalLM(LlamaConfig(**TINY)).half()
+    rotate = modeling_llama.apply_rotary_pos_emb
+    with fused(model) as swaps:
+        assert swaps == Swaps()
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert modeling_llama.apply_rotary_pos_emb is rotate
+    with pytest.raises((ImportError, ValueError), match=r"Triton|CUDA tensors"):
+        linear_small(torch.randn(1, 16), torch.randn(4, 16))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the GPU runs them")
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+# ---- kernels ----
+
+
+ATTENTION = {
+    "packed heads": ((3, 8, 2, 4, 32), {}),
+    "one token": ((2, 4, 4, 1, 64), {}),
+    "odd group, window": ((2, 3, 1, 4, 64), {"window": 5}),
+    "sinks and window": ((2, 16, 2, 4, 64), {"window": 20, "sinks": True}),
+    "sinks": ((2, 8, 1, 1, 128), {"sinks": True}),
+    "softcap, head of 96": ((2, 4, 2, 3, 96), {"softcap": 5.0}),
+    "head of 256": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 20.0}),
+    "several tiles": ((2, 4, 1, 20, 32), {"window": 7}),
+}
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("num_splits", [None, 1, 3], ids=lambda n: f"splits-{n}")
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_attention_equals_its_twin(shape, num_splits, dtype):
+    (B, H, H_kv, T, D), options = ATTENTION[shape]
+    options = dict(options)
+    rows = make_rows(B, H, H_kv, T, D, 70, dtype)
+    sinks = random(H, dtype=dtype) if options.pop("sinks", False) else None
+    out = attend_rows(*rows, scaling=D**-0.5, sinks=sinks, num_splits=num_splits, blocks=(16, 4, 2), **options)
+    twin = attend_rows_eager(*rows, scaling=D**-0.5, sinks=sinks, **options)
+    *rows64, sinks64 = in_double(*rows, sinks)
+    truth = attend_rows_eager(*rows64, scaling=D**-0.5, sinks=sinks64, **options)
+    assert_as_good(out, twin, truth)
+
+
+@pytest.mark.gpu
+def test_attention_of_a_row_depends_on_nothing_else():
+    query, keys, values, start = make_rows(3, 4, 2, 4, 32, 40, HALF)
+    out = attend_rows(query, keys, values, start, scaling=0.2, num_splits=2)
+    assert torch.equal(out, attend_rows(query, keys, values, start, scaling=0.2, num_splits=2))
+    others = [x.clone() for x in (query, keys, values)]
+    for x in others:
+        x[0].normal_()
+    assert torch.equal(out[1:], attend_rows(*others, start, scaling=0.2, num_splits=2)[1:])
+    longer = [F.pad(x, (0, 0, 0, 0, 0, 9), value=float("nan")) for x in (keys, values)]  # more capacity
+    assert torch.equal(out, attend_rows(query, *longer, start, scaling=0.2, num_splits=2))
+
+
+@pytest.mark.gpu
+def test_attention_refuses_what_it_cannot_read():
+    query, keys, values, start = make_rows(2, 4, 2, 4, 32, 40)
+    with pytest.raises(ValueError, match=r"H_kv dividing H"):
+        attend_rows(query, keys[:1], values, start, scaling=1.0)
+    with pytest.raises(ValueError, match=r"contiguous in their last dimension"):
+        attend_rows(query.transpose(2, 3).contiguous().transpose(2, 3), keys, values, start, scaling=1.0)
+
+
+@pytest.mark.gpu
+def test_writing_equals_its_twin():
+    rows, new = random(3, 20, 2, 3, 48), random(3, 4, 2, 3, 48)
+    start = torch.tensor([0, 16, 7], device=DEVICE)
+    expected = rows.clone()
+    new_keys, new_values = (x.transpose(1, 2) for x in new.unbind(2))
+    write_rows_eager(*expected.unbind(2), new_keys, new_values, start)
+    write_rows(*rows.unbind(2), new_keys, new_values, start)
+    assert torch.equal(rows, expected)
+
+
+LINEAR = {
+    "by size": None,
+    "dot": Blocks("dot", 32, 32, 1, 4, 3),
+    "dot, split": Blocks("dot", 16, 16, 3, 4, 3),
+    "fma": Blocks("fma", 8, 32, 1, 4, 1),
+    "fma, staged": Blocks("fma", 4, 32, 1, 4, 3),
+}
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("K", [96, 100])
+@pytest.mark.parametrize("M", [1, 3, 4, 17, 64])
+@pytest.mark.parametrize("blocks", LINEAR)
+def test_linear_equals_its_twin(blocks, M, K, dtype):
+    blocks = LINEAR[blocks]
+    if blocks is not None and blocks.kind == "fma" and M > 4:
+        pytest.skip("fma is for up to four rows")
+    x, bias = random(1, M, K, dtype=dtype), random(50, dtype=dtype)
+    weights = [random(N, K, dtype=dtype) / K**0.5 for N in (50, 33, 16)]
+    biases = [bias, None, bias[:16]]
+    for n in (1, 3):
+        group = linear_group(x, weights[:n], biases[:n], blocks=blocks)
+        for out, weight, b in zip(group, weights, biases, strict=False):
+            truth = linear_small_eager(*in_double(x, weight, b))
+            assert_as_good(out, linear_small_eager(x, weight, b), truth)
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("M", [1, 4, 33])
+def test_gated_linear_equals_its_twin(M, activation, dtype):
+    x, weights = random(M, 100, dtype=dtype), [random(40, 100, dtype=dtype) / 10 for _ in range(2)]
+    out = linear_gated(x, *weights, activation=activation, blocks=Blocks("dot", 16, 32, 1, 4, 3))
+    twin = linear_gated_eager(x, *weights, activation=activation)
+    assert_as_good(out, twin, linear_gated_eager(*in_double(x, *weights), activation=activation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", LINEAR)
+def test_a_rows_linear_result_depends_on_no_other(blocks):
+    x, weight = random(3, 96, dtype=HALF), random(50, 96, dtype=HALF)
+    out = linear_small(x, weight, blocks=LINEAR[blocks])
+    assert torch.equal(out, linear_small(x, weight, blocks=LINEAR[blocks]))
+    others = random(3, 96, dtype=HALF)
+    others[1] = x[1]
+    assert torch.equal(out[1], linear_small(others, weight, blocks=LINEAR[blocks])[1])
+
+
+@pytest.mark.gpu
+def test_linear_refuses_what_it_is_not_for():
+    weight = random(4, 16)
+    with pytest.raises(ValueError, match=r"1 to 64 rows, got 65"):
+        linear_small(random(65, 16), weight)
+    with pytest.raises(ValueError, match=r"\[N, 16\], contiguous"):
+        linear_small(random(1, 16), random(16, 4).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("D", [48, 1000])
+def test_norm_rounds_where_its_twin_does(D, variant):
+    x, weight = random(2, 9, D, dtype=HALF), random(D, dtype=HALF)
+    out, twin = rms_norm(x, weight, eps=1e-5, variant=variant), rms_norm_eager(x, weight, eps=1e-5, variant=variant)
+    assert (out == twin).float().mean() > 0.99
+    torch.testing.assert_close(out, twin, rtol=2 * torch.finfo(HALF).eps, atol=1e-6)
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("is_shared", [False, True], ids=["full", "shared"])
+@pytest.mark.parametrize("rows", [1, 2], ids=["one-row-of-angles", "per-row"])
+def test_rotary_equals_its_twin(rows, is_shared, dtype):
+    q, k = (random(2, 3, heads, 48, dtype=dtype).transpose(1, 2) for heads in (9, 2))
+    cos, sin = (random(rows, 3, 24 if is_shared else 48, dtype=dtype) for _ in range(2))
+    for out, twin in zip(apply_rotary(q, k, cos, sin), apply_rotary_eager(q, k, cos, sin), strict=True):
+        if dtype == torch.float32:  # a product may be fused with the sum
+            torch.testing.assert_close(out, twin)
+        else:
+            assert torch.equal(out, twin)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_rounds_where_its_twin_does(activation):
+    a, b = random(3, 777, dtype=HALF), random(3, 777, dtype=HALF)
+    out, twin = gate(a, b, activation=activation), gate_eager(a, b, activation=activation)
+    assert (out == twin).float().mean() > 0.99
+    torch.testing.assert_close(out, twin, rtol=4 * torch.finfo(HALF).eps, atol=1e-5)
+
+
+# ---- fusion ----
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 64,
+}
+
+
+def is_untouched(model):
+    return not any("forward" in vars(module) for module in model.modules())
+
+
+def is_close(a, b):
+    return float((a - b).float().norm()) <= 0.02 * float(b.float().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt_oss"])
+def test_fused_targets_compute_the_same_and_are_restored(kind):
+    model = make_target(kind).to(DEVICE, HALF).eval()
+    home = sys.modules[type(model).__module__]
+    rotate = home.apply_rotary_pos_emb
+    ids = torch.randint(2, 64, (2, 4), device=DEVICE)
+    with torch.no_grad():
+        before = model(ids).logits
+        with fused(model) as swaps:
+            assert not is_untouched(model)
+            assert home.apply_rotary_pos_emb is not rotate
+            during = model(ids).logits
+        after = model(ids).logits
+    assert set(swaps.norms.values()) == {{"gpt_oss": "wide", "gemma3": "shifted"}.get(kind, "llama")}
+    assert list(swaps.mlps.values()) == {"gpt_oss": [], "gemma3": ["gelu_tanh"]}.get(kind, ["silu"])
+    assert swaps.rotaries == [home.__name__]
+    assert swaps.num_groups == len(model.model.layers)
+    assert is_close(during, before)
+    assert torch.equal(after, before)
+    assert is_untouched(model)
+    assert home.apply_rotary_pos_emb is rotate
+
+
+@pytest.mark.gpu
+def test_the_drafter_is_fused_too():
+    drafter = make_drafter(make_target("llama")).to(DEVICE, HALF).eval()
+    rotate = modeling_eagle3.apply_rotary_pos_emb
+    ids = torch.randint(2, 64, (2, 3), device=DEVICE)
+    states = random(2, 3, drafter.config.num_captured_states * drafter.config.target_hidden_size, dtype=HALF)
+    with torch.no_grad():
+        before = drafter(ids, aux_hidden_states=states)
+        with fused(drafter) as swaps:
+            during = drafter(ids, aux_hidden_states=states)
+    assert swaps.norms == {"LlamaRMSNorm": "llama"}
+    assert modeling_eagle3.__name__ in swaps.rotaries
+    assert swaps.num_groups == len(drafter.layers)
+    assert is_close(during.logits, before.logits)
+    assert is_close(during.feedback, before.feedback)
+    assert modeling_eagle3.apply_rotary_pos_emb is rotate
+    assert is_untouched(drafter)
+
+
+@pytest.mark.gpu
+def test_all_is_restored_after_an_exception():
+    model = modeling_llama.LlamaForCausalLM(LlamaConfig(**TINY)).to(DEVICE, HALF)
+    rotate = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(RuntimeError, match="on purpose"), fused(model):
+        raise RuntimeError("on purpose")
+    assert is_untouched(model)
+    assert modeling_llama.apply_rotary_pos_emb is rotate
+
+
+class CentredRMSNorm(LlamaRMSNorm):
+    """Looks like one, and is not."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+class SwappedMLP(LlamaMLP):
+    """Activates the wrong half."""
+
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    """Turns the other way; here because this module's classes would call it by this name."""
+    return apply_rotary_eager(q, k, cos, -sin)
+
+
+@pytest.mark.gpu
+def test_what_only_looks_like_a_known_layer_is_left_alone():
+    model = nn.ModuleList([CentredRMSNorm(16), SwappedMLP(LlamaConfig(**TINY)), nn.LayerNorm(16)]).to(DEVICE, HALF)
+    ours = apply_rotary_pos_emb
+    with fused(model) as swaps:
+        assert is_untouched(model)
+        assert apply_rotary_pos_emb is ours
+    assert swaps == Swaps()
+
+
+@pytest.mark.gpu
+def test_hooked_layers_are_left_alone():
+    model = nn.ModuleList([LlamaRMSNorm(16), LlamaMLP(LlamaConfig(**TINY))]).to(DEVICE, HALF)
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].gate_proj.register_forward_pre_hook(lambda *_: None)
+    with fused(model) as swaps:
+        assert is_untouched(model)
+    assert not swaps.norms
+    assert not swaps.mlps
+
+
+@pytest.mark.gpu
+def test_linear_layers_over_few_rows_are_ours_and_others_the_hosts(monkeypatch):
+    called = []
+    monkeypatch.setattr(fusion, "linear_small", lambda x, w, b=None, **_: called.append(x.shape) or F.linear(x, w, b))
+    weight, bias = random(8, 16, dtype=HALF), random(8, dtype=HALF)
+
+    class Quantized(torch.Tensor):
+        pass
+
+    with fused(nn.Linear(16, 8, device=DEVICE, dtype=HALF)):
+        F.linear(random(3, 16, dtype=HALF), weight, bias)
+        F.linear(random(1, 3, 16, dtype=HALF), weight, bias=bias)
+        assert called == [(3, 16), (1, 3, 16)]
+        F.linear(random(100, 16, dtype=HALF), weight)  # many rows
+        F.linear(random(3, 16), weight.float())  # float32
+        F.linear(random(3, 16, dtype=HALF), weight.as_subclass(Quantized))
+        F.linear(random(3, 16, dtype=HALF).requires_grad_(), weight).sum().backward()
+        F.linear(random(3, 8, dtype=HALF), weight.T)  # not contiguous
+        F.linear(random(3, 16, dtype=HALF), weight[0])  # a vector
+        F.linear(random(0, 16, dtype=HALF), weight)  # nothing
+    F.linear(random(3, 16, dtype=HALF), weight, bias)  # outside
+    assert len(called) == 2
+
+
+@pytest.mark.gpu
+def test_projections_of_different_inputs_are_computed_apart():
+    attention = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        attention.add_module(name, nn.Linear(16, 8, bias=name == "k_proj"))
+    attention.to(DEVICE, HALF).requires_grad_(False)
+    x, other = random(2, 16, dtype=HALF), random(2, 16, dtype=HALF)
+
+    def run(change):
+        q, k = attention.q_proj(x), attention.k_proj(other)
+        y = x.clone()
+        q_again = attention.q_proj(y)
+        if change:
+            y.mul_(2)
+        return q, k, q_again, attention.k_proj(y), attention.v_proj(y), attention.v_proj(x)
+
+    for change in (False, True):
+        expected = run(change)
+        with fused(attention) as swaps:
+            assert swaps.num_groups == 1
+            assert all(map(is_close, run(change), expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA graph")
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlap"])
+def test_a_captured_fused_model_replays_the_same(overlap):
+    model = modeling_llama.LlamaForCausalLM(LlamaConfig(**TINY)).to(DEVICE, HALF).eval()
+    ids = torch.randint(0, 64, (2, 4), device=DEVICE)
+    with torch.no_grad(), fused(model, overlap=overlap):
+        eager = model(ids, use_cache=False).logits
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(ids, use_cache=False).logits
+        for _ in range(20):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, eager)
