@@ -257,13 +257,18 @@ def measure(
             categories = [category for batch in batches for category in batch.categories]
             result.acceptance_length = acceptance(rows)
             result.by_category = {
-                category: {"acceptance_length": acceptance([r for r, c in zip(rows, categories, strict=True) if c == category])}
+                category: {
+                    "acceptance_length": acceptance(
+                        [r for r, c in zip(rows, categories, strict=True) if c == category]
+                    )
+                }
                 for category in dict.fromkeys(categories)
             }
             for name in ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds"):
                 result.seconds_in[name] = sum(getattr(speculation, name) for speculation in told)
             result.seconds_in["rounds"] = sum(max(r.rounds for r in s.rows) for s in told)
-            result.graphs = firsts[kind][0].told.graphs if firsts[kind][0].told else ""
+            first = firsts[kind][0].told
+            result.graphs = first.graphs if first is not None else ""
         measured.append(result)
     return measured
 
@@ -301,7 +306,9 @@ def to_markdown(results: list[Measured], *, title: str, notes: Sequence[str]) ->
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     for name, kind in (("drafting against generate()", STOCK), ("drafting against our loop without", PLAIN)):
         pairs = [(by_key.get((DRAFTED, size)), by_key.get((kind, size))) for size in sizes]
-        cells = ["-" if a is None or b is None else f"{a.tokens_per_second / b.tokens_per_second:.2f}x" for a, b in pairs]
+        cells = [
+            "-" if a is None or b is None else f"{a.tokens_per_second / b.tokens_per_second:.2f}x" for a, b in pairs
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     drafted = [by_key.get((DRAFTED, size)) for size in sizes]
     for name, show in (
@@ -309,17 +316,32 @@ def to_markdown(results: list[Measured], *, title: str, notes: Sequence[str]) ->
         ("rows identical to generate()", lambda r: f"{r.num_identical} of {r.num_rows}"),
         ("memory beyond weights, GiB", lambda r: "-" if r.peak_gib is None else f"{r.peak_gib:.2f}"),
         ("a round, ms", lambda r: f"{1000 * r.seconds_in['seconds'] / max(r.seconds_in['rounds'], 1):.2f}"),
-        ("of which draft, ms", lambda r: f"{1000 * r.seconds_in['draft_seconds'] / max(r.seconds_in['rounds'], 1):.2f}"),
+        (
+            "of which draft, ms",
+            lambda r: f"{1000 * r.seconds_in['draft_seconds'] / max(r.seconds_in['rounds'], 1):.2f}",
+        ),
         ("graphs, first call", lambda r: r.graphs),
     ):
-        lines.append(f"| {name} | " + " | ".join("-" if r is None or r.acceptance_length is None else show(r) for r in drafted) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join("-" if r is None or r.acceptance_length is None else show(r) for r in drafted)
+            + " |"
+        )
     categories = {c for r in results for c in r.by_category} - {"random", "all"}
     if categories:
-        lines += ["", "Acceptance length by category:", "", "| category | " + " | ".join(f"BS {s}" for s in sizes) + " |"]
+        lines += [
+            "",
+            "Acceptance length by category:",
+            "",
+            "| category | " + " | ".join(f"BS {s}" for s in sizes) + " |",
+        ]
         lines.append("|---|" + "---:|" * len(sizes))
         order = dict.fromkeys(c for r in results for c in r.by_category)
         for category in order:
-            cells = [f"{r.by_category[category]['acceptance_length']:.2f}" if r and category in r.by_category else "-" for r in drafted]
+            cells = [
+                f"{r.by_category[category]['acceptance_length']:.2f}" if r and category in r.by_category else "-"
+                for r in drafted
+            ]
             lines.append(f"| {category} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .kernels.attention import write_rows, write_rows_eager
+from .kernels.language import is_available
+
 Masks = Tensor | dict[str, Tensor]
 BY_ROWS = "eagle3_rows"  # the attention that asks the cache and no mask; see row_attention.py
 
@@ -56,11 +59,9 @@ class RowLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        assert self.cache.slots is not None
-        slots = self.cache.slots.to(key_states.device)  # [B, T]
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        self.keys[rows, slots] = key_states.transpose(1, 2)
-        self.values[rows, slots] = value_states.transpose(1, 2)
+        assert self.cache.start is not None
+        write = write_rows if is_available(key_states.device) else write_rows_eager
+        write(self.keys, self.values, key_states, value_states, self.cache.start.to(key_states.device))
         if self.cache.is_first:
             return key_states, value_states
         return self.keys.transpose(1, 2), self.values.transpose(1, 2)
@@ -88,23 +89,22 @@ class RowCache(Cache):
 
     def __init__(self, num_layers: int, capacity: int):
         self.capacity = capacity
-        self.slots: Tensor | None = None  # [B, T] int64, while a forward runs
-        self.start: Tensor | None = None  # [B] the first of them
+        self.start: Tensor | None = None  # [B] int64, while a forward runs: the first slot it writes to
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.whole: tuple[RowCache, int] | None = None  # whose first rows these are, and how many it has
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
 
     @contextmanager
     def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
-        """Let one forward write its T positions to `slots` [B, T]."""
-        self.slots, self.is_first = slots, is_first
+        """Let one forward write its T positions to `slots` [B, T], one behind the other in each row."""
+        self.is_first = is_first
         self.start = slots[:, 0].contiguous()
         token = WRITING.set(self)
         try:
             yield self
         finally:
             WRITING.reset(token)
-            self.slots, self.start, self.is_first = None, None, False
+            self.start, self.is_first = None, False
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""

@@ -301,7 +301,9 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     def run_eagerly(function, *args, pool):
         phases = function.__self__
         target, drafter = phases.target, phases.drafter
+        random_state = torch.cuda.get_rng_state()
         results = function(*args)
+        torch.cuda.set_rng_state(random_state)
 
         def replay():
             with (

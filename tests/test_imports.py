@@ -15,7 +15,7 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 LAYERS = [
     ["cli"],
     ["__init__", "__main__"],
-    ["integration"],
+    ["bench", "integration"],
     ["own_loop"],
     ["candidates", "choice", "graphs", "refusals", "training"],
     ["row_attention"],
