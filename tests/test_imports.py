@@ -13,9 +13,9 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 
 # A module imports from the rows below its own, and from modules of its own row after which it stands.
 LAYERS = [
-    ["cli"],
+    ["cli", "bench"],
     ["__init__", "__main__"],
-    ["bench", "integration"],
+    ["integration"],
     ["own_loop"],
     ["candidates", "choice", "graphs", "refusals", "training"],
     ["row_attention"],
