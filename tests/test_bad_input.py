@@ -89,6 +89,19 @@ def test_prompt_longer_than_its_limit_is_treated_as_without(target, loop):
     assert str(ours.value) == str(plain.value)
 
 
+def test_mask_of_another_width_fails_and_is_forgotten(target, loop):
+    drafter = make_drafter(target)
+    with refused(target, drafter, loop, kind=Exception):
+        target.generate(
+            make_prompt(6),
+            attention_mask=torch.ones(1, 4, dtype=torch.long),
+            assistant_model=drafter,
+            decode_loop=loop,
+            max_new_tokens=4,
+            **GREEDY,
+        )
+
+
 # ---- caches ----
 
 
@@ -126,6 +139,15 @@ def test_drafter_of_other_words_is_refused(target, loop):
     fitting = make_drafter(target)
     with refused(target, fitting, loop, match=rf"{V + 8}.*{V}|{V}.*{V + 8}"):
         target.generate(make_prompt(4), assistant_model=stranger, decode_loop=loop, max_new_tokens=4)
+
+
+def test_target_too_shallow_for_the_usual_boundaries_is_named(target, loop):
+    """Of four layers, 2, n/2 and n-3 are two boundaries, where the drafter wants three states."""
+    shallow = LlamaForCausalLM(type(target.config)(**target.config.to_dict() | {"num_hidden_layers": 4})).eval()
+    forwards = []
+    with pytest.raises(ValueError, match="layers"), hooked(shallow, lambda *_: forwards.append(1)):
+        shallow.generate(make_prompt(4), assistant_model=make_drafter(shallow), decode_loop=loop, max_new_tokens=4)
+    assert not forwards
 
 
 def test_drafter_follows_the_target_it_is_given(loop):
@@ -198,8 +220,7 @@ def test_target_with_absolute_positions_works_or_is_refused(loop):
 
 @pytest.mark.parametrize("after", [0, 1, 3], ids=["at_once", "first_round", "later"])
 @pytest.mark.parametrize("further", [GREEDY, {"do_sample": True}, {"repetition_penalty": 1.2}], ids=str)
-def test_logits_that_are_not_numbers_are_named(target, after, further):
-    loop = "own"
+def test_logits_that_are_not_numbers_are_named(target, loop, after, further):
     drafter, uses = make_drafter(target), itertools.count()
     with refused(target, drafter, loop, match="logits are NaN"):
         poison = lambda _m, _a, logits: logits * torch.nan if next(uses) >= after else None  # noqa: E731

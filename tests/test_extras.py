@@ -80,6 +80,14 @@ def test_grammar_is_kept_when_sampled(target):
         assert sorted(json.loads(text)) == ["a", "b", "c"]
 
 
+@needs_xgrammar
+def test_grammar_is_kept_by_the_hosts_loop(target):
+    batch = pad(prompts_of(7))
+    plain = constrained(target, batch, compiled("object"))
+    drafter = make_drafter(target)
+    assert constrained(target, batch, compiled("object"), assistant_model=drafter, decode_loop="host") == plain
+
+
 # ---- quantised targets ----
 
 
