@@ -129,9 +129,9 @@ def wrap_generate(original: Callable) -> Callable:
         )
         # The host hands criteria through to the decode loop; this one is found, taken out and never asked.
         call.arguments["stopping_criteria"] = [*(call.arguments.get("stopping_criteria") or ()), choice]
+        further.pop("assistant_tokenizer", None)  # draft tokens are the target's by their ids
         if choice.loop == OWN_LOOP:
             call.arguments["assistant_model"] = None  # to the host, a plain call
-            further.pop("assistant_tokenizer", None)
         elif (setting("num_return_sequences") or 1) > 1:
             raise ValueError(
                 f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): leave out "

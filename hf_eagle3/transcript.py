@@ -136,8 +136,9 @@ class Transcript:
         )
 
 
-# What the host's processors keep for each prompt: the pads that a repetition penalty skips; prompts, and their n-grams.
-HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
+# What processors keep for each prompt: the pads that a repetition penalty skips; prompts, and their n-grams; xgrammar's
+# grammars.
+HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams", "compiled_grammars")
 
 
 def is_sized(value: Any) -> bool:  # Any: whatever a processor keeps by that name
