@@ -25,6 +25,7 @@ from .prefill import Prompt
 from .rows import RowCache, make_masks, to_bucket
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
+from .stopping import raise_if_nan
 from .transcript import Transcript, processors_for_rows
 
 
@@ -67,10 +68,6 @@ class Clocks(NamedTuple):
     draft: Stopwatch
     accept: Stopwatch
     host: Stopwatch
-
-
-class NotANumberError(ValueError):
-    """The target's logits are NaN."""
 
 
 def prepare(
@@ -464,12 +461,3 @@ def take_down(
         for k in range(read[len(rows) * (K + 1) + b] + 1):
             if transcript.append(row, read[b * (K + 1) + k], scores[b, k], logits[b, k]):
                 break
-
-
-def raise_if_nan(is_nan: bool) -> None:
-    """Name what would otherwise end in token 0, or in a complaint of the sampler."""
-    if is_nan:
-        raise NotANumberError(
-            "The target's logits are NaN. Its weights are broken, or it overflows in this dtype: load it in bfloat16 "
-            "or float32."
-        )

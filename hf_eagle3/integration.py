@@ -40,7 +40,7 @@ from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .own_loop import run_own_loop
 from .refusals import is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
 from .stats import Speculation, Stopwatch
-from .stopping import Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
+from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +226,8 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             stop = TokenwiseStop(criteria, input_ids.shape[1], streamer)
             arguments["stopping_criteria"] = stop
             arguments["streamer"] = None if streamer is None else Muted(streamer)
+        is_greedy = not arguments["generation_config"].do_sample
+        arguments["logits_processor"] = InOrder(arguments["logits_processor"], is_greedy=is_greedy)
         depth = arguments["generation_config"].num_assistant_tokens
         boundaries = drafter.bound_aux_layer_ids
 

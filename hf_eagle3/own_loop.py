@@ -43,6 +43,11 @@ def run_own_loop(
     T = given.shape[1]
     mask = read_mask(given, model_kwargs)  # [B, S]
     S = mask.shape[1]
+    if S < T or len(mask) != len(given):
+        raise ValueError(
+            f"attention_mask must be [{len(given)}, {T}] like input_ids, or wider by what a cache holds; got "
+            f"{list(mask.shape)}."
+        )
     if S == 0 or not bool(mask.any(-1).all()):
         raise ValueError(
             "The prompt is empty in some row (input_ids of length 0): give at least one token, such as BOS."

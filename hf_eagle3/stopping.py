@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -55,6 +55,45 @@ class TokenwiseStop(StoppingCriteriaList):
     def num_behind(self) -> int:
         """Verified tokens behind the end."""
         return self.verified_length - self.length
+
+
+class InOrder(LogitsProcessorList):
+    """The call's processors, asked in greedy decoding about text alone, each prefix once, as in plain decoding.
+
+    The host asks about all positions of a block, before it knows which draft tokens are kept. Those behind a token that
+    the target would not have chosen are going to be thrown away, so nobody is asked about them. In sampling that cannot
+    be known: there, all are asked.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, *, is_greedy: bool):
+        super().__init__(processors)
+        self.is_greedy = is_greedy
+        self.length: int | None = None  # of the last prefix that was asked about
+        self.next_token: Tensor | None = None  # [1] chosen after it
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Processed `scores` [1, V] after `input_ids` [1, S]."""
+        raise_if_nan(bool(scores.isnan().any()))
+        if self.is_greedy and self.length is not None:
+            follows = input_ids.shape[1] == self.length + 1 and bool(input_ids[0, -1] == self.next_token)
+            if not follows:
+                return scores
+        processed = super().__call__(input_ids, scores, **kwargs)
+        self.length, self.next_token = input_ids.shape[1], processed.argmax(-1)
+        return processed
+
+
+class NotANumberError(ValueError):
+    """The target's logits are NaN."""
+
+
+def raise_if_nan(is_nan: bool) -> None:
+    """Name what would otherwise end in token 0, or in a complaint of the sampler."""
+    if is_nan:
+        raise NotANumberError(
+            "The target's logits are NaN. Its weights are broken, or it overflows in this dtype: load it in bfloat16 "
+            "or float32."
+        )
 
 
 class Muted(BaseStreamer):

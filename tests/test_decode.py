@@ -42,7 +42,7 @@ from transformers import (
 import hf_eagle3.own_loop as own_loop
 from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.choice import has_holes
-from hf_eagle3.decode import NotANumberError
+from hf_eagle3.stopping import NotANumberError
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
 from hf_eagle3.rows import make_mask, to_bucket

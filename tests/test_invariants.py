@@ -112,7 +112,7 @@ FACTORS = Case(
 
 def is_possible(case: Case) -> bool:
     """Whether a user can ask for this: the host's loop takes one row, and goes wrong on pads to its right."""
-    return case.loop == "own" or (len(BATCHES[case.batch]) == 1 and case.side == "left")
+    return case.loop != "host" or (len(BATCHES[case.batch]) == 1 and case.side == "left")
 
 
 # Factors whose levels all meet: any two, and those that decide how many draft tokens a round keeps.

@@ -210,6 +210,11 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                     f"{self.num_aux_hidden_states}. Set config.aux_layer_ids to the boundaries it was trained with."
                 )
             ids = sorted((2, n // 2, n - 3))
+            if len(set(ids)) < 3:
+                raise ValueError(
+                    f"aux_layer_ids is null, which stands for boundaries 2, n/2 and n-3, but in a target of {n} layers "
+                    f"these are {ids}, not three. Set config.aux_layer_ids to the boundaries it was trained with."
+                )
         if ids[0] < 0 or ids[-1] > n:
             raise ValueError(
                 f"This drafter reads the target at boundaries {list(ids)}, but the target has {n} layers, so "
