@@ -388,7 +388,7 @@ def decode(
     """
     config = phases.config
     rows = list(range(len(prompt.lengths)))
-    processors = processors_for_rows(config.processors, len(rows))
+    processors = processors_for_rows(config.processors, transcript.num_hidden)
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
     longest_prompt = prompt.columns.shape[1]
     launched: deque[Launched] = deque()

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -66,14 +66,13 @@ class InOrder(LogitsProcessorList):
     """
 
     def __init__(self, processors: LogitsProcessorList, *, is_greedy: bool):
-        super().__init__(processors)
+        super().__init__([RaiseIfNan(), *processors])
         self.is_greedy = is_greedy
         self.length: int | None = None  # of the last prefix that was asked about
         self.next_token: Tensor | None = None  # [1] chosen after it
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Processed `scores` [1, V] after `input_ids` [1, S]."""
-        raise_if_nan(bool(scores.isnan().any()))
         if self.is_greedy and self.length is not None:
             follows = input_ids.shape[1] == self.length + 1 and bool(input_ids[0, -1] == self.next_token)
             if not follows:
@@ -94,6 +93,15 @@ def raise_if_nan(is_nan: bool) -> None:
             "The target's logits are NaN. Its weights are broken, or it overflows in this dtype: load it in bfloat16 "
             "or float32."
         )
+
+
+class RaiseIfNan(LogitsProcessor):
+    """Names NaN before others stumble over it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  the host's signature
+        """`scores` as they are."""
+        raise_if_nan(bool(scores.isnan().any()))
+        return scores
 
 
 class Muted(BaseStreamer):

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, PrefixConstrainedLogitsProcessor
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -141,24 +146,42 @@ class Transcript:
 HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams", "compiled_grammars")
 
 
+# What they count from the beginning of a prompt with its pads.
+COUNTS_FROM_PROMPT = ("prompt_length_to_skip", "regulation_start", "begin_index", "max_length", "prompt_ignore_length")
+
+
 def is_sized(value: Any) -> bool:  # Any: whatever a processor keeps by that name
     """Whether `value` has one entry for each prompt; a number counts for all of them."""
     return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
 
 
-def processors_for_rows(processors: LogitsProcessorList, num_rows: int) -> list[LogitsProcessorList]:
-    """For each row the processors that see it alone, in calls of one row.
+def processors_for_rows(processors: LogitsProcessorList, num_hidden: list[int]) -> list[LogitsProcessorList]:
+    """For each row the processors that see it alone, in calls of one row and without its `num_hidden` pads.
 
     In a batch, a processor of somebody's own gets a shallow copy for each row, so that what it keeps between calls
     belongs to one text. A host processor that asks for the row's number is told it.
     """
-    if num_rows == 1:
+    num_rows = len(num_hidden)
+    if num_rows == 1 and not num_hidden[0]:
         return [processors]
+
+    # The host makes a minimum length, pads included, of `min_new_tokens`; one that the user gave counts a row's own.
+    has_min_new = any(type(p) is MinNewTokensLengthLogitsProcessor for p in processors)
+    counted = (*COUNTS_FROM_PROMPT, *(["min_length"] if has_min_new else []))
 
     def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
         if type(processor) is PrefixConstrainedLogitsProcessor:
             ask: Any = processor._prefix_allowed_tokens_fn  # Any: the user's function
             return PrefixConstrainedLogitsProcessor(lambda _, prefix: ask(row, prefix), num_beams=1)
+        is_hosts = type(processor).__module__.startswith("transformers.")
+        counts = {
+            name: value - num_hidden[row]
+            for name, value in vars(processor).items()
+            if name in counted and is_hosts and num_hidden[row] and type(value) is int
+        }
+        if counts:
+            processor = copy.copy(processor)
+            vars(processor).update(counts)
         by_row = {name: value for name, value in vars(processor).items() if name in HOLDS_ROWS and is_sized(value)}
         if by_row:
             processor = copy.copy(processor)
@@ -168,7 +191,6 @@ def processors_for_rows(processors: LogitsProcessorList, num_rows: int) -> list[
             if hasattr(processor, "batch_size"):
                 processor.batch_size = 1
             return processor
-        is_hosts = type(processor).__module__.startswith("transformers.")
         return processor if is_hosts else copy.copy(processor)
 
     return [LogitsProcessorList([for_row(p, row) for p in processors]) for row in range(num_rows)]

@@ -42,10 +42,10 @@ from transformers import (
 import hf_eagle3.own_loop as own_loop
 from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.choice import has_holes
-from hf_eagle3.stopping import NotANumberError
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
 from hf_eagle3.rows import make_mask, to_bucket
+from hf_eagle3.stopping import NotANumberError
 
 GREEDY = {"do_sample": False}
 NO_HEAD_DIM = {key: value for key, value in TEXT.items() if key != "head_dim"}
@@ -155,13 +155,23 @@ def test_each_number_of_accepted_tokens_occurs_in_each_row(target):
         assert all(a > b for a, b in itertools.pairwise(kept)), kept
 
 
-@pytest.mark.parametrize("further", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "further",
+    [
+        *({}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"forced_eos_token_id": 9}),
+        *({"min_new_tokens": 9, "eos_token_id": [5, 17, 23, 40, 51]}, {"begin_suppress_tokens": [10, 12, 14, 43, 50]}),
+        {"exponential_decay_length_penalty": (3, 1.5), "eos_token_id": [5, 17, 23, 40, 51]},
+    ],
+    ids=str,
+)
 def test_rows_padded_on_the_right_are_those_rows_alone(target, further):
     prompts, options = prompts_of(9, 4, 13), {"max_new_tokens": 15, **GREEDY, **further}
     alone = [target.generate(p, **options)[0, p.shape[1] :].tolist() for p in prompts]
     batch = pad(prompts, "right")
     out = target.generate(**batch, assistant_model=make_drafter(target), **options)
-    assert out[:, 13:].tolist() == alone
+    rows = [row[: len(text)] for row, text in zip(out[:, 13:].tolist(), alone, strict=True)]
+    assert rows == alone
+    assert out.shape[1] - 13 == max(map(len, alone))
     assert out[:, :13].tolist() == batch["input_ids"].tolist()
 
 
