@@ -226,7 +226,7 @@ ATTENTION = {
     "sinks and window": ((2, 16, 2, 4, 64), {"window": 20, "sinks": True}),
     "sinks": ((2, 8, 1, 1, 128), {"sinks": True}),
     "softcap, head of 96": ((2, 4, 2, 3, 96), {"softcap": 5.0}),
-    "head of 256": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 20.0}),
+    "head of 256, scores far below the softcap": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 50.0}),
     "several tiles": ((2, 4, 1, 20, 32), {"window": 7}),
 }
 
@@ -357,10 +357,7 @@ def test_rotary_equals_its_twin(rows, is_shared, dtype):
     q, k = (random(2, 3, heads, 48, dtype=dtype).transpose(1, 2) for heads in (9, 2))
     cos, sin = (random(rows, 3, 24 if is_shared else 48, dtype=dtype) for _ in range(2))
     for out, twin in zip(apply_rotary(q, k, cos, sin), apply_rotary_eager(q, k, cos, sin), strict=True):
-        if dtype == torch.float32:  # a product may be fused with the sum
-            torch.testing.assert_close(out, twin)
-        else:
-            assert torch.equal(out, twin)
+        assert torch.equal(out, twin)
 
 
 @pytest.mark.gpu
