@@ -31,10 +31,11 @@ from hf_eagle3.kernels.attention import (
 )
 from hf_eagle3.kernels.fusion import Swaps, fused
 from hf_eagle3.kernels.linear import (
-    GATED_TABLE,
+    ROWS,
     TABLE,
     Blocks,
     choose_blocks,
+    choose_gated_blocks,
     is_worth_it,
     linear_gated,
     linear_gated_eager,
@@ -174,24 +175,27 @@ def test_linear_twin_is_linear():
 
 def test_splits_fill_the_device_and_no_split_is_without_slots():
     assert choose_num_splits(512, 10_000, 64) == 1
-    assert choose_num_splits(8, 10_000, 64) == 33
+    assert choose_num_splits(8, 10_000, 64) == 16
     assert choose_num_splits(8, 130, 64) == 3
     assert choose_num_splits(1, 10**6, 64) == 64
 
 
-def test_a_table_decides_for_the_sizes_it_lists(monkeypatch):
-    blocks = Blocks("dot", 64, 64, 1, 8, 2)
-    monkeypatch.setitem(TABLE, (7, 9, 4), blocks)
-    monkeypatch.setitem(TABLE, (7, 9, 8), None)
-    monkeypatch.setitem(GATED_TABLE, (7, 9, 32), blocks)
-    assert choose_blocks(7, 9, 3) == choose_blocks(7, 9, 4) == blocks
-    assert choose_blocks(7, 9, 5) != blocks
-    assert is_worth_it(7, 9, 3)
-    assert not is_worth_it(7, 9, 6)
-    assert is_worth_it(7, 9, 16)
-    assert not is_worth_it(7, 9, 32)
-    assert is_worth_it(7, 9, 32, is_gated=True)
-    assert not is_worth_it(7, 9, 65)
+def test_a_table_says_how_linear_layers_are_cut():
+    assert all(len(cuts) == len(ROWS) for cuts in TABLE.values())
+    for M in range(1, 65):
+        for N in (1, 192, 576, 2112, 4096, 12288, 151936):
+            for K in (16, 576, 2880, 4096):
+                blocks = choose_blocks(N, K, M)
+                assert blocks.kind == "dot" or M <= 4
+                assert blocks.split_k == 1 or 1024 * blocks.split_k <= K
+            assert choose_gated_blocks(N, M).kind == "dot"
+    assert choose_blocks(4096, 4096, 1).block_k == 2048
+    assert choose_blocks(4096, 2880, 1).block_k == 1024
+    assert choose_blocks(32000, 4096, 9) == choose_blocks(32000, 4096, 16) != choose_blocks(32000, 4096, 17)
+    assert is_worth_it(4096, 16)
+    assert not is_worth_it(4096, 17)
+    assert is_worth_it(128256, 64)
+    assert not is_worth_it(128256, 65)
 
 
 @pytest.mark.skipif(language.is_available(torch.device(DEVICE)), reason="kernels can run here")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, shared_memory, tl
 
 
 def attend_rows_eager(
@@ -261,7 +261,7 @@ def attend_rows(
         raise ValueError("query, keys and values must be contiguous in their last dimension, D.")
     block_m = min(64, max(16, round_up_to_power(T * G)))
     num_tiles = -(-T * G // block_m)
-    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size())
+    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size(), shared_memory(query.device))
     if num_splits is None:
         num_splits = choose_num_splits(B * H_kv * num_tiles, L if window is None else min(L, window + T), block_n)
     block_d = max(16, round_up_to_power(D))
@@ -325,19 +325,20 @@ def attend_rows(
     return out
 
 
-def choose_blocks(D: int, itemsize: int) -> tuple[int, int, int]:
-    """Slots a step, warps and pipeline stages: three stages of keys and values in at most half of a multiprocessor."""
+def choose_blocks(D: int, itemsize: int, shared_memory: int) -> tuple[int, int, int]:
+    """Slots a step, warps and pipeline stages, of which keys and values fit into the memory of a multiprocessor."""
     slot_bytes = 2 * round_up_to_power(D) * itemsize
+    num_stages, budget = (4, 140_000) if shared_memory > 160_000 else (3, 90_000)
     block_n = 128
-    while block_n > 16 and 3 * block_n * slot_bytes > 100_000:
+    while block_n > 16 and num_stages * block_n * slot_bytes > budget:
         block_n //= 2
-    return block_n, 4, 3
+    return block_n, 4, num_stages
 
 
-def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted: int = 264) -> int:
-    """How many programs share a row's slots, so that there are about `wanted`: two for each multiprocessor of an H100."""
+def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted: int = 132) -> int:
+    """How many programs share a row's slots, so that there is one for each multiprocessor of an H100."""
     num_blocks = -(-num_slots // block_n)
-    return max(1, min(-(-wanted // num_programs), num_blocks, 64))
+    return max(1, min(wanted // num_programs, num_blocks, 64))
 
 
 def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
