@@ -1,6 +1,17 @@
-"""Loading published drafters of every known flavour."""
+"""Loading published drafters of every known flavour, and writing them."""
 
+from .engines import ENGINES, find_refusals
+from .export import Exported, export
 from .flavours import FLAVOURS, Flavour
 from .load import load_published_config, register_weight_names
 
-__all__ = ["FLAVOURS", "Flavour", "load_published_config", "register_weight_names"]
+__all__ = [
+    "ENGINES",
+    "FLAVOURS",
+    "Exported",
+    "Flavour",
+    "export",
+    "find_refusals",
+    "load_published_config",
+    "register_weight_names",
+]

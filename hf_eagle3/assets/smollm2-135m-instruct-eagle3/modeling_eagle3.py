@@ -9,11 +9,13 @@ states, V target vocabulary, V_d draft vocabulary.
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
@@ -150,6 +152,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         # neither saved, nor trained, nor moved.
         self._borrowed: dict[str, Tensor] = {}
         self.bound_aux_layer_ids: tuple[int, ...] | None = None
+        self.bound_target_name: str | None = None  # of its repository, for the model card
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -202,6 +205,8 @@ class Eagle3DrafterModel(PreTrainedModel):
                     f"target's, whose width is {weight.shape[-1]}. The checkpoint is incomplete."
                 )
         self._borrowed, self.bound_aux_layer_ids = borrowed, aux_layer_ids
+        name = target.config.name_or_path
+        self.bound_target_name = name if name and not Path(name).exists() else None
         return self
 
     def _weight(self, name: str) -> Tensor:
@@ -484,6 +489,25 @@ class Eagle3DrafterModel(PreTrainedModel):
             (folder / name).write_text((here / name).read_text(encoding="utf-8"), encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+    def push_to_hub(self, repo_id: str, *, target=None, metrics=None, **kwargs):
+        """Upload the drafter with its code and a model card filled in from it.
+
+        Args:
+            repo_id: Where to, `owner/name` or `name`.
+            target: What it drafts for, as in `export`; by default what it was last bound to.
+            metrics: Name -> value, for the card.
+            kwargs: `private` and `token` for the repository; the rest is `huggingface_hub.upload_folder`'s,
+                such as `commit_message`, `revision` and `create_pr`.
+        """
+        if type(self).exporter is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        token = kwargs.pop("token", None)
+        made = create_repo(repo_id, private=kwargs.pop("private", None), token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(folder, to="hf", target=target, metrics=metrics, repo_id=made.repo_id)
+            kwargs.setdefault("commit_message", "Upload drafter")
+            return upload_folder(repo_id=made.repo_id, folder_path=folder, token=token, **kwargs)
 
     def export(self, folder, *, to: str, **kwargs):
         """Write the drafter as an engine reads it, load it back and compare. Needs hf-eagle3.
