@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_eagle3.checkpoints import ENGINES, find_refusals
+from hf_eagle3.checkpoints import ENGINES, exporter, find_refusals
 from hf_eagle3.modeling import Eagle3DrafterModel, modeling_eagle3
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 
-# The name `export` of the package is the function.
-export_module = sys.modules["hf_eagle3.checkpoints.export"]
 TARGET = Qwen3Config(num_hidden_layers=NUM_LAYERS, name_or_path="some-owner/some-target")
 OTHER_ENGINES = [engine for engine in ENGINES if engine != "hf"]
 
@@ -124,7 +121,7 @@ def test_dtype_stays(engine, dtype, tmp_path):
 def test_an_unbound_drafter_is_compared_too(tmp_path, monkeypatch):
     drafter = make_drafter(make_target("llama"))
     drafter._borrowed = {}
-    honest = export_module.to_tensors
+    honest = exporter.to_tensors
     drafter.export(tmp_path / "good", to="sglang", target=TARGET)
     assert drafter._borrowed == {}
 
@@ -134,15 +131,15 @@ def test_an_unbound_drafter_is_compared_too(tmp_path, monkeypatch):
         tensors["fc.weight"][0, 0] += 1e-3
         return tensors
 
-    monkeypatch.setattr(export_module, "to_tensors", spoil)
+    monkeypatch.setattr(exporter, "to_tensors", spoil)
     with pytest.raises(RuntimeError, match=r"bad: fc.weight came back different"):
         drafter.export(tmp_path / "bad", to="sglang", target=TARGET)
 
 
 def test_drafts_that_differ_are_found(tmp_path, monkeypatch):
-    honest = export_module.make_native_config
+    honest = exporter.make_native_config
     monkeypatch.setattr(
-        export_module, "make_native_config", lambda *args: {**honest(*args), "norm_output": True, "fc_norm": False}
+        exporter, "make_native_config", lambda *args: {**honest(*args), "norm_output": True, "fc_norm": False}
     )
     with pytest.raises(RuntimeError, match="drafts other tokens"):
         make_drafter(make_target("llama")).export(tmp_path / "bad", to="vllm", target=TARGET)

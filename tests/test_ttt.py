@@ -9,7 +9,8 @@ from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.training.acceptance import walk
 from hf_eagle3.training.data import collate
 from hf_eagle3.training.losses import soft_cross_entropy
-from hf_eagle3.training.ttt import Lesson, live_slots, shift, teach, ttt, unroll
+from hf_eagle3.training.ttt import Lesson, teach, ttt
+from hf_eagle3.unroll import live_slots, shift, unroll
 
 V, V_D, K = 60, 32, 4
 BASE = {
@@ -86,7 +87,7 @@ def test_each_slot_is_what_serving_computes(target, variant, attn):
 
 def test_a_step_too_many_in_the_mask_is_noticed(target, monkeypatch):
     """Negative control: with its own diagonal of an earlier step hidden, a slot differs from serving."""
-    from hf_eagle3.training import ttt as module
+    from hf_eagle3 import unroll as module
 
     drafter = make(target)
     ids, aux = torch.randint(0, V, (1, 9)), torch.randn(1, 9, 96, dtype=torch.float64)

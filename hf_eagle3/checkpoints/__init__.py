@@ -1,7 +1,7 @@
 """Loading published drafters of every known flavour, and writing them."""
 
 from .engines import ENGINES, find_refusals
-from .export import Exported, export
+from .exporter import Exported, export
 from .flavours import FLAVOURS, Flavour
 from .load import load_published_config, register_weight_names
 
