@@ -278,7 +278,7 @@ def reread(drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> Eagle3Dr
     if not config.has_own_embeddings:
         tensors.pop("embed_tokens.weight", None)
     other.load_state_dict(tensors, assign=True)
-    other.rotary_emb = LlamaRotaryEmbedding(config, device=drafter.norm.weight.device)  # not among the tensors
+    other.rotary_emb = LlamaRotaryEmbedding(config).to(drafter.norm.weight.device)  # not among the tensors
     other.generation_config = copy.deepcopy(drafter.generation_config)
     for reading in readings:
         if reading.target_ids is not None:

@@ -53,6 +53,7 @@ def make(target, attn="sdpa", **variant):
     torch.manual_seed(1)
     drafter = Eagle3DrafterModel(Eagle3DrafterConfig(**{**BASE, **variant})).double()
     drafter.set_attn_implementation(attn)
+    assert drafter.config._attn_implementation == attn
     with torch.no_grad():
         for p in drafter.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -80,7 +81,8 @@ def test_each_slot_is_what_serving_computes(target, variant, attn):
             for t in range(K):
                 served = out.logits[:, -1]
                 trained = drafter.compute_logits(steps[t][:, i])
-                torch.testing.assert_close(trained, served, atol=1e-10, rtol=0)
+                exact = 1e-10 if attn == "sdpa" else 1e-5  # the host has the softmax of eager attention in float32
+                torch.testing.assert_close(trained, served, atol=exact, rtol=0)
                 token = ids[:, i + 2 + t, None]
                 out = drafter(token, hidden_states=out.feedback[:, -1:], past_key_values=cache)
 
