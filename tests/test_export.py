@@ -209,7 +209,7 @@ def test_what_sglang_cannot_be_told_without_the_target(tmp_path):
         drafter.export(tmp_path / "a", to="sglang")
     with pytest.raises(ValueError, match="give the target"):
         drafter.export(tmp_path / "b", to="sglang", target="no-such-owner/no-such-target")
-    with pytest.raises(ValueError, match="names the target it belongs to"):
+    with pytest.raises(ValueError, match="speculators' config names the target"):
         drafter.export(tmp_path / "c", to="speculators")
     exported = drafter.export(tmp_path / "d", to="vllm")
     assert exported.engines == ("vllm",)
@@ -384,6 +384,7 @@ def test_a_card_needs_its_target(tmp_path):
     drafter.bound_target_name = None
     with pytest.raises(ValueError, match="names the target the drafter is for"):
         drafter.export(tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("by_saving", [False, True])

@@ -53,15 +53,10 @@ def write_card(
     Args:
         drafter: Whose card it is.
         folder: Where to.
-        target: What it drafts for; its name is needed.
+        target: What it drafts for, by name.
         metrics: Name -> value, as measured. The card has no such section without them.
         name: What a reader loads: the repository, or the folder.
-
-    Raises:
-        ValueError: The target's name is not known.
     """
-    if target.name is None:
-        raise ValueError("A model card names the target the drafter is for: give it (target=..., --target).")
     config = drafter.config
     is_31 = config.fc_norm or config.norm_output
     title = name.rstrip("/").split("/")[-1]

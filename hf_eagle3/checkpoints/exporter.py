@@ -37,6 +37,7 @@ from .load import load_published_config
 logger = logging.getLogger(__name__)
 
 DEFAULT_DEPTH = 3
+NAMES_ITS_TARGET = {SPECULATORS: "speculators' config", HF: "A model card"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ def export(
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: give a folder that is, or is not there.")
     known = describe_target(target, drafter)
+    if to in NAMES_ITS_TARGET and known.name is None:
+        raise ValueError(
+            f"{NAMES_ITS_TARGET[to]} names the target the drafter is for: give it (target=..., --target)."
+        )
     notes = compare_embeddings(drafter, target) if to == SGLANG else []
     depth = drafter.generation_config.num_assistant_tokens or DEFAULT_DEPTH
 
@@ -97,8 +102,6 @@ def export(
         config.dtype = drafter.dtype
         boundaries, sglang_ids = place_ids(config, known, to)
         if to == SPECULATORS:
-            if known.name is None:
-                raise ValueError("speculators' config names the target it belongs to: give it (target=..., --target).")
             published = make_speculators_config(config, boundaries, known, depth)
         else:
             published = make_native_config(config, boundaries, sglang_ids)
