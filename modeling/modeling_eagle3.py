@@ -140,7 +140,13 @@ class Eagle3DrafterModel(PreTrainedModel):
             Eagle3Layer(config, i) if i else Eagle3FirstLayer(config) for i in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(H, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        try:
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{config.name_or_path or 'config'}: rope_parameters {config.rope_parameters} are not rotary parameters that "
+                f"Transformers knows ({type(error).__name__}: {error})."
+            ) from error
         if not config.share_lm_head:
             self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         # As published: offsets, target id = draft id + d2t[draft id].

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from reference_drafter import ReferenceDrafter, in_float64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen3ForCausalLM,
+)
 
 import hf_eagle3
 from hf_eagle3.checkpoints import load, load_published_config
@@ -905,6 +915,56 @@ def test_what_is_no_path_is_the_hosts_business(path):
     assert load_published_config(path) is None
 
 
+@pytest.mark.parametrize(
+    ("layout", "stock", "kind"),
+    [
+        ("specforge", LlamaForCausalLM, "a Llama"),
+        ("safeailab", LlamaModel, "a Llama"),
+        ("mla_kimi", DeepseekV3ForCausalLM, "deepseek_v3"),
+        ("torchspec", Qwen3ForCausalLM, "qwen3"),
+    ],
+)
+def test_a_drafter_that_became_a_stock_model_is_told_with_the_line_to_type(layout, stock, kind, tmp_path):
+    published, weights, _ = LAYOUTS[layout]
+    sizes = {"n_routed_experts": 2, "moe_intermediate_size": 8, "num_key_value_heads": 4, "first_k_dense_replace": 99}
+    sizes |= {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "rope_scaling": None}
+    published = {**published, "model_type": stock.config_class.model_type, **(sizes if layout == "mla_kimi" else {})}
+    write(tmp_path, published, weights)
+    mistaken = stock.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    target = make_target()
+    target.config.num_hidden_layers = 1
+    line = re.escape(f'AutoModel.from_pretrained("{tmp_path}")')
+    with pytest.raises(ValueError, match=rf"loaded as {kind}, most of it with random weights.*{line}"):
+        target.generate(torch.tensor([[1, 2]]), assistant_model=mistaken, max_new_tokens=2)
+
+
+def test_no_code_beside_the_weights_runs(tmp_path):
+    """In speculators folders lies a config.py, with an auto_map of an empty key; in ours, their own code."""
+    published, weights, _ = LAYOUTS["speculators"]
+    write(tmp_path / "speculators", published, weights)
+    AutoModel.from_pretrained(tmp_path / "speculators").save_pretrained(tmp_path / "ours")
+    for file in (tmp_path / "speculators" / "config.py", *(tmp_path / "ours").glob("*_eagle3.py")):
+        file.write_text("raise SystemExit('code from a checkpoint ran')")
+    for folder in ("speculators", "ours"):
+        assert type(AutoModel.from_pretrained(tmp_path / folder)) is Eagle3DrafterModel
+
+
+def test_every_parameter_comes_from_the_file(tmp_path, monkeypatch):
+    """Whatever would be made up is made of NaN here, and none is left."""
+    honest = Eagle3DrafterModel._init_weights
+
+    def make_up(drafter: Eagle3DrafterModel, module: torch.nn.Module) -> None:
+        honest(drafter, module)  # also zeroes d2t, which is the identity where a file has no table
+        for parameter in module.parameters(recurse=False):
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Eagle3DrafterModel, "_init_weights", make_up)
+    for layout, (published, weights, _) in LAYOUTS.items():
+        drafter = AutoModel.from_pretrained(write(tmp_path / layout, published, weights))
+        assert all(p.isfinite().all() and not p.is_meta for p in drafter.parameters()), layout
+        assert drafter.rotary_emb.inv_freq.isfinite().all()
+
+
 def test_the_class_alone_says_how_to_load(tmp_path):
     write(tmp_path, make_config(), make_weights())
     with pytest.raises(ValueError, match=r"model_type 'llama', expected 'eagle3'.*AutoModel.from_pretrained"):
@@ -1297,58 +1357,133 @@ def test_our_own_layout_without_weights_is_the_hosts_error(tmp_path):
 
 # ---- fuzz ----
 
+FUZZED = [
+    *("specforge", "sglang_layers_0", "safeailab", "two_layers_both_names", "speculators", "nemo", "mla_kimi"),
+    *("eagle31_four_states", "model_optimizer", "nested_vllm", "ours"),
+]
+WRONG_VALUES = {
+    "intermediate_size": (41, 0, "40", 2.5, [40]),
+    "num_attention_heads": (5, 0, -4, "4", 2.5, True),
+    "vocab_size": (51, 0, "50"),
+    "rms_norm_eps": (-1e-5, 0, 2, "small", [1e-5]),
+    "hidden_act": ("no_such", 3),
+    "max_position_embeddings": (0, -1, "many"),
+    "attention_dropout": ("none",),
+    "rope_parameters": ("yarn", {"rope_type": "spiral"}, {"rope_type": "yarn", "rope_theta": "big"}),
+    "draft_vocab_size": (21, "20", 51),
+    "a_key_of_nobody": (1,),
+}
+INTEGERS = ("d2t", "t2d")
 
-def corrupt(rng: random.Random, config: dict, weights: Weights) -> str:
-    """One random fault that no loader may swallow; what it was."""
+
+def corrupt_tensor(rng: random.Random, weights: Weights) -> str:
+    """Spoil one tensor; the name that the error must have."""
     name = rng.choice(sorted(weights))
     tensor = weights[name]
-    kind = rng.choice(["drop", "grow", "shrink", "dims", "rename", "add", "dtype", "value", "size", "key"])
-    needed = name not in ("d2t", "t2d")
-    if kind == "drop" and needed:
+    is_table = name in INTEGERS
+    # Gone, these are the target's, or there under another name.
+    is_dispensable = is_table or name in ("embed_tokens.weight", "layers.1.input_layernorm.weight")
+    is_dispensable |= name == "lm_head.weight" and "d2t" not in weights
+    kinds = ["grow", "shrink", "dims", "dtype", "value", "add", *([] if is_table else ["reshape"])]
+    kinds += [] if is_dispensable else ["drop", "rename"]
+    kind = rng.choice(kinds)
+    if kind == "drop":
         del weights[name]
-    elif kind == "grow":
-        weights[name] = torch.cat([tensor, tensor[:1]])
-    elif kind == "shrink":
-        weights[name] = tensor[:-1].clone()
-    elif kind == "dims":
-        weights[name] = tensor[None].clone()
-    elif kind == "rename" and needed:
+    elif kind == "rename":
         weights[name + rng.choice(["x", ".weight", "_"])] = weights.pop(name)
-    elif kind == "dtype":
-        weights[name] = tensor.to(torch.int16 if needed else torch.float64)
-    elif kind == "value":
-        weights[name] = tensor.clone()
-        value = float("inf") if needed else (0 if weights[name].flatten()[0] else V)
-        weights[name].flatten()[0] = value
-    elif kind == "size":
-        name = rng.choice(
-            ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "draft_vocab_size"]
-        )
-        config[name] = rng.choice([config[name] + 1, 0, -1, "8", 2.5])
-    elif kind == "key":
-        name = rng.choice(["rope_mystery", "attn_temperature", "residual_scale"])
-        config[name] = 1
-    else:
-        name = rng.choice(
-            ["layers.1.mlp.up_proj.weight", "fc.scale", "xfc.weight", "model.norm.weight", "fc_norm.0.weight"]
-        )
+    elif kind == "add":
+        name = rng.choice(["layers.7.mlp.up_proj.weight", "fc.scale", "xfc.weight", "fc_norm.9.weight", "mystery"])
         weights[name] = bf16(H)
-        kind = "add"
-    return f"{kind} {name}"
+    else:
+        spoiled = tensor.clone()
+        if kind == "value":
+            spoiled.flatten()[0] = float("nan") if not is_table else (0 if tensor.flatten()[0] else V)
+        weights[name] = {
+            "grow": lambda: torch.cat([tensor, tensor[:1]]),
+            "shrink": lambda: tensor[:-1].clone(),
+            "dims": lambda: tensor[None].clone(),
+            "reshape": lambda: tensor.reshape(-1, *([2] if tensor.dim() == 1 else [])).clone(),
+            "dtype": lambda: tensor.to(torch.float64 if is_table else torch.int16),
+            "value": lambda: spoiled,
+        }[kind]()
+    return name
 
 
-@pytest.mark.parametrize("seed", range(60))
+def corrupt_config(rng: random.Random, config: dict, weights: Weights) -> str:
+    """Spoil one key, wherever the config has it; the key."""
+    tables = [config, config.get("transformer_layer_config"), config.get("model")]
+    inner = next(table for table in reversed(tables) if isinstance(table, dict))
+    is_nemo = "a_key_of_the_target" in config  # whose other keys are the target's
+    harmless = {"a_key_of_nobody"} if is_nemo else set()
+    harmless |= {"vocab_size"} if not weights.keys() & {"t2d", "embed_tokens.weight"} else set()  # nothing tells it
+    harmless |= {"draft_vocab_size"} if "truncated_vocab_size" in config else set()  # which says it already
+    key = rng.choice(sorted(WRONG_VALUES.keys() - harmless))
+    owner = config if key == "draft_vocab_size" and key in config else inner
+    owner[key] = rng.choice(WRONG_VALUES[key])
+    if key == "rope_parameters":
+        owner.pop("rope_scaling", None)
+    return key
+
+
+def cut(rng: random.Random, file: Path) -> str:
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.randrange(len(content.rstrip()) - 1)])
+    return file.name
+
+
+# What else the error may call it: the field that a tensor's size decides, or what a cut index leads to.
+ALSO = {
+    "t2d": "vocab_size|d2t",
+    "d2t": "vocab_size|lm_head",
+    "lm_head": "vocab_size|d2t",
+    "embed_tokens": "vocab_size|t2d",
+    "fc": "hidden_state|fc_norm|layer ids",
+    "gate_proj": "intermediate_size",
+    "input_layernorm": "width|hidden_size|hidden_norm|q_a?_?proj",
+    "hidden_norm": "input_layernorm|layers",
+    "kv_a_layernorm": "kv_b_proj",
+    "kv_a_proj_with_mqa": "kv_b_proj|head_dim|k_proj",
+    "q_a_layernorm": "q_lora_rank|q_a_proj",
+    "rope_parameters": "rope|rotary|yarn",
+    "attention_dropout": "dropout",
+    "vocab_size": "draft.vocab",
+    "xfc": "fc",
+    "q_b_proj": "kv_b_proj",
+    "o_proj": "kv_b_proj",
+    "layers": "layer",
+    "intermediate_size": "mlp",
+    "draft_vocab_size": "d2t",
+}
+
+
+@pytest.mark.parametrize("seed", range(200))
 def test_a_corrupted_checkpoint_is_refused(seed, tmp_path):
     rng = random.Random(seed)
-    layout = rng.choice(["specforge", "sglang_layers_0", "safeailab", "two_layers_both_names"])
-    published, weights, _ = LAYOUTS[layout]
+    layout = rng.choice(FUZZED)
+    published, weights, _ = LAYOUTS["specforge" if layout == "ours" else layout]
     config, weights = json.loads(json.dumps(published)), dict(weights)
-    what = corrupt(rng, config, weights)
-    write(tmp_path, config, weights, rng.choice(["safetensors", "sharded", "bin"]))
-    print(what, "in", layout)  # noqa: T201  shown if it fails
+    if layout == "ours":
+        AutoModel.from_pretrained(write(tmp_path / "theirs", config, weights)).save_pretrained(tmp_path / "ours")
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        weights = load_file(tmp_path / "ours" / "model.safetensors")
+    folder = tmp_path / "spoiled"
+    kind = rng.choice(["tensor", "tensor", "tensor", "config", "config", "cut"])
+    if kind == "tensor":
+        what = corrupt_tensor(rng, weights)
+    elif kind == "config":
+        what = corrupt_config(rng, config, weights)
+    files = rng.choice(["safetensors", "sharded", "bin"])
+    write(folder, config, weights, files)
+    if kind == "cut":
+        what = cut(rng, folder / rng.choice(["config.json", WEIGHT_FILE[files]]))
+    print(kind, what, "in", layout, files)  # noqa: T201  shown if it fails
     with pytest.raises(CheckpointError) as caught:
-        AutoModel.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+        AutoModel.from_pretrained(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    part = what if kind == "cut" else what.removesuffix(".weight").split(".")[-1]
+    part = what.split(".")[0] if part.isdigit() else part
+    assert re.search(rf"{re.escape(part)}|{ALSO.get(part, '^$')}", message), message
 
 
 def test_no_file_stays_open_for_writing(tmp_path):

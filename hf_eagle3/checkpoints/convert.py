@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
@@ -226,6 +225,8 @@ def measure_vocabulary(published: Published, stated: Mapping[str, Any]) -> dict[
     """V and V_d, and whether the head is the target's."""
     tensors = published.tensors
     measured: dict[str, Any] = {"share_lm_head": "lm_head.weight" not in tensors}
+    if measured["share_lm_head"] and stated.get("draft_vocab_size") is not None:
+        logger.warning("%s: there is no lm_head.weight, so the head is the target's.", published.file)
     for field, names in (
         ("vocab_size", ("embed_tokens.weight", "t2d")),
         ("draft_vocab_size", ("lm_head.weight", "d2t")),
@@ -433,12 +434,15 @@ def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterCo
     dtype = published.tensors[find_first_query(published)].dtype
     try:
         config = Eagle3DrafterConfig(**fields, dtype=dtype, architectures=["Eagle3DrafterModel"])
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not known to Transformers")
         rope = config.rope_parameters or {}
         if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"no drafter has rotary parameters {rope}")
-        frequencies = LlamaRotaryEmbedding(config).inv_freq
+        try:
+            frequencies = LlamaRotaryEmbedding(config).inv_freq
+        except KeyError as error:
+            raise ValueError(
+                f"rotary parameters {rope} are of a kind that Transformers does not know: {error}"
+            ) from error
         if frequencies.shape != (config.head_dim // 2,) or not torch.isfinite(frequencies).all():
             raise ValueError(f"rotary parameters {rope} do not give {config.head_dim // 2} frequencies")
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.weights_eagle3 import StoredTensor, find_file, find_weight_files, list_tensors, to_our_names
-from .convert import Resolved, convert_config, find_first_query, make_config, read_shape
+from .convert import FIRST_QUERY, Resolved, convert_config, find_first_query, make_config, read_shape
 from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, READ_ELSEWHERE, WEIGHT_NAMES, Flavour, Published
 
 logger = logging.getLogger(__name__)
@@ -206,8 +206,8 @@ def recognise(published: Published) -> Flavour | None:
     first_query = find_first_query(published)
     if first_query not in tensors:
         raise CheckpointError(
-            f"{file}: marked as an EAGLE-3 drafter, but its weights have no midlayer.self_attn.q_proj.weight or "
-            f"{first_query}. It is a model of another kind, or damaged. It has {', '.join(sorted(tensors)[:8])}, ..."
+            f"{file}: marked as an EAGLE-3 drafter, but its weights have none of {', '.join(FIRST_QUERY)} (or midlayer in "
+            f"place of layers.0). It is a model of another kind, or damaged. It has {', '.join(sorted(tensors)[:8])}, ..."
         )
     H = read_shape(published, "layers.0.input_layernorm.weight", 1)[0]
     query = read_shape(published, first_query, 2)

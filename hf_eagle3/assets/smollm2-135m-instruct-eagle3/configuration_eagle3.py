@@ -9,6 +9,7 @@ from itertools import pairwise
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .weights_eagle3 import CheckpointError
 
@@ -163,7 +164,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         """
         try:
             return super().from_dict(config_dict, **kwargs)
-        except (StrictDataclassError, ValueError, TypeError) as error:
+        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             place = config_dict.get("_name_or_path") or kwargs.get("name_or_path") or kwargs.get("_name_or_path")
@@ -201,6 +202,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                 f"share_lm_head borrows the target's head of {self.vocab_size} rows, so draft_vocab_size must equal "
                 f"vocab_size; got {self.draft_vocab_size}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not known to Transformers.")
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("fc_norm and norm_before_fc both norm the input of fc; a drafter has one of them.")
         if self.tie_word_embeddings:
