@@ -261,6 +261,8 @@ def run_doctor_command(args: argparse.Namespace) -> int:
     """`hf-eagle3 doctor`: exit status 0, or 1 if what the checkpoint declares is not the best reading."""
     host_logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
+    if args.pin is not None and args.pin.exists() and any(args.pin.iterdir()):
+        raise FileExistsError(f"{args.pin} is not empty: give --pin a folder that is, or is not there.")
     note(f"Loading {args.target} and {args.drafter} ...")
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device).eval()

@@ -144,10 +144,10 @@ def doctor(
         raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
     drafter.bind(target)
     readings = list_readings(drafter, target)
-    boundaries = {
-        i for ids in [drafter.bound_aux_layer_ids, *map(boundaries_of(drafter, target), readings)] for i in ids
-    }
-    texts = record(target, [tokenize(p, tokenizer) for p in prompts], max_new_tokens, sorted(boundaries))
+    n = target.config.get_text_config(decoder=True).num_hidden_layers
+    configs = [drafter.config, *(change(drafter.config, reading.overrides) for reading in readings)]
+    boundaries = sorted({i for config in configs for i in config.resolve_aux_layer_ids(n)})
+    texts = record(target, [tokenize(prompt, tokenizer) for prompt in prompts], max_new_tokens, boundaries)
 
     def measure(chosen: Sequence[Reading]) -> tuple[Eagle3DrafterModel, Score]:
         read = reread(drafter, chosen).bind(target)
@@ -253,12 +253,6 @@ def list_rope_readings(config: Eagle3DrafterConfig, target: PreTrainedModel) -> 
                 Reading("rope", f"{name} ({rope['rope_type']}, {rope['rope_theta']:g})", {"rope_parameters": rope})
             )
     return readings
-
-
-def boundaries_of(drafter: Eagle3DrafterModel, target: PreTrainedModel):  # type: ignore[no-untyped-def]  # a closure
-    """A function from a reading to the boundaries it needs."""
-    n = target.config.get_text_config(decoder=True).num_hidden_layers
-    return lambda reading: change(drafter.config, reading.overrides).resolve_aux_layer_ids(n)
 
 
 def change(config: Eagle3DrafterConfig, overrides: dict[str, Any]) -> Eagle3DrafterConfig:

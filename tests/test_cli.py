@@ -234,6 +234,8 @@ def test_doctor_and_its_pin(folders, capsys):
     assert status == ("NOT the best" in out)
     assert f"The drafter is in {folders / 'pin'}" in out
     assert type(AutoModel.from_pretrained(folders / "pin")) is Eagle3DrafterModel
+    assert cli.main([*arguments, "--pin", str(folders / "drafter")]) == 2  # its weights are mapped from there
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_export_prints_the_launch_line(folders, capsys):
