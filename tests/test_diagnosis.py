@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, V, make_drafter, make_target
+from conftest import DRAFTERS, NUM_LAYERS, TARGETS, V, make_drafter, make_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -181,6 +181,24 @@ def test_scores():
     many = Score(torch.tensor([1, 2] * 100), depth=2)
     assert many.beats(Score(torch.tensor([0, 1] * 100), depth=2))
     assert not many.beats(Score(torch.tensor([2, 1] * 100), depth=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *((family, "eagle31") for family in TARGETS),
+        *(("qwen3", variant) for variant in DRAFTERS if variant != "eagle31"),
+    ],
+)
+def test_every_target_and_variant_can_be_examined(family, variant, prompts):
+    target = make_target(family)
+    drafter = make_drafter(target, **DRAFTERS[variant])
+    found = doctor(target, drafter, prompts[:2], max_new_tokens=14, depth=2)
+    traits = {reading.trait for reading, _ in found.readings}
+    assert traits >= {"recurrence", "residual"}
+    assert ("layers" in traits) == drafter.config.use_aux_hidden_state
+    assert ("embeddings" in traits) == drafter.config.has_own_embeddings
+    assert all(len(score.accepted) == len(found.declared.accepted) for _, score in found.readings)
 
 
 def test_too_little_text_is_said(trained, target, prompts):
