@@ -938,6 +938,24 @@ def test_a_drafter_that_became_a_stock_model_is_told_with_the_line_to_type(layou
         target.generate(torch.tensor([[1, 2]]), assistant_model=mistaken, max_new_tokens=2)
 
 
+def test_a_repository_in_the_cache_loads_by_name_and_revision(tmp_path):
+    """As the Hub's client lays it out: nothing is asked of the network."""
+    for commit, layout in (("a" * 40, "specforge"), ("b" * 40, "speculators")):
+        published, weights, _ = LAYOUTS[layout]
+        write(tmp_path / "models--some-owner--some-drafter" / "snapshots" / commit, published, weights)
+    refs = tmp_path / "models--some-owner--some-drafter" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    (refs / "newer").write_text("b" * 40)
+    where = {"cache_dir": tmp_path, "local_files_only": True, "token": False}
+    for revision, has_own in ((None, False), ("newer", True), ("b" * 40, True)):
+        drafter = AutoModel.from_pretrained("some-owner/some-drafter", **where, revision=revision or "main")
+        assert type(drafter) is Eagle3DrafterModel
+        assert drafter.config.has_own_embeddings == has_own
+    with pytest.raises(OSError, match="some-owner/another"):
+        AutoModel.from_pretrained("some-owner/another", **where)
+
+
 def test_no_code_beside_the_weights_runs(tmp_path):
     """In speculators folders lies a config.py, with an auto_map of an empty key; in ours, their own code."""
     published, weights, _ = LAYOUTS["speculators"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -46,7 +47,13 @@ MEASURED = """
 
 
 def write_card(
-    drafter: Eagle3DrafterModel, folder: Path, *, target: Target, metrics: Mapping[str, float], name: str
+    drafter: Eagle3DrafterModel,
+    folder: Path,
+    *,
+    target: Target,
+    metrics: Mapping[str, float],
+    name: str,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md.
 
@@ -56,6 +63,7 @@ def write_card(
         target: What it drafts for, by name.
         metrics: Name -> value, as measured. The card has no such section without them.
         name: What a reader loads: the repository, or the folder.
+        metadata: More keys for the Hub, such as `license`.
     """
     config = drafter.config
     is_31 = config.fc_norm or config.norm_output
@@ -78,6 +86,7 @@ def write_card(
         tags=["eagle3", *(["eagle3.1"] if is_31 else []), "speculative-decoding", "assisted-generation", "hf-eagle3"],
         model_name=title if results else None,
         eval_results=results or None,
+        **(metadata or {}),
     )
     measured = MEASURED.format(rows="\n".join(f"| {label} | {value:g} |" for label, value in metrics.items()))
     text = CARD.format(
