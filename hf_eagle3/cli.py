@@ -265,8 +265,8 @@ def run_doctor_command(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{args.pin} is not empty: give --pin a folder that is, or is not there.")
     note(f"Loading {args.target} and {args.drafter} ...")
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(args.device).eval()
-    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(args.device)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, device_map=args.device).eval()
+    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype, device_map={"": target.device})
     note("Measuring ...")
     found = doctor(
         target,
@@ -391,7 +391,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor_parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both"
     )
-    doctor_parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    doctor_parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (the target over all GPUs), ...")
     doctor_parser.add_argument("--pin", type=Path, metavar="OUT", help="write the drafter here as it is best read")
     doctor_parser.set_defaults(run=run_doctor_command)
 
