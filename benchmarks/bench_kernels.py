@@ -52,7 +52,7 @@ from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
 from hf_eagle3.rows import RowCache
 
-PARTS = ["correct", "attention", "linear", "small", "stack", "overlap", "compiled"]
+PARTS = ["correct", "attention", "linear", "small", "stack", "compiled"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter has no bfloat16 products
@@ -795,12 +795,8 @@ def as_stock(model: torch.nn.Module) -> Iterator[None]:  # noqa: ARG001  in the 
     yield
 
 
-def time_stack(report: Report, tiny: bool, bandwidth: float, *, overlap: bool) -> None:
-    """Layers of the 8B shape with a cache of rows: stock and fused, as a CUDA graph.
-
-    Args:
-        overlap: Compare launches that overlap with those that do not, rather than fused with stock layers.
-    """
+def time_stack(report: Report, tiny: bool, bandwidth: float) -> None:
+    """Layers of the 8B shape with a cache of rows: stock and fused, as a CUDA graph."""
     AttentionInterface.register("bench_rows", attention_of_rows)
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     if tiny:
@@ -834,15 +830,12 @@ def time_stack(report: Report, tiny: bool, bandwidth: float, *, overlap: bool) -
     floor = (32 * layer_bytes + head_bytes) / bandwidth / 1e6  # ms
     context, capacity = (20, 32) if tiny else (640, 2048)
     rows: list[list[Any]] = []
-    early = functools.partial(attend_rows, overlap=True), functools.partial(write_rows, overlap=True)
     ways: list[tuple[str, Callable, Callable, Callable]] = [
         ("stock, flash", flash_rows, write_rows_eager, as_stock),
         ("stock, our attention", attend_rows, write_rows_eager, as_stock),
         ("fused", attend_rows, write_rows, fused),
     ]
-    if overlap:
-        ways = [ways[-1], ("fused, overlap", *early, functools.partial(fused, overlap=True))]
-    elif not ON_GPU:
+    if not ON_GPU:
         ways = ways[1:]
     for B in [2] if tiny else [1, 8, 64]:
         for T in [4] if tiny else [1, 4]:
@@ -869,8 +862,8 @@ def time_stack(report: Report, tiny: bool, bandwidth: float, *, overlap: bool) -
         head += [f"{name}", f"{name}: error"]
     cells = [[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows]
     report.table(
-        f"32 layers and head of the 8B shape{', launches that overlap' if overlap else ''}, context {context}, from stacks of {num_layers} and {num_layers // 2}: ms "
-        f"(errors: relative, against the first)",
+        f"32 layers and head of the 8B shape, context {context}, from stacks of {num_layers} and {num_layers // 2}: ms "
+        "(errors: relative, against the first)",
         [*head, "floor"],
         cells,
     )
@@ -970,13 +963,12 @@ def main() -> None:
         "attention": lambda: time_attention(report, args.tiny),
         "small": lambda: time_small(report, args.tiny, with_compiled=False),
         "linear": lambda: time_linear(report, args.tiny, args.sweep_until),
-        "stack": lambda: time_stack(report, args.tiny, bandwidth, overlap=False),
-        "overlap": lambda: time_stack(report, args.tiny, bandwidth, overlap=True),
+        "stack": lambda: time_stack(report, args.tiny, bandwidth),
         "compiled": lambda: time_small(report, args.tiny, with_compiled=True),
     }
     is_right = True
     for part, run in parts.items():
-        if part not in args.only or (part in ("overlap", "compiled") and not ON_GPU):
+        if part not in args.only or (part == "compiled" and not ON_GPU):
             continue
         say(part)
         result = attempt(run, part)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, launch, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, tl
 
 
 def attend_rows_eager(
@@ -101,11 +101,7 @@ def _attend_split(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0)
     split = tl.program_id(1)
     tile = tl.program_id(2)
@@ -199,11 +195,7 @@ def _join_splits(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0)
     row = tl.program_id(1)
     b = (pair // H_KV).to(tl.int64)
@@ -241,7 +233,6 @@ def attend_rows(
     softcap: float | None = None,
     num_splits: int | None = None,
     blocks: tuple[int, int, int] | None = None,
-    overlap: bool = False,
 ) -> Tensor:
     """The kernel of `attend_rows_eager`; same arguments, and some for speed.
 
@@ -250,7 +241,6 @@ def attend_rows(
     Args:
         num_splits: Programs that share a row's slots. By default chosen from the sizes.
         blocks: Slots a step, warps, and pipeline stages. By default chosen from the sizes.
-        overlap: Start while the kernel before still runs (programmatic dependent launch, Hopper on).
     """
     require(query.device)
     B, H, T, D = query.shape
@@ -307,10 +297,8 @@ def attend_rows(
             HAS_SINKS=sinks is not None,
             HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            OVERLAP=overlap,
             num_warps=num_warps,
             num_stages=num_stages,
-            **launch(overlap),
         )
         if num_splits > 1:
             _join_splits[B * H_kv, rows](
@@ -326,9 +314,7 @@ def attend_rows(
                 BLOCK_D=block_d,
                 BLOCK_S=round_up_to_power(num_splits),
                 HAS_SINKS=sinks is not None,
-                OVERLAP=overlap,
                 num_warps=4,
-                **launch(overlap),
             )
     return out
 
@@ -389,11 +375,7 @@ def _write_rows(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     b = (token // T).to(tl.int64)
     t = token % T
@@ -407,9 +389,7 @@ def _write_rows(
     tl.store(values + b * stride_vb + slot * stride_vl + h * stride_vh + d, value, mask=mask)
 
 
-def write_rows(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor, *, overlap: bool = False
-) -> None:
+def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
     """The kernel of `write_rows_eager`: one for both, where the twin needs four. Same arguments."""
     require(keys.device)
     B, H_kv, T, D = new_keys.shape
@@ -433,6 +413,4 @@ def write_rows(
             D=D,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
-            OVERLAP=overlap,
-            **launch(overlap),
         )

@@ -49,13 +49,10 @@ class Swaps:
 
 
 @contextmanager
-def fused(model: nn.Module, *, overlap: bool = False) -> Iterator[Swaps]:
+def fused(model: nn.Module) -> Iterator[Swaps]:
     """Run `model`'s linear layers over few rows, norms, rotary embeddings and gated MLPs as kernels.
 
     For capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
-
-    Args:
-        overlap: Let each kernel start while the one before still runs, and fetch its weights meanwhile.
     """
     swaps = Swaps()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -64,12 +61,12 @@ def fused(model: nn.Module, *, overlap: bool = False) -> Iterator[Swaps]:
         return
     with ExitStack() as stack:
         with torch.no_grad():
-            _swap_norms(model, swaps, stack, overlap)
-            _swap_rotaries(model, swaps, stack, overlap)
-            _swap_mlps(model, swaps, stack, overlap)
-            _group_projections(model, swaps, stack, overlap)
+            _swap_norms(model, swaps, stack)
+            _swap_rotaries(model, swaps, stack)
+            _swap_mlps(model, swaps, stack)
+            _group_projections(model, swaps, stack)
         logger.info("Fused %s: %s", type(model).__name__, swaps)
-        stack.enter_context(_SmallLinears(overlap))
+        stack.enter_context(_SmallLinears())
         yield swaps
 
 
@@ -124,7 +121,7 @@ def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
 # ---- norms ----
 
 
-def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     known: dict[tuple, str | None] = {}
     for module in model.modules():
         name = type(module).__name__
@@ -139,7 +136,7 @@ def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool)
             known[key] = _find_variant(module, weight, eps)
         if (variant := known[key]) is not None:
             swaps.norms[name] = variant
-            _set(stack, vars(module), "forward", _make_norm(module, variant, eps, overlap))
+            _set(stack, vars(module), "forward", _make_norm(module, variant, eps))
 
 
 def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
@@ -152,14 +149,14 @@ def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
     return None
 
 
-def _make_norm(module: nn.Module, variant: str, eps: float, overlap: bool) -> Callable[[Tensor], Tensor]:
+def _make_norm(module: nn.Module, variant: str, eps: float) -> Callable[[Tensor], Tensor]:
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = module.weight
         if not _can_run(x, weight):
             return original(x)
-        return rms_norm(x, weight, eps=eps, variant=variant, overlap=overlap)
+        return rms_norm(x, weight, eps=eps, variant=variant)
 
     return forward
 
@@ -167,7 +164,7 @@ def _make_norm(module: nn.Module, variant: str, eps: float, overlap: bool) -> Ca
 # ---- rotary embeddings ----
 
 
-def _swap_rotaries(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+def _swap_rotaries(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     """Replace the function by which the modules of the model's code rotate; each module's name for it is its own."""
     homes: dict[str, ModuleType] = {}
     for module in model.modules():
@@ -182,7 +179,7 @@ def _swap_rotaries(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bo
         widths = tuple(width for width in (64, 32) if _turns_alike(original, width, like))
         if widths:
             swaps.rotaries.append(name)
-            _set(stack, vars(home), ROTARY_NAME, _make_rotary(original, 64 in widths, 32 in widths, overlap))
+            _set(stack, vars(home), ROTARY_NAME, _make_rotary(original, 64 in widths, 32 in widths))
 
 
 def _turns_alike(original: Callable, width: int, like: Tensor) -> bool:
@@ -196,7 +193,7 @@ def _turns_alike(original: Callable, width: int, like: Tensor) -> bool:
     return all(map(_agree, apply_rotary(q, k, cos, sin), theirs))
 
 
-def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap: bool) -> Callable:
+def _make_rotary(original: Callable, takes_full: bool, takes_half: bool) -> Callable:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         is_usual = not args and kwargs.get("unsqueeze_dim", 1) == 1 and kwargs.keys() <= {"unsqueeze_dim"}
         if not (is_usual and _can_run(q, k, cos, sin) and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3):
@@ -213,7 +210,7 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap
         )
         if not (is_known and fits):
             return original(q, k, cos, sin, *args, **kwargs)
-        return apply_rotary(q, k, cos, sin, overlap=overlap)
+        return apply_rotary(q, k, cos, sin)
 
     return rotate
 
@@ -221,7 +218,7 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool, overlap
 # ---- gated MLPs ----
 
 
-def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     known: dict[type, str | None] = {}
     for module in model.modules():
         parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -234,7 +231,7 @@ def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) 
             known[kind] = _find_activation(module, parts[0].weight)
         if (activation := known[kind]) is not None:
             swaps.mlps[kind.__name__] = activation
-            _set(stack, vars(module), "forward", _make_mlp(module, activation, overlap))
+            _set(stack, vars(module), "forward", _make_mlp(module, activation))
 
 
 def _find_activation(module: nn.Module, like: Tensor) -> str | None:
@@ -261,7 +258,7 @@ def _find_activation(module: nn.Module, like: Tensor) -> str | None:
     return names[0] if is_same else None
 
 
-def _make_mlp(module: nn.Module, activation: str, overlap: bool) -> Callable[[Tensor], Tensor]:
+def _make_mlp(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -271,8 +268,8 @@ def _make_mlp(module: nn.Module, activation: str, overlap: bool) -> Callable[[Te
         num_rows = x.numel() // x.shape[-1]
         are_bare = gate.bias is None and up.bias is None
         if are_bare and num_rows and is_worth_it(gate.out_features, gate.in_features, num_rows, is_gated=True):
-            return down(linear_gated(x, gate.weight, up.weight, activation=activation, overlap=overlap))
-        return down(gate_kernel(gate(x), up(x), activation=activation, overlap=overlap))
+            return down(linear_gated(x, gate.weight, up.weight, activation=activation))
+        return down(gate_kernel(gate(x), up(x), activation=activation))
 
     return forward
 
@@ -283,14 +280,10 @@ def _make_mlp(module: nn.Module, activation: str, overlap: bool) -> Callable[[Te
 class _SmallLinears(TorchFunctionMode):
     """Sends what `F.linear` is asked for over few rows to our kernel."""
 
-    def __init__(self, overlap: bool):
-        super().__init__()
-        self.overlap = overlap
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
-            return linear_small(*args, **kwargs, overlap=self.overlap)
+            return linear_small(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -305,13 +298,13 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return _can_run(*given) and weight.is_contiguous() and x.numel() > 0 and x.shape[-1] == weight.shape[-1]
 
 
-def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap: bool) -> None:
+def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     """Let query, key and value projections of one input run as one kernel."""
     for module in model.modules():
         parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if not all(type(part) is nn.Linear and _is_plain(part) and _can_run(part.weight) for part in parts):
             continue
-        group = _Group(parts, overlap)
+        group = _Group(parts)
         swaps.num_groups += 1
         for i, part in enumerate(parts):
             _set(stack, vars(part), "forward", group.make_forward(i))
@@ -320,8 +313,8 @@ def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack, overlap
 class _Group:
     """Projections that are called one after another with the same tensor: the first call computes all."""
 
-    def __init__(self, parts: list[nn.Linear], overlap: bool):
-        self.parts, self.overlap = parts, overlap
+    def __init__(self, parts: list[nn.Linear]):
+        self.parts = parts
         self.originals = [part.forward for part in parts]
         self.x: Tensor | None = None
         self.version: int | None = None
@@ -336,7 +329,7 @@ class _Group:
             version = None if x.is_inference() else x._version
             if i == 0 and self._fits(x):
                 weights, biases = [part.weight for part in self.parts], [part.bias for part in self.parts]
-                first, *rest = linear_group(x, weights, biases, overlap=self.overlap)
+                first, *rest = linear_group(x, weights, biases)
                 self.x, self.version, self.results = x, version, dict(enumerate(rest, 1))
                 return first
             is_ready = i in self.results and x is self.x and version == self.version

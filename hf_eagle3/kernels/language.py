@@ -14,7 +14,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["is_available", "jit", "launch", "require", "round_up_to_power", "tl"]
+__all__ = ["is_available", "jit", "require", "round_up_to_power", "tl"]
 
 
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:
@@ -69,8 +69,3 @@ def require(device: torch.device) -> None:
 def round_up_to_power(n: int) -> int:
     """The smallest power of two that is at least `n` >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-def launch(overlap: bool) -> dict[str, bool]:
-    """Options of a launch that may start while the kernel before it still runs, or of any other."""
-    return {"launch_pdl": True} if overlap else {}

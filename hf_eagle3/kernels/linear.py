@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import jit, launch, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, tl
 from .mlp import ACTIVATIONS, activate
 
 MAX_ROWS = 64
@@ -49,14 +49,6 @@ def linear_gated_eager(x: Tensor, gate: Tensor, up: Tensor, *, activation: str =
     return ACTIVATIONS[activation](linear_small_eager(x, gate)) * linear_small_eager(x, up)
 
 
-@jit()
-def _prefetch(at):
-    """Ask for the cache line of each address, and wait for none."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @jit("M")
 def _linear_dot(
     x,
@@ -85,10 +77,7 @@ def _linear_dot(
     SPLIT_K: tl.constexpr,
     IS_EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     weight = weight_0
@@ -121,13 +110,7 @@ def _linear_dot(
     end = tl.minimum(K, begin + share)
     k = tl.arange(0, BLOCK_K)
     x_at = x + begin + m[:, None] * K + k[None, :]
-    w_row = weight + n.to(tl.int64) * K  # [BLOCK_N]
-    if OVERLAP:
-        # The weight does not wait for the kernel before: the first steps' worth of it may come to the cache now.
-        line = tl.arange(0, BLOCK_K // 32) * 64  # two steps, lines of 128 bytes
-        _prefetch(tl.where((n < N)[:, None], w_row[:, None] + begin + line[None, :], weight))
-        tl.extra.cuda.gdc_wait()
-    w_at = w_row[:, None] + begin + k[None, :]
+    w_at = weight + n.to(tl.int64)[:, None] * K + begin + k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(begin, end, BLOCK_K):
         if IS_EVEN_K:
@@ -160,11 +143,7 @@ def _sum_splits(
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLIT_K):
@@ -199,10 +178,7 @@ def _linear_fma(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     IS_EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     weight = weight_0
     bias = bias_0
@@ -229,12 +205,7 @@ def _linear_fma(
 
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    w_row = weight + n.to(tl.int64) * K
-    if OVERLAP:
-        line = tl.arange(0, BLOCK_K // 32) * 64
-        _prefetch(tl.where((n < N)[:, None], w_row[:, None] + line[None, :], weight))
-        tl.extra.cuda.gdc_wait()
-    w_at = w_row[:, None] + k[None, :]
+    w_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     acc_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_1 = acc_0
     acc_2 = acc_0
@@ -280,20 +251,12 @@ def _linear_gated(
     IS_EVEN_K: tl.constexpr,
     NAME: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_at = x + m[:, None] * K + k[None, :]
     row = n.to(tl.int64)[:, None] * K
-    if OVERLAP:
-        line = tl.arange(0, BLOCK_K // 32) * 64
-        _prefetch(tl.where((n < N)[:, None], gate + row + line[None, :], gate))
-        _prefetch(tl.where((n < N)[:, None], up + row + line[None, :], up))
-        tl.extra.cuda.gdc_wait()
     g_at = gate + row + k[None, :]
     u_at = up + row + k[None, :]
     acc_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -321,17 +284,13 @@ def _linear_gated(
     tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], result.to(dtype), mask=mask)
 
 
-def linear_small(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, blocks: Blocks | None = None, overlap: bool = False
-) -> Tensor:
+def linear_small(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, blocks: Blocks | None = None) -> Tensor:
     """The kernel of `linear_small_eager`, for at most 64 rows of `x` and a contiguous `weight` of `x`'s dtype.
 
     Args:
         blocks: For tuning. By default from the table.
-        overlap: Start while the kernel before still runs, and fetch weights meanwhile (programmatic dependent launch,
-            Hopper on). No kernel that may still run then may write to the weight.
     """
-    return linear_group(x, [weight], [bias], blocks=blocks, overlap=overlap)[0]
+    return linear_group(x, [weight], [bias], blocks=blocks)[0]
 
 
 def linear_group(
@@ -340,7 +299,6 @@ def linear_group(
     biases: Sequence[Tensor | None],
     *,
     blocks: Blocks | None = None,
-    overlap: bool = False,
 ) -> tuple[Tensor, ...]:
     """The kernel of `linear_group_eager`: one launch, and one tail, for up to three layers; else as `linear_small`."""
     x_rows = _check(x, *weights)
@@ -359,9 +317,7 @@ def linear_group(
         "HAS_BIAS_2": has_bias[2],
         "BLOCK_N": blocks.block_n,
         "BLOCK_K": blocks.block_k,
-        "OVERLAP": overlap,
         "num_warps": blocks.num_warps,
-        **launch(overlap),
     }
     num_tiles = sum(-(-N // blocks.block_n) for N in sizes)
     with torch.cuda.device_of(x):
@@ -410,8 +366,6 @@ def linear_group(
                 HAS_BIAS=has_bias[0],
                 SPLIT_K=split_k,
                 BLOCK=512,
-                OVERLAP=overlap,
-                **launch(overlap),
             )
     return tuple(outs)
 
@@ -423,7 +377,6 @@ def linear_gated(
     *,
     activation: str = "silu",
     blocks: Blocks | None = None,
-    overlap: bool = False,
 ) -> Tensor:
     """The kernel of `linear_gated_eager`; else as `linear_small`."""
     x_rows = _check(x, gate, up)
@@ -446,10 +399,8 @@ def linear_gated(
             IS_EVEN_K=K % blocks.block_k == 0,
             NAME=activation,
             PRECISION=_precision(x),
-            OVERLAP=overlap,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
-            **launch(overlap),
         )
     return out
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .language import jit, launch, require, tl
+from .language import jit, require, tl
 
 BLOCK = 1024
 
@@ -44,10 +44,7 @@ def activate(x, NAME: tl.constexpr):
 
 
 @jit()
-def _gate(gate, up, out, size, BLOCK: tl.constexpr, NAME: tl.constexpr, OVERLAP: tl.constexpr):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+def _gate(gate, up, out, size, BLOCK: tl.constexpr, NAME: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + at, mask=at < size).to(tl.float32)
     u = tl.load(up + at, mask=at < size).to(tl.float32)
@@ -55,17 +52,11 @@ def _gate(gate, up, out, size, BLOCK: tl.constexpr, NAME: tl.constexpr, OVERLAP:
     tl.store(out + at, (activated * u).to(out.dtype.element_ty), mask=at < size)
 
 
-def gate(gate: Tensor, up: Tensor, *, activation: str = "silu", overlap: bool = False) -> Tensor:
-    """The kernel of `gate_eager`. Equal to it but for the last bit of the activation's exponential.
-
-    Args:
-        overlap: Start while the kernel before still runs (programmatic dependent launch, Hopper on).
-    """
+def gate(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """The kernel of `gate_eager`. Equal to it but for the last bit of the activation's exponential."""
     require(gate.device)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     with torch.cuda.device_of(gate):
-        _gate[(-(-gate.numel() // BLOCK),)](
-            gate, up, out, gate.numel(), BLOCK=BLOCK, NAME=activation, OVERLAP=overlap, **launch(overlap)
-        )
+        _gate[(-(-gate.numel() // BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK, NAME=activation)
     return out

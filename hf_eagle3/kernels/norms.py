@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, launch, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, tl
 
 VARIANTS = ("llama", "wide", "shifted")
 
@@ -38,14 +38,9 @@ def _rms_norm(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     VARIANT: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < num_rows)[:, None] & (d < D)[None, :]
@@ -58,7 +53,7 @@ def _rms_norm(
     tl.store(out + at, (scaled * w).to(out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama", overlap: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -> Tensor:
     """The kernel of `rms_norm_eager`, for `x` and `weight` of one dtype.
 
     The sum of squares is taken in another order, so its last bit may differ; what is rounded to 16 bits is then equal
@@ -82,8 +77,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama", o
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             VARIANT=variant,
-            OVERLAP=overlap,
             num_warps=8 if block_d > 2048 else 4,
-            **launch(overlap),
         )
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, launch, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, tl
 
 
 def apply_rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,11 +65,7 @@ def _apply_rotary(
     BLOCK_HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     IS_SHARED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     b = (token // T).to(tl.int64)
     t = token % T
@@ -112,7 +108,7 @@ def _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF: tl.constexpr):
     tl.store(y_at + HALF, y_2.to(dtype), mask=mask)
 
 
-def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, overlap: bool = False) -> tuple[Tensor, Tensor]:
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel of `apply_rotary_eager`, for tensors of one dtype, each contiguous in its last dimension."""
     require(q.device)
     B, H, T, D = q.shape
@@ -145,9 +141,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, overlap: boo
             BLOCK_HALF=round_up_to_power(D // 2),
             BLOCK_H=block_h,
             IS_SHARED=cos.shape[-1] != D,
-            OVERLAP=overlap,
             num_warps=2,
             enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
-            **launch(overlap),
         )
     return out_q, out_k
