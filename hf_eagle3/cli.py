@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as host_logging
 
 from . import __version__
+from .bench import add_bench_parser
 from .checkpoints import ENGINES, describe_drafter, export
 from .diagnosis import PROMPTS as DOCTOR_PROMPTS
 from .diagnosis import doctor
@@ -414,6 +415,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export_parser.add_argument("--repo-id", metavar="OWNER/NAME", help="where it will be published, for the card")
     export_parser.set_defaults(run=run_export_command)
+
+    add_bench_parser(commands)
 
     env = commands.add_parser("env", help="print versions, for bug reports")
     env.set_defaults(run=lambda _: print(describe_environment()) or 0)

@@ -340,5 +340,10 @@ def test_options_change_on_purpose():
             *("--device", "--pin"),
         },
         "export": {"-h", "--help", "--to", "--target", "--metrics", "--repo-id"},
+        "bench": {
+            *("-h", "--help", "--target", "--drafter", "--shape", "--simulate-acceptance-length", "--prompts"),
+            *("--limit", "--prompt-length", "--batch-sizes", "--max-new-tokens", "--num-draft-tokens"),
+            *("--temperature", "--repeats", "--kinds", "--dtype", "--device", "--out"),
+        },
         "env": {"-h", "--help"},
     }

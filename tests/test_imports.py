@@ -13,7 +13,8 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 
 # A module imports from the rows below its own, and from modules of its own row after which it stands.
 LAYERS = [
-    ["cli", "bench"],
+    ["cli"],
+    ["bench"],
     ["__init__", "__main__"],
     ["integration"],
     ["own_loop"],

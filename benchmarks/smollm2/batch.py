@@ -68,10 +68,14 @@ def main() -> None:
         "speed_up": {k: round(statistics.median(v) / plain, 3) for k, v in speeds.items()},
         "acceptance_length": {k: round(v, 3) for k, v in lengths.items()},
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))  # noqa: T201  its result
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
