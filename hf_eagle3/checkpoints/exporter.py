@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -316,11 +315,3 @@ def sample_drafts(drafter: Eagle3DrafterModel, num_positions: int = 16, depth: i
     cache = DynamicCache()
     feature = extend(drafter, ids, states, cache, position_ids=position_ids)
     return draft_chain(drafter, feature, cache, depth=depth, choose=choose_greedy).tokens
-
-
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether `name` could be a repository, and is no folder here."""
-    return bool(name and HUB_NAME.fullmatch(name) and not Path(name).exists())
