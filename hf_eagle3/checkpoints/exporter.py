@@ -17,6 +17,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedM
 
 from ..draft import choose_greedy, draft_chain, extend
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from .card import write_card
 from .engines import (
     ENGINES,
@@ -198,19 +199,30 @@ def compare_embeddings(drafter: Eagle3DrafterModel, target: Any) -> list[str]:  
     config = drafter.config
     if not config.has_own_embeddings or config.target_hidden_size != config.hidden_size:
         return []
-    if not isinstance(target, PreTrainedModel):
+    theirs = read_embeddings(target)
+    if theirs is None:
         return [
-            "SGLang uses the target's token embeddings in place of the drafter's. Give the target as a model to have them "
-            "compared."
+            "SGLang uses the target's token embeddings in place of the drafter's. Give the target as a model or a folder to "
+            "have them compared."
         ]
     own = drafter.embed_tokens.weight
-    theirs = target.get_input_embeddings().weight[: len(own)].to(own.device, own.dtype)
-    if not torch.equal(own, theirs):
+    if not torch.equal(own, theirs[: len(own)].to(own.device, own.dtype)):
         raise ValueError(
             "has_own_embeddings=True: SGLang uses the target's token embeddings for every drafter of the target's width, "
             "and this drafter's differ from them."
         )
     return []
+
+
+def read_embeddings(target: Any) -> Tensor | None:  # Any: as `export`
+    """The target's token embeddings [>= V, Ht], from a model or a folder; None where only a download would tell."""
+    if isinstance(target, PreTrainedModel):
+        return target.get_input_embeddings().weight
+    if not isinstance(target, str | os.PathLike) or not Path(target).is_dir():
+        return None
+    stored = list_tensors(find_weight_files(os.fspath(target)))
+    found = [name for name in stored if name.endswith("embed_tokens.weight")]
+    return read_tensor(stored[found[0]], found[0]) if len(found) == 1 else None
 
 
 # ---- files ----
