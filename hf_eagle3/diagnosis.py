@@ -202,7 +202,12 @@ def list_readings(drafter: Eagle3DrafterModel, target: PreTrainedModel) -> list[
     d2t = drafter.d2t
     if len(d2t) < config.vocab_size and d2t[0] >= 0 and d2t[-1] < config.vocab_size and (d2t.diff() > 0).all():
         readings.append(Reading("d2t", "target ids, not offsets", {}, d2t.clone()))
-    return readings
+    return [reading._replace(overrides=differences(reading.overrides, config)) for reading in readings]
+
+
+def differences(overrides: dict[str, Any], config: Eagle3DrafterConfig) -> dict[str, Any]:
+    """Those of `overrides` that the config does not have already."""
+    return {key: value for key, value in overrides.items() if getattr(config, key) != value}
 
 
 def list_layer_readings(config: Eagle3DrafterConfig, n: int) -> list[Reading]:

@@ -140,6 +140,9 @@ class Eagle3LatentAttention(nn.Module):
         query_rope, key_rope = apply_rotary_pos_emb_interleave(query_rope, key_rope[:, None], *position_embeddings)
         query = torch.cat([query, query_rope], dim=-1)
         key = torch.cat([key, key_rope.expand(-1, key.shape[1], -1, -1)], dim=-1)
+        # One width for all three, as fast kernels and caches take it; zeros change neither scores nor sums.
+        width = max(self.qk_size, self.v_size)
+        query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -150,7 +153,7 @@ class Eagle3LatentAttention(nn.Module):
             self,
             query,
             key,
-            F.pad(value, (0, max(self.qk_size - self.v_size, 0))),  # flash kernels want one width
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,

@@ -744,12 +744,41 @@ def test_layout_loads_through_auto_model(layout, tmp_path):
 
 
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
-@pytest.mark.parametrize("layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names"])
+@pytest.mark.parametrize(
+    "layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names", "speculators", "nemo_mla"]
+)
 def test_every_kind_of_file_loads(layout, files, tmp_path):
     published, weights, _ = LAYOUTS[layout]
     write(tmp_path, published, weights, files)
     drafter = AutoModelForCausalLM.from_pretrained(str(tmp_path))
     check_against_reference(drafter, weights, published)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1).contiguous()
+
+
+def swap_pairs(tensor: Tensor) -> Tensor:
+    """The last ROPE rows in Llama's order of halves, where MLA has neighbours."""
+    return torch.cat([tensor[:-ROPE], tensor[-ROPE:].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)]).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "permute"),
+    [
+        ("specforge", "midlayer.self_attn.k_proj.weight", swap_halves),  # [hidden ; embedding]
+        ("specforge", "fc.weight", lambda w: w.roll(H, dims=1)),  # states in another order
+        ("mla_kimi", "midlayer.self_attn.kv_a_proj_with_mqa.weight", swap_pairs),
+        ("eagle31_four_states", "fc_norm.0.weight", lambda w: w.flip(0)),
+        ("speculators_qwen3_eagle31", "layers.0.self_attn.q_norm.weight", lambda w: w.flip(0)),
+    ],
+)
+def test_a_wrong_permutation_is_noticed(layout, name, permute, tmp_path):
+    """Negative control: the comparison with the reference is sharp."""
+    published, weights, _ = LAYOUTS[layout]
+    drafter = AutoModel.from_pretrained(write(tmp_path, published, {**weights, name: permute(weights[name])}))
+    with pytest.raises(AssertionError, match="not close"):
+        check_against_reference(drafter, weights, published)
 
 
 @layouts

@@ -302,10 +302,14 @@ def test_embeddings_that_sglang_would_replace(tmp_path):
     with pytest.raises(ValueError, match="has_own_embeddings=True: SGLang uses the target's token embeddings"):
         drafter.export(tmp_path / "a", to="sglang", target=target)
     assert "target's token embeddings" in drafter.export(tmp_path / "b", to="sglang", target=TARGET).notes[0]
+    target.save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match="has_own_embeddings=True"):
+        drafter.export(tmp_path / "e", to="sglang", target=tmp_path / "target")
     with torch.no_grad():
         drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
     assert drafter.export(tmp_path / "c", to="sglang", target=target).notes == ()
     assert drafter.export(tmp_path / "d", to="vllm", target=target).notes == ()
+    assert drafter.export(tmp_path / "e", to="sglang", target=tmp_path / "target").notes == ()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

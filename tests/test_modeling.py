@@ -499,6 +499,15 @@ def test_last_boundary_is_allowed_and_the_next_is_not():
         config.resolve_aux_layer_ids(7)
 
 
+@pytest.mark.parametrize("v_head_dim", [5, 17])
+def test_latent_keys_and_values_are_cached_with_one_width(v_head_dim):
+    """Kernels that write both to a cache take one width for both."""
+    drafter = bind(make_drafter(**{**MLA, "v_head_dim": v_head_dim}))
+    out = drafter(torch.zeros(1, 3, dtype=torch.long), aux_hidden_states=torch.randn(1, 3, 3 * H), use_cache=True)
+    layer = out.past_key_values.layers[0]
+    assert layer.keys.shape == layer.values.shape == (1, 4, 3, max(6 + 8, v_head_dim))
+
+
 def test_ids_read_as_outputs_are_boundaries_where_they_must_be():
     """SGLang's rule for gpt-oss: the published [24, 30, 36] of a 36-layer target cannot be outputs."""
     config = make_config(aux_layer_ids=[25, 31, 37], aux_layer_ids_from_outputs=True)

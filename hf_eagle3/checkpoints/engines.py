@@ -143,6 +143,9 @@ def to_sglang_ids(boundaries: list[int], target: Target) -> list[int]:
     return [i - 1 for i in boundaries]
 
 
+LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+
+
 def make_layer_config(config: Eagle3DrafterConfig, *, model_type: str) -> dict[str, Any]:
     """The keys that describe a drafter's layers, as a Llama-like config has them."""
     rope = dict(config.rope_parameters or {"rope_type": "default"})
@@ -183,9 +186,6 @@ def make_layer_config(config: Eagle3DrafterConfig, *, model_type: str) -> dict[s
     if config.num_aux_hidden_states != 3 and config.use_aux_hidden_state:
         fields["num_aux_hidden_states"] = config.num_aux_hidden_states
     return fields
-
-
-LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 
 
 def make_native_config(

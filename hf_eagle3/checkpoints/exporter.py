@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedM
 
 from ..draft import choose_greedy, draft_chain, extend
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from .card import write_card
 from .engines import (
     ENGINES,
@@ -199,19 +199,30 @@ def compare_embeddings(drafter: Eagle3DrafterModel, target: Any) -> list[str]:  
     config = drafter.config
     if not config.has_own_embeddings or config.target_hidden_size != config.hidden_size:
         return []
-    if not isinstance(target, PreTrainedModel):
+    theirs = read_embeddings(target)
+    if theirs is None:
         return [
-            "SGLang uses the target's token embeddings in place of the drafter's. Give the target as a model to have them "
-            "compared."
+            "SGLang uses the target's token embeddings in place of the drafter's. Give the target as a model or a folder to "
+            "have them compared."
         ]
     own = drafter.embed_tokens.weight
-    theirs = target.get_input_embeddings().weight[: len(own)].to(own.device, own.dtype)
-    if not torch.equal(own, theirs):
+    if not torch.equal(own, theirs[: len(own)].to(own.device, own.dtype)):
         raise ValueError(
             "has_own_embeddings=True: SGLang uses the target's token embeddings for every drafter of the target's width, "
             "and this drafter's differ from them."
         )
     return []
+
+
+def read_embeddings(target: Any) -> Tensor | None:  # Any: as `export`
+    """The target's token embeddings [>= V, Ht], from a model or a folder; None where only a download would tell."""
+    if isinstance(target, PreTrainedModel):
+        return target.get_input_embeddings().weight
+    if not isinstance(target, str | os.PathLike) or not Path(target).is_dir():
+        return None
+    stored = list_tensors(find_weight_files(os.fspath(target)))
+    found = [name for name in stored if name.endswith("embed_tokens.weight")]
+    return read_tensor(stored[found[0]], found[0]) if len(found) == 1 else None
 
 
 # ---- files ----
@@ -316,11 +327,3 @@ def sample_drafts(drafter: Eagle3DrafterModel, num_positions: int = 16, depth: i
     cache = DynamicCache()
     feature = extend(drafter, ids, states, cache, position_ids=position_ids)
     return draft_chain(drafter, feature, cache, depth=depth, choose=choose_greedy).tokens
-
-
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether `name` could be a repository, and is no folder here."""
-    return bool(name and HUB_NAME.fullmatch(name) and not Path(name).exists())
