@@ -14,6 +14,7 @@ __all__ = [
     "Eagle3Trainer",
     "Eagle3TrainingArguments",
     "Speculation",
+    "doctor",
     "install",
     "uninstall",
 ]
@@ -22,6 +23,10 @@ install()
 
 
 def __getattr__(name: str) -> Any:  # whatever training exports
+    if name == "doctor":
+        from .diagnosis import doctor
+
+        return doctor
     # Training pulls in the host's Trainer, which takes seconds to import.
     if name in ("Eagle3Trainer", "Eagle3TrainingArguments"):
         from . import training

@@ -5,7 +5,10 @@ medians and spread. Speed of prompts made up of random tokens is that of decodin
 so that the prompt's forward cancels. Speed of real prompts is new tokens over wall time.
 """
 
+import argparse
+import importlib.util
 import json
+import logging
 import platform
 import statistics
 import time
@@ -17,7 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import __version__
 from .graphs import release_graphs
@@ -63,6 +75,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 DRAFT_VOCAB_SIZE = 32000
 
 STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
+STATIC = 'generate(cache_implementation="static")'  # which the host compiles
+KINDS = {"stock": STOCK, "static": STATIC, "plain": PLAIN, "drafted": DRAFTED}
+
+logger = logging.getLogger(__name__)
 
 
 class Prompts(NamedTuple):
@@ -205,6 +221,7 @@ def measure(
     batch_size = max(len(batch.categories) for batch in batches)
     extras: dict[str, dict[str, Any]] = {
         STOCK: {"drafter": None},
+        STATIC: {"drafter": None, "cache_implementation": "static"},
         PLAIN: {"drafter": drafter, "num_assistant_tokens": 0},
         DRAFTED: {"drafter": drafter},
     }
@@ -349,3 +366,142 @@ def to_markdown(results: list[Measured], *, title: str, notes: Sequence[str]) ->
 def to_json(results: list[Measured], *, notes: Sequence[str]) -> str:
     """The same as data."""
     return json.dumps({"notes": list(notes), "results": [asdict(r) for r in results]}, indent=1) + "\n"
+
+
+# ---- the command ----
+
+
+def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
+    """The options of `hf-eagle3 bench`."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure what a drafter brings, by batch size and prompt category",
+        description="Stock generate(), our loop without drafting and our loop with it, in turn in one process. Writes "
+        "tables as Markdown, the same as JSON, and a picture where matplotlib is installed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--target", metavar="REPO_OR_DIR", help="the model to generate with")
+    parser.add_argument("--drafter", metavar="REPO_OR_DIR", help="its drafter; random weights if left out")
+    parser.add_argument("--shape", choices=list(SHAPES), help="instead of --target: a known shape, random weights")
+    parser.add_argument(
+        "--simulate-acceptance-length",
+        type=float,
+        metavar="AL",
+        help="accept as if drafts were that good, whatever they are; for weights that were never trained",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="lines with `turns` or `prompt`, and `category`")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N prompts only")
+    parser.add_argument("--prompt-length", type=int, default=512, metavar="T", help="of random prompts")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], metavar="B", help="rows at once")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of each row")
+    parser.add_argument("--num-draft-tokens", type=int, metavar="K", help="draft depth (the drafter's own)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each kind")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), default=["stock", "plain", "drafted"], help="what to compare"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="PATH", help="without suffix")
+    parser.set_defaults(run=run_bench_command)
+
+
+def run_bench_command(args: argparse.Namespace) -> int:
+    """Measure, print and write."""
+    if (args.target is None) == (args.shape is None):
+        raise ValueError("Give one of --target and --shape.")
+    if args.shape and args.prompts:
+        raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
+    if args.drafter is None and args.simulate_acceptance_length is None:
+        raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.shape:
+        target = make_target(args.shape, device=device, dtype=dtype)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    if args.drafter is None:
+        drafter = make_random_drafter(target)
+    else:
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
+    if args.num_draft_tokens is not None:
+        drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
+    if args.simulate_acceptance_length is not None:
+        drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+    options: dict[str, Any] = {"do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        options |= {"temperature": args.temperature, "top_k": 0}
+
+    V = target.config.get_text_config(decoder=True).vocab_size
+    kinds = [KINDS[name] for name in args.kinds]
+    results: list[Measured] = []
+    with tqdm(total=len(args.batch_sizes) * len(kinds) * (args.repeats + 1), unit="pass") as bar:
+        for size in args.batch_sizes:
+            bar.set_description(f"batch {size}")
+            if args.prompts is None:
+                batches, subtract = [random_prompts(size, args.prompt_length, V, device)], args.max_new_tokens // 8
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(args.target)
+                batches, subtract = read_prompts(args.prompts, tokenizer, size, device, limit=args.limit), 0
+            results += measure(
+                *(target, drafter, batches),
+                max_new_tokens=args.max_new_tokens,
+                repeats=args.repeats,
+                kinds=kinds,
+                subtract=subtract,
+                on_run=bar.update,
+                **options,
+            )
+    depth = drafter.generation_config.num_assistant_tokens or 3
+    simulated = args.simulate_acceptance_length
+    notes = [
+        describe_machine(target) + ".",
+        f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
+        f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
+        + (f", acceptance length simulated at {simulated}" if simulated else "")
+        + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
+        "`hf-eagle3 bench " + " ".join(describe_arguments(args)) + "`",
+    ]
+    name = args.shape or Path(args.target).name
+    text = to_markdown(results, title=f"{name}, with and without drafting", notes=notes)
+    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    args.out.with_suffix(".json").write_text(to_json(results, notes=notes), encoding="utf-8")
+    draw(results, args.out.with_suffix(".png"), title=name)
+    print(text)  # noqa: T201  what was asked for
+    return 0
+
+
+def describe_arguments(args: argparse.Namespace) -> list[str]:
+    """The command's arguments as they would be typed again; of paths, the last part."""
+    words = []
+    for name, value in vars(args).items():
+        if name in ("command", "run", "out") or value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        shown = [Path(v).name if name in ("target", "drafter", "prompts") else str(v) for v in values]
+        words += [f"--{name.replace('_', '-')}", *shown]
+    return words
+
+
+def draw(results: list[Measured], path: Path, *, title: str) -> None:
+    """A bar chart of speed by batch size, if matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("No picture: it needs matplotlib (pip install matplotlib).")
+        return
+    from matplotlib.figure import Figure
+
+    sizes = sorted({r.batch_size for r in results})
+    kinds = list(dict.fromkeys(r.kind for r in results))
+    figure = Figure(figsize=(3 * len(sizes) + 1, 3.2), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        for i, kind in enumerate(kinds):
+            found = [r for r in results if (r.kind, r.batch_size) == (kind, size)]
+            for r in found:
+                span = [[r.tokens_per_second - r.slowest], [r.fastest - r.tokens_per_second]]
+                axes.bar(i, r.tokens_per_second, yerr=span, capsize=3, label=kind, color=f"C{i}")
+        axes.set_title(f"batch {size}")
+        axes.set_xticks([])
+        axes.set_ylabel("tokens/s")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,9 +1,10 @@
-"""The command line: `hf-eagle3 demo` shows what a drafter brings, `hf-eagle3 env` what a bug report needs.
+"""The command line: show what a drafter brings, look into one, measure how it is to be read, export it.
 
 Answers and results go to stdout, progress and errors to stderr.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -18,12 +19,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as host_logging
 
 from . import __version__
-from .modeling import CheckpointError, Eagle3DrafterModel
+from .bench import add_bench_parser
+from .checkpoints import ENGINES, describe_drafter, export
+from .diagnosis import PROMPTS as DOCTOR_PROMPTS
+from .diagnosis import doctor
+from .modeling import Eagle3DrafterModel
 from .smollm2 import DRAFTER_FOLDER, LoadedTarget, TargetUnavailableError, load_target
 
 PROMPTS = (
@@ -237,6 +249,50 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+# ---- checkpoints ----
+
+
+def run_inspect_command(args: argparse.Namespace) -> int:
+    """`hf-eagle3 inspect`: exit status 0."""
+    print(describe_drafter(args.drafter, revision=args.revision, subfolder=args.subfolder or ""))
+    return 0
+
+
+def run_doctor_command(args: argparse.Namespace) -> int:
+    """`hf-eagle3 doctor`: exit status 0, or 1 if what the checkpoint declares is not the best reading."""
+    host_logging.disable_progress_bar()
+    dtype = getattr(torch, args.dtype)
+    if args.pin is not None and args.pin.exists() and any(args.pin.iterdir()):
+        raise FileExistsError(f"{args.pin} is not empty: give --pin a folder that is, or is not there.")
+    note(f"Loading {args.target} and {args.drafter} ...")
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, device_map=args.device).eval()
+    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype, device_map={"": target.device})
+    note("Measuring ...")
+    found = doctor(
+        target,
+        drafter,
+        args.prompt or DOCTOR_PROMPTS,
+        tokenizer=tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        depth=args.depth,
+    )
+    print(found)
+    if args.pin is not None:
+        found.drafter.save_pretrained(args.pin)
+        print(f"The drafter is in {args.pin}, with a config that says how it is best read.")
+    return 0 if found.is_declared_best else 1
+
+
+def run_export_command(args: argparse.Namespace) -> int:
+    """`hf-eagle3 export`: exit status 0."""
+    host_logging.disable_progress_bar()
+    drafter = AutoModel.from_pretrained(args.drafter)
+    metrics = json.loads(args.metrics.read_text(encoding="utf-8")) if args.metrics is not None else None
+    print(export(drafter, args.out, to=args.to, target=args.target, metrics=metrics, repo_id=args.repo_id))
+    return 0
+
+
 # ---- env ----
 
 
@@ -306,6 +362,62 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=run_demo_command)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a drafter is: flavour, fields and where they come from, sizes, engines",
+        description="Reads config.json and the headers of the weights; nothing is loaded.",
+    )
+    inspect.add_argument("drafter", metavar="REPO_OR_DIR", help="a repository on the Hub, or a folder")
+    inspect.add_argument("--revision", help="branch, tag or commit of the repository")
+    inspect.add_argument("--subfolder", help="folder inside the repository")
+    inspect.set_defaults(run=run_inspect_command)
+
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="measure which reading of a drafter's config agrees best with its target",
+        description="The target writes a few hundred tokens; the drafter is read in every plausible way (captured layers, "
+        "recurrence, residual, rope, embeddings, d2t), and what each drafts is compared with that text. Exit status 1 if "
+        "what is declared is not the best.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    doctor_parser.add_argument("--target", required=True, metavar="REPO_OR_DIR", help="the model it drafts for")
+    doctor_parser.add_argument("--drafter", required=True, metavar="REPO_OR_DIR", help="the drafter, of any flavour")
+    doctor_parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what to ask; may be given several times (six of ours)"
+    )
+    doctor_parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens for each prompt"
+    )
+    doctor_parser.add_argument("--depth", type=positive, default=4, metavar="K", help="draft depths to compare")
+    doctor_parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both"
+    )
+    doctor_parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (the target over all GPUs), ...")
+    doctor_parser.add_argument("--pin", type=Path, metavar="OUT", help="write the drafter here as it is best read")
+    doctor_parser.set_defaults(run=run_doctor_command)
+
+    export_parser = commands.add_parser(
+        "export",
+        help="write a drafter as SGLang or vLLM serves it, or for the Hub",
+        description="Writes a folder, loads it back, compares weights and drafts, and prints the line that serves it.",
+    )
+    export_parser.add_argument("drafter", metavar="REPO_OR_DIR", help="the drafter, of any flavour")
+    export_parser.add_argument(
+        "--to",
+        required=True,
+        choices=list(ENGINES),
+        help="sglang and vllm: one folder for both where both can serve it; speculators: vLLM's own layout; hf: with code and model card",
+    )
+    export_parser.add_argument("out", type=Path, metavar="OUT", help="an empty or new folder")
+    export_parser.add_argument("--target", metavar="REPO_OR_DIR", help="the model it drafts for")
+    export_parser.add_argument(
+        "--metrics", type=Path, metavar="JSON", help="a table from name to number, for the card"
+    )
+    export_parser.add_argument("--repo-id", metavar="OWNER/NAME", help="where it will be published, for the card")
+    export_parser.set_defaults(run=run_export_command)
+
+    add_bench_parser(commands)
+
     env = commands.add_parser("env", help="print versions, for bug reports")
     env.set_defaults(run=lambda _: print(describe_environment()) or 0)
     return parser
@@ -318,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
     try:
         return args.run(args)
-    except (TargetUnavailableError, CheckpointError, OSError, ImportError) as error:
+    except (TargetUnavailableError, ValueError, OSError, ImportError) as error:
         print(f"hf-eagle3: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -32,8 +32,8 @@ def find_layers(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 class StateRecorder:
     """Keeps the aux hidden states of the target's last forward, through hooks on exactly the boundaries needed.
 
-    Boundary i < n is the input of layer i; boundary n is the output of the last layer, before the final norm. No
-    boundaries at all means the final, normed state. Use as a context manager: the hooks go when it closes.
+    Boundary i < n is the input of layer i; boundary n is the output of the last layer, before the final norm, and n + 1
+    what leaves that norm. No boundaries at all means n + 1 alone. Use as a context manager: the hooks go when it closes.
 
     Args:
         target: Any decoder of the host; a vision-language model is read at its text decoder.
@@ -49,14 +49,13 @@ class StateRecorder:
 
     def __enter__(self) -> "StateRecorder":
         decoder, layers = find_layers(self._target)
-        for boundary in self._aux_layer_ids:
-            if boundary < len(layers):
+        n = len(layers)
+        for boundary in self._aux_layer_ids or (n + 1,):
+            if boundary < n:
                 hook = layers[boundary].register_forward_pre_hook(self._on_input(boundary), with_kwargs=True)
             else:
-                hook = layers[-1].register_forward_hook(self._on_output(boundary))
+                hook = (layers[-1] if boundary == n else decoder).register_forward_hook(self._on_output(boundary))
             self._handles.append(hook)
-        if not self._aux_layer_ids:
-            self._handles.append(decoder.register_forward_hook(self._on_output(len(layers))))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput
 from .accept import accept_sampled
 from .cache import CACHE_NAME
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
-from .checkpoints import load_published_config, register_weight_names
+from .checkpoints import export, load_published_config, register_weight_names
 from .choice import HOST_LOOP, OWN_LOOP, choose_loop, take_choice
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
@@ -371,6 +371,7 @@ def install() -> None:
     AutoModel.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
     AutoModelForCausalLM.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
     register_weight_names()
+    Eagle3DrafterModel.exporter = export
     for owner, name, wrap in WRAPS:
         if (owner, name) not in _originals:
             _originals[owner, name] = vars(owner)[name]

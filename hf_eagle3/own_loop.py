@@ -24,6 +24,8 @@ from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
+FEW_TOKENS = 8
+
 
 def run_own_loop(
     target: PreTrainedModel,
@@ -95,13 +97,15 @@ def run_own_loop(
             num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
             target_cache, drafter_cache = RowCache(num_layers, to_bucket(longest + 2 * choice.depth + 3)), None
         recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
-        stack.enter_context(target._optimize_model_for_decode())
         prompt = prefill(
             *(target, recorder, prompt_ids, mask, model_kwargs, generation_config),
             device=drafter.device,
             cache=target_cache,
             move=not choice.has_cache,
         )
+        if len(given) * (choice.depth + 1) <= FEW_TOKENS:
+            # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
+            stack.enter_context(target._optimize_model_for_decode())
         with clocks.draft:
             state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length, cache=drafter_cache)
         models = (target, drafter, recorder, state, config)

@@ -18,14 +18,17 @@ def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_mod
 
 
 def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as assistant_model
-    """Raise if `model` is a published drafter that was loaded as a Llama, with random layers."""
+    """Raise if `model` is a published drafter that was loaded as a stock model, with random layers."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "llama":
+    model_type = getattr(config, "model_type", None)
+    if config is None or model_type == Eagle3DrafterConfig.model_type:
         return
-    if hasattr(config, "draft_vocab_size") or hasattr(config, "eagle_config"):
+    is_marked = model_type == "llama" and any(hasattr(config, key) for key in ("draft_vocab_size", "eagle_config"))
+    if is_marked or "eagle3" in str(getattr(config, "architectures", None)).lower():
         name = getattr(config, "_name_or_path", "") or "the drafter's folder"
+        kind = "a Llama" if model_type == "llama" else model_type
         raise ValueError(
-            "assistant_model is an EAGLE-3 drafter that was loaded as a Llama, most of it with random weights. After "
+            f"assistant_model is an EAGLE-3 drafter that was loaded as {kind}, most of it with random weights. After "
             f'`import hf_eagle3`, load it again: AutoModel.from_pretrained("{name}").'
         )
 

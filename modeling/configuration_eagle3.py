@@ -1,13 +1,17 @@
 """Configuration of an EAGLE-3 or EAGLE-3.1 drafter.
 
 Copied into every published drafter and run from there with `trust_remote_code=True`: it imports nothing but
-Transformers and huggingface_hub.
+Transformers, huggingface_hub and its siblings.
 """
 
 from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .weights_eagle3 import CheckpointError
 
 # What Transformers itself may put into a config.json or pass along; none of it changes the drafter's arithmetic.
 HOST_KEYS = frozenset(
@@ -56,12 +60,20 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         aux_layer_ids (`list[int]`, *optional*): The boundaries they are taken at, ascending: boundary i is the input
             of target layer i, boundary n (after all n layers) is before the final norm. Null means
             (2, n // 2, n - 3), resolved when the drafter is bound to a target.
+        aux_layer_ids_from_outputs (`bool`): `aux_layer_ids` were published as layer outputs and have had one added. If
+            that leads one past a target's last boundary, they were boundaries after all, and are read so.
+        norm_last_state (`bool`): Boundary n is read after the target's final norm instead of before it.
         use_aux_hidden_state (`bool`): False: no `fc`; the drafter reads the target's final, normed state instead.
         fc_norm (`bool`): One norm per captured state, before `fc` (EAGLE-3.1).
         norm_before_fc (`bool`): One norm over the concatenation, before `fc`.
         norm_before_residual (`bool`): The first layer's residual is the normed hidden state.
         norm_output (`bool`): Feed the normed output to the next draft step (EAGLE-3.1) instead of the un-normed one.
         qk_norm (`bool`): Norms over each query and key head.
+        kv_lora_rank (`int`, *optional*): Width of the keys' and values' latent. Given, the layers have multi-head latent
+            attention (MLA) instead of Llama's; `head_dim` then is the width of a head's rotated part,
+            `qk_nope_head_dim` that of its other part, `v_head_dim` that of its values, and `num_key_value_heads` equals
+            `num_attention_heads`.
+        q_lora_rank (`int`, *optional*): With MLA, width of the queries' latent. Null: queries are projected directly.
         attention_bias, mlp_bias, fc_bias (`bool`): Biases of the attention projections, the MLP and `fc`.
         has_own_embeddings (`bool`): False: token embeddings are borrowed from the target by `bind`.
         share_lm_head (`bool`): True: the head is borrowed from the target, and V_d = V.
@@ -69,6 +81,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): The host's rotary parameters; any kind it knows.
         max_position_embeddings (`int`): Positions seen in training. Longer prompts work.
         target_model_type (`str`, *optional*): `model_type` of the target, for the record.
+        target_name_or_path (`str`, *optional*): Where the target is, for the record and the model card.
     """
 
     model_type = "eagle3"
@@ -88,12 +101,18 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     target_hidden_size: int | None = None
     num_aux_hidden_states: int = 3
     aux_layer_ids: list[int] | tuple[int, ...] | None = None
+    aux_layer_ids_from_outputs: bool = False
+    norm_last_state: bool = False
     use_aux_hidden_state: bool = True
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_before_residual: bool = False
     norm_output: bool = False
     qk_norm: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     fc_bias: bool = False
@@ -107,6 +126,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_dropout: int | float = 0.0
     target_model_type: str | None = None
+    target_name_or_path: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -129,6 +149,28 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             self.aux_layer_ids = [int(i) for i in self.aux_layer_ids]
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a config; see `PreTrainedConfig.from_pretrained`. Raises as `from_dict`, and says which file it was."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as AutoConfig does
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Make a config from a table of keys; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            CheckpointError: A key is not known, missing, or of the wrong type or range.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            place = config_dict.get("_name_or_path") or kwargs.get("name_or_path") or kwargs.get("_name_or_path")
+            where = f"{place}/config.json" if place else "config"
+            raise CheckpointError(f"{where}: {error}") from error
+
     def validate_architecture(self):
         """Refuse combinations that no drafter has."""
         sizes = [
@@ -144,6 +186,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})."
             )
+        if self.is_latent:
+            self._validate_latent()
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
         if not 0 < self.rms_norm_eps < 1:
@@ -158,11 +202,17 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                 f"share_lm_head borrows the target's head of {self.vocab_size} rows, so draft_vocab_size must equal "
                 f"vocab_size; got {self.draft_vocab_size}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not known to Transformers.")
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("fc_norm and norm_before_fc both norm the input of fc; a drafter has one of them.")
         if self.tie_word_embeddings:
             raise ValueError(
                 "tie_word_embeddings must be false: a drafter's head is its own, or the target's (share_lm_head)."
+            )
+        if self.norm_last_state and not self.use_aux_hidden_state:
+            raise ValueError(
+                "use_aux_hidden_state=False reads the normed state anyway; norm_last_state must be false."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 or null, got {self.sliding_window}.")
@@ -186,6 +236,28 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             if any(a >= b for a, b in pairwise(ids)) or ids[0] < 0:
                 raise ValueError(f"aux_layer_ids must be boundaries 0, 1, ... in ascending order, got {ids}.")
 
+    def _validate_latent(self):
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            if (getattr(self, name) or 0) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1 with multi-head latent attention (kv_lora_rank is "
+                    f"{self.kv_lora_rank}), got {getattr(self, name)}."
+                )
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank must be at least 1 or null, got {self.q_lora_rank}.")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                "With multi-head latent attention every query head has a key head: num_key_value_heads must be "
+                f"{self.num_attention_heads}, got {self.num_key_value_heads}."
+            )
+        if self.qk_norm or self.attention_bias:
+            raise ValueError("No drafter has multi-head latent attention with qk_norm or attention_bias.")
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the layers have multi-head latent attention."""
+        return self.kv_lora_rank is not None
+
     @property
     def num_captured_states(self) -> int:
         """How many target states one position needs: A, or 1 for a drafter without `fc`."""
@@ -194,7 +266,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     def resolve_aux_layer_ids(self, num_target_layers: int) -> tuple[int, ...]:
         """The boundaries to capture from a target of `num_target_layers` layers, ascending.
 
-        Empty for a drafter without `fc`, which reads the final normed state.
+        Empty for a drafter without `fc`, which reads the final normed state. With `norm_last_state`, boundary n is
+        n + 1: what leaves the final norm.
 
         Raises:
             ValueError: A boundary lies outside 0..`num_target_layers`, or null cannot stand for A states.
@@ -215,9 +288,17 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                     f"aux_layer_ids is null, which stands for boundaries 2, n/2 and n-3, but in a target of {n} layers "
                     f"these are {ids}, not three. Set config.aux_layer_ids to the boundaries it was trained with."
                 )
+        if self.aux_layer_ids_from_outputs and ids[-1] == n + 1:
+            ids = [i - 1 for i in ids]  # SGLang's rule for gpt-oss; the other reading is impossible
         if ids[0] < 0 or ids[-1] > n:
             raise ValueError(
                 f"This drafter reads the target at boundaries {list(ids)}, but the target has {n} layers, so "
                 f"boundaries 0 to {n}. It was made for another target."
             )
+        if self.norm_last_state:
+            if ids[-1] != n:
+                raise ValueError(
+                    f"norm_last_state norms boundary {n} of this target, but the drafter reads boundaries {list(ids)}."
+                )
+            ids = [*ids[:-1], n + 1]
         return tuple(ids)

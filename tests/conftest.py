@@ -115,6 +115,14 @@ DRAFTERS: dict[str, dict] = {
     "norm_before": {"norm_before_fc": True, "norm_before_residual": True},
     "two_layers": {"num_hidden_layers": 2, "qk_norm": True, "has_own_embeddings": True, "sliding_window": 6},
     "no_fc": {"use_aux_hidden_state": False, "share_lm_head": True, "draft_vocab_size": V},
+    "mla": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 10,
+        "q_lora_rank": 12,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 5,
+        "norm_output": True,
+    },
     "four_states": {"num_aux_hidden_states": 4, "aux_layer_ids": [0, 3, 5, NUM_LAYERS]},
 }
 

@@ -4,10 +4,14 @@ Weights are a dict under our tensor names, the config a dict of our fields. One 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,7 +43,18 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, fl
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain * (1 - ramp) + plain / factor * ramp, 0.1 * math.log(factor) + 1
+    scale = 0.1 * math.log(factor) + 1
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        scale = (0.1 * rope["mscale"] * math.log(factor) + 1) / (0.1 * rope["mscale_all_dim"] * math.log(factor) + 1)
+    return plain * (1 - ramp) + plain / factor * ramp, scale
+
+
+def rotate_pairs(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
+    """`x` [T, heads, d], neighbouring entries rotated against each other."""
+    frequencies, scale = inverse_frequencies(rope, x.shape[-1])
+    angle = positions[:, None, None].double() * frequencies  # [T, 1, d / 2]
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(angle.new_tensor(scale), angle)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 def rotate(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
@@ -79,8 +94,43 @@ class ReferenceDrafter:
             states = torch.cat([self.norm(chunk, f"fc_norm.{k}") for k, chunk in enumerate(chunks)], dim=-1)
         return self.linear(states, "fc")
 
+    def attend_latent(self, x: Tensor, i: int, new: list[int]) -> Tensor:
+        """Multi-head latent attention, a head and a query at a time."""
+        name, c = f"layers.{i}.self_attn", self.c
+        n, nope, rope, v = c["num_attention_heads"], c["qk_nope_head_dim"], c["head_dim"], c["v_head_dim"]
+        if f"{name}.q_a_proj.weight" in self.w:
+            query = self.norm(self.linear(x, f"{name}.q_a_proj"), f"{name}.q_a_layernorm")
+            query = self.linear(query, f"{name}.q_b_proj").view(len(x), n, nope + rope)
+        else:
+            query = self.linear(x, f"{name}.q_proj").view(len(x), n, nope + rope)
+        both = self.linear(x, f"{name}.kv_a_proj_with_mqa")
+        latent = self.norm(both[:, : c["kv_lora_rank"]], f"{name}.kv_a_layernorm")
+        pair = self.linear(latent, f"{name}.kv_b_proj").view(len(x), n, nope + v)
+        at, parameters = torch.tensor(new), c["rope_parameters"]
+        turned = rotate_pairs(query[..., nope:], at, parameters)
+        shared = rotate_pairs(both[:, None, c["kv_lora_rank"] :], at, parameters)[:, 0]  # [T, rope]
+        self.keys[i] += [torch.cat([p[:, :nope], s.expand(n, rope)], dim=1) for p, s in zip(pair, shared, strict=True)]
+        self.values[i] += list(pair[..., nope:])
+        scale = 1 / math.sqrt(nope + rope)
+        if "mscale_all_dim" in parameters:
+            scale *= (0.1 * parameters["mscale_all_dim"] * math.log(parameters["factor"]) + 1) ** 2
+        out = []
+        for t in range(len(new)):
+            seen = range(len(self.keys[i]) - len(new) + t + 1)
+            if c["sliding_window"] is not None:
+                seen = [s for s in seen if self.positions[s] > new[t] - c["sliding_window"]]
+            heads = []
+            for h in range(n):
+                q = torch.cat([query[t, h, :nope], turned[t, h]])
+                weights = torch.softmax(torch.stack([self.keys[i][s][h] for s in seen]) @ q * scale, 0)
+                heads.append(weights @ torch.stack([self.values[i][s][h] for s in seen]))
+            out.append(torch.cat(heads))
+        return self.linear(torch.stack(out), f"{name}.o_proj")
+
     def attend(self, x: Tensor, i: int, new: list[int]) -> Tensor:
         name, c = f"layers.{i}.self_attn", self.c
+        if f"{name}.kv_b_proj.weight" in self.w:
+            return self.attend_latent(x, i, new)
         d, groups = c["head_dim"], c["num_attention_heads"] // c["num_key_value_heads"]
         q, k, v = (self.linear(x, f"{name}.{p}_proj").unflatten(-1, (-1, d)) for p in "qkv")  # [T, heads, d]
         if f"{name}.q_norm.weight" in self.w:
@@ -104,7 +154,11 @@ class ReferenceDrafter:
 
     def mlp(self, x: Tensor, i: int) -> Tensor:
         gate, up = self.linear(x, f"layers.{i}.mlp.gate_proj"), self.linear(x, f"layers.{i}.mlp.up_proj")
-        return self.linear(gate * torch.sigmoid(gate) * up, f"layers.{i}.mlp.down_proj")
+        if self.c.get("hidden_act", "silu") == "gelu_pytorch_tanh":
+            gate = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            gate = gate * torch.sigmoid(gate)
+        return self.linear(gate * up, f"layers.{i}.mlp.down_proj")
 
     def step(
         self, ids: Tensor, *, states: Tensor | None = None, feedback: Tensor | None = None, positions: list[int]
@@ -128,3 +182,28 @@ class ReferenceDrafter:
             y = y + self.mlp(self.norm(y, f"layers.{i}.post_attention_layernorm"), i)
         o = self.norm(y, "norm")
         return o @ self.w["lm_head.weight"].T, o if self.c["norm_output"] else y
+
+
+class ExactRotary(nn.Module):
+    """Cosines and sines in float64; the host's are rounded to float32."""
+
+    def __init__(self, rope: dict[str, Any], head_dim: int):
+        super().__init__()
+        self.frequencies, self.scale = inverse_frequencies(rope, head_dim)
+
+    def forward(self, _: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angle = position_ids[..., None].double() * self.frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+
+@contextmanager
+def in_float64(drafter: nn.Module) -> Iterator[nn.Module]:
+    """The drafter with nothing rounded to float32 on the way, as the host's norms and rotary tables are."""
+    host = drafter.rotary_emb
+    drafter.double()
+    drafter.rotary_emb = ExactRotary(drafter.config.rope_parameters, drafter.config.head_dim)
+    with mock.patch.object(LlamaRMSNorm, "forward", lambda norm, x: rms_norm(x, norm.weight, norm.variance_epsilon)):
+        yield drafter
+    drafter.rotary_emb = host
+    drafter.float()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import hf_eagle3
+from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 
 ROOT = Path(__file__).parent.parent
 ASSET = ROOT / "hf_eagle3" / "assets" / "smollm2-135m-instruct-eagle3"
@@ -26,7 +27,7 @@ def test_size():
     assert all(size < 15_000_000 for size in sizes.values())
 
 
-@pytest.mark.parametrize("name", ["configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py"])
+@pytest.mark.parametrize("name", REMOTE_CODE_FILES)
 def test_remote_code_is_that_of_the_repository(name):
     """After a change to `modeling/`, copy it here: the folder must load where hf-eagle3 is not installed."""
     assert (ASSET / name).read_text(encoding="utf-8") == (ROOT / "modeling" / name).read_text(encoding="utf-8")

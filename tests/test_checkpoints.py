@@ -3,16 +3,26 @@
 import json
 import logging
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from reference_drafter import ReferenceDrafter
+from reference_drafter import ReferenceDrafter, in_float64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen3ForCausalLM,
+)
 
 import hf_eagle3
 from hf_eagle3.checkpoints import load, load_published_config
@@ -176,6 +186,146 @@ def with_biases(weights: Weights) -> Weights:
     }
     return {**weights, **biases}
 
+
+def as_speculators(**overrides: object) -> dict:
+    """The config.json of vLLM's speculators: the layer's keys in a table of their own, and no model_type."""
+    plain = make_config(eagle_config=..., draft_vocab_size=..., architectures=..., torch_dtype=...)
+    top = {
+        "architectures": ["Eagle3DraftModel"],
+        "auto_map": {"": "config.Eagle3SpeculatorConfig"},
+        "draft_vocab_size": V_d,
+        "dtype": "bfloat16",
+        "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
+        "embed_requires_grad": False,
+        "fc_norm": False,
+        "has_no_defaults_at_init": False,
+        "norm_before_fc": False,
+        "norm_before_residual": False,
+        "norm_output": False,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": 3, "accept_tolerance": 0.0, "verifier_accept_k": 1}
+            ],
+            "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": "some-owner/some-target"},
+        },
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.5.0",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": plain,
+        "transformers_version": "4.57.1",
+    }
+    return {key: value for key, value in {**top, **overrides}.items() if value is not ...}
+
+
+def with_qk_norms(weights: Weights) -> Weights:
+    return with_norms(weights, [f"layers.0.self_attn.{n}_norm.weight" for n in "qk"], HEAD_DIM)
+
+
+Q_RANK, KV_RANK, NOPE, ROPE, V_DIM = 12, 10, 6, 4, 5
+KIMI_ROPE = {
+    "type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 16,
+}
+
+
+def make_mla_weights(*, q_rank: int | None = Q_RANK, num_layers: int = 1, layer: str = "midlayer") -> Weights:
+    """A DeepSeek layer over 2H inputs, as TorchSpec and Model-Optimizer write it for Kimi: full vocabulary, no tables."""
+    generator = torch.Generator().manual_seed(15)
+
+    def tensor(*shape: int) -> Tensor:
+        return (0.4 * torch.randn(*shape, generator=generator) + (len(shape) == 1)).to(torch.bfloat16)
+
+    weights = {"fc.weight": tensor(H, 3 * H), "norm.weight": tensor(H), "lm_head.weight": tensor(V, H)}
+    for i in range(num_layers):
+        name, width = (layer if not i else f"layers.{i}"), (H if i else 2 * H)
+        query = {"q_proj": (HEADS * (NOPE + ROPE), width)}
+        if q_rank is not None:
+            query = {"q_a_proj": (q_rank, width), "q_a_layernorm": (q_rank,)}
+            query["q_b_proj"] = (HEADS * (NOPE + ROPE), q_rank)
+        shapes = {
+            **{f"self_attn.{part}": shape for part, shape in query.items()},
+            "self_attn.kv_a_proj_with_mqa": (KV_RANK + ROPE, width),
+            "self_attn.kv_a_layernorm": (KV_RANK,),
+            "self_attn.kv_b_proj": (HEADS * (NOPE + V_DIM), KV_RANK),
+            "self_attn.o_proj": (H, HEADS * V_DIM),
+            "mlp.gate_proj": (I, H),
+            "mlp.up_proj": (I, H),
+            "mlp.down_proj": (H, I),
+            "input_layernorm": (H,),
+            "post_attention_layernorm": (H,),
+            **({} if i else {"hidden_norm": (H,)}),
+        }
+        weights |= {f"{name}.{part}.weight": tensor(*shape) for part, shape in shapes.items()}
+    return weights
+
+
+def make_mla_config(**overrides: object) -> dict:
+    """Kimi's: DeepSeek-V3 keys, those of its experts among them, which say nothing of the drafter."""
+    keys = {
+        "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+        "model_type": "kimi_k2",
+        "draft_vocab_size": V,
+        "q_lora_rank": Q_RANK,
+        "kv_lora_rank": KV_RANK,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": V_DIM,
+        "num_key_value_heads": 2,
+        "rope_scaling": KIMI_ROPE,
+        "rope_theta": 50000.0,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "num_nextn_predict_layers": 0,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "ep_size": 1,
+        "seq_aux": True,
+        "aux_loss_alpha": 0.001,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 30, 58], "use_aux_hidden_state": True},
+    }
+    return make_config(**{"head_dim": ..., **keys, **overrides})
+
+
+def as_nemo(weights: Weights) -> Weights:
+    """NeMo Automodel's names: all but the head and the tables under `model.`."""
+    plain = change(weights, midlayer="layers.0")
+    return {n if n in ("lm_head.weight", "d2t", "t2d") else f"model.{n}": tensor for n, tensor in plain.items()}
+
+
+NEMO = {
+    "architectures": ["LlamaEagle3DraftModel"],
+    "model_type": "qwen3_moe",  # the target's, like most of the config
+    "num_hidden_layers": 48,
+    "eagle_config": ...,
+    "layer_types": ["sliding_attention"] * 48,
+    "sliding_window": 4,
+    "a_key_of_the_target": {"router": 3},
+    "final_logit_softcapping": 30.0,
+    "parallel_drafting": False,
+    "num_depths": 8,
+    "num_aux_hidden_states": 3,
+    "target_hidden_size": H,
+}
+MODEL_OPTIMIZER = {
+    "use_aux_hidden_state": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+    "use_input_layernorm_in_first_layer": True,
+    "parallel_draft_step": 1,
+    "parallel_draft_heads_num_layers": 1,
+}
 
 EAGLE31 = {"fc_norm": True, "norm_output": True}
 POST5 = {"eagle_aux_hidden_state_layer_ids": [1, 5, 9, 13], "use_aux_hidden_state": True}
@@ -363,6 +513,152 @@ LAYOUTS: dict[str, tuple[dict, Weights, dict]] = {
         make_weights(),
         {"num_hidden_layers": 1, "aux_layer_ids": None},
     ),
+    "speculators": (
+        as_speculators(),
+        with_embeddings(change(make_weights(), midlayer="layers.0")),
+        {
+            "aux_layer_ids": [2, 4, 5],
+            "norm_before_residual": False,
+            "has_own_embeddings": True,
+            "target_name_or_path": "some-owner/some-target",
+        },
+    ),
+    "speculators_converted": (  # what its converter makes of others' drafters
+        as_speculators(
+            architectures=["Eagle3Speculator"],
+            auto_map={"": "eagle3.Eagle3SpeculatorConfig"},
+            eagle_aux_hidden_state_layer_ids=None,
+            norm_before_residual=...,
+            norm_output=...,
+            fc_norm=...,
+        ),
+        change(make_weights(), midlayer="layers.0"),
+        {"aux_layer_ids": None, "norm_before_residual": True, "norm_output": False},
+    ),
+    "speculators_qwen3_eagle31": (
+        as_speculators(
+            **EAGLE31,
+            transformer_layer_config=make_config(
+                eagle_config=...,
+                draft_vocab_size=...,
+                architectures=...,
+                model_type="qwen3",
+                sliding_window=4,
+                layer_types=["sliding_attention"],
+            ),
+        ),
+        with_norms(
+            with_qk_norms(change(make_weights(), midlayer="layers.0")), [f"fc_norm.{k}.weight" for k in range(3)]
+        ),
+        {"qk_norm": True, "sliding_window": 4, **EAGLE31},
+    ),
+    "speculators_norm_before": (
+        as_speculators(norm_before_fc=True, norm_before_residual=True, speculators_config={"algorithm": "eagle3"}),
+        with_norms(change(make_weights(), midlayer="layers.0"), ["input_norm.weight"], 3 * H),
+        {"norm_before_fc": True, "norm_before_residual": True, "target_name_or_path": None},
+    ),
+    "speculators_two_layers_four_states": (
+        as_speculators(
+            eagle_aux_hidden_state_layer_ids=[2, 46, 91, 93],
+            transformer_layer_config=make_config(
+                eagle_config=..., draft_vocab_size=..., architectures=..., num_hidden_layers=2
+            ),
+        ),
+        {
+            n.replace("1.hidden_norm", "1.input_layernorm"): t
+            for n, t in make_weights(num_states=4, num_layers=2).items()
+        },
+        {"aux_layer_ids": [2, 46, 91, 93], "num_hidden_layers": 2},
+    ),
+    "model_optimizer": (
+        make_config(
+            eagle_config={**MODEL_OPTIMIZER, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, rope_scaling=None
+        ),
+        change(make_weights(), midlayer="layers.0", t2d=None),
+        {"aux_layer_ids": [2, 4, 5]},
+    ),
+    "model_optimizer_two_layers_full_vocabulary": (
+        make_config(
+            eagle_config={**MODEL_OPTIMIZER, "eagle_aux_hidden_state_layer_ids": [1, 23, 44]},
+            num_hidden_layers=2,
+            draft_vocab_size=V,
+            attention_bias=None,
+            mlp_bias=None,
+        ),
+        {
+            n.replace("1.hidden_norm", "1.input_layernorm"): t
+            for n, t in change(make_weights(num_layers=2, vocab=V), d2t=None, t2d=None).items()
+        },
+        {"aux_layer_ids": [2, 24, 45], "num_hidden_layers": 2, "draft_vocab_size": V},
+    ),
+    "torchspec": (
+        make_config(
+            _torchspec_version="0.1.0",
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            draft_vocab_size=...,
+        ),
+        change(make_weights(vocab=V), d2t=None, t2d=None),
+        {"draft_vocab_size": V, "aux_layer_ids": [2, 4, 5]},
+    ),
+    "nested_vllm": (
+        {
+            "model_type": "eagle",
+            "architectures": ["EAGLEModel"],
+            "truncated_vocab_size": V_d,
+            "model": make_config(eagle_config=..., architectures=["LlamaForCausalLM"], draft_vocab_size=...),
+        },
+        make_weights(),
+        {"draft_vocab_size": V_d, "aux_layer_ids": None},
+    ),
+    "nemo": (
+        make_config(**NEMO),
+        as_nemo(make_weights()),
+        {"num_hidden_layers": 1, "sliding_window": None, "target_model_type": "qwen3_moe", "aux_layer_ids": None},
+    ),
+    "nemo_gemma_eagle31": (
+        make_config(
+            **{**NEMO, "model_type": "gemma3_text", "hidden_act": ..., "hidden_activation": "gelu_pytorch_tanh"},
+            **EAGLE31,
+        ),
+        as_nemo(with_norms(with_embeddings(make_weights()), [f"fc_norm.{k}.weight" for k in range(3)])),
+        {"hidden_act": "gelu_pytorch_tanh", "has_own_embeddings": True, **EAGLE31},
+    ),
+    "nemo_mla": (
+        make_mla_config(**{**NEMO, "model_type": "deepseek_v3"}),
+        as_nemo(make_mla_weights()),
+        {"kv_lora_rank": KV_RANK, "target_model_type": "deepseek_v3"},
+    ),
+    "mla_kimi": (
+        make_mla_config(),
+        make_mla_weights(),
+        {"aux_layer_ids": [2, 30, 58], "head_dim": ROPE, "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK},
+    ),
+    "mla_eagle31_layers_0": (
+        make_mla_config(
+            model_type="deepseek_v3", eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 29, 57]}, **EAGLE31
+        ),
+        with_norms(make_mla_weights(layer="layers.0"), [f"fc_norm.{k}.weight" for k in range(3)]),
+        {"aux_layer_ids": [2, 30, 58], "v_head_dim": V_DIM, **EAGLE31},
+    ),
+    "mla_two_layers_without_query_latent": (
+        make_mla_config(q_lora_rank=None, num_hidden_layers=2, rope_scaling=None, draft_vocab_size=V_d),
+        {
+            **make_mla_weights(q_rank=None, num_layers=2),
+            "lm_head.weight": make_weights()["lm_head.weight"],
+            "d2t": USED - torch.arange(V_d),
+        },
+        {"q_lora_rank": None, "num_hidden_layers": 2, "draft_vocab_size": V_d},
+    ),
+    "absolute_table": (
+        make_config(),
+        {**make_weights(), "d2t": USED.clone()},
+        {"draft_vocab_size": V_d},
+    ),
+    "flags_in_eagle_config": (
+        make_config(eagle_config={"fc_norm": True, "norm_output": True}),
+        with_norms(make_weights(), [f"fc_norm.{k}.weight" for k in range(3)]),
+        dict(EAGLE31),
+    ),
     "safeailab_70b": (
         make_config(
             **{**SAFEAILAB, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM},
@@ -377,6 +673,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 def our_names(weights: Weights) -> Weights:
     """By a table of its own: what each published tensor is."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     table = {"midlayer.0": "layers.0", "midlayer.1": "layers.1", "midlayer": "layers.0"}
     table |= {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
     table |= {"layers.1.hidden_norm": "layers.1.input_layernorm", "midlayer.1.hidden_norm": "layers.1.input_layernorm"}
@@ -389,8 +686,10 @@ def our_names(weights: Weights) -> Weights:
 
 def make_target(hidden_size: int = H) -> LlamaForCausalLM:
     torch.manual_seed(4)
-    sizes = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 40}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=V, hidden_size=hidden_size)).eval()
+    sizes = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    target = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=V, hidden_size=hidden_size)).eval()
+    target.config.num_hidden_layers = 100  # only its embeddings are used, so only they are there
+    return target
 
 
 def check_against_reference(drafter: Eagle3DrafterModel, weights: Weights, published: dict) -> None:
@@ -408,10 +707,18 @@ def check_against_reference(drafter: Eagle3DrafterModel, weights: Weights, publi
     ours.setdefault("embed_tokens.weight", target.model.embed_tokens.weight.detach())
     ours.setdefault("lm_head.weight", target.lm_head.weight.detach())
     config = drafter.config.to_dict()
-    config |= {"rms_norm_eps": published["rms_norm_eps"], "norm_output": published.get("norm_output", False)}
+    inner = published.get("transformer_layer_config") or published.get("model") or published
+    nested = published.get("eagle_config", {})
+    config["rms_norm_eps"] = inner["rms_norm_eps"]
+    config["norm_output"] = published.get("norm_output", nested.get("norm_output", False))
     logits, feedback = ReferenceDrafter(ours, config).step(ids[0], states=states[0], positions=list(range(7)))
     torch.testing.assert_close(out.logits[0].double(), logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.feedback[0].double(), feedback, rtol=1e-4, atol=1e-4)
+    drafter.bind(target.double())
+    with torch.no_grad(), in_float64(drafter):
+        exact = drafter(ids, aux_hidden_states=states.double())
+    torch.testing.assert_close(exact.logits[0], logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(exact.feedback[0], feedback, rtol=0, atol=1e-10)
     wanted = USED if "d2t" in weights or "t2d" in weights else torch.arange(V)
     wanted = torch.arange(V) if drafter.config.draft_vocab_size == V else wanted
     assert torch.equal(drafter.draft_to_target_ids, wanted)
@@ -437,12 +744,41 @@ def test_layout_loads_through_auto_model(layout, tmp_path):
 
 
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
-@pytest.mark.parametrize("layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names"])
+@pytest.mark.parametrize(
+    "layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names", "speculators", "nemo_mla"]
+)
 def test_every_kind_of_file_loads(layout, files, tmp_path):
     published, weights, _ = LAYOUTS[layout]
     write(tmp_path, published, weights, files)
     drafter = AutoModelForCausalLM.from_pretrained(str(tmp_path))
     check_against_reference(drafter, weights, published)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1).contiguous()
+
+
+def swap_pairs(tensor: Tensor) -> Tensor:
+    """The last ROPE rows in Llama's order of halves, where MLA has neighbours."""
+    return torch.cat([tensor[:-ROPE], tensor[-ROPE:].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)]).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "permute"),
+    [
+        ("specforge", "midlayer.self_attn.k_proj.weight", swap_halves),  # [hidden ; embedding]
+        ("specforge", "fc.weight", lambda w: w.roll(H, dims=1)),  # states in another order
+        ("mla_kimi", "midlayer.self_attn.kv_a_proj_with_mqa.weight", swap_pairs),
+        ("eagle31_four_states", "fc_norm.0.weight", lambda w: w.flip(0)),
+        ("speculators_qwen3_eagle31", "layers.0.self_attn.q_norm.weight", lambda w: w.flip(0)),
+    ],
+)
+def test_a_wrong_permutation_is_noticed(layout, name, permute, tmp_path):
+    """Negative control: the comparison with the reference is sharp."""
+    published, weights, _ = LAYOUTS[layout]
+    drafter = AutoModel.from_pretrained(write(tmp_path, published, {**weights, name: permute(weights[name])}))
+    with pytest.raises(AssertionError, match="not close"):
+        check_against_reference(drafter, weights, published)
 
 
 @layouts
@@ -453,6 +789,8 @@ def test_saved_again_under_our_names_bit_for_bit(layout, tmp_path):
     saved = load_file(tmp_path / "ours" / "model.safetensors")
     wanted = {name: tensor for name, tensor in our_names(weights).items() if name != "t2d"}
     wanted.setdefault("d2t", drafter.d2t)
+    if layout == "absolute_table":
+        wanted["d2t"] = D2T
     assert saved.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert saved[name].dtype == tensor.dtype, name
@@ -606,6 +944,74 @@ def test_what_is_no_path_is_the_hosts_business(path):
     assert load_published_config(path) is None
 
 
+@pytest.mark.parametrize(
+    ("layout", "stock", "kind"),
+    [
+        ("specforge", LlamaForCausalLM, "a Llama"),
+        ("safeailab", LlamaModel, "a Llama"),
+        ("mla_kimi", DeepseekV3ForCausalLM, "deepseek_v3"),
+        ("torchspec", Qwen3ForCausalLM, "qwen3"),
+    ],
+)
+def test_a_drafter_that_became_a_stock_model_is_told_with_the_line_to_type(layout, stock, kind, tmp_path):
+    published, weights, _ = LAYOUTS[layout]
+    sizes = {"n_routed_experts": 2, "moe_intermediate_size": 8, "num_key_value_heads": 4, "first_k_dense_replace": 99}
+    sizes |= {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "rope_scaling": None}
+    published = {**published, "model_type": stock.config_class.model_type, **(sizes if layout == "mla_kimi" else {})}
+    write(tmp_path, published, weights)
+    mistaken = stock.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    target = make_target()
+    target.config.num_hidden_layers = 1
+    line = re.escape(f'AutoModel.from_pretrained("{tmp_path}")')
+    with pytest.raises(ValueError, match=rf"loaded as {kind}, most of it with random weights.*{line}"):
+        target.generate(torch.tensor([[1, 2]]), assistant_model=mistaken, max_new_tokens=2)
+
+
+def test_a_repository_in_the_cache_loads_by_name_and_revision(tmp_path):
+    """As the Hub's client lays it out: nothing is asked of the network."""
+    for commit, layout in (("a" * 40, "specforge"), ("b" * 40, "speculators")):
+        published, weights, _ = LAYOUTS[layout]
+        write(tmp_path / "models--some-owner--some-drafter" / "snapshots" / commit, published, weights)
+    refs = tmp_path / "models--some-owner--some-drafter" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    (refs / "newer").write_text("b" * 40)
+    where = {"cache_dir": tmp_path, "local_files_only": True, "token": False}
+    for revision, has_own in ((None, False), ("newer", True), ("b" * 40, True)):
+        drafter = AutoModel.from_pretrained("some-owner/some-drafter", **where, revision=revision or "main")
+        assert type(drafter) is Eagle3DrafterModel
+        assert drafter.config.has_own_embeddings == has_own
+    with pytest.raises(OSError, match="in the cached files"):
+        AutoModel.from_pretrained("some-owner/another", **where)
+
+
+def test_no_code_beside_the_weights_runs(tmp_path):
+    """In speculators folders lies a config.py, with an auto_map of an empty key; in ours, their own code."""
+    published, weights, _ = LAYOUTS["speculators"]
+    write(tmp_path / "speculators", published, weights)
+    AutoModel.from_pretrained(tmp_path / "speculators").save_pretrained(tmp_path / "ours")
+    for file in (tmp_path / "speculators" / "config.py", *(tmp_path / "ours").glob("*_eagle3.py")):
+        file.write_text("raise SystemExit('code from a checkpoint ran')")
+    for folder in ("speculators", "ours"):
+        assert type(AutoModel.from_pretrained(tmp_path / folder)) is Eagle3DrafterModel
+
+
+def test_every_parameter_comes_from_the_file(tmp_path, monkeypatch):
+    """Whatever would be made up is made of NaN here, and none is left."""
+    honest = Eagle3DrafterModel._init_weights
+
+    def make_up(drafter: Eagle3DrafterModel, module: torch.nn.Module) -> None:
+        honest(drafter, module)  # also zeroes d2t, which is the identity where a file has no table
+        for parameter in module.parameters(recurse=False):
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Eagle3DrafterModel, "_init_weights", make_up)
+    for layout, (published, weights, _) in LAYOUTS.items():
+        drafter = AutoModel.from_pretrained(write(tmp_path / layout, published, weights))
+        assert all(p.isfinite().all() and not p.is_meta for p in drafter.parameters()), layout
+        assert drafter.rotary_emb.inv_freq.isfinite().all()
+
+
 def test_the_class_alone_says_how_to_load(tmp_path):
     write(tmp_path, make_config(), make_weights())
     with pytest.raises(ValueError, match=r"model_type 'llama', expected 'eagle3'.*AutoModel.from_pretrained"):
@@ -671,7 +1077,7 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     "d2t_two_dims": (put(d2t=D2T[:, None]), r"d2t has shape \[20, 1\], expected \[20\]"),
     "d2t_out_of_range": (put(d2t=D2T + 40, t2d=None), "outside the target's vocabulary of 50. d2t holds offsets"),
     "d2t_negative": (put(d2t=D2T - 40, t2d=None), "outside the target's vocabulary"),
-    "d2t_absolute": (put(d2t=USED.clone(), t2d=None), "d2t sends|outside"),
+    "d2t_absolute_of_others": (put(d2t=(USED + 1) % V), "t2d and d2t disagree|outside|same target id"),
     "d2t_duplicate": (put(d2t=torch.cat([D2T[:1] + 1 + D2T[1:2] - D2T[:1], D2T[1:]]), t2d=None), "same target id"),
     "d2t_zero_but_t2d": (put(d2t=torch.zeros(V_d, dtype=torch.int64)), "t2d and d2t disagree"),
     "t2d_short": (
@@ -838,9 +1244,19 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     "size_text": (state(num_attention_heads="4"), "num_attention_heads must be a positive whole number, got '4'"),
     "flag_text": (state(norm_output="yes"), "norm_output"),
     # other kinds
-    "speculators": (state(speculators_model_type="eagle3"), "vLLM speculators checkpoint, which is not supported yet"),
+    "speculators_other": (state(speculators_model_type="mtp"), "speculators checkpoint of another algorithm"),
+    "speculators_peagle": (state(speculators_model_type="peagle"), "a P-EAGLE drafter"),
+    "two_tables": (
+        state(transformer_layer_config={"hidden_size": 3}),
+        "hidden_size is 16 at the top and 3 in transformer",
+    ),
+    "table_no_table": (state(transformer_layer_config=[1]), "transformer_layer_config must be a table"),
+    "flags_contradict": (
+        state(norm_output=True, eagle_config={"norm_output": False}),
+        "norm_output is True and eagle_config.norm_output is False",
+    ),
+    "kimi_k3": (put(midlayer__self_attn__g_proj__weight=bf16(32, 2 * H)), "Kimi-K3"),
     "dflash": (state(dflash_config={"mask_token_id": 3}), "a DFlash drafter"),
-    "nested_vllm": (state(model_type="eagle", model={"hidden_size": H}), "nested drafter config"),
     "medusa": (
         lambda _c, w: (w.clear(), w.update({"medusa_heads.0.0.linear.weight": bf16(H, H)})),
         "a Medusa drafter",
@@ -851,13 +1267,11 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     ),
     "peagle": (put(mask_hidden=bf16(1, 1, 3 * H)), "a P-EAGLE drafter"),
     "peagle_by_name": (state(architectures=["PEagleDraftModel"]), "a P-EAGLE drafter"),
-    "nemo": (
-        lambda _c, w: [
-            w.update({f"model.{n}": w.pop(n)}) for n in list(w) if n not in ("lm_head.weight", "d2t", "t2d")
-        ],
-        "a NeMo Automodel drafter",
+    "nemo_twice": (put(model__norm__weight=bf16(H)), "are both norm.weight"),
+    "mla_half": (
+        put(midlayer__self_attn__kv_a_proj_with_mqa__weight=bf16(8, 2 * H)),
+        "multi-head latent attention .MLA., but .*kv_b_proj.weight is missing",
     ),
-    "mla": (put(midlayer__self_attn__kv_a_proj_with_mqa__weight=bf16(8, 2 * H)), "multi-head latent attention"),
     "mtp": (put(enorm__weight=bf16(H), eh_proj__weight=bf16(H, 2 * H)), "multi-token-prediction"),
     "quantised": (
         state(quantization_config={"quant_method": "compressed-tensors"}),
@@ -990,58 +1404,133 @@ def test_our_own_layout_without_weights_is_the_hosts_error(tmp_path):
 
 # ---- fuzz ----
 
+FUZZED = [
+    *("specforge", "sglang_layers_0", "safeailab", "two_layers_both_names", "speculators", "nemo", "mla_kimi"),
+    *("eagle31_four_states", "model_optimizer", "nested_vllm", "ours"),
+]
+WRONG_VALUES = {
+    "intermediate_size": (41, 0, "40", 2.5, [40]),
+    "num_attention_heads": (5, 0, -4, "4", 2.5, True),
+    "vocab_size": (51, 0, "50"),
+    "rms_norm_eps": (-1e-5, 0, 2, "small", [1e-5]),
+    "hidden_act": ("no_such", 3),
+    "max_position_embeddings": (0, -1, "many"),
+    "attention_dropout": ("none",),
+    "rope_parameters": ("yarn", {"rope_type": "spiral"}, {"rope_type": "yarn", "rope_theta": "big"}),
+    "draft_vocab_size": (21, "20", 51),
+    "a_key_of_nobody": (1,),
+}
+INTEGERS = ("d2t", "t2d")
 
-def corrupt(rng: random.Random, config: dict, weights: Weights) -> str:
-    """One random fault that no loader may swallow; what it was."""
+
+def corrupt_tensor(rng: random.Random, weights: Weights) -> str:
+    """Spoil one tensor; the name that the error must have."""
     name = rng.choice(sorted(weights))
     tensor = weights[name]
-    kind = rng.choice(["drop", "grow", "shrink", "dims", "rename", "add", "dtype", "value", "size", "key"])
-    needed = name not in ("d2t", "t2d")
-    if kind == "drop" and needed:
+    is_table = name in INTEGERS
+    # Gone, these are the target's, or there under another name.
+    is_dispensable = is_table or name in ("embed_tokens.weight", "layers.1.input_layernorm.weight")
+    is_dispensable |= name == "lm_head.weight" and "d2t" not in weights
+    kinds = ["grow", "shrink", "dims", "dtype", "value", "add", *([] if is_table else ["reshape"])]
+    kinds += [] if is_dispensable else ["drop", "rename"]
+    kind = rng.choice(kinds)
+    if kind == "drop":
         del weights[name]
-    elif kind == "grow":
-        weights[name] = torch.cat([tensor, tensor[:1]])
-    elif kind == "shrink":
-        weights[name] = tensor[:-1].clone()
-    elif kind == "dims":
-        weights[name] = tensor[None].clone()
-    elif kind == "rename" and needed:
+    elif kind == "rename":
         weights[name + rng.choice(["x", ".weight", "_"])] = weights.pop(name)
-    elif kind == "dtype":
-        weights[name] = tensor.to(torch.int16 if needed else torch.float64)
-    elif kind == "value":
-        weights[name] = tensor.clone()
-        value = float("inf") if needed else (0 if weights[name].flatten()[0] else V)
-        weights[name].flatten()[0] = value
-    elif kind == "size":
-        name = rng.choice(
-            ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "draft_vocab_size"]
-        )
-        config[name] = rng.choice([config[name] + 1, 0, -1, "8", 2.5])
-    elif kind == "key":
-        name = rng.choice(["rope_mystery", "attn_temperature", "residual_scale"])
-        config[name] = 1
-    else:
-        name = rng.choice(
-            ["layers.1.mlp.up_proj.weight", "fc.scale", "xfc.weight", "model.norm.weight", "fc_norm.0.weight"]
-        )
+    elif kind == "add":
+        name = rng.choice(["layers.7.mlp.up_proj.weight", "fc.scale", "xfc.weight", "fc_norm.9.weight", "mystery"])
         weights[name] = bf16(H)
-        kind = "add"
-    return f"{kind} {name}"
+    else:
+        spoiled = tensor.clone()
+        if kind == "value":
+            spoiled.flatten()[0] = float("nan") if not is_table else (0 if tensor.flatten()[0] else V)
+        weights[name] = {
+            "grow": lambda: torch.cat([tensor, tensor[:1]]),
+            "shrink": lambda: tensor[:-1].clone(),
+            "dims": lambda: tensor[None].clone(),
+            "reshape": lambda: tensor.reshape(-1, *([2] if tensor.dim() == 1 else [])).clone(),
+            "dtype": lambda: tensor.to(torch.float64 if is_table else torch.int16),
+            "value": lambda: spoiled,
+        }[kind]()
+    return name
 
 
-@pytest.mark.parametrize("seed", range(60))
+def corrupt_config(rng: random.Random, config: dict, weights: Weights) -> str:
+    """Spoil one key, wherever the config has it; the key."""
+    tables = [config, config.get("transformer_layer_config"), config.get("model")]
+    inner = next(table for table in reversed(tables) if isinstance(table, dict))
+    is_nemo = "a_key_of_the_target" in config  # whose other keys are the target's
+    harmless = {"a_key_of_nobody"} if is_nemo else set()
+    harmless |= {"vocab_size"} if not weights.keys() & {"t2d", "embed_tokens.weight"} else set()  # nothing tells it
+    harmless |= {"draft_vocab_size"} if "truncated_vocab_size" in config else set()  # which says it already
+    key = rng.choice(sorted(WRONG_VALUES.keys() - harmless))
+    owner = config if key == "draft_vocab_size" and key in config else inner
+    owner[key] = rng.choice(WRONG_VALUES[key])
+    if key == "rope_parameters":
+        owner.pop("rope_scaling", None)
+    return key
+
+
+def cut(rng: random.Random, file: Path) -> str:
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.randrange(len(content.rstrip()) - 1)])
+    return file.name
+
+
+# What else the error may call it: the field that a tensor's size decides, or what a cut index leads to.
+ALSO = {
+    "t2d": "vocab_size|d2t",
+    "d2t": "vocab_size|lm_head",
+    "lm_head": "vocab_size|d2t",
+    "embed_tokens": "vocab_size|t2d",
+    "fc": "hidden_state|fc_norm|layer ids",
+    "gate_proj": "intermediate_size",
+    "input_layernorm": "width|hidden_size|hidden_norm|q_a?_?proj",
+    "hidden_norm": "input_layernorm|layers",
+    "kv_a_layernorm": "kv_b_proj",
+    "kv_a_proj_with_mqa": "kv_b_proj|head_dim|k_proj",
+    "q_a_layernorm": "q_lora_rank|q_a_proj",
+    "rope_parameters": "rope|rotary|yarn",
+    "attention_dropout": "dropout",
+    "vocab_size": "draft.vocab",
+    "xfc": "fc",
+    "q_b_proj": "kv_b_proj",
+    "o_proj": "kv_b_proj",
+    "layers": "layer",
+    "intermediate_size": "mlp",
+    "draft_vocab_size": "d2t",
+}
+
+
+@pytest.mark.parametrize("seed", range(200))
 def test_a_corrupted_checkpoint_is_refused(seed, tmp_path):
     rng = random.Random(seed)
-    layout = rng.choice(["specforge", "sglang_layers_0", "safeailab", "two_layers_both_names"])
-    published, weights, _ = LAYOUTS[layout]
+    layout = rng.choice(FUZZED)
+    published, weights, _ = LAYOUTS["specforge" if layout == "ours" else layout]
     config, weights = json.loads(json.dumps(published)), dict(weights)
-    what = corrupt(rng, config, weights)
-    write(tmp_path, config, weights, rng.choice(["safetensors", "sharded", "bin"]))
-    print(what, "in", layout)  # noqa: T201  shown if it fails
+    if layout == "ours":
+        AutoModel.from_pretrained(write(tmp_path / "theirs", config, weights)).save_pretrained(tmp_path / "ours")
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        weights = load_file(tmp_path / "ours" / "model.safetensors")
+    folder = tmp_path / "spoiled"
+    kind = rng.choice(["tensor", "tensor", "tensor", "config", "config", "cut"])
+    if kind == "tensor":
+        what = corrupt_tensor(rng, weights)
+    elif kind == "config":
+        what = corrupt_config(rng, config, weights)
+    files = rng.choice(["safetensors", "sharded", "bin"])
+    write(folder, config, weights, files)
+    if kind == "cut":
+        what = cut(rng, folder / rng.choice(["config.json", WEIGHT_FILE[files]]))
+    print(kind, what, "in", layout, files)  # noqa: T201  shown if it fails
     with pytest.raises(CheckpointError) as caught:
-        AutoModel.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+        AutoModel.from_pretrained(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    part = what if kind == "cut" else what.removesuffix(".weight").split(".")[-1]
+    part = what.split(".")[0] if part.isdigit() else part
+    assert re.search(rf"{re.escape(part)}|{ALSO.get(part, '^$')}", message), message
 
 
 def test_no_file_stays_open_for_writing(tmp_path):

@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import re
 
 import pytest
 import torch
+from test_checkpoints import LAYOUTS, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
 from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, __version__, cli
+from hf_eagle3.checkpoints import describe_drafter
 from hf_eagle3.smollm2 import LoadedTarget, TargetUnavailableError
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -164,6 +167,98 @@ def test_disturbed_timings_are_not_summed_up():
     assert "times as fast" not in text
 
 
+# ---- checkpoints ----
+
+
+@pytest.fixture
+def folders(target, tokenizer, drafter, tmp_path):
+    """A target and a drafter as folders."""
+    target.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    drafter.bind(target)
+    drafter.save_pretrained(tmp_path / "drafter")
+    return tmp_path
+
+
+def test_inspect_our_own_layout(folders, capsys):
+    assert cli.main(["inspect", str(folders / "drafter")]) == 0
+    out = capsys.readouterr().out
+    assert "an EAGLE-3 drafter, flavour hf-eagle3" in out
+    assert re.search(r"^hidden_size +32 +config.json: hidden_size$", out, re.MULTILINE)
+    assert re.search(r"^SGLang +yes, after hf-eagle3 export --to sglang$", out, re.MULTILINE)
+
+
+def test_inspect_says_where_each_field_comes_from(tmp_path, capsys):
+    published, weights, _ = LAYOUTS["speculators_converted"]
+    assert cli.main(["inspect", str(write(tmp_path, published, weights))]) == 0
+    out = capsys.readouterr().out
+    assert "flavour speculators" in out
+    for line in (
+        r"hidden_size +16 +the tensors",
+        r"rms_norm_eps +1e-05 +config.json: transformer_layer_config.rms_norm_eps",
+        r"norm_before_residual +True +not stated; a speculators checkpoint then means so",
+        r"rope_parameters +\{.*5000.0.*\} +config.json: rope_theta",
+        r"target_name_or_path +some-owner/some-target +config.json: speculators_config.verifier.name_or_path",
+        r"aux_layer_ids +None +default",
+        r"SGLang +no: norm_before_residual=True: its residual is never normed",
+        r"vLLM +yes, after hf-eagle3 export --to vllm",
+    ):
+        assert re.search(rf"^{line}", out, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inspect_agrees_with_loading(layout, tmp_path):
+    published, weights, _ = LAYOUTS[layout]
+    description = describe_drafter(write(tmp_path, published, weights))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = description.config.to_dict(), loaded.to_dict()
+    assert {k for k in ours if ours[k] != theirs[k]} <= {"_name_or_path"}
+    assert description.sources.keys() >= {"hidden_size", "num_attention_heads", "vocab_size", "rope_parameters"}
+
+
+def test_inspect_what_is_no_drafter(folders, capsys):
+    assert cli.main(["inspect", str(folders / "target")]) == 2
+    assert "not an EAGLE-3 drafter, by its keys (model_type 'llama')" in capsys.readouterr().err
+    (folders / "nothing").mkdir()
+    assert cli.main(["inspect", str(folders / "nothing")]) == 2
+    assert "there is no config.json" in capsys.readouterr().err
+
+
+def test_doctor_and_its_pin(folders, capsys):
+    arguments = ["doctor", "--target", str(folders / "target"), "--drafter", str(folders / "drafter")]
+    status = cli.main(
+        [*arguments, "--max-new-tokens", "12", "--depth", "2", "--prompt", "abc", "--pin", str(folders / "pin")]
+    )
+    out = capsys.readouterr().out
+    assert "agreement at depth 1 depth 2" in out
+    assert status == ("NOT the best" in out)
+    assert f"The drafter is in {folders / 'pin'}" in out
+    assert type(AutoModel.from_pretrained(folders / "pin")) is Eagle3DrafterModel
+    assert cli.main([*arguments, "--pin", str(folders / "drafter")]) == 2  # its weights are mapped from there
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_export_prints_the_launch_line(folders, capsys):
+    arguments = ["export", str(folders / "drafter"), "--target", str(folders / "target"), "--to"]
+    assert cli.main([*arguments, "sglang", str(folders / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "serves with SGLang and vLLM" in out
+    assert f"python -m sglang.launch_server --model-path {folders / 'target'} --speculative-algorithm EAGLE3" in out
+    assert type(AutoModel.from_pretrained(folders / "out")) is Eagle3DrafterModel
+    (folders / "metrics.json").write_text('{"Acceptance length": 2.5}')
+    assert cli.main([*arguments, "hf", str(folders / "hf"), "--metrics", str(folders / "metrics.json")]) == 0
+    assert "| Acceptance length | 2.5 |" in (folders / "hf" / "README.md").read_text()
+    assert cli.main([*arguments, "vllm", str(folders / "out")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_export_that_an_engine_cannot_serve(tmp_path, capsys):
+    published, weights, _ = LAYOUTS["norm_before_residual"]
+    write(tmp_path / "in", published, weights)
+    assert cli.main(["export", str(tmp_path / "in"), "--to", "sglang", str(tmp_path / "out")]) == 2
+    assert "SGLang cannot serve this drafter. norm_before_residual=True" in capsys.readouterr().err
+
+
 # ---- env, version, errors ----
 
 
@@ -238,6 +333,17 @@ def test_options_change_on_purpose():
         "demo": {
             *("-h", "--help", "--prompt", "--max-new-tokens", "--repeats", "--dtype", "--device", "--drafter"),
             *("--num-draft-tokens", "--source"),
+        },
+        "inspect": {"-h", "--help", "--revision", "--subfolder"},
+        "doctor": {
+            *("-h", "--help", "--target", "--drafter", "--prompt", "--max-new-tokens", "--depth", "--dtype"),
+            *("--device", "--pin"),
+        },
+        "export": {"-h", "--help", "--to", "--target", "--metrics", "--repo-id"},
+        "bench": {
+            *("-h", "--help", "--target", "--drafter", "--shape", "--simulate-acceptance-length", "--prompts"),
+            *("--limit", "--prompt-length", "--batch-sizes", "--max-new-tokens", "--num-draft-tokens"),
+            *("--temperature", "--repeats", "--kinds", "--dtype", "--device", "--out"),
         },
         "env": {"-h", "--help"},
     }

@@ -47,6 +47,15 @@ def test_no_boundaries_means_the_final_normed_state(family):
 
 
 @pytest.mark.parametrize("family", TARGETS)
+def test_the_boundary_after_the_last_is_the_normed_state(family):
+    target, prompt = make_target(family), make_prompt(5)
+    with torch.no_grad(), StateRecorder(target, (2, NUM_LAYERS + 1)) as recorder:
+        out = target(prompt, output_hidden_states=True)
+        expected = torch.cat([out.hidden_states[2], out.hidden_states[-1]], dim=-1)
+        torch.testing.assert_close(recorder.take("cpu"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", TARGETS)
 def test_only_the_boundaries_asked_for_are_hooked(family):
     target = make_target(family)
     _, layers = find_layers(target)

@@ -13,15 +13,16 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 
 # A module imports from the rows below its own, and from modules of its own row after which it stands.
 LAYERS = [
-    ["cli", "bench"],
+    ["cli"],
+    ["bench"],
     ["__init__", "__main__"],
     ["integration"],
     ["own_loop"],
-    ["candidates", "choice", "graphs", "refusals", "training"],
+    ["candidates", "choice", "diagnosis", "graphs", "refusals", "training"],
     ["row_attention"],
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],
-    ["accept", "features", "stopping"],
+    ["accept", "features", "stopping", "unroll"],
     ["cache", "rows"],
     ["sampling", "tree", "kernels"],
     ["modeling"],

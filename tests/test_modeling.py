@@ -39,6 +39,8 @@ ROPES = {
     "yarn": {**YARN, "beta_fast": 8.0, "beta_slow": 1.0},
     "yarn_untruncated": {**YARN, "truncate": False},
 }
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "v_head_dim": 5}
+KIMI = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "rope_theta": 50000.0}
 VARIANTS: dict[str, dict] = {
     "plain": {},
     "fc_norm": {"fc_norm": True},
@@ -66,6 +68,9 @@ VARIANTS: dict[str, dict] = {
     "shared_head": {"draft_vocab_size": V, "share_lm_head": True},
     "no_fc": {"use_aux_hidden_state": False},
     "no_fc_shared_head": {"use_aux_hidden_state": False, "share_lm_head": True, "draft_vocab_size": V},
+    "mla": {**MLA, "q_lora_rank": 12},
+    "mla_two_layers_yarn": {**MLA, "q_lora_rank": 12, "num_hidden_layers": 2, "rope_parameters": KIMI},
+    "mla_window_wide_values": {**MLA, "v_head_dim": 17, "sliding_window": 4, "norm_output": True},
     "eps": {"rms_norm_eps": 0.1},
     **{f"rope_{name}": {"rope_parameters": rope} for name, rope in ROPES.items()},
 }
@@ -216,7 +221,7 @@ def test_stepping_over_the_cache_equals_one_shot(variant):
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["plain", "window_two_layers", "rope_yarn"])
+@pytest.mark.parametrize("variant", ["plain", "window_two_layers", "rope_yarn", "mla_two_layers_yarn"])
 def test_left_padding_changes_nothing(variant, attn_implementation):
     drafter = bind(make_drafter(**VARIANTS[variant]))
     drafter.set_attn_implementation(attn_implementation)
@@ -236,7 +241,7 @@ def test_left_padding_changes_nothing(variant, attn_implementation):
     torch.testing.assert_close(batch.logits[1:, pad:], short.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["plain", "window", "attention_bias"])
+@pytest.mark.parametrize("variant", ["plain", "window", "attention_bias", "mla"])
 def test_eager_and_sdpa_agree(variant):
     drafter = bind(make_drafter(**VARIANTS[variant]))
     ids, states = make_inputs(drafter.config)
@@ -458,6 +463,11 @@ def test_each_size_must_be_given(name):
         ({"aux_layer_ids": [1, 2, 2]}, "ascending order"),
         ({"aux_layer_ids": [-1, 2, 3]}, "ascending order"),
         ({"hidden_size": "32"}, "hidden_size"),
+        ({**MLA, "v_head_dim": None}, "v_head_dim must be at least 1 with multi-head latent attention"),
+        ({**MLA, "num_key_value_heads": 2}, "num_key_value_heads must be 4, got 2"),
+        ({**MLA, "q_lora_rank": 0}, "q_lora_rank must be at least 1 or null, got 0"),
+        ({**MLA, "qk_norm": True}, "No drafter has multi-head latent attention with qk_norm"),
+        ({"use_aux_hidden_state": False, "norm_last_state": True}, "norm_last_state must be false"),
         ({"fc_norm": "yes"}, "fc_norm"),
     ],
 )
@@ -487,6 +497,40 @@ def test_last_boundary_is_allowed_and_the_next_is_not():
     assert config.resolve_aux_layer_ids(8) == (0, 4, 8)
     with pytest.raises(ValueError, match="boundaries 0 to 7"):
         config.resolve_aux_layer_ids(7)
+
+
+@pytest.mark.parametrize("v_head_dim", [5, 17])
+def test_latent_keys_and_values_are_cached_with_one_width(v_head_dim):
+    """Kernels that write both to a cache take one width for both."""
+    drafter = bind(make_drafter(**{**MLA, "v_head_dim": v_head_dim}))
+    out = drafter(torch.zeros(1, 3, dtype=torch.long), aux_hidden_states=torch.randn(1, 3, 3 * H), use_cache=True)
+    layer = out.past_key_values.layers[0]
+    assert layer.keys.shape == layer.values.shape == (1, 4, 3, max(6 + 8, v_head_dim))
+
+
+def test_ids_read_as_outputs_are_boundaries_where_they_must_be():
+    """SGLang's rule for gpt-oss: the published [24, 30, 36] of a 36-layer target cannot be outputs."""
+    config = make_config(aux_layer_ids=[25, 31, 37], aux_layer_ids_from_outputs=True)
+    assert config.resolve_aux_layer_ids(36) == (24, 30, 36)
+    assert config.resolve_aux_layer_ids(37) == (25, 31, 37)
+    with pytest.raises(ValueError, match="boundaries 0 to 36"):
+        make_config(aux_layer_ids=[25, 31, 37]).resolve_aux_layer_ids(36)
+
+
+def test_last_boundary_may_be_the_normed_one():
+    config = make_config(aux_layer_ids=[2, 4, 8], norm_last_state=True)
+    assert config.resolve_aux_layer_ids(8) == (2, 4, 9)
+    with pytest.raises(ValueError, match="norms boundary 9 of this target"):
+        config.resolve_aux_layer_ids(9)
+
+
+def test_a_config_table_with_a_fault_is_a_checkpoint_error(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"head_dim": 8', '"head_dim": 7'))
+    with pytest.raises(CheckpointError, match=r"(?s)config.json: .*head_dim must be even") as caught:
+        Eagle3DrafterConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_no_fc_means_no_boundaries():

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_export import PLACEHOLDER
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -263,6 +264,26 @@ def test_checkpoints_hold_the_drafter_only_and_load(target, rows, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert not any("embed_tokens" in name for name in loaded.state_dict())
     assert loaded.config.eos_token_id == EOS
+
+
+def test_the_card_of_a_trained_drafter_is_whole(target, rows, tmp_path, monkeypatch):
+    args = make_args(tmp_path)
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows, eval_dataset=rows[:4])
+    trainer.train()
+    measured = trainer.evaluate()["eval_acceptance_length"]
+    with pytest.raises(ValueError, match=r"set trainer\.model\.config\.target_name_or_path"):
+        trainer.create_model_card()
+    with pytest.raises(ValueError, match="has no dataset"):
+        trainer.create_model_card(dataset="mine")
+    trainer.model.config.target_name_or_path = "some-owner/some-target"
+    monkeypatch.setattr(trainer, "hub_model_id", "me/drafter", raising=False)
+    trainer.create_model_card(license="apache-2.0")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert not PLACEHOLDER.search(text)
+    assert "base_model: some-owner/some-target" in text
+    assert "license: apache-2.0" in text
+    assert f"| Acceptance length | {measured:g} |" in text
+    assert 'AutoModel.from_pretrained("me/drafter"' in text
 
 
 def test_resuming_ends_where_an_uninterrupted_run_ends(target, rows, tmp_path):

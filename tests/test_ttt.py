@@ -9,7 +9,8 @@ from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.training.acceptance import walk
 from hf_eagle3.training.data import collate
 from hf_eagle3.training.losses import soft_cross_entropy
-from hf_eagle3.training.ttt import Lesson, live_slots, shift, teach, ttt, unroll
+from hf_eagle3.training.ttt import Lesson, teach, ttt
+from hf_eagle3.unroll import live_slots, shift, unroll
 
 V, V_D, K = 60, 32, 4
 BASE = {
@@ -52,6 +53,7 @@ def make(target, attn="sdpa", **variant):
     torch.manual_seed(1)
     drafter = Eagle3DrafterModel(Eagle3DrafterConfig(**{**BASE, **variant})).double()
     drafter.set_attn_implementation(attn)
+    assert drafter.config._attn_implementation == attn
     with torch.no_grad():
         for p in drafter.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -79,14 +81,15 @@ def test_each_slot_is_what_serving_computes(target, variant, attn):
             for t in range(K):
                 served = out.logits[:, -1]
                 trained = drafter.compute_logits(steps[t][:, i])
-                torch.testing.assert_close(trained, served, atol=1e-10, rtol=0)
+                exact = 1e-10 if attn == "sdpa" else 1e-5  # the host has the softmax of eager attention in float32
+                torch.testing.assert_close(trained, served, atol=exact, rtol=0)
                 token = ids[:, i + 2 + t, None]
                 out = drafter(token, hidden_states=out.feedback[:, -1:], past_key_values=cache)
 
 
 def test_a_step_too_many_in_the_mask_is_noticed(target, monkeypatch):
     """Negative control: with its own diagonal of an earlier step hidden, a slot differs from serving."""
-    from hf_eagle3.training import ttt as module
+    from hf_eagle3 import unroll as module
 
     drafter = make(target)
     ids, aux = torch.randint(0, V, (1, 9)), torch.randn(1, 9, 96, dtype=torch.float64)

@@ -6,15 +6,14 @@ Sizes come from the tensors and are checked against what config.json states.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
-from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published
+from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +30,38 @@ ROPE_KEYS = frozenset(
     }
 )
 
-FIRST_QUERY = "layers.0.self_attn.q_proj.weight"
+# The first layer's query projection: of Llama's attention, or of MLA with a query latent.
+FIRST_QUERY = ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_a_proj.weight")
+LAYER_0 = "layers.0.self_attn"
+LATENT_TENSORS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 
 
-def convert_config(flavour: Flavour, published: Published) -> dict[str, Any]:
+class Resolved(NamedTuple):
+    """Our config's fields, and where each comes from, in words."""
+
+    fields: dict[str, Any]
+    sources: dict[str, str]
+
+
+def convert_config(flavour: Flavour, published: Published) -> Resolved:
     """Our config's fields.
 
     Raises:
         CheckpointError: A key is not known, or contradicts the tensors.
     """
-    file, config = published.file, published.config
+    file = published.file
+    config = {key: value for key, value in published.config.items() if key not in flavour.ignored}
     known = flavour.config_keys.keys() | FIXED_VALUES.keys() | IGNORED_KEYS | READ_ELSEWHERE
-    if unknown := sorted(
-        key for key in config.keys() - known if not key.startswith("_")
-    ):  # _name_or_path and the like
+    unknown = sorted(
+        published.spell(key) for key in config.keys() - known if not key.startswith("_")
+    )  # _name_or_path and the like
+    if unknown and not flavour.is_clone:
         raise CheckpointError(
             f"{file}: {flavour.name} checkpoints are not known to have {unknown}. A key that is ignored may change the "
             "drafter's arithmetic, so none is: remove it if it changes nothing, or report it."
         )
+    if unknown:
+        logger.info("%s: %s are taken to be the target's, whose config this was made from.", file, unknown)
     for key in sorted(config.keys() & FIXED_VALUES.keys()):
         if config[key] not in FIXED_VALUES[key]:
             raise CheckpointError(
@@ -58,17 +71,29 @@ def convert_config(flavour: Flavour, published: Published) -> dict[str, Any]:
     stated: dict[str, dict[str, Any]] = {}  # our field -> {published key: value}
     for key, ours in flavour.config_keys.items():
         if config.get(key) is not None:
-            stated.setdefault(ours, {})[key] = config[key]
+            stated.setdefault(ours, {})[published.spell(key)] = config[key]
     fields = {ours: next(iter(values.values())) for ours, values in stated.items()}
+    sources = {ours: f"config.json: {next(iter(values))}" for ours, values in stated.items()}
 
-    layer_ids = read_layer_ids(file, stated.pop("aux_layer_ids", {}))
-    if layer_ids is not None:
-        stated["num_aux_hidden_states"] = {"the number of captured layer ids": len(layer_ids)} | stated.get(
+    ids = read_layer_ids(file, stated.pop("aux_layer_ids", {}), flavour.nested_ids_are_boundaries)
+    if ids is not None:
+        stated["num_aux_hidden_states"] = {"the number of captured layer ids": len(ids.boundaries)} | stated.get(
             "num_aux_hidden_states", {}
         )
+        fields |= {"aux_layer_ids": ids.boundaries, "aux_layer_ids_from_outputs": ids.were_outputs}
+        sources["aux_layer_ids"] += f" {ids.published}" + (", plus one each" if ids.were_outputs else "")
+    else:
+        fields["aux_layer_ids"] = None
     measured = measure(published, fields)
     for ours in sorted(stated.keys() & measured.keys()):
         check_stated(published, ours, stated[ours], measured[ours])
+    for ours in sorted(stated.keys() - measured.keys()):
+        check_unmeasured(file, stated[ours])
+    sources |= dict.fromkeys(measured, "the tensors")
+    for ours, value in flavour.defaults.items():
+        if ours not in stated:
+            logger.warning("%s: %s is not stated, which in a %s checkpoint means %r.", file, ours, flavour.name, value)
+            fields[ours], sources[ours] = value, f"not stated; a {flavour.name} checkpoint then means so"
     if config.get("tie_word_embeddings"):
         if measured["share_lm_head"]:
             raise CheckpointError(
@@ -76,9 +101,23 @@ def convert_config(flavour: Flavour, published: Published) -> dict[str, Any]:
                 "embedding table. That is not supported."
             )
         logger.warning("%s: tie_word_embeddings is ignored, since there is an lm_head.weight.", file)
-    window = read_sliding_window(file, config, measured["num_hidden_layers"])
-    rope = read_rope(file, config)
-    return {**fields, **measured, "aux_layer_ids": layer_ids, "sliding_window": window, "rope_parameters": rope}
+    fields |= measured
+    fields["sliding_window"] = read_sliding_window(file, config, measured["num_hidden_layers"])
+    fields["rope_parameters"], sources["rope_parameters"] = read_rope(file, config)
+    if fields["sliding_window"] is not None:
+        sources["sliding_window"] = "config.json: layer_types and sliding_window"
+    if (target := read_target_name(config)) is not None:
+        fields["target_name_or_path"] = target
+        sources["target_name_or_path"] = "config.json: speculators_config.verifier.name_or_path"
+    return Resolved(fields, sources)
+
+
+def check_unmeasured(file: Path, stated: Mapping[str, Any]) -> None:
+    """Raise if keys for one field, of which the tensors say nothing, contradict each other."""
+    first, *others = stated.values()
+    if any(value != first for value in others):
+        says = " and ".join(f"{key} is {value!r}" for key, value in stated.items())
+        raise CheckpointError(f"{file}: {says}. They mean the same; remove the one that is wrong.")
 
 
 def check_stated(published: Published, ours: str, stated: Mapping[str, Any], measured: Any) -> None:
@@ -107,6 +146,7 @@ def measure(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
     """
     tensors = published.tensors
     H = read_shape(published, "layers.0.input_layernorm.weight", 1)[0]
+    measure_attention = measure_latent if is_latent(published) else measure_heads
     layers = {
         int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.split(".")[1].isdigit()
     }
@@ -121,7 +161,7 @@ def measure(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
     }
     return (
         measured
-        | measure_heads(published, stated, H)
+        | measure_attention(published, stated, H)
         | measure_vocabulary(published, stated)
         | measure_fc(published, stated, H)
     )
@@ -142,10 +182,51 @@ def measure_heads(published: Published, stated: Mapping[str, Any], H: int) -> di
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
+def measure_latent(published: Published, stated: Mapping[str, Any], H: int) -> dict[str, Any]:  # noqa: ARG001  as above
+    """Widths of multi-head latent attention, all but the number of heads from the tensors."""
+    has_latent_query = f"{LAYER_0}.q_a_proj.weight" in published.tensors
+    query = ("q_a_proj", "q_a_layernorm", "q_b_proj") if has_latent_query else ("q_proj",)
+    if missing := [n for n in (*query, *LATENT_TENSORS) if f"{LAYER_0}.{n}.weight" not in published.tensors]:
+        raise CheckpointError(
+            f"{published.where(f'{LAYER_0}.kv_a_proj_with_mqa.weight')} makes this multi-head latent attention (MLA), but "
+            f"{', '.join(f'{LAYER_0}.{name}.weight' for name in missing)} is missing."
+        )
+
+    def rows(name: str) -> int:
+        return read_shape(published, f"{LAYER_0}.{name}.weight", 1 if name.endswith("norm") else 2)[0]
+
+    heads = read_int(published, stated, "num_attention_heads")
+    kv_rank = rows("kv_a_layernorm")
+    rope = rows("kv_a_proj_with_mqa") - kv_rank
+    widths = {name: divmod(rows(name), heads) for name in (query[-1], "kv_b_proj")}
+    (qk, left), (nope_and_v, also_left) = widths.values()
+    nope = qk - rope
+    v = nope_and_v - nope
+    columns = read_shape(published, f"{LAYER_0}.o_proj.weight", 2)[1]
+    if left or also_left or rope < 1 or nope < 1 or v < 1 or columns != heads * v:
+        sizes = {name: list(read_shape(published, f"{LAYER_0}.{name}.weight", 2)) for name in (*widths, "o_proj")}
+        raise CheckpointError(
+            f"{published.where(f'{LAYER_0}.kv_b_proj.weight')}: with num_attention_heads {heads}, kv_lora_rank {kv_rank} "
+            f"and qk_rope_head_dim {rope} by the tensors, {sizes} do not fit together. Expected {query[-1]} heads x (nope "
+            "+ rope), kv_b_proj heads x (nope + v) and o_proj heads x v."
+        )
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": rope,
+        "kv_lora_rank": kv_rank,
+        "q_lora_rank": rows("q_a_layernorm") if has_latent_query else None,
+        "qk_nope_head_dim": nope,
+        "v_head_dim": v,
+    }
+
+
 def measure_vocabulary(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
     """V and V_d, and whether the head is the target's."""
     tensors = published.tensors
     measured: dict[str, Any] = {"share_lm_head": "lm_head.weight" not in tensors}
+    if measured["share_lm_head"] and stated.get("draft_vocab_size") is not None:
+        logger.warning("%s: there is no lm_head.weight, so the head is the target's.", published.file)
     for field, names in (
         ("vocab_size", ("embed_tokens.weight", "t2d")),
         ("draft_vocab_size", ("lm_head.weight", "d2t")),
@@ -228,8 +309,21 @@ def read_int(published: Published, fields: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def read_layer_ids(file: Path, stated: Mapping[str, Any]) -> list[int] | None:
+class LayerIds(NamedTuple):
+    """What the target is read at."""
+
+    boundaries: list[int]  # ascending
+    were_outputs: bool  # one was added to each
+    published: list[int]
+
+
+def read_layer_ids(file: Path, stated: Mapping[str, Any], nested_are_boundaries: bool) -> LayerIds | None:
     """The captured boundaries. Top-level ids are boundaries; ids in `eagle_config` count layer outputs, from 0.
+
+    Args:
+        file: config.json.
+        stated: Published key -> ids.
+        nested_are_boundaries: Ids in `eagle_config` are boundaries too, unless the first is 1 (SGLang's DeepSeek rule).
 
     Raises:
         CheckpointError: The ids are no distinct numbers, or the two places contradict each other.
@@ -239,8 +333,8 @@ def read_layer_ids(file: Path, stated: Mapping[str, Any]) -> list[int] | None:
             raise CheckpointError(f"{file}: {key} must be a list of layer numbers, got {ids!r}.")
         if len(set(ids)) < len(ids) or (ids and min(ids) < 0):
             raise CheckpointError(f"{file}: {key} must be distinct layer numbers from 0, got {ids}.")
-    top = sorted(stated.get("eagle_aux_hidden_state_layer_ids") or ())
     nested = sorted(stated.get("eagle_config.eagle_aux_hidden_state_layer_ids") or ())
+    top = sorted(next((ids for key, ids in stated.items() if not key.startswith("eagle_config.")), None) or ())
     if top and nested and top not in (nested, [i + 1 for i in nested]):
         raise CheckpointError(
             f"{file}: eagle_aux_hidden_state_layer_ids is {top} at the top, and {nested} in eagle_config. Expected the "
@@ -253,11 +347,21 @@ def read_layer_ids(file: Path, stated: Mapping[str, Any]) -> list[int] | None:
                 "aux_layer_ids=%s.",
                 *(file, top, [i + 1 for i in top]),
             )
-        return top
-    if nested and is_default(nested, first=2):
+        return LayerIds(top, False, top)
+    if not nested:
+        return None
+    if nested[0] != 1 and nested_are_boundaries:
+        return LayerIds(nested, False, nested)
+    if is_default(nested, first=2):
         logger.warning("%s: captured layer ids %s in eagle_config are the default boundaries; taken so.", file, nested)
-        return nested
-    return [i + 1 for i in nested] or None
+        return LayerIds(nested, False, nested)
+    if nested[0] != 1:
+        logger.warning(
+            "%s: captured layer ids %s in eagle_config are read as layer outputs. vLLM reads them as boundaries; "
+            "`hf-eagle3 doctor` measures which is right.",
+            *(file, nested),
+        )
+    return LayerIds([i + 1 for i in nested], True, nested)
 
 
 def is_default(ids: list[int], first: int) -> bool:
@@ -289,13 +393,22 @@ def read_sliding_window(file: Path, config: Mapping[str, Any], num_layers: int) 
     return window
 
 
-def read_rope(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The host's `rope_parameters`, from either spelling. Multimodal rope is plain rope for text.
+def read_target_name(config: Mapping[str, Any]) -> str | None:
+    """The target's repository, as speculators states it."""
+    table = config.get("speculators_config")
+    verifier = table.get("verifier") if isinstance(table, dict) else None
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def read_rope(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The host's `rope_parameters`, from either spelling, and where from. Multimodal rope is plain rope for text.
 
     Raises:
         CheckpointError: They have a key that no kind of rope has.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    source = next((key for key in ("rope_parameters", "rope_scaling") if config.get(key)), None)
+    rope = config[source] if source else {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{file}: rope_parameters or rope_scaling must be a table or null, got {rope!r}.")
     if unknown := sorted(rope.keys() - ROPE_KEYS):
@@ -306,7 +419,10 @@ def read_rope(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "mrope" or (rope["rope_type"] == "default" and "mrope_section" in rope):
         rope = {"rope_type": "default"} | {key: rope[key] for key in ("rope_theta",) if key in rope}
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    return {**rope, "rope_theta": 10000.0 if theta is None else theta}
+    said = [key for key in (source, "rope_theta") if key and (key == source or config.get("rope_theta") is not None)]
+    where = f"config.json: {' and '.join(said)}" if said else "not stated"
+    where += "; no rope_theta, so 10000" if theta is None else ""
+    return {**rope, "rope_theta": 10000.0 if theta is None else theta}, where
 
 
 def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterConfig:
@@ -315,20 +431,28 @@ def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterCo
     Raises:
         CheckpointError: A value is of the wrong type or out of range.
     """
-    dtype = published.tensors[FIRST_QUERY].dtype
+    dtype = published.tensors[find_first_query(published)].dtype
     try:
         config = Eagle3DrafterConfig(**fields, dtype=dtype, architectures=["Eagle3DrafterModel"])
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not known to Transformers")
         rope = config.rope_parameters or {}
         if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"no drafter has rotary parameters {rope}")
-        frequencies = LlamaRotaryEmbedding(config).inv_freq
+        try:
+            frequencies = LlamaRotaryEmbedding(config).inv_freq
+        except KeyError as error:
+            raise ValueError(
+                f"rotary parameters {rope} are of a kind that Transformers does not know: {error}"
+            ) from error
         if frequencies.shape != (config.head_dim // 2,) or not torch.isfinite(frequencies).all():
             raise ValueError(f"rotary parameters {rope} do not give {config.head_dim // 2} frequencies")
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{published.file}: {error}") from error
     return config
+
+
+def find_first_query(published: Published) -> str:
+    """The name of the first layer's query projection; the Llama one where there is none."""
+    return next((name for name in FIRST_QUERY if name in published.tensors), FIRST_QUERY[0])
 
 
 def read_shape(published: Published, name: str, dims: int) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 A flavour is a row of data. What all of them share (sizes from tensors, rope, layer ids) is in `convert.py`.
 """
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,14 @@ class Published(NamedTuple):
     """A checkpoint as it lies on disk."""
 
     file: Path  # config.json
-    config: Mapping[str, Any]  # keys of `eagle_config` as `eagle_config.KEY`
+    config: Mapping[str, Any]  # keys of `eagle_config` as `eagle_config.KEY`; those of LIFTED tables without the table
     tensors: Mapping[str, StoredTensor]  # by our names
     names: Mapping[str, str]  # our name -> published name
+    tables: Mapping[str, str]  # key of `config` -> the LIFTED table it comes from
+
+    def spell(self, key: str) -> str:
+        """A key of `config` as it stands in config.json."""
+        return f"{self.tables[key]}.{key}" if key in self.tables else key
 
     @property
     def architectures(self) -> str:
@@ -39,12 +45,24 @@ class Flavour:
 
     name: str
     matches: Callable[[Published], bool]
-    # Published key -> our field. Several keys for one field: the first that is not null counts.
+    # Published key -> our field. Several keys for one field must not contradict each other.
     config_keys: Mapping[str, str]
+    # Our field -> what it means that no key is there for it, where that is not our own default.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Keys that say something of a drafter elsewhere, and are the target's here.
+    ignored: frozenset[str] = frozenset()
+    # The config is the target's with keys added, so what is not known of it is the target's business.
+    is_clone: bool = False
+    # Ids in `eagle_config` are boundaries, unless the first is 1; else they count layer outputs.
+    nested_ids_are_boundaries: bool = False
 
+
+# Tables in config.json that hold the drafter's own keys: speculators, and vLLM's nested `model_type: eagle`.
+LIFTED = ("transformer_layer_config", "model")
 
 # Published tensor name (regular expression) -> ours. Applied in turn.
 WEIGHT_NAMES: Mapping[str, str] = {
+    r"^model\.": "",
     r"^midlayer\.(?=\d)": "layers.",
     r"^midlayer\.": "layers.0.",
     r"^aux_norm_low\.": "fc_norm.0.",
@@ -71,61 +89,146 @@ LLAMA_KEYS: Mapping[str, str] = {
     "truncated_vocab_size": "draft_vocab_size",  # nebius
 }
 
-SPECFORGE = Flavour(
-    name="SpecForge / SGLang",
-    matches=lambda published: "eagle3" in published.architectures,
-    config_keys={
-        **LLAMA_KEYS,
-        "intermediate_size_mlp": "intermediate_size",  # of Llama 4
-        "num_aux_hidden_states": "num_aux_hidden_states",
-        "num_aux_layers": "num_aux_hidden_states",
-        "fc_norm": "fc_norm",
-        "use_aux_norm": "fc_norm",  # before it was called fc_norm
-        "eagle_config.norm_before_fc": "norm_before_fc",
-        "norm_before_fc": "norm_before_fc",
-        "norm_before_residual": "norm_before_residual",
-        "norm_output": "norm_output",
-        "eagle_config.use_aux_hidden_state": "use_aux_hidden_state",
-        "eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
-        "eagle_config.eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
-    },
-)
-SAFEAILAB = Flavour(
-    name="SafeAILab",
-    matches=lambda published: "eagle3" not in published.architectures,
-    config_keys=LLAMA_KEYS,
-)
+EAGLE3_KEYS: Mapping[str, str] = {
+    **LLAMA_KEYS,
+    "intermediate_size_mlp": "intermediate_size",  # of Llama 4
+    "num_aux_hidden_states": "num_aux_hidden_states",
+    "num_aux_layers": "num_aux_hidden_states",
+    "fc_norm": "fc_norm",
+    "use_aux_norm": "fc_norm",  # before it was called fc_norm
+    "norm_before_fc": "norm_before_fc",
+    "norm_before_residual": "norm_before_residual",
+    "norm_output": "norm_output",
+    **{f"eagle_config.{key}": key for key in ("fc_norm", "norm_before_fc", "norm_output", "use_aux_hidden_state")},
+    "eagle_config.use_aux_norm": "fc_norm",
+    "eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
+    "eagle_config.eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
+}
+LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+LATENT_KEYS: Mapping[str, str] = {
+    **{key: ours for key, ours in EAGLE3_KEYS.items() if key not in ("num_key_value_heads", "head_dim")},
+    **{key: key for key in LATENT_SIZES},
+    "qk_rope_head_dim": "head_dim",
+}
+# What the target has in these places, the drafter has not.
+WINDOW_KEYS = frozenset({"sliding_window", "layer_types"})
+HEAD_KEYS = frozenset({"num_key_value_heads", "head_dim", "qk_head_dim", "rope_interleave", "attention_bias"})
+SOFTCAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
+CLONE_KEYS = {"model_type": "target_model_type", "hidden_activation": "hidden_act"}
+
+
+def is_latent(published: Published) -> bool:
+    """Whether the first layer has multi-head latent attention."""
+    return "layers.0.self_attn.kv_a_proj_with_mqa.weight" in published.tensors
+
+
+def is_nemo(published: Published) -> bool:
+    """Whether every tensor of the drafter's body is under `model.`, and the head is not."""
+    if "llamaeagle3draftmodel" in published.architectures:
+        return True
+    return published.names.get("fc.weight") == "model.fc.weight" and published.names.get("lm_head.weight") == (
+        "lm_head.weight"
+    )
+
+
+def is_eagle31(published: Published) -> bool:
+    """Whether the drafter has one of the two changes of EAGLE-3.1."""
+    flags = (published.config.get("norm_output"), published.config.get("eagle_config.norm_output"))
+    return any(flags) or any(name.startswith("fc_norm.") for name in published.tensors)
+
+
 # The first that matches. A drafter of no known producer that is spelt like SGLang's is read like SGLang's.
 FLAVOURS = (
-    SPECFORGE,
+    Flavour(
+        name="speculators",
+        matches=lambda published: "speculators_model_type" in published.config,
+        config_keys=EAGLE3_KEYS,
+        defaults={"norm_before_residual": True},  # as vLLM reads it; the trainer writes the key
+    ),
+    Flavour(
+        name="NeMo Automodel, MLA",
+        matches=lambda published: is_nemo(published) and is_latent(published),
+        config_keys={**LATENT_KEYS, **CLONE_KEYS},
+        ignored=WINDOW_KEYS | HEAD_KEYS | SOFTCAPS,
+        is_clone=True,
+    ),
+    Flavour(
+        name="NeMo Automodel",
+        matches=is_nemo,
+        config_keys={**EAGLE3_KEYS, **CLONE_KEYS},
+        ignored=WINDOW_KEYS | SOFTCAPS,
+        is_clone=True,
+    ),
+    Flavour(
+        name="MLA",
+        matches=is_latent,
+        config_keys=LATENT_KEYS,
+        ignored=HEAD_KEYS,
+        nested_ids_are_boundaries=True,
+    ),
+    Flavour(
+        name="NVIDIA Model-Optimizer",
+        matches=lambda published: (
+            any(
+                f"eagle_config.{key}" in published.config
+                for key in ("next_layer_regular", "use_last_layernorm", "use_mtp_layernorm")
+            )
+            or any(re.match(r"midlayer\.\d", name) for name in published.names.values())
+            or "llamaforcausallmeagle3deep" in published.architectures
+        ),
+        config_keys=EAGLE3_KEYS,
+    ),
+    Flavour(
+        name="AngelSlim",
+        matches=lambda published: "eagle3llamaforcausallm" in published.architectures,
+        config_keys=EAGLE3_KEYS,
+        ignored=WINDOW_KEYS,
+    ),
+    Flavour(
+        name="TorchSpec",
+        matches=lambda published: "_torchspec_version" in published.config,
+        config_keys=EAGLE3_KEYS,
+    ),
+    Flavour(
+        name="EAGLE-3.1, as SpecForge and SGLang write it",
+        matches=lambda published: "eagle3" in published.architectures and is_eagle31(published),
+        config_keys=EAGLE3_KEYS,
+    ),
+    Flavour(
+        name="SpecForge / SGLang",
+        matches=lambda published: "eagle3" in published.architectures,
+        config_keys=EAGLE3_KEYS,
+    ),
     Flavour(
         name="SpecForge / SGLang without its architecture",
-        matches=lambda published: bool(published.config.keys() & (SPECFORGE.config_keys.keys() - LLAMA_KEYS.keys())),
-        config_keys=SPECFORGE.config_keys,
+        matches=lambda published: bool(published.config.keys() & (EAGLE3_KEYS.keys() - LLAMA_KEYS.keys())),
+        config_keys=EAGLE3_KEYS,
     ),
-    SAFEAILAB,
+    Flavour(
+        name="SafeAILab",
+        matches=lambda _: True,
+        config_keys=LLAMA_KEYS,
+        ignored=WINDOW_KEYS,
+    ),
 )
 
 # What is refused by name, before anything is read as EAGLE-3. The first that matches.
 OTHERS: Mapping[str, Callable[[Published], bool]] = {
-    "a vLLM speculators checkpoint, which is not supported yet": lambda p: "speculators_model_type" in p.config,
-    "a DFlash drafter": lambda p: "dflash_config" in p.config or "dflash" in p.architectures,
-    "a vLLM checkpoint with a nested drafter config, which is not supported yet": lambda p: (
-        p.config.get("model_type") == "eagle" and isinstance(p.config.get("model"), dict)
+    "a vLLM speculators checkpoint of another algorithm": lambda p: (
+        p.config.get("speculators_model_type", "eagle3") not in ("eagle3", "peagle")
     ),
+    "a DFlash drafter": lambda p: "dflash_config" in p.config or "dflash" in p.architectures,
     "a Medusa drafter": lambda p: any(name.startswith("medusa_heads.") for name in p.tensors),
     "a drafter with Medusa-like parallel heads": lambda p: any(
         n.startswith("parallel_draft_heads.") for n in p.tensors
     ),
     "a P-EAGLE drafter, which is not supported yet": lambda p: (
-        "mask_hidden" in p.tensors or bool(p.config.get("parallel_drafting")) or "peagle" in p.architectures
+        "mask_hidden" in p.tensors
+        or bool(p.config.get("parallel_drafting"))
+        or "peagle" in p.architectures
+        or p.config.get("speculators_model_type") == "peagle"
     ),
-    "a NeMo Automodel drafter, which is not supported yet": lambda p: (
-        "model.fc.weight" in p.tensors or "llamaeagle3draftmodel" in p.architectures
-    ),
-    "a drafter with multi-head latent attention (MLA), which is not supported yet": lambda p: (
-        "layers.0.self_attn.kv_a_proj_with_mqa.weight" in p.tensors
-    ),
+    "a drafter for Kimi-K3, whose gated attention no engine knows": lambda p: p.has_tensor("self_attn.g_proj.weight"),
     "a multi-token-prediction (MTP, NextN) layer": lambda p: p.has_tensor("eh_proj.weight", "enorm.weight"),
     "quantised, which is not supported: load a drafter in bf16 or fp16": lambda p: (
         p.has_tensor("weight_scale", "weight_packed", "qweight", "qzeros") or is_quantised(p.config)
@@ -169,6 +272,7 @@ READ_ELSEWHERE = frozenset(
     {
         *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"),
         *("tie_word_embeddings", "quantization_config", "compression_config", "architectures"),
+        *("speculators_model_type", "speculators_config"),
     }
 )
 
@@ -196,7 +300,8 @@ IGNORED_KEYS = frozenset(
         *("return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache"),
         # training
         *("embd_pdrop", "resid_pdrop", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise"),
-        *("modal_type", "mask_token_id"),
+        *("modal_type", "mask_token_id", "num_depths", "down_sample_ratio", "embed_requires_grad"),
+        *("speculators_version", "has_no_defaults_at_init", "num_lookahead_tokens", "method"),
         # leftovers of targets: attention that a drafter does not have, experts, images
         *("attention_chunk_size", "cache_implementation", "max_window_layers", "use_sliding_window"),
         *("sliding_window_pattern", "use_qk_norm", "query_pre_attn_scalar", "original_max_position_embeddings"),
@@ -204,6 +309,7 @@ IGNORED_KEYS = frozenset(
         *("moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),
         *("num_experts", "num_experts_per_tok", "num_local_experts", "num_nextn_predict_layers"),
         *("output_router_logits", "routed_scaling_factor", "shared_expert_intermediate_size", "topk_group"),
+        *("aux_loss_alpha", "seq_aux"),
         *("experts_per_token", "moe_topk", "scoring_func", "topk_method", "moe_layer_freq", "ep_size"),
         *("audio_token_id", "image_token_id", "image_token_index", "video_token_id", "vision_config"),
         *("vision_start_token_id", "vision_end_token_id", "vision_token_id", "boi_token_index", "eoi_token_index"),

@@ -7,14 +7,14 @@ by `Eagle3DrafterModel.from_pretrained`.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.weights_eagle3 import StoredTensor, find_file, find_weight_files, list_tensors, to_our_names
-from .convert import FIRST_QUERY, convert_config, make_config, read_shape
-from .flavours import FLAVOURS, OTHERS, WEIGHT_NAMES, Flavour, Published
+from .convert import FIRST_QUERY, Resolved, convert_config, find_first_query, make_config, read_shape
+from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, READ_ELSEWHERE, WEIGHT_NAMES, Flavour, Published
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ MARKERS = frozenset(
     {
         *("draft_vocab_size", "truncated_vocab_size", "eagle_config", "speculators_model_type", "norm_output"),
         *("num_aux_hidden_states", "norm_before_fc", "fc_norm", "use_aux_norm", "parallel_drafting"),
-        "eagle_aux_hidden_state_layer_ids",
+        *("eagle_aux_hidden_state_layer_ids", "transformer_layer_config"),
     }
 )
 USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
@@ -50,26 +50,67 @@ def load_published_config(
     Raises:
         CheckpointError: It is marked as EAGLE-3, but is not, or not of a flavour that can be loaded, or damaged.
     """
+    found = read_published(pretrained_model_name_or_path, **kwargs)
+    if found is None:
+        return None
+    name = os.fspath(pretrained_model_name_or_path)
+    logger.info("%s is an EAGLE-3 drafter, flavour %s.", name, found.flavour.name)
+    theirs = {key: value for key, value in kwargs.items() if key in USER_FIELDS}
+    if "aux_layer_ids" in theirs:  # whoever gives them gives boundaries
+        theirs.setdefault("aux_layer_ids_from_outputs", False)
+    return make_config(found.published, {**found.resolved.fields, **theirs, "name_or_path": name})
+
+
+class Found(NamedTuple):
+    """A published drafter, read but not loaded."""
+
+    published: Published
+    flavour: Flavour
+    resolved: Resolved
+
+
+def read_published(
+    pretrained_model_name_or_path: str | os.PathLike,
+    **kwargs: Any,  # the host's: where to look
+) -> Found | None:
+    """What a folder or repository holds, or None if that is no drafter of another producer.
+
+    Raises:
+        CheckpointError: As `load_published_config`.
+    """
     if not isinstance(pretrained_model_name_or_path, str | os.PathLike) or kwargs.get("gguf_file"):
         return None
     name = os.fspath(pretrained_model_name_or_path)
     try:
         file = find_file(name, "config.json", **kwargs)
-        config = json.loads(file.read_text(encoding="utf-8")) if file is not None else None
     except (OSError, ValueError):
         return None  # the host says what is wrong
-    if file is None or not isinstance(config, dict) or not is_candidate(config):
+    if file is None:
         return None
-
+    config = read_json(file, lambda: find_weight_files(name, **kwargs))
+    if not isinstance(config, dict) or not is_candidate(config):
+        return None
     stored = list_tensors(find_weight_files(name, **kwargs))
     published = describe(file, config, stored)
     flavour = recognise(published)
-    if flavour is None:
+    return Found(published, flavour, convert_config(flavour, published)) if flavour is not None else None
+
+
+def read_json(file: Path, find_weights: Callable[[], list[Path]]) -> Any:  # whatever the file holds
+    """config.json; None if it is broken and no drafter's, which is the host's to say.
+
+    Raises:
+        CheckpointError: It is broken, and the weights beside it are a drafter's.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        stored = list_tensors(find_weights())
+        if any(name.endswith("hidden_norm.weight") for name in stored):
+            raise CheckpointError(
+                f"{file}: not JSON ({error}), beside the weights of an EAGLE-3 drafter. Download it again."
+            ) from error
         return None
-    logger.info("%s is an EAGLE-3 drafter, flavour %s.", name, flavour.name)
-    fields = convert_config(flavour, published)
-    fields.update({key: value for key, value in kwargs.items() if key in USER_FIELDS})
-    return make_config(published, {**fields, "name_or_path": name})
 
 
 def is_candidate(config: Mapping[str, Any]) -> bool:
@@ -95,10 +136,9 @@ def describe(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredT
     Raises:
         CheckpointError: Two tensors are one, or `eagle_config` is not a table.
     """
-    flat = {key: value for key, value in config.items() if key != "eagle_config"}
-    nested = config.get("eagle_config") or {}
-    if not isinstance(nested, dict):
-        raise CheckpointError(f"{file}: eagle_config must be a table of keys and values, got {nested!r}.")
+    lifted, tables = lift_tables(file, config)
+    flat = {key: value for key, value in lifted.items() if key != "eagle_config"}
+    nested = read_table(file, lifted, "eagle_config")
     flat |= {f"eagle_config.{key}": value for key, value in nested.items()}
     names = to_our_names(stored, WEIGHT_NAMES)
     return Published(
@@ -106,7 +146,39 @@ def describe(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredT
         config=flat,
         tensors={ours: stored[name] for name, ours in names.items()},
         names={ours: name for name, ours in names.items()},
+        tables=tables,
     )
+
+
+def read_table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A table inside the config; empty if it is not there.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    table = config.get(key)
+    if table is not None and not isinstance(table, dict):
+        raise CheckpointError(f"{file}: {key} must be a table of keys and values, got {table!r}.")
+    return table or {}
+
+
+def lift_tables(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config with the keys of its `LIFTED` tables at the top, and which key came from which table.
+
+    Raises:
+        CheckpointError: A key that matters is there twice, with different values.
+    """
+    flat = {key: value for key, value in config.items() if key not in LIFTED}
+    tables = {}
+    for table in LIFTED:
+        for key, value in read_table(file, config, table).items():
+            if flat.get(key) is None:
+                flat[key], tables[key] = value, table
+            elif value is not None and flat[key] != value and key not in IGNORED_KEYS | READ_ELSEWHERE:
+                raise CheckpointError(
+                    f"{file}: {key} is {flat[key]!r} at the top and {value!r} in {table}. Remove the one that is wrong."
+                )
+    return flat, tables
 
 
 def recognise(published: Published) -> Flavour | None:
@@ -116,8 +188,13 @@ def recognise(published: Published) -> Flavour | None:
         CheckpointError: It is a drafter of another kind, or one that cannot be loaded.
     """
     file, tensors = published.file, published.tensors
-    if is_plain_model(tensors) and not is_named_eagle(published.config):
-        return None
+    if is_plain_model(tensors):
+        if not is_named_eagle(published.config):
+            return None
+        raise CheckpointError(
+            f"{file}: marked as an EAGLE-3 drafter, but its weights are those of a model of another kind, or damaged. It "
+            f"has {', '.join(sorted(published.names.values())[:8])}, ..."
+        )
     for what, is_it in OTHERS.items():
         if is_it(published):
             raise CheckpointError(f"{file}: this is {what}.")
@@ -126,30 +203,29 @@ def recognise(published: Published) -> Flavour | None:
             f"{file}: marked as an EAGLE-3 drafter, but there are no weights beside it. Expected model.safetensors or "
             "pytorch_model.bin."
         )
-    if FIRST_QUERY not in tensors:
+    first_query = find_first_query(published)
+    if first_query not in tensors:
         raise CheckpointError(
-            f"{file}: marked as an EAGLE-3 drafter, but its weights have no midlayer.self_attn.q_proj.weight or "
-            f"{FIRST_QUERY}. It is a model of another kind, or damaged. It has {', '.join(sorted(tensors)[:8])}, ..."
+            f"{file}: marked as an EAGLE-3 drafter, but its weights have none of {', '.join(FIRST_QUERY)} (or midlayer in "
+            f"place of layers.0). It is a model of another kind, or damaged. It has {', '.join(sorted(tensors)[:8])}, ..."
         )
     H = read_shape(published, "layers.0.input_layernorm.weight", 1)[0]
-    query = read_shape(published, FIRST_QUERY, 2)
+    query = read_shape(published, first_query, 2)
     if query[1] != 2 * H:
         raise CheckpointError(
-            f"{published.where(FIRST_QUERY)} has shape {list(query)}. An EAGLE-3 drafter of width {H} reads "
+            f"{published.where(first_query)} has shape {list(query)}. An EAGLE-3 drafter of width {H} reads "
             f"[embedding ; hidden state], {2 * H} wide; this looks like an EAGLE-1 or EAGLE-2 drafter."
         )
     read_shape(published, "layers.0.hidden_norm.weight", 1)
-    dtype = tensors[FIRST_QUERY].dtype
+    dtype = tensors[first_query].dtype
     if dtype is None or not dtype.is_floating_point:
-        raise CheckpointError(f"{published.where(FIRST_QUERY)} has dtype {dtype or 'unknown'}, expected a float.")
+        raise CheckpointError(f"{published.where(first_query)} has dtype {dtype or 'unknown'}, expected a float.")
     return next(flavour for flavour in FLAVOURS if flavour.matches(published))
 
 
 def is_plain_model(tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether the weights are those of a whole model, so that only an odd key in config.json spoke for a drafter."""
-    marks = ("fc.weight", "model.fc.weight", "d2t", "t2d", "mask_hidden")
+    marks = ("fc.weight", "d2t", "t2d", "mask_hidden")
     if any(name in marks or "hidden_norm" in name or "medusa" in name or "draft_heads" in name for name in tensors):
         return False
-    return any("embed" in name or "layers.0." in name for name in tensors) and not any(
-        name.startswith("midlayer") or name in WEIGHT_NAMES for name in tensors
-    )
+    return any("embed" in name or "layers.0." in name for name in tensors)

@@ -46,7 +46,9 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
     if not drafter.config.share_lm_head and rows.shape[-1] == drafter.config.hidden_size:
         with torch.no_grad():
             drafter.lm_head.weight.copy_(rows[draft_vocabulary.to(rows.device)])
-    return drafter.bind(target)
+    drafter.bind(target)
+    drafter.config.target_name_or_path = drafter.bound_target_name
+    return drafter
 
 
 def plain_rope(rope_parameters: dict | None) -> dict | None:

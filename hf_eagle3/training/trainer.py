@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..checkpoints.card import write_card
+from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
 from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, collate, count_supervised_tokens
@@ -227,6 +230,41 @@ class Eagle3Trainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = float((weights * loss[:k] / count[:k].clamp_min(1)).sum())
         metrics[f"{metric_key_prefix}_acceptance_length"] = float(walked.acceptance_length)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **others: Any,  # the host's, for models trained on a labelled data set
+    ) -> None:
+        """Write the drafter's card, with what the last evaluation measured; `push_to_hub` uploads it.
+
+        Raises:
+            ValueError: The target's name is not known, or an argument says what the card does not have.
+        """
+        if others or tags:
+            raise ValueError(f"A drafter's card has no {', '.join(sorted([*others, *(['tags'] if tags else [])]))}.")
+        if not self.is_world_process_zero():
+            return
+        target = describe_target(None, self.model)
+        if target.name is None:
+            raise ValueError(
+                "A model card names the target the drafter is for: set trainer.model.config.target_name_or_path."
+            )
+        last: dict[str, float] = next(
+            (logs for logs in reversed(self.state.log_history) if "eval_acceptance_length" in logs), {}
+        )
+        metrics = {"Acceptance length": last["eval_acceptance_length"]} if last else {}
+        write_card(
+            self.model,
+            Path(self.args.output_dir),
+            target=target,
+            metrics=metrics,
+            name=self.hub_model_id or model_name or self.args.output_dir,
+            metadata={"language": language, "license": license},
+        )
 
 
 class KeepOwnConfigs(TrainerCallback):

@@ -1,7 +1,7 @@
 """The EAGLE-3 and EAGLE-3.1 drafter network (arXiv:2503.01840, arXiv:2605.09992).
 
-Read top to bottom: attention over [embedding ; hidden state], the decoder layers, then the drafter itself. Copied into
-every published drafter and run from there with `trust_remote_code=True`, so it imports torch, Transformers and its
+Read top to bottom: the decoder layers, the first of which attends over [embedding ; hidden state], then the drafter
+itself. Attention is in `attention_eagle3.py`. Copied into every published drafter and run from there with `trust_remote_code=True`, so it imports torch, Transformers and its
 siblings only.
 
 Shapes: B batch, T positions of this call, S positions seen so far, H drafter width, Ht target width, A captured
@@ -9,11 +9,13 @@ states, V target vocabulary, V_d draft vocabulary.
 """
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
@@ -21,16 +23,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import logging
 
+from .attention_eagle3 import make_attention
 from .configuration_eagle3 import Eagle3DrafterConfig
 from .weights_eagle3 import (
     SECOND_NAME,
@@ -51,7 +47,7 @@ REMOTE_CODE = {
     "AutoModel": "modeling_eagle3.Eagle3DrafterModel",
     "AutoModelForCausalLM": "modeling_eagle3.Eagle3DrafterModel",
 }
-REMOTE_CODE_FILES = ("configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
+REMOTE_CODE_FILES = ("attention_eagle3.py", "configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
 
 
 class Eagle3DrafterOutput(NamedTuple):
@@ -62,71 +58,12 @@ class Eagle3DrafterOutput(NamedTuple):
     past_key_values: Cache | None
 
 
-class Eagle3Attention(nn.Module):
-    """Llama's attention with an input width of its own, and norms over heads where the drafter has them."""
-
-    def __init__(self, config: Eagle3DrafterConfig, layer_idx: int, input_size: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.sliding_window = config.sliding_window
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-
-        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(input_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
-        if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,  # [B, T, input_size]
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs,
-    ) -> Tensor:  # [B, T, H]
-        B, T, _ = hidden_states.shape
-        heads = (B, T, -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, heads, T, head_dim]
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
-
-        attend: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(out.reshape(B, T, -1))
-
-
 class Eagle3Layer(GradientCheckpointingLayer):
     """A decoder layer after the first: Llama's, over the hidden state alone."""
 
     def __init__(self, config: Eagle3DrafterConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = Eagle3Attention(config, layer_idx, input_size=config.hidden_size)
+        self.self_attn = make_attention(config, layer_idx, input_size=config.hidden_size)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -146,7 +83,7 @@ class Eagle3FirstLayer(GradientCheckpointingLayer):
     def __init__(self, config: Eagle3DrafterConfig):
         super().__init__()
         self.norm_before_residual = config.norm_before_residual
-        self.self_attn = Eagle3Attention(config, layer_idx=0, input_size=2 * config.hidden_size)
+        self.self_attn = make_attention(config, layer_idx=0, input_size=2 * config.hidden_size)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -184,6 +121,8 @@ class Eagle3DrafterModel(PreTrainedModel):
     # How published checkpoints spell our tensor names: regular expression -> replacement. hf-eagle3 fills it in on
     # import; a drafter run as remote code knows its own names only.
     published_names: ClassVar[Mapping[str, str]] = {}
+    # Writes a drafter in another producer's layout; also filled in by hf-eagle3.
+    exporter: ClassVar[Callable | None] = None
 
     def __init__(self, config: Eagle3DrafterConfig):
         super().__init__(config)
@@ -201,7 +140,13 @@ class Eagle3DrafterModel(PreTrainedModel):
             Eagle3Layer(config, i) if i else Eagle3FirstLayer(config) for i in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(H, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        try:
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{config.name_or_path or 'config'}: rope_parameters {config.rope_parameters} are not rotary parameters that "
+                f"Transformers knows ({type(error).__name__}: {error})."
+            ) from error
         if not config.share_lm_head:
             self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         # As published: offsets, target id = draft id + d2t[draft id].
@@ -213,6 +158,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         # neither saved, nor trained, nor moved.
         self._borrowed: dict[str, Tensor] = {}
         self.bound_aux_layer_ids: tuple[int, ...] | None = None
+        self.bound_target_name: str | None = None  # of its repository, for the model card
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -265,6 +211,8 @@ class Eagle3DrafterModel(PreTrainedModel):
                     f"target's, whose width is {weight.shape[-1]}. The checkpoint is incomplete."
                 )
         self._borrowed, self.bound_aux_layer_ids = borrowed, aux_layer_ids
+        name = target.config.name_or_path
+        self.bound_target_name = name if name and not Path(name).exists() else None
         return self
 
     def _weight(self, name: str) -> Tensor:
@@ -480,6 +428,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         """Check `d2t` against the vocabulary and against `t2d`; make it from `t2d` where a file has only that."""
         V, V_d = self.config.vocab_size, self.config.draft_vocab_size
         t2d = stored.get("t2d")
+        members: Tensor | None = None
         if t2d is not None:
             file = t2d.file
             if t2d.shape != (V,):
@@ -491,17 +440,20 @@ class Eagle3DrafterModel(PreTrainedModel):
                 raise CheckpointError(
                     f"{file}: t2d marks {len(members)} tokens, but the draft vocabulary has {V_d} (draft_vocab_size)."
                 )
-            if "d2t" not in stored:
-                self.set_draft_to_target_ids(members)
+        if members is not None and "d2t" not in stored:
+            self.set_draft_to_target_ids(members)
+        elif self._is_surely_absolute(members):
+            logger.warning(f"{where}: d2t holds target ids where every other drafter has offsets; read so.")
+            self.d2t -= torch.arange(len(self.d2t), device=self.d2t.device)
         self._check_draft_vocabulary(where)
         if self.d2t.is_meta:
             return
-        if t2d is not None:
+        if members is not None:
             ids = self.draft_to_target_ids.sort().values.cpu()
             if not torch.equal(ids, members):
                 i = int((ids != members).nonzero()[0])
                 raise CheckpointError(
-                    f"{file}: t2d and d2t disagree: d2t reaches target id {int(ids[i])} where t2d marks "
+                    f"{where}: t2d and d2t disagree: d2t reaches target id {int(ids[i])} where t2d marks "
                     f"{int(members[i])}. d2t holds offsets: target id = draft id + d2t[draft id]."
                 )
         elif V_d < V and not self.d2t.any():
@@ -509,6 +461,20 @@ class Eagle3DrafterModel(PreTrainedModel):
                 f"{where}: d2t is all zeros, so the draft vocabulary is the target's first {V_d} tokens. That is what a "
                 "table looks like that was never filled."
             )
+
+    def _is_surely_absolute(self, members: Tensor | None) -> bool:
+        """Whether `d2t` as stored is a list of target ids: ascending, in range, and as offsets impossible.
+
+        Args:
+            members: [V_d] int64 the draft vocabulary by `t2d`, ascending; it decides alone where it is known.
+        """
+        d2t, V = self.d2t, self.config.vocab_size
+        if d2t.is_meta or len(d2t) == V or d2t[0] < 0 or d2t[-1] >= V or (d2t.diff() <= 0).any():
+            return False
+        if members is not None:
+            return torch.equal(d2t.cpu(), members)
+        ids = self.draft_to_target_ids
+        return bool((ids >= V).any())
 
     def _load_generation_config(self, name_or_path, kwargs: dict) -> None:
         if (found := find_file(name_or_path, GENERATION_CONFIG_NAME, **kwargs)) is not None:
@@ -529,6 +495,43 @@ class Eagle3DrafterModel(PreTrainedModel):
             (folder / name).write_text((here / name).read_text(encoding="utf-8"), encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+    def push_to_hub(self, repo_id: str, *, target=None, metrics=None, **kwargs):
+        """Upload the drafter with its code and a model card filled in from it.
+
+        Args:
+            repo_id: Where to, `owner/name` or `name`.
+            target: What it drafts for, as in `export`; by default what it was last bound to.
+            metrics: Name -> value, for the card.
+            kwargs: `private` and `token` for the repository; the rest is `huggingface_hub.upload_folder`'s,
+                such as `commit_message`, `revision` and `create_pr`.
+        """
+        if type(self).exporter is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        token = kwargs.pop("token", None)
+        made = create_repo(repo_id, private=kwargs.pop("private", None), token=token, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(folder, to="hf", target=target, metrics=metrics, repo_id=made.repo_id)
+            kwargs.setdefault("commit_message", "Upload drafter")
+            return upload_folder(repo_id=made.repo_id, folder_path=folder, token=token, **kwargs)
+
+    def export(self, folder, *, to: str, **kwargs):
+        """Write the drafter as an engine reads it, load it back and compare. Needs hf-eagle3.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where to; must be empty or not there.
+            to: "sglang", "vllm", "speculators" (vLLM's own layout) or "hf" (ours, with its code and a model card).
+            kwargs: See `hf_eagle3.checkpoints.export`.
+
+        Returns:
+            `Exported`: what was written, and the command that serves it.
+
+        Raises:
+            ValueError: The engine cannot serve this drafter; the message names the config field.
+        """
+        if (exporter := type(self).exporter) is None:
+            raise ImportError("Exporting needs hf-eagle3: pip install hf-eagle3, then `import hf_eagle3`.")
+        return exporter(self, folder, to=to, **kwargs)
 
 
 def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:

@@ -1,0 +1,82 @@
+"""A batch of prompts of different lengths, with and without the drafter, in one run.
+
+    python benchmarks/smollm2/batch.py --target TARGET --prompts PROMPTS.jsonl --out OUT.json [--rows 8] [--repeats 5]
+
+Greedy, float32. Each row of the batch must be the text that its prompt alone gives without a drafter; then batches with
+and without it are timed in turn. A row counts up to its end-of-sequence.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import hf_eagle3
+from hf_eagle3.bench import acceptance, read_prompts, run
+
+ASSET = Path(hf_eagle3.__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--drafter", default=str(ASSET))
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--depth", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
+    drafter = AutoModel.from_pretrained(args.drafter, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    device = torch.device("cpu")
+    (batch,) = read_prompts(args.prompts, tokenizer, args.rows, device, limit=args.rows)
+    singles = read_prompts(args.prompts, tokenizer, 1, device, limit=args.rows)
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    alone = [run(target, single, drafter=None, **options).rows[0] for single in singles]
+
+    kinds = {"plain": {"drafter": None}} | {
+        f"K={k}": {"drafter": drafter, "num_assistant_tokens": k} for k in args.depth
+    }
+    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    lengths = {}
+    for repeat in range(args.repeats + 1):
+        for kind, extra in kinds.items():
+            call = run(target, batch, **extra, **options)
+            if call.rows != alone:
+                raise SystemExit(f"{kind}: rows of the batch are not those of their prompts alone")
+            if call.told is not None:
+                lengths[kind] = acceptance(call.told.rows)
+            if repeat:  # the first is a warm-up
+                speeds[kind].append(sum(map(len, call.rows)) / call.seconds)
+    plain = statistics.median(speeds["plain"])
+    result = {
+        "rows": args.rows,
+        "prompt_lengths": batch.inputs["attention_mask"].sum(-1).tolist(),
+        "tokens": [len(row) for row in alone],
+        "identical": True,
+        "tokens_per_second": {k: [round(x, 1) for x in v] for k, v in speeds.items()},
+        "speed_up": {k: round(statistics.median(v) / plain, 3) for k, v in speeds.items()},
+        "acceptance_length": {k: round(v, 3) for k, v in lengths.items()},
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a checkpoint is, as text: its flavour, each field and where it comes from, its size, who can serve it."""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+from ..modeling import CheckpointError, Eagle3DrafterConfig
+from ..modeling.weights_eagle3 import StoredTensor, find_file, find_weight_files, list_tensors
+from .convert import make_config
+from .engines import ENGINES, HF, find_refusals
+from .load import read_published
+
+FIELDS = tuple(name for name in Eagle3DrafterConfig.__annotations__ if name not in ("model_type",))
+
+
+class Description(NamedTuple):
+    """A drafter that was looked at, not loaded."""
+
+    name: str
+    flavour: str
+    config: Eagle3DrafterConfig
+    sources: dict[str, str]  # field -> where its value comes from
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def refusals(self) -> dict[str, list[str]]:
+        """Engine -> why it cannot serve the drafter; empty where it can."""
+        return {engine: find_refusals(self.config, engine) for engine in ENGINES if engine != HF}
+
+    def __str__(self) -> str:
+        files = sorted({tensor.file for tensor in self.tensors.values()})
+        floats = [
+            tensor for tensor in self.tensors.values() if tensor.dtype is not None and tensor.dtype.is_floating_point
+        ]
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in floats})
+        parameters = sum(math.prod(tensor.shape) for tensor in floats)
+        rows = [(name, str(getattr(self.config, name)), self.sources.get(name, "default")) for name in FIELDS]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(
+            [
+                f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
+                f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
+                f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
+                "",
+                *(f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows),
+                "",
+                f"{ENGINES[HF]:24} yes, with hf-eagle3",
+                *(
+                    f"{ENGINES[engine]:24} {'no: ' + '; '.join(why) if why else 'yes, after hf-eagle3 export --to ' + engine}"
+                    for engine, why in self.refusals.items()
+                ),
+            ]
+        )
+
+
+def describe_drafter(
+    name_or_path: str | os.PathLike,
+    **kwargs: Any,  # the host's: where to look (`revision`, `subfolder`, ...)
+) -> Description:
+    """Look at a drafter's config and the headers of its weights.
+
+    Raises:
+        CheckpointError: It is no EAGLE-3 drafter, or damaged.
+    """
+    name = os.fspath(name_or_path)
+    found = read_published(name, **kwargs)
+    if found is not None:
+        published, flavour, (fields, sources) = found
+        config = make_config(published, fields)
+        tensors = {published.names[ours]: tensor for ours, tensor in published.tensors.items()}
+        return Description(name, flavour.name, config, sources, tensors)
+    file = find_file(name, "config.json", **kwargs)
+    if file is None:
+        raise CheckpointError(f"{name}: there is no config.json, in a folder or on the Hub.")
+    config_dict, _ = Eagle3DrafterConfig.get_config_dict(name, **kwargs)
+    if config_dict.get("model_type") != Eagle3DrafterConfig.model_type:
+        raise CheckpointError(
+            f"{file}: not an EAGLE-3 drafter, by its keys (model_type {config_dict.get('model_type')!r})."
+        )
+    config = Eagle3DrafterConfig.from_pretrained(name, **kwargs)
+    tensors = list_tensors(find_weight_files(name, **kwargs))
+    return Description(name, "hf-eagle3", config, {key: f"config.json: {key}" for key in config_dict}, tensors)
