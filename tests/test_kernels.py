@@ -47,7 +47,7 @@ from hf_eagle3.kernels.linear import (
 from hf_eagle3.kernels.mlp import gate, gate_eager
 from hf_eagle3.kernels.norms import VARIANTS, rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
-from hf_eagle3.modeling import modeling_eagle3
+from hf_eagle3.modeling import attention_eagle3
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -422,7 +422,7 @@ def test_fused_targets_compute_the_same_and_are_restored(kind):
 @pytest.mark.gpu
 def test_the_drafter_is_fused_too():
     drafter = make_drafter(make_target("llama")).to(DEVICE, HALF).eval()
-    rotate = modeling_eagle3.apply_rotary_pos_emb
+    rotate = attention_eagle3.apply_rotary_pos_emb
     ids = torch.randint(2, 64, (2, 3), device=DEVICE)
     states = random(2, 3, drafter.config.num_captured_states * drafter.config.target_hidden_size, dtype=HALF)
     with torch.no_grad():
@@ -430,11 +430,11 @@ def test_the_drafter_is_fused_too():
         with fused(drafter) as swaps:
             during = drafter(ids, aux_hidden_states=states)
     assert swaps.norms == {"LlamaRMSNorm": "llama"}
-    assert modeling_eagle3.__name__ in swaps.rotaries
+    assert attention_eagle3.__name__ in swaps.rotaries
     assert swaps.num_groups == len(drafter.layers)
     assert is_close(during.logits, before.logits)
     assert is_close(during.feedback, before.feedback)
-    assert modeling_eagle3.apply_rotary_pos_emb is rotate
+    assert attention_eagle3.apply_rotary_pos_emb is rotate
     assert is_untouched(drafter)
 
 
