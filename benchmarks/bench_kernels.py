@@ -29,18 +29,21 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from hf_eagle3.kernels import linear
+from hf_eagle3.kernels import attention
 from hf_eagle3.kernels.attention import (
     attend_rows,
     attend_rows_eager,
-    choose_blocks,
     choose_num_splits,
     write_rows,
     write_rows_eager,
 )
 from hf_eagle3.kernels.fusion import fused
+from hf_eagle3.kernels.language import shared_memory
 from hf_eagle3.kernels.linear import (
     Blocks,
+    choose_blocks,
+    choose_gated_blocks,
+    is_worth_it,
     linear_gated,
     linear_gated_eager,
     linear_group,
@@ -52,7 +55,7 @@ from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
 from hf_eagle3.rows import RowCache
 
-PARTS = ["correct", "attention", "linear", "small", "stack", "compiled"]
+PARTS = ["correct", "attention", "linear", "default", "small", "stack", "compiled"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter has no bfloat16 products
@@ -78,6 +81,21 @@ LAYERS = [
     Layer("drafter q", 4096, 8192),
     Layer("drafter fc", 4096, 12288),
 ]
+# Shapes that the sweep does not visit, so that they get what it found for others.
+OTHER_LAYERS = [
+    Layer("SmolLM2 o", 576, 576),
+    Layer("SmolLM2 k", 192, 576),
+    Layer("SmolLM2 down", 576, 1536),
+    Layer("SmolLM2 draft head", 11520, 576),
+    Layer("SmolLM2 head", 49152, 576),
+    Layer("Qwen3-8B down", 4096, 12288),
+    Layer("Qwen3-8B head", 151936, 4096),
+    Layer("GptOss q", 4096, 2880),
+    Layer("GptOss k", 512, 2880),
+    Layer("GptOss o", 2880, 4096),
+    Layer("GptOss head", 201088, 2880),
+]
+OTHER_GATED = {"SmolLM2": (1536, 576), "Qwen3-8B": (12288, 4096)}
 QKV = (4096, 1024, 1024)
 GATED = (14336, 4096)
 ROW_COUNTS = [1, 4, 8, 32, 64]
@@ -474,7 +492,7 @@ def time_attention(report: Report, tiny: bool) -> None:
                 took = attempt(lambda calls=calls: microseconds(calls), f"cut {cut} {n}")
                 if isinstance(took, float):
                     found.append((took, cut, n))
-        default = choose_blocks(D, 2)
+        default = attention.choose_blocks(D, 2, shared_memory(DEVICE))
         n_default = choose_num_splits(B * H_kv, L, default[0])
         calls = [lambda q=query, k=k, v=v, s=start: attend_rows(q, k, v, s, scaling=D**-0.5) for k, v in caches]
         best = [f"{took:.1f}: {cut} x {n}" for took, cut, n in sorted(found)[:4]]
@@ -572,7 +590,7 @@ def build_all(num_workers: int, parts: list[str]) -> None:
             padded = max(16, M)
             for blocks in list_blocks(M, False):
                 for kind in ("one", "group"):
-                    if kind == "one" or (M <= 16 and blocks.split_k == 1):
+                    if kind == "one" or blocks.split_k == 1:
                         jobs[kind, blocks, padded if blocks.kind == "dot" else M] = (kind, blocks, M)
             for blocks in list_gated_blocks(M, False):
                 jobs["gated", blocks, padded] = ("gated", blocks, M)
@@ -604,10 +622,9 @@ def sweep(run: Callable[[Any, Blocks], Tensor], inputs: list, choices: list[Bloc
 
 
 def time_linear(report: Report, tiny: bool, deadline: float) -> None:
-    """The sweep, against cuBLAS as called and with the rows padded; its best are what the parts after it use."""
+    """The sweep, against cuBLAS as called and with the rows padded, and against what `choose_blocks` says."""
     layers = [Layer("toy", 48, 64)] if tiny else LAYERS
     rows: list[list[Any]] = []
-    best: dict[tuple, Blocks | None] = {}
     for layer in layers:
         N, K = layer.N, layer.K
         weights = [random(N, K, scale=K**-0.5) for _ in range(num_copies(2 * N * K))]
@@ -624,7 +641,6 @@ def time_linear(report: Report, tiny: bool, deadline: float) -> None:
             )
             took, blocks = found[0]
             plain = microseconds([lambda w=w: F.linear(x, w) for w in weights])  # noqa: B023
-            best[N, K, M] = blocks if took < plain else None
             padded = []
             for size in (8, 16):
                 wide = random(max(M, size), K)
@@ -660,7 +676,6 @@ def time_linear(report: Report, tiny: bool, deadline: float) -> None:
 
     rows = []
     sizes, (N, K) = ((32, 16, 16), (48, 64)) if tiny else (QKV, GATED)
-    table: dict[tuple, Blocks | None] = {}
     for M in [1, 4] if tiny else ROW_COUNTS:
         x = random(M, K)
         pairs = [[random(N, K, scale=K**-0.5) for _ in range(2)] for _ in range(num_copies(4 * N * K))]
@@ -672,14 +687,11 @@ def time_linear(report: Report, tiny: bool, deadline: float) -> None:
         )
         host = microseconds([lambda p=p: F.silu(F.linear(x, p[0])) * F.linear(x, p[1]) for p in pairs])  # noqa: B023
         two = microseconds([lambda p=p: gate(F.linear(x, p[0]), F.linear(x, p[1])) for p in pairs])  # noqa: B023
-        table[N, K, M] = found[0][1] if found[0][0] < two else None
         second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
         rows.append(["gated", M, found[0][0], 4 * N * K / found[0][0] / 1e3, host, two, tuple(found[0][1]), second])
         report.data.setdefault("gated sweep", []).append({"M": M, "found": found})
         del pairs
         free()
-        if M > 16:
-            continue
         triples = [[random(n, K, scale=K**-0.5) for n in sizes] for _ in range(num_copies(2 * sum(sizes) * K))]
         found = sweep(
             lambda p, b: linear_group(x, p, [None] * 3, blocks=b)[0],  # noqa: B023
@@ -687,7 +699,6 @@ def time_linear(report: Report, tiny: bool, deadline: float) -> None:
             [blocks for blocks in list_blocks(M, tiny) if blocks.split_k == 1],
             F.linear(x, triples[0][0]),
         )
-        best[sum(sizes), K, M] = found[0][1]
         host = microseconds([lambda p=p: [F.linear(x, w) for w in p] for p in triples])  # noqa: B023
         second = f"{found[1][0]:.1f}: {tuple(found[1][1])}" if len(found) > 1 else "-"
         rows.append(
@@ -698,16 +709,37 @@ def time_linear(report: Report, tiny: bool, deadline: float) -> None:
         free()
     head = ["what", "M", "ours", "GB/s", "host", "cuBLAS + gate kernel", "blocks", "2nd"]
     report.table("Linear layers fused: us", head, rows)
-    report.add("\n```python")
-    for name, entries in (("TABLE", best), ("GATED_TABLE", table)):
-        report.add(f"{name} = {{")
-        for (n, k, m), blocks in entries.items():
-            line = f"    ({n}, {k}, {m}): {blocks and f'Blocks{tuple(blocks)}'},"
-            report.add(line.replace("'", '"'))
-        report.add("}")
-    report.add("```")
-    linear.TABLE.update(best)
-    linear.GATED_TABLE.update(table)
+
+
+def time_defaults(report: Report, tiny: bool) -> None:
+    """Layers of other models, cut as `choose_blocks` says, against cuBLAS."""
+    rows: list[list[Any]] = []
+    for layer in [Layer("toy", 48, 80)] if tiny else OTHER_LAYERS:
+        N, K = layer.N, layer.K
+        weights = [random(N, K, scale=K**-0.5) for _ in range(num_copies(2 * N * K, most=200))]
+        for M in [4] if tiny else ROW_COUNTS:
+            x = random(M, K)
+            ours = microseconds([lambda w=w: linear_small(x, w) for w in weights])  # noqa: B023
+            plain = microseconds([lambda w=w: F.linear(x, w) for w in weights])  # noqa: B023
+            used = "ours" if is_worth_it(N, M) else "cuBLAS"
+            rows.append([layer.name, N, K, M, ours, plain, plain / ours, used, tuple(choose_blocks(N, K, M))])
+        del weights
+        free()
+    head = ["layer", "N", "K", "M", "ours", "cuBLAS", "cuBLAS / ours", "used", "blocks"]
+    report.table("Linear layers of other models, by default: us", head, rows)
+
+    rows = []
+    for name, (N, K) in {"toy": (48, 80)}.items() if tiny else OTHER_GATED.items():
+        pairs = [[random(N, K, scale=K**-0.5) for _ in range(2)] for _ in range(num_copies(4 * N * K, most=100))]
+        for M in [4] if tiny else ROW_COUNTS:
+            x = random(M, K)
+            ours = microseconds([lambda p=p: linear_gated(x, *p) for p in pairs])  # noqa: B023
+            two = microseconds([lambda p=p: gate(F.linear(x, p[0]), F.linear(x, p[1])) for p in pairs])  # noqa: B023
+            rows.append([name, N, K, M, ours, two, two / ours, tuple(choose_gated_blocks(N, M))])
+        del pairs
+        free()
+    head = ["model", "N", "K", "M", "ours", "cuBLAS + gate kernel", "that / ours", "blocks"]
+    report.table("Gated pairs of other models, by default: us", head, rows)
 
 
 # ---- norms, rotary, gate ----
@@ -963,6 +995,7 @@ def main() -> None:
         "attention": lambda: time_attention(report, args.tiny),
         "small": lambda: time_small(report, args.tiny, with_compiled=False),
         "linear": lambda: time_linear(report, args.tiny, args.sweep_until),
+        "default": lambda: time_defaults(report, args.tiny),
         "stack": lambda: time_stack(report, args.tiny, bandwidth),
         "compiled": lambda: time_small(report, args.tiny, with_compiled=True),
     }

@@ -31,10 +31,11 @@ from hf_eagle3.kernels.attention import (
 )
 from hf_eagle3.kernels.fusion import Swaps, fused
 from hf_eagle3.kernels.linear import (
-    GATED_TABLE,
+    ROWS,
     TABLE,
     Blocks,
     choose_blocks,
+    choose_gated_blocks,
     is_worth_it,
     linear_gated,
     linear_gated_eager,
@@ -174,24 +175,27 @@ def test_linear_twin_is_linear():
 
 def test_splits_fill_the_device_and_no_split_is_without_slots():
     assert choose_num_splits(512, 10_000, 64) == 1
-    assert choose_num_splits(8, 10_000, 64) == 33
+    assert choose_num_splits(8, 10_000, 64) == 16
     assert choose_num_splits(8, 130, 64) == 3
     assert choose_num_splits(1, 10**6, 64) == 64
 
 
-def test_a_table_decides_for_the_sizes_it_lists(monkeypatch):
-    blocks = Blocks("dot", 64, 64, 1, 8, 2)
-    monkeypatch.setitem(TABLE, (7, 9, 4), blocks)
-    monkeypatch.setitem(TABLE, (7, 9, 8), None)
-    monkeypatch.setitem(GATED_TABLE, (7, 9, 32), blocks)
-    assert choose_blocks(7, 9, 3) == choose_blocks(7, 9, 4) == blocks
-    assert choose_blocks(7, 9, 5) != blocks
-    assert is_worth_it(7, 9, 3)
-    assert not is_worth_it(7, 9, 6)
-    assert is_worth_it(7, 9, 16)
-    assert not is_worth_it(7, 9, 32)
-    assert is_worth_it(7, 9, 32, is_gated=True)
-    assert not is_worth_it(7, 9, 65)
+def test_a_table_says_how_linear_layers_are_cut():
+    assert all(len(cuts) == len(ROWS) for cuts in TABLE.values())
+    for M in range(1, 65):
+        for N in (1, 192, 576, 2112, 4096, 12288, 151936):
+            for K in (16, 576, 2880, 4096):
+                blocks = choose_blocks(N, K, M)
+                assert blocks.kind == "dot" or M <= 4
+                assert blocks.split_k == 1 or 1024 * blocks.split_k <= K
+            assert choose_gated_blocks(N, M).kind == "dot"
+    assert choose_blocks(4096, 4096, 1).block_k == 2048
+    assert choose_blocks(4096, 2880, 1).block_k == 1024
+    assert choose_blocks(32000, 4096, 9) == choose_blocks(32000, 4096, 16) != choose_blocks(32000, 4096, 17)
+    assert is_worth_it(4096, 16)
+    assert not is_worth_it(4096, 17)
+    assert is_worth_it(128256, 64)
+    assert not is_worth_it(128256, 65)
 
 
 @pytest.mark.skipif(language.is_available(torch.device(DEVICE)), reason="kernels can run here")
@@ -226,7 +230,7 @@ ATTENTION = {
     "sinks and window": ((2, 16, 2, 4, 64), {"window": 20, "sinks": True}),
     "sinks": ((2, 8, 1, 1, 128), {"sinks": True}),
     "softcap, head of 96": ((2, 4, 2, 3, 96), {"softcap": 5.0}),
-    "head of 256": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 20.0}),
+    "head of 256, scores far below the softcap": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 50.0}),
     "several tiles": ((2, 4, 1, 20, 32), {"window": 7}),
 }
 
@@ -357,10 +361,7 @@ def test_rotary_equals_its_twin(rows, is_shared, dtype):
     q, k = (random(2, 3, heads, 48, dtype=dtype).transpose(1, 2) for heads in (9, 2))
     cos, sin = (random(rows, 3, 24 if is_shared else 48, dtype=dtype) for _ in range(2))
     for out, twin in zip(apply_rotary(q, k, cos, sin), apply_rotary_eager(q, k, cos, sin), strict=True):
-        if dtype == torch.float32:  # a product may be fused with the sum
-            torch.testing.assert_close(out, twin)
-        else:
-            assert torch.equal(out, twin)
+        assert torch.equal(out, twin)
 
 
 @pytest.mark.gpu

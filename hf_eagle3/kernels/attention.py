@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import jit, require, round_up_to_power, tl
+from .language import jit, require, round_up_to_power, shared_memory, tl
 
 
 def attend_rows_eager(
@@ -64,6 +64,14 @@ def attend_rows_eager(
         weights = scores.softmax(-1)
     out = torch.einsum("bhgtl,blhd->bthgd", weights, v)  # [B, T, H_kv, G, D]
     return out.reshape(B, T, H, -1).to(query.dtype)
+
+
+@jit()
+def _tanh(x):
+    """Right to a few units in the last place. Near 0 the formula with the exponential is not: there a polynomial."""
+    square = x * x
+    series = ((1.57394409e-2 * square - 5.23039624e-2) * square + 1.33152977e-1) * square - 3.33327681e-1
+    return tl.where(tl.abs(x) < 0.6, x + x * (square * series), 1 - 2 / (tl.exp2(x * (2 * 1.4426950408889634)) + 1))
 
 
 @jit("T", "window", "num_splits")
@@ -142,9 +150,7 @@ def _attend_split(
         k = tl.load(k_at, mask=is_loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1)
-            scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * scaling / softcap * 1.4426950408889634)) + 1)
-            scores = scores * 1.4426950408889634
+            scores = _tanh(scores * (scaling / softcap)) * (softcap * 1.4426950408889634)
         else:
             scores = scores * (scaling * 1.4426950408889634)
         at = n + slot
@@ -255,7 +261,7 @@ def attend_rows(
         raise ValueError("query, keys and values must be contiguous in their last dimension, D.")
     block_m = min(64, max(16, round_up_to_power(T * G)))
     num_tiles = -(-T * G // block_m)
-    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size())
+    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size(), shared_memory(query.device))
     if num_splits is None:
         num_splits = choose_num_splits(B * H_kv * num_tiles, L if window is None else min(L, window + T), block_n)
     block_d = max(16, round_up_to_power(D))
@@ -319,19 +325,20 @@ def attend_rows(
     return out
 
 
-def choose_blocks(D: int, itemsize: int) -> tuple[int, int, int]:
-    """Slots a step, warps and pipeline stages: three stages of keys and values in at most half of a multiprocessor."""
+def choose_blocks(D: int, itemsize: int, shared_memory: int) -> tuple[int, int, int]:
+    """Slots a step, warps and pipeline stages, of which keys and values fit into the memory of a multiprocessor."""
     slot_bytes = 2 * round_up_to_power(D) * itemsize
+    num_stages, budget = (4, 140_000) if shared_memory > 160_000 else (3, 90_000)
     block_n = 128
-    while block_n > 16 and 3 * block_n * slot_bytes > 100_000:
+    while block_n > 16 and num_stages * block_n * slot_bytes > budget:
         block_n //= 2
-    return block_n, 4, 3
+    return block_n, 4, num_stages
 
 
-def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted: int = 264) -> int:
-    """How many programs share a row's slots, so that there are about `wanted`: two for each multiprocessor of an H100."""
+def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted: int = 132) -> int:
+    """How many programs share a row's slots, so that there is one for each multiprocessor of an H100."""
     num_blocks = -(-num_slots // block_n)
-    return max(1, min(-(-wanted // num_programs), num_blocks, 64))
+    return max(1, min(wanted // num_programs, num_blocks, 64))
 
 
 def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:

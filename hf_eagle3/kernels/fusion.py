@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import language
-from .linear import is_worth_it, linear_gated, linear_group, linear_small
+from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
 from .norms import VARIANTS, rms_norm
@@ -267,7 +267,7 @@ def _make_mlp(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
             return original(x)
         num_rows = x.numel() // x.shape[-1]
         are_bare = gate.bias is None and up.bias is None
-        if are_bare and num_rows and is_worth_it(gate.out_features, gate.in_features, num_rows, is_gated=True):
+        if are_bare and 1 <= num_rows <= MAX_ROWS:
             return down(linear_gated(x, gate.weight, up.weight, activation=activation))
         return down(gate_kernel(gate(x), up(x), activation=activation))
 
@@ -290,7 +290,7 @@ class _SmallLinears(TorchFunctionMode):
 def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether our kernel takes this linear layer, and is the faster one."""
     N, K = weight.shape
-    return _is_ours(x, weight, bias) and is_worth_it(N, K, x.numel() // K)
+    return _is_ours(x, weight, bias) and is_worth_it(N, x.numel() // K)
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -341,6 +341,5 @@ class _Group:
         return forward
 
     def _fits(self, x: Tensor) -> bool:
-        N, K = sum(part.out_features for part in self.parts), self.parts[0].in_features
         are_ours = all(_is_ours(x, part.weight, part.bias) for part in self.parts)
-        return are_ours and is_worth_it(N, K, x.numel() // K)
+        return are_ours and x.numel() <= MAX_ROWS * x.shape[-1]

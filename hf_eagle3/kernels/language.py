@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["is_available", "jit", "require", "round_up_to_power", "tl"]
+__all__ = ["is_available", "jit", "require", "round_up_to_power", "shared_memory", "tl"]
 
 
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:
@@ -69,3 +70,11 @@ def require(device: torch.device) -> None:
 def round_up_to_power(n: int) -> int:
     """The smallest power of two that is at least `n` >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor: 228 KiB on an H100, 100 KiB on a card for games."""
+    if device.type != "cuda":
+        return 228 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor

@@ -382,7 +382,7 @@ def linear_gated(
     x_rows = _check(x, gate, up)
     M, K = x_rows.shape
     N = len(gate)
-    blocks = blocks or choose_gated_blocks(N, K, M)
+    blocks = blocks or choose_gated_blocks(N, M)
     out = x.new_empty(*x.shape[:-1], N)
     with torch.cuda.device_of(x):
         _linear_gated[(-(-N // blocks.block_n),)](
@@ -424,89 +424,59 @@ def _check(x: Tensor, *weights: Tensor) -> Tensor:
     return x.reshape(M, K).contiguous()
 
 
-# Measured best on an H100, by (N, K, M rounded up to a bucket). None: cuBLAS is faster.
-TABLE: dict[tuple[int, int, int], Blocks | None] = {
-    (4096, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (4096, 4096, 4): Blocks("dot", 16, 128, 1, 2, 6),
-    (4096, 4096, 8): Blocks("dot", 16, 128, 1, 2, 6),
-    (4096, 4096, 32): None,
-    (4096, 4096, 64): None,
-    (1024, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (1024, 4096, 4): Blocks("fma", 2, 1024, 1, 4, 1),
-    (1024, 4096, 8): Blocks("dot", 16, 256, 4, 4, 4),
-    (1024, 4096, 32): None,
-    (1024, 4096, 64): Blocks("dot", 32, 128, 4, 4, 4),
-    (14336, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (14336, 4096, 4): None,
-    (14336, 4096, 8): Blocks("dot", 64, 64, 1, 4, 5),
-    (14336, 4096, 32): Blocks("dot", 128, 128, 1, 8, 3),
-    (14336, 4096, 64): Blocks("dot", 64, 128, 1, 4, 3),
-    (4096, 14336, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (4096, 14336, 4): Blocks("dot", 16, 128, 1, 2, 6),
-    (4096, 14336, 8): Blocks("dot", 16, 128, 1, 2, 6),
-    (4096, 14336, 32): None,
-    (4096, 14336, 64): None,
-    (128256, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (128256, 4096, 4): Blocks("dot", 16, 256, 1, 2, 4),
-    (128256, 4096, 8): Blocks("dot", 16, 256, 1, 2, 4),
-    (128256, 4096, 32): Blocks("dot", 128, 128, 1, 8, 3),
-    (128256, 4096, 64): Blocks("dot", 128, 128, 1, 8, 3),
-    (32000, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (32000, 4096, 4): Blocks("dot", 64, 128, 1, 4, 3),
-    (32000, 4096, 8): Blocks("dot", 16, 128, 1, 2, 6),
-    (32000, 4096, 32): Blocks("dot", 128, 128, 1, 8, 3),
-    (32000, 4096, 64): Blocks("dot", 128, 128, 1, 8, 3),
-    (4096, 8192, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (4096, 8192, 4): Blocks("fma", 8, 256, 1, 4, 4),
-    (4096, 8192, 8): Blocks("dot", 16, 128, 1, 2, 6),
-    (4096, 8192, 32): None,
-    (4096, 8192, 64): Blocks("dot", 32, 256, 1, 4, 3),
-    (4096, 12288, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (4096, 12288, 4): Blocks("fma", 8, 256, 1, 4, 4),
-    (4096, 12288, 8): Blocks("dot", 16, 256, 1, 4, 6),
-    (4096, 12288, 32): None,
-    (4096, 12288, 64): None,
-    (6144, 4096, 1): Blocks("fma", 1, 2048, 1, 8, 1),
-    (6144, 4096, 4): Blocks("dot", 16, 128, 1, 2, 6),
-    (6144, 4096, 8): Blocks("dot", 16, 128, 1, 2, 6),
+NUM_PROCESSORS = 132  # of an H100, on which all of this was measured
+ONE = Blocks("fma", 1, 2048, 1, 8, 1)
+
+# What was fastest for up to so many rows of input; "16" was measured with 8.
+ROWS = (1, 4, 16, 32, 64)
+# By N: the height of a tile of which every multiprocessor would get one. None: cuBLAS was faster. K hardly matters.
+TABLE: dict[int, tuple[Blocks | None, ...]] = {
+    # Measured with K x N of 4096 x 32000 and 128256.
+    128: (
+        ONE,
+        Blocks("dot", 16, 256, 1, 2, 4),
+        Blocks("dot", 16, 256, 1, 2, 4),
+        Blocks("dot", 128, 128, 1, 8, 3),
+        Blocks("dot", 128, 128, 1, 8, 3),
+    ),
+    # 4096 x 14336.
+    64: (ONE, *[Blocks("dot", 64, 128, 1, 4, 3)] * 4),
+    # 4096, 8192, 12288 and 14336 x 4096, and 4096 x (4096 + 1024 + 1024).
+    16: (ONE, Blocks("dot", 16, 128, 1, 2, 6), Blocks("dot", 16, 128, 1, 2, 6), None, None),
+    # 4096 x 1024.
+    0: (
+        ONE,
+        Blocks("fma", 2, 1024, 1, 4, 1),
+        Blocks("dot", 16, 256, 4, 4, 4),
+        Blocks("dot", 32, 128, 4, 4, 4),
+        Blocks("dot", 32, 128, 4, 4, 4),
+    ),
 }
-GATED_TABLE: dict[tuple[int, int, int], Blocks | None] = {
-    (14336, 4096, 1): Blocks("dot", 32, 128, 1, 4, 3),
-    (14336, 4096, 4): Blocks("dot", 32, 128, 1, 4, 3),
-    (14336, 4096, 8): Blocks("dot", 32, 128, 1, 4, 3),
-    (14336, 4096, 32): Blocks("dot", 64, 128, 1, 8, 3),
-    (14336, 4096, 64): Blocks("dot", 32, 128, 1, 4, 3),
-}
-BUCKETS = (1, 4, 8, 16, 32, 64)
+GROUP = Blocks(
+    "dot", 32, 128, 1, 4, 4
+)  # where cuBLAS would be faster at one layer, but three launches are not at three
 
 
-def _find(table: dict[tuple[int, int, int], Blocks | None], N: int, K: int, M: int) -> tuple[bool, Blocks | None]:
-    """Whether the table knows a layer, and what it says."""
-    key = (N, K, next(bucket for bucket in BUCKETS if bucket >= M))
-    return key in table, table.get(key)
+def _find(N: int, M: int) -> Blocks | None:
+    height = next(height for height in TABLE if NUM_PROCESSORS * height <= N)
+    return TABLE[height][next(i for i, rows in enumerate(ROWS) if rows >= M)]
 
 
-def is_worth_it(N: int, K: int, M: int, *, is_gated: bool = False) -> bool:
-    """Whether our kernel beats cuBLAS at a linear layer, or at the two of a gated pair with N each."""
-    if M > MAX_ROWS:
-        return False
-    is_known, blocks = _find(GATED_TABLE if is_gated else TABLE, N, K, M)
-    return blocks is not None if is_known else M <= 16
+def is_worth_it(N: int, M: int) -> bool:
+    """Whether our kernel is as fast as cuBLAS at a linear layer."""
+    return M <= MAX_ROWS and _find(N, M) is not None
 
 
 def choose_blocks(N: int, K: int, M: int) -> Blocks:
-    """How to cut a linear layer: the table's row, or by its sizes."""
-    _, blocks = _find(TABLE, N, K, M)
-    if blocks is not None:
-        return blocks
-    block_n = 16 if M <= 16 else 32
-    split_k = 1
-    while N * split_k < 132 * block_n and K // split_k > 1024:
-        split_k *= 2
-    return Blocks("dot", block_n, 256 if M <= 16 else 128, split_k, 4, 4)
+    """How to cut a linear layer."""
+    blocks = _find(N, M) or GROUP
+    if blocks == ONE and K % ONE.block_k:
+        return Blocks("fma", 1, 1024, 1, 4, 1)  # as fast within 2 %
+    return blocks._replace(split_k=min(blocks.split_k, max(1, K // 1024)))
 
 
-def choose_gated_blocks(N: int, K: int, M: int) -> Blocks:
-    """How to cut a gated pair of them."""
-    _, blocks = _find(GATED_TABLE, N, K, M)
-    return blocks or Blocks("dot", 16, 256 if M <= 16 else 128, 1, 4, 3)
+def choose_gated_blocks(N: int, M: int) -> Blocks:
+    """How to cut a gated pair of them. Measured with 4096 x 14336: faster than cuBLAS for any M."""
+    if N < NUM_PROCESSORS * 32:
+        return Blocks("dot", 16, 256 if M <= 16 else 128, 1, 4, 3)
+    return Blocks("dot", 64, 128, 1, 8, 3) if 16 < M <= 32 else Blocks("dot", 32, 128, 1, 4, 3)

@@ -142,6 +142,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             BLOCK_H=block_h,
             IS_SHARED=cos.shape[-1] != D,
             num_warps=2,
-            enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
+            # Else LLVM makes 16-bit arithmetic of this, and of a rounded product and the sum one `fma`, rounded once.
+            enable_fp_fusion=False,
         )
     return out_q, out_k
