@@ -21,7 +21,7 @@ from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_greedy, make_choose_sampled
 from .features import StateRecorder
-from .prefill import Prompt
+from .prefill import LONG_PROMPT, Prompt
 from .rows import RowCache, make_masks, to_bucket
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
@@ -81,15 +81,18 @@ def prepare(
     first = prompt.lengths - prompt.num_states  # [B]
     if cache is None:
         cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M))
-    if M > 1 and depth:
+    at_once = 1 if M >= LONG_PROMPT else B
+    for start in range(0, B if M > 1 and depth else 0, at_once):
         # Behind a row's last state but one comes junk, which later writes cover.
-        slots = torch.arange(M - 1, device=drafter.device).expand(B, M - 1)
-        with cache.writing(slots, is_first=True):
+        part = slice(start, start + at_once)
+        slots = torch.arange(M - 1, device=drafter.device).expand(at_once, M - 1)
+        view = cache if at_once == B else cache.view(start, at_once, of=B)
+        with view.writing(slots, is_first=True):
             drafter(
-                input_ids=prompt.tokens[:, 1:].to(drafter.device),
-                aux_hidden_states=prompt.states[:, :-1],
-                position_ids=slots + first[:, None].to(drafter.device),
-                past_key_values=cache,
+                input_ids=prompt.tokens[part, 1:].to(drafter.device),
+                aux_hidden_states=prompt.states[part, :-1],
+                position_ids=slots + first[part, None].to(drafter.device),
+                past_key_values=view,
                 logits_to_keep=1,
             )
     states = prompt.states.new_zeros(B, depth + 1, width)

@@ -66,7 +66,7 @@ class Arena:
 
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
-        target_cache, drafter_cache = (cache.first_rows(num_rows, of=self.num_rows) for cache in self.caches)
+        target_cache, drafter_cache = (cache.view(0, num_rows, of=self.num_rows) for cache in self.caches)
         return target_cache, drafter_cache
 
     def reserve(self, num_slots: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from .cache import CACHE_NAME
 from .features import StateRecorder
@@ -18,6 +18,9 @@ from .rows import RowCache
 
 # What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+LONG_PROMPT = 2048  # columns from which on rows are run one by one
 
 
 class Prompt(NamedTuple):
@@ -75,6 +78,60 @@ def reorder(input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], order
     return take(input_ids) if input_ids.shape[1] else input_ids, mask
 
 
+def is_text_only(model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+    """Whether a prompt is nothing but tokens from the beginning of a text, to be run in one go."""
+    position_ids = model_kwargs.get("position_ids")
+    others = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_NAME}
+    return (
+        int(model_kwargs[CACHE_NAME].get_seq_length()) == 0
+        and (position_ids is None or position_ids.dim() == 2)
+        and generation_config.prefill_chunk_size is None
+        and all(value is None for name, value in model_kwargs.items() if name not in others)
+    )
+
+
+def prefill_by_rows(
+    target: PreTrainedModel,
+    recorder: StateRecorder,
+    input_ids: Tensor,
+    mask: Tensor,
+    model_kwargs: dict[str, Any],
+    generation_config: GenerationConfig,
+    *,
+    device: torch.device,
+    cache: RowCache,
+) -> Prompt:
+    """As `prefill`, one long prompt after the other: without pads no [T, S] mask is made, and less lives at once."""
+    B, _ = mask.shape
+    lengths = mask.sum(-1)  # [B]
+    P = int(lengths.max())
+    columns = mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]  # [B, P]
+    tokens = input_ids.gather(1, columns)  # [B, P]
+    places = torch.arange(P, device=input_ids.device)[None]  # [1, P]
+    logits, states = [], None
+    for b, length in enumerate(lengths.tolist()):
+        own_cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+        own = {**model_kwargs, CACHE_NAME: own_cache, "position_ids": places[:, :length]}
+        own.pop("attention_mask", None)
+        out = target._prefill(tokens[b : b + 1, :length], generation_config, own)
+        logits.append(out.logits[:, -1:].to(input_ids.device, torch.float32, copy=True))
+        seen = recorder.take(device)  # [1, length, A*Ht]
+        states = seen.new_zeros(B, P, seen.shape[-1]) if states is None else states
+        states[b, :length] = seen[0]
+        cache.view(b, 1, of=B).from_host(own_cache, places[:, :length], move=True)
+    assert states is not None
+    return Prompt(
+        lengths=lengths,
+        columns=columns,
+        logits=torch.cat(logits),
+        tokens=tokens,
+        states=states,
+        num_states=lengths,
+        shift=torch.zeros_like(lengths)[:, None],
+        cache=cache,
+    )
+
+
 def prefill(
     target: PreTrainedModel,
     recorder: StateRecorder,
@@ -101,6 +158,9 @@ def prefill(
         move: Leave nothing in the host's.
     """
     B, S = mask.shape
+    if B > 1 and S >= LONG_PROMPT and is_text_only(model_kwargs, generation_config):
+        models = (target, recorder)
+        return prefill_by_rows(*models, input_ids, mask, model_kwargs, generation_config, device=device, cache=cache)
     host_cache = model_kwargs[CACHE_NAME]
     with recorder.in_chunks():
         out = target._prefill(input_ids, generation_config, model_kwargs)

@@ -41,16 +41,22 @@ class RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for what is like `key_states` and `value_states` [B, H_kv, T, D]."""
-        # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN.
-        whole, num_rows = self.cache.whole or (None, len(key_states))
-        for name, like in (("keys", key_states), ("values", value_states)):
-            B, H_kv, _, D = like.shape
-            memory = like.new_zeros(num_rows, self.cache.capacity, H_kv, D)
-            setattr(self, name, memory[:B])
-            if whole is not None:
-                layer = whole.layers[self.cache.layers.index(self)]
-                setattr(layer, name, memory)
-                layer.is_initialized = True
+        self.make_room(key_states, value_states, len(key_states))
+
+    def make_room(self, keys_like: Tensor, values_like: Tensor, num_rows: int) -> None:
+        """Memory for `num_rows` rows: of its own, or a part of what the cache is a view of."""
+        if self.cache.whole is not None:
+            whole, whole_rows, start = self.cache.whole
+            layer = whole.layers[self.cache.layers.index(self)]
+            if not layer.is_initialized:
+                layer.make_room(keys_like, values_like, whole_rows)
+            self.keys, self.values = layer.keys[start : start + num_rows], layer.values[start : start + num_rows]
+        else:
+            # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN.
+            self.keys, self.values = (
+                like.new_zeros(num_rows, self.cache.capacity, like.shape[1], like.shape[3])
+                for like in (keys_like, values_like)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
@@ -91,7 +97,7 @@ class RowCache(Cache):
         self.capacity = capacity
         self.start: Tensor | None = None  # [B] int64, while a forward runs: the first slot it writes to
         self.is_first = False  # while the first forward runs, over nothing but its own positions
-        self.whole: tuple[RowCache, int] | None = None  # whose first rows these are, and how many it has
+        self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
 
     @contextmanager
@@ -145,24 +151,26 @@ class RowCache(Cache):
         for index, layer in enumerate(self.layers):
             if not layer.is_initialized:
                 continue
-            fresh = copy.copy(cache.layers[index])  # an empty one of that kind
-            fresh.is_initialized = False
-            if hasattr(fresh, "cumulative_length"):
-                fresh.cumulative_length = 0
-            cache.layers[index] = fresh
+            if index < len(cache.layers):
+                fresh = copy.copy(cache.layers[index])  # an empty one of that kind
+                fresh.is_initialized = False
+                if hasattr(fresh, "cumulative_length"):
+                    fresh.cumulative_length = 0
+                cache.layers[index] = fresh
             keys, values = (
                 x[rows.to(x.device), slots.clamp(min=0).to(x.device)].masked_fill(is_pad.to(x.device), 0)
                 for x in (layer.keys, layer.values)
             )  # [B, S, H_kv, D]
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
 
-    def first_rows(self, num_rows: int, *, of: int) -> "RowCache":
-        """A cache over the same memory, of the first `num_rows` of its rows, `of` how many there are or will be."""
+    def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
+        """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""
         view = RowCache(len(self.layers), self.capacity)
-        view.whole = (self, of)
+        view.whole = (self, of, start)
         for mine, theirs in zip(view.layers, self.layers, strict=True):
             if theirs.is_initialized:
-                mine.keys, mine.values = theirs.keys[:num_rows], theirs.values[:num_rows]
+                rows = slice(start, start + num_rows)
+                mine.keys, mine.values = theirs.keys[rows], theirs.values[rows]
                 mine.is_initialized = True
         return view
 

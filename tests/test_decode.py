@@ -40,6 +40,7 @@ from transformers import (
 )
 
 import hf_eagle3.own_loop as own_loop
+from hf_eagle3 import decode, prefill
 from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.choice import has_holes
 from hf_eagle3.features import StateRecorder
@@ -403,6 +404,34 @@ def test_image_prompts(family):
 def test_prompt_in_chunks(target, chunk):
     _, out = assert_same(target, pad(prompts_of(9, 4, 13)), prefill_chunk_size=chunk, max_new_tokens=15)
     assert out.speculation.acceptance_length > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_prompts_run_one_by_one(family, side, monkeypatch):
+    """Without a mask over pads; what is said, kept and returned is the same."""
+    target, batch = make_target(family), pad(prompts_of(19, 4, 13, 1), side)
+    left = pad(prompts_of(19, 4, 13, 1))
+    options = {"max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY}
+    plain = target.generate(**left, **options)
+    monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
+    monkeypatch.setattr(decode, "LONG_PROMPT", 3)
+    shapes = []
+    handle = target.register_forward_pre_hook(lambda _m, _a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
+    oracle = make_oracle(target, plain.sequences, left)
+    out = target.generate(**batch, assistant_model=oracle, **options)
+    handle.remove()
+    assert out.sequences[:, 19:].tolist() == plain.sequences[:, 19:].tolist()
+    assert shapes[:4] == [(1, 19), (1, 4), (1, 13), (1, 1)]
+    assert out.speculation.acceptance_length > 1.5
+    if side == "left":
+        assert_same_caches(target, plain, out)
+        mask = torch.nn.functional.pad(left["attention_mask"], (0, 16), value=1)
+        ids = torch.cat([plain.sequences, torch.full((4, 1), 9)], dim=1)
+        again = [
+            target.generate(ids, attention_mask=mask, **{CACHE_NAME: o[CACHE_NAME]}, **options) for o in (plain, out)
+        ]
+        assert again[0].sequences.tolist() == again[1].sequences.tolist()
 
 
 # ---- where rows end ----

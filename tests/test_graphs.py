@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import graphs
+from hf_eagle3 import decode, graphs, prefill
 from hf_eagle3.decode import Phases
 from hf_eagle3.features import StateRecorder
 
@@ -121,6 +121,19 @@ def test_larger_calls_get_more_memory(target, counts):
         plain = target.generate(**batch, **options)
         assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
     assert graphs._arenas[target].num_rows == 3
+
+
+def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
+    for module in (decode, prefill):
+        monkeypatch.setattr(module, "LONG_PROMPT", 3)
+    drafter = make_drafter(target)
+    for lengths in ((19, 4, 13), (5, 9), (7, 8, 30)):
+        batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}
+        plain = target.generate(**batch, **options)
+        assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
+        cache, _ = graphs._arenas[target].caches
+        assert cache.layers[0].keys.shape[:2] == (3, graphs._arenas[target].capacity)
+    assert counts.captured == 6
 
 
 @pytest.mark.parametrize("further", [{}, {"no_repeat_ngram_size": 3}], ids=["tensors", "in_order"])
