@@ -434,7 +434,18 @@ def run_bench_command(args: argparse.Namespace) -> int:
     V = target.config.get_text_config(decoder=True).vocab_size
     kinds = [KINDS[name] for name in args.kinds]
     results: list[Measured] = []
-    with tqdm(total=len(args.batch_sizes) * len(kinds) * (args.repeats + 1), unit="pass") as bar:
+    depth = drafter.generation_config.num_assistant_tokens or 3
+    simulated = args.simulate_acceptance_length
+    notes = [
+        describe_machine(target) + ".",
+        f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
+        f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
+        + (f", acceptance length simulated at {simulated}" if simulated else "")
+        + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
+        "`hf-eagle3 bench " + " ".join(describe_arguments(args)) + "`",
+    ]
+    name = args.shape or Path(args.target).name
+    with tqdm(total=len(args.batch_sizes) * len(kinds) * (args.repeats + 1), unit="pass", mininterval=1) as bar:
         for size in args.batch_sizes:
             bar.set_description(f"batch {size}")
             if args.prompts is None:
@@ -451,20 +462,10 @@ def run_bench_command(args: argparse.Namespace) -> int:
                 on_run=bar.update,
                 **options,
             )
-    depth = drafter.generation_config.num_assistant_tokens or 3
-    simulated = args.simulate_acceptance_length
-    notes = [
-        describe_machine(target) + ".",
-        f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
-        f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
-        + (f", acceptance length simulated at {simulated}" if simulated else "")
-        + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
-        "`hf-eagle3 bench " + " ".join(describe_arguments(args)) + "`",
-    ]
-    name = args.shape or Path(args.target).name
-    text = to_markdown(results, title=f"{name}, with and without drafting", notes=notes)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    args.out.with_suffix(".json").write_text(to_json(results, notes=notes), encoding="utf-8")
+            # After each batch size, so that what was measured is kept if a later one fails.
+            text = to_markdown(results, title=f"{name}, with and without drafting", notes=notes)
+            args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+            args.out.with_suffix(".json").write_text(to_json(results, notes=notes), encoding="utf-8")
     draw(results, args.out.with_suffix(".png"), title=name)
     print(text)  # noqa: T201  what was asked for
     return 0
