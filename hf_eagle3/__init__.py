@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .graphs import release_graphs
 from .integration import install, uninstall
 from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation
@@ -16,6 +17,7 @@ __all__ = [
     "Speculation",
     "doctor",
     "install",
+    "release_graphs",
     "uninstall",
 ]
 

@@ -283,7 +283,7 @@ class Letter:
 
     def __init__(self, report: Tensor):
         self._copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
-        self._copy.copy_(report, non_blocking=True)
+        self._copy.copy_(report, non_blocking=report.is_cuda)
         self._event = torch.cuda.Event() if report.is_cuda else None
         if self._event is not None:
             self._event.record()

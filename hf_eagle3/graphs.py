@@ -86,7 +86,7 @@ _arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDi
 
 
 def release_graphs() -> None:
-    """Free the memory that captured rounds keep between calls: caches and graphs of all targets."""
+    """Free what captured rounds keep on the GPU between calls: caches and CUDA graphs of all targets."""
     for arena in _arenas.values():
         arena.forget()
     _arenas.clear()
@@ -298,13 +298,20 @@ class CapturedPhases(Phases):
                 stack.enter_context(attending_by_rows(model))
                 stack.enter_context(fused(model))
             warm_up(run_all, state.length.device)
-            draft, drafted = capture(phases.draft, pool=pool)
+            if self.config.depth:
+                draft, drafted = capture(phases.draft, pool=pool)
+            else:
+                draft, drafted = do_nothing, phases.draft()
             verify, verified = capture(phases.verify, drafted, pool=pool)
             settle = settled = None
             if not self.in_order:
                 settle, settled = capture(phases.settle, drafted, verified, pool=pool)
         phases.target = phases.drafter = phases.recorder = None  # type: ignore[assignment]  # the models may go first
         return Recorded(phases, draft, verify, settle, drafted, verified, settled)
+
+
+def do_nothing() -> None:
+    """The draft of depth 0."""
 
 
 def warm_up(function: Callable[[], None], device: torch.device) -> None:

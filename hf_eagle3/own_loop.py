@@ -17,6 +17,7 @@ from .choice import Choice
 from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, run_target
 from .features import StateRecorder
 from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
+from .kernels.language import KERNEL_ERRORS
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
 from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
@@ -25,6 +26,8 @@ from .transcript import Transcript
 logger = logging.getLogger(__name__)
 
 FEW_TOKENS = 8
+# Of a model that attends otherwise or waits for the device, or a card that cannot run a kernel.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, *KERNEL_ERRORS)
 
 
 def run_own_loop(
@@ -115,7 +118,7 @@ def run_own_loop(
                 keeps_scores = transcript.scores is not None or transcript.logits is not None
                 phases = captured = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
                 told.graphs = captured.told
-            except (RuntimeError, NotImplementedError) as error:  # of a model that attends otherwise, or waits
+            except CAPTURE_ERRORS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 arena.unfit = f"{type(error).__name__}: {error}"

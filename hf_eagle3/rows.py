@@ -52,11 +52,13 @@ class RowLayer(CacheLayerMixin):
                 layer.make_room(keys_like, values_like, whole_rows)
             self.keys, self.values = layer.keys[start : start + num_rows], layer.values[start : start + num_rows]
         else:
-            # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN.
-            self.keys, self.values = (
-                like.new_zeros(num_rows, self.cache.capacity, like.shape[1], like.shape[3])
-                for like in (keys_like, values_like)
-            )
+            # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN. Memory that outlives a call
+            # under inference_mode must not belong to it.
+            with torch.inference_mode(False):
+                self.keys, self.values = (
+                    like.new_zeros(num_rows, self.cache.capacity, like.shape[1], like.shape[3])
+                    for like in (keys_like, values_like)
+                )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
@@ -120,8 +122,9 @@ class RowCache(Cache):
         self.capacity += more
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
-                layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
+                with torch.inference_mode(False):
+                    layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
+                    layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
 
     def from_host(self, cache: Cache, columns: Tensor, *, move: bool) -> None:
         """Hold what the host's `cache` holds, row by row.

@@ -32,7 +32,8 @@ def move(new, old):
     """Copy the tensors of a phase's results to where those of its recording are."""
     if isinstance(old, Tensor):
         assert new.shape == old.shape
-        old.copy_(new)
+        with torch.inference_mode():  # a graph does not ask under which mode it was captured
+            old.copy_(new)
     elif isinstance(old, tuple):
         for a, b in zip(new, old, strict=True):
             move(a, b)
@@ -234,6 +235,29 @@ class GenerateInside(torch.nn.Module):
         )
         self.told.append(out.speculation.graphs)
         return scores
+
+
+def test_calls_under_inference_mode_and_others_take_turns(target, counts):
+    drafter, batch = make_drafter(target), pad(prompts_of(9, 4))
+    plain = target.generate(**batch, max_new_tokens=12, **GREEDY).tolist()
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            out = target.generate(**batch, assistant_model=drafter, max_new_tokens=12, **GREEDY)
+        assert out.tolist() == plain
+    assert counts.captured == 3
+
+
+def test_kernels_that_a_card_cannot_run_are_done_without(target, counts, monkeypatch):
+    class OutOfResourcesError(Exception):
+        """As Triton's, which is no RuntimeError."""
+
+    def fail(*_, **__):
+        raise OutOfResourcesError("out of resource: shared memory")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    monkeypatch.setattr(own_loop, "CAPTURE_ERRORS", (*own_loop.CAPTURE_ERRORS, OutOfResourcesError))
+    _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
+    assert "shared memory" in out.speculation.graphs
 
 
 def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch):

@@ -2,14 +2,16 @@
 
     python benchmarks/smollm2/batch.py --target TARGET --prompts PROMPTS.jsonl --out OUT.json [--rows 8] [--repeats 5]
 
-Greedy, float32. Each row of the batch must be the text that its prompt alone gives without a drafter; then batches with
+Greedy, float32. The first prompts of the file's categories, in turn. Each row of the batch must be the text that its prompt alone gives without a drafter; then batches with
 and without it are timed in turn. A row counts up to its end-of-sequence.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +22,15 @@ import hf_eagle3
 from hf_eagle3.bench import acceptance, read_prompts, run
 
 ASSET = Path(hf_eagle3.__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"
+
+
+def choose(path: Path, num_rows: int) -> list[str]:
+    """Lines of the file: the first of each category, then the second, ..."""
+    by_category: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        by_category.setdefault(json.loads(line)["category"], []).append(line)
+    rounds = itertools.zip_longest(*by_category.values())
+    return [line for lines in rounds for line in lines if line is not None][:num_rows]
 
 
 def main() -> None:
@@ -39,8 +50,11 @@ def main() -> None:
     drafter = AutoModel.from_pretrained(args.drafter, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     device = torch.device("cpu")
-    (batch,) = read_prompts(args.prompts, tokenizer, args.rows, device, limit=args.rows)
-    singles = read_prompts(args.prompts, tokenizer, 1, device, limit=args.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = Path(folder) / "chosen.jsonl"
+        chosen.write_text("\n".join(choose(args.prompts, args.rows)), encoding="utf-8")
+        (batch,) = read_prompts(chosen, tokenizer, args.rows, device, limit=None)
+        singles = read_prompts(chosen, tokenizer, 1, device, limit=None)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     alone = [run(target, single, drafter=None, **options).rows[0] for single in singles]
 

@@ -18,6 +18,14 @@ except ImportError:
 __all__ = ["is_available", "jit", "require", "round_up_to_power", "shared_memory", "tl"]
 
 
+# What a kernel ends in that does not compile for a card, or asks more than it has.
+KERNEL_ERRORS: tuple[type[Exception], ...] = ()
+if triton is not None:
+    from triton.errors import TritonError
+
+    KERNEL_ERRORS = (TritonError,)
+
+
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:
     """`triton.jit`, or nothing where there is no Triton.
 
