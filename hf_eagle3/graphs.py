@@ -120,7 +120,7 @@ def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple
     marks: list[Any] = [target.config._attn_implementation, drafter.config._attn_implementation, id(drafter)]
     for model in (target, drafter):
         for module in model.modules():
-            marks.append(vars(module).get("forward"))
+            marks.append(id(vars(module).get("forward")))  # no reference: the model may go
             if isinstance(getattr(type(module), "active_adapters", None), property):  # PEFT's layers
                 marks.append((str(module.active_adapters), str(getattr(module, "scaling", None))))
                 marks.append((getattr(module, "disable_adapters", None), getattr(module, "merged", None)))

@@ -85,7 +85,8 @@ def run_own_loop(
         simulated_length=getattr(drafter.generation_config, "simulated_acceptance_length", None),
         keeps_rows=keeps_cache and len(given) > 1,
     )
-    told = Speculation(choice.loop, choice.why, choice.depth)
+    why = choice.why if config.simulated_length is None else f"{choice.why}; acceptance is simulated"
+    told = Speculation(choice.loop, why, choice.depth)
     clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
     with ExitStack() as stack:
         arena = None
@@ -116,8 +117,7 @@ def run_own_loop(
         if arena is not None and arena.unfit is None:
             try:
                 keeps_scores = transcript.scores is not None or transcript.logits is not None
-                phases = captured = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
-                told.graphs = captured.told
+                phases = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
             except CAPTURE_ERRORS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -128,6 +128,8 @@ def run_own_loop(
             told.graphs = f"none ({why_eager})"
         for _ in decode(phases, prompt, transcript=transcript, told=told, clocks=clocks):
             pass
+        if isinstance(phases, CapturedPhases):
+            told.graphs = phases.told
         if keeps_cache:
             fill_pads(target, prompt, phases.state, transcript)
             assert transcript.length is not None
