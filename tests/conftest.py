@@ -123,6 +123,7 @@ DRAFTERS: dict[str, dict] = {
         "v_head_dim": 5,
         "norm_output": True,
     },
+    "peagle": {"num_hidden_layers": 2, "mask_token_id": 61, "has_own_embeddings": True},
     "four_states": {"num_aux_hidden_states": 4, "aux_layer_ids": [0, 3, 5, NUM_LAYERS]},
 }
 

@@ -108,6 +108,11 @@ class Eagle3Trainer(Trainer):
             eval_rows = _tokenize(eval_dataset, processing_class, args.max_length, vocab_size)
         if model is None:
             model = self._new_drafter(target_model, args, train_rows)
+        if model.config.is_parallel:
+            raise ValueError(
+                f"mask_token_id={model.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
+                "trained here."
+            )
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "
