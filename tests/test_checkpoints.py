@@ -243,7 +243,7 @@ def peagle_weights(num_layers: int) -> Weights:
 
 
 def as_peagle_speculators(*, inner: dict | None = None, **overrides: object) -> dict:
-    """speculators' config of a P-EAGLE drafter."""
+    """The config of speculators for a P-EAGLE drafter."""
     options = {"num_hidden_layers": 2, **(inner or {})}
     plain = make_config(eagle_config=..., draft_vocab_size=..., architectures=..., torch_dtype=..., **options)
     keys = {
@@ -855,7 +855,8 @@ def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
 
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
 @pytest.mark.parametrize(
-    "layout", [
+    "layout",
+    [
         *("specforge", "eagle31_old_names", "safeailab", "two_layers_both_names", "speculators", "nemo_mla"),
         "peagle_flat_mask_and_pard_token",
     ],
@@ -1414,9 +1415,7 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
         "fc.weight, which reads mask_hidden, is missing",
     ),
     "peagle_of_nemo": (
-        both(
-            put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=3, architectures=["LlamaEagle3DraftModel"])
-        ),
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=3, architectures=["LlamaEagle3DraftModel"])),
         "a P-EAGLE drafter of NeMo Automodel",
     ),
     "nemo_twice": (put(model__norm__weight=bf16(H)), "are both norm.weight"),

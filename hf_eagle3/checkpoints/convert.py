@@ -311,7 +311,9 @@ def measure_mask(published: Published, stated: Mapping[str, Any]) -> dict[str, A
             "it reads at positions to be drafted."
         )
     if "fc.weight" not in tensors:
-        raise CheckpointError(f"{file}: this is a P-EAGLE drafter, but fc.weight, which reads mask_hidden, is missing.")
+        raise CheckpointError(
+            f"{file}: this is a P-EAGLE drafter, but fc.weight, which reads mask_hidden, is missing."
+        )
     shape, columns = tensors["mask_hidden"].shape, read_shape(published, "fc.weight", 2)[1]
     if shape not in ((1, 1, columns), (columns,)):
         raise CheckpointError(

@@ -106,7 +106,7 @@ EAGLE3_KEYS: Mapping[str, str] = {
 }
 PARALLEL_KEYS: Mapping[str, str] = {
     **EAGLE3_KEYS,
-    **{key: "mask_token_id" for key in ("mask_token_id", "pard_token", "ptd_token_id")},
+    **dict.fromkeys(("mask_token_id", "pard_token", "ptd_token_id"), "mask_token_id"),
 }
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 LATENT_KEYS: Mapping[str, str] = {

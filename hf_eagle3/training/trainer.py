@@ -91,6 +91,11 @@ class Eagle3Trainer(Trainer):
         if target_model is None:
             raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
         args = Eagle3TrainingArguments() if args is None else args
+        if model is not None and model.config.is_parallel:
+            raise ValueError(
+                f"mask_token_id={model.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
+                "trained here."
+            )
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
                 f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
@@ -108,11 +113,6 @@ class Eagle3Trainer(Trainer):
             eval_rows = _tokenize(eval_dataset, processing_class, args.max_length, vocab_size)
         if model is None:
             model = self._new_drafter(target_model, args, train_rows)
-        if model.config.is_parallel:
-            raise ValueError(
-                f"mask_token_id={model.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
-                "trained here."
-            )
         if model.dtype != torch.float32:
             raise ValueError(
                 f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "

@@ -191,8 +191,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             )
         if self.is_latent:
             self._validate_latent()
-        if self.is_parallel:
-            self._validate_parallel()
+        if self.mask_token_id is not None:
+            self._validate_parallel(self.mask_token_id)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
         if not 0 < self.rms_norm_eps < 1:
@@ -258,11 +258,10 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         if self.qk_norm or self.attention_bias:
             raise ValueError("No drafter has multi-head latent attention with qk_norm or attention_bias.")
 
-    def _validate_parallel(self):
-        if not 0 <= self.mask_token_id < self.vocab_size:
+    def _validate_parallel(self, mask_token_id: int):
+        if not 0 <= mask_token_id < self.vocab_size:
             raise ValueError(
-                f"mask_token_id must be a token of the target's vocabulary of {self.vocab_size}, got "
-                f"{self.mask_token_id}."
+                f"mask_token_id must be a token of the target's vocabulary of {self.vocab_size}, got {mask_token_id}."
             )
         if self.is_latent or not self.use_aux_hidden_state:
             raise ValueError(

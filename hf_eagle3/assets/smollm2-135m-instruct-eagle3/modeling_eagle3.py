@@ -383,9 +383,10 @@ class Eagle3DrafterModel(PreTrainedModel):
             aux_hidden_states: [B, T, A*Ht].
             num_real: [B, 1] int64, how many positions are kept.
         """
+        token: int = self.config.mask_token_id  # type: ignore[assignment]  # not None in a P-EAGLE drafter
         is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < num_real  # [B, T]
         states = aux_hidden_states.where(is_real[..., None], self.mask_hidden.to(aux_hidden_states.dtype))
-        return input_ids.masked_fill(~is_real, self.config.mask_token_id), states
+        return input_ids.masked_fill(~is_real, token), states
 
     # ---- files ----
 
