@@ -1557,7 +1557,7 @@ def test_our_own_layout_without_weights_is_the_hosts_error(tmp_path):
 
 FUZZED = [
     *("specforge", "sglang_layers_0", "safeailab", "two_layers_both_names", "speculators", "nemo", "mla_kimi"),
-    *("eagle31_four_states", "model_optimizer", "nested_vllm", "ours"),
+    *("eagle31_four_states", "model_optimizer", "nested_vllm", "peagle_speculators", "peagle_specforge", "ours"),
 ]
 WRONG_VALUES = {
     "intermediate_size": (41, 0, "40", 2.5, [40]),

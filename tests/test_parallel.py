@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from conftest import DRAFTERS, make_drafter, make_prompt, make_target
+from conftest import DRAFTERS, H, V, make_drafter, make_prompt, make_target
 from test_decode import GREEDY, assert_same, pad, prompts_of
 from test_graphs import counts  # noqa: F401  a fixture
 
 from hf_eagle3 import decode, draft, graphs
-from hf_eagle3.decode import Phases
+from hf_eagle3.decode import DecodeState, Phases
+from hf_eagle3.draft import choose_greedy
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.modeling import Eagle3DrafterConfig
+from hf_eagle3.rows import RowCache
 from hf_eagle3.training import Eagle3Trainer, Eagle3TrainingArguments
 
 PARALLEL = DRAFTERS["peagle"]
@@ -44,6 +46,28 @@ def test_rows_that_are_done_do_no_harm(target, depth, eos):
     batch = pad(prompts_of(9, 4, 6, 12, 3))
     options = {"max_new_tokens": 70, "eos_token_id": eos, "drafter_options": PARALLEL}
     assert_same(target, batch, depth=depth, **options)
+
+
+def test_a_row_that_is_done_stays_in_the_cache(target):
+    """`commit` lets its length grow to K+1 slots before the end, and a round is 2K wide."""
+    K, drafter = 5, make_drafter(target, **PARALLEL)
+    cache = RowCache(drafter.config.num_hidden_layers, 64)
+    state = DecodeState(
+        length=torch.tensor([64 - K - 1, 20]),
+        root=torch.tensor([3, 4]),
+        block=torch.randint(V, (2, K + 1)),
+        states=torch.randn(2, K + 1, 3 * H),
+        num_pending=torch.tensor([1, K + 1]),
+        first=torch.zeros(2, dtype=torch.long),
+        shift=torch.zeros(2, 1, dtype=torch.long),
+        last_position=torch.tensor(100),
+        target_cache=RowCache(1, 64),
+        drafter_cache=cache,
+    )
+    with torch.no_grad():
+        assert decode.draft(drafter, state, depth=K, choose=choose_greedy).tokens.shape == (2, K)
+    assert cache.layers[0].keys[1, : 20 - 1 - (K + 1)].count_nonzero() == 0
+    assert cache.layers[0].keys[1, 20 - 1 - (K + 1) :][: 2 * K].all()
 
 
 # ---- what is drafted ----
