@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
-from .draft import Choose, Draft, choose_greedy, make_choose_sampled
+from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
 from .features import StateRecorder
 from .prefill import LONG_PROMPT, Prompt
 from .rows import RowCache, make_masks, to_bucket
@@ -118,6 +118,8 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
     The first draft step runs over K+1 positions in every row; what it writes behind a row's last pending state is junk,
     as is all that the later steps write. Lengths say so, and no mask shows it.
     """
+    if drafter.config.is_parallel:
+        return draft_parallel(drafter, state, depth=depth, choose=choose)
     cache, device = state.drafter_cache, drafter.device
     first = state.first[:, None].to(device)  # [B, 1]
     last = (state.num_pending - 1)[:, None].to(device)  # [B, 1]
@@ -153,6 +155,32 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
         if q is not None:
             probs.append(q)
     return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None)
+
+
+def draft_parallel(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: Choose) -> Draft:
+    """Propose `depth` tokens after each row's root by one forward of a P-EAGLE drafter.
+
+    It runs over 2K positions in every row: the pending states, and masks from there on, of which the first K-1 count.
+    """
+    cache, device = state.drafter_cache, drafter.device
+    first = state.first[:, None].to(device)  # [B, 1]
+    num_pending = state.num_pending[:, None].to(device)  # [B, 1]
+    start = state.length[:, None].to(device) - 1 - num_pending - first  # [B, 1], the slot of the first pending state
+    # A row that is done and stays goes on over junk. It must not leave the cache.
+    slots = start.clamp(max=cache.capacity - 2 * depth) + torch.arange(2 * depth, device=device)  # [B, 2K]
+    ids = functional.pad(state.block.to(device), (0, depth - 1))  # [B, 2K]
+    states = functional.pad(state.states, (0, 0, 0, depth - 1))  # [B, 2K, A*Ht]
+    ids, states = drafter.with_masks(ids, states, num_pending)
+    with cache.writing(slots):
+        out = drafter(
+            input_ids=ids,
+            aux_hidden_states=states,
+            attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+            position_ids=slots + first,
+            past_key_values=cache,
+            logits_to_keep=num_pending - 1 + torch.arange(depth, device=device),  # [B, K]
+        )
+    return choose_at_once(drafter, out.logits, choose)
 
 
 def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor) -> Tensor:

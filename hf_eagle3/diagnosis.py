@@ -142,6 +142,11 @@ def doctor(
     """
     if getattr(drafter, "hf_quantizer", None) is not None:
         raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
+    if drafter.config.is_parallel:
+        raise ValueError(
+            f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
+            "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
+        )
     drafter.bind(target)
     readings = list_readings(drafter, target)
     n = target.config.get_text_config(decoder=True).num_hidden_layers

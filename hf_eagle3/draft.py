@@ -1,4 +1,7 @@
-"""The draft of a round: what a drafter proposes after the newest verified token (arXiv:2503.01840, section 3)."""
+"""The draft of a round: what a drafter proposes after the newest verified token (arXiv:2503.01840, section 3).
+
+A P-EAGLE drafter proposes all of it at once: positions behind the last real one hold a mask token and a learned state.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -68,6 +71,32 @@ def extend(
     return Feature(out.logits[:, -1], out.feedback[:, -1:], position_ids[:, -1:])
 
 
+def choose_at_once(drafter: PreTrainedModel, logits: Tensor, choose: Choose) -> Draft:
+    """The draft of a P-EAGLE drafter: token k is chosen by `logits[:, k]` of [B, K, V_d], whatever the others are."""
+    draft_ids, q = choose(logits.flatten(0, 1))  # [B*K], [B*K, V_d]
+    tokens = drafter.to_target_ids(draft_ids).view(logits.shape[:2])
+    return Draft(tokens, None if q is None else q.view(logits.shape))
+
+
+def draft_parallel(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, depth: int, choose: Choose) -> Draft:
+    """Propose `depth` tokens after the root: the first from `feature`, all others by one forward over masks.
+
+    Arguments as of `draft_chain`, for a P-EAGLE drafter.
+    """
+    logits, position_ids = feature.logits[:, None], feature.position_ids  # [B, 1, V_d], [B, 1]
+    if depth > 1:
+        offsets = torch.arange(1, depth, device=position_ids.device)  # [K-1]
+        ids = offsets.new_zeros(len(logits), depth - 1)
+        states = drafter.mask_hidden.new_zeros(*ids.shape, drafter.mask_hidden.shape[-1])
+        ids, states = drafter.with_masks(ids, states, ids.new_zeros(len(ids), 1))
+        out = drafter(
+            input_ids=ids, aux_hidden_states=states, position_ids=position_ids + offsets, past_key_values=cache
+        )
+        logits = torch.cat([logits, out.logits], dim=1)  # [B, K, V_d]
+    rewind(cache, depth - 1)
+    return choose_at_once(drafter, logits, choose)
+
+
 def draft_chain(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, depth: int, choose: Choose) -> Draft:
     """Propose `depth` tokens after the root: the first from `feature`, each later one by a draft step of its own.
 
@@ -78,6 +107,8 @@ def draft_chain(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, dep
         depth: K, at least 1.
         choose: How draft ids come from logits.
     """
+    if drafter.config.is_parallel:
+        return draft_parallel(drafter, feature, cache, depth=depth, choose=choose)
     logits, feedback, position_ids = feature
     tokens: list[Tensor] = []
     probs: list[Tensor] = []

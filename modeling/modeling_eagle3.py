@@ -136,6 +136,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             if config.norm_before_fc:
                 self.input_norm = LlamaRMSNorm(A * Ht, eps=config.rms_norm_eps)
             self.fc = nn.Linear(A * Ht, H, bias=config.fc_bias)
+        if config.is_parallel:
+            self.mask_hidden = nn.Parameter(torch.empty(1, 1, A * Ht))  # in the place of states that are not there yet
         self.layers = nn.ModuleList(
             Eagle3Layer(config, i) if i else Eagle3FirstLayer(config) for i in range(config.num_hidden_layers)
         )
@@ -165,6 +167,8 @@ class Eagle3DrafterModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.zeros_(self.d2t)
+            if self.config.is_parallel:
+                init.normal_(self.mask_hidden, std=self.config.initializer_range)
 
     # ---- the target ----
 
@@ -303,7 +307,8 @@ class Eagle3DrafterModel(PreTrainedModel):
         Args:
             input_ids: [B, T] int64, the token one *after* the state at each position, in the target's vocabulary.
             aux_hidden_states: [B, T, A*Ht], the target's states at the boundaries, ascending: the first draft step.
-            hidden_states: [B, T, H], `feedback` of the previous draft step: every later one. Exactly one of the two.
+            hidden_states: [B, T, H], `feedback` of the previous draft step: every later one. Exactly one of the two. A
+                P-EAGLE drafter has no later step: see `with_masks`.
             attention_mask: [B, S] 1 = keep, over cached and new positions; or a 4D mask, used as it is.
             position_ids: [B, T], positions of the *states*. Default: counted on from the cache.
             past_key_values: Cache of earlier positions; extended in place.
@@ -370,6 +375,19 @@ class Eagle3DrafterModel(PreTrainedModel):
         feedback = normed if config.norm_output else hidden_states
         return Eagle3DrafterOutput(self.compute_logits(kept), feedback, past_key_values)
 
+    def with_masks(self, input_ids: Tensor, aux_hidden_states: Tensor, num_real: Tensor) -> tuple[Tensor, Tensor]:
+        """What a P-EAGLE drafter reads to draft several tokens at once: masks behind each row's real positions.
+
+        Args:
+            input_ids: [B, T] int64.
+            aux_hidden_states: [B, T, A*Ht].
+            num_real: [B, 1] int64, how many positions are kept.
+        """
+        token: int = self.config.mask_token_id  # type: ignore[assignment]  # not None in a P-EAGLE drafter
+        is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < num_real  # [B, T]
+        states = aux_hidden_states.where(is_real[..., None], self.mask_hidden.to(aux_hidden_states.dtype))
+        return input_ids.masked_fill(~is_real, token), states
+
     # ---- files ----
 
     @classmethod
@@ -394,6 +412,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
 
+        info["mismatched_keys"] = model._load_flat_mask(info["mismatched_keys"], stored, names)
         by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
         problems = [
             f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
@@ -423,6 +442,18 @@ class Eagle3DrafterModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             model._load_generation_config(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # the host's way
+
+    def _load_flat_mask(self, mismatched, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list:
+        """Take a `mask_hidden` that is stored without its two leading ones; the mismatches that are left."""
+        left = []
+        for name, found, wanted in mismatched:
+            if name == "mask_hidden" and tuple(found) == (wanted[-1],):
+                (published,) = (theirs for theirs, ours in names.items() if ours == name)
+                with torch.no_grad():
+                    self.mask_hidden.copy_(read_tensor(stored[published], published))
+            else:
+                left.append((name, found, wanted))
+        return left
 
     def _load_draft_vocabulary(self, stored: Mapping[str, StoredTensor], where: str) -> None:
         """Check `d2t` against the vocabulary and against `t2d`; make it from `t2d` where a file has only that."""

@@ -123,6 +123,7 @@ DRAFTERS: dict[str, dict] = {
         "v_head_dim": 5,
         "norm_output": True,
     },
+    "peagle": {"num_hidden_layers": 2, "mask_token_id": 61, "has_own_embeddings": True},
     "four_states": {"num_aux_hidden_states": 4, "aux_layer_ids": [0, 3, 5, NUM_LAYERS]},
 }
 
@@ -180,7 +181,7 @@ class OracleDrafter(Eagle3DrafterModel):
         """As the network's, with other logits."""
         assert not torch.is_grad_enabled()
         out = super().forward(input_ids, aux_hidden_states, hidden_states, position_ids=position_ids, **kwargs)
-        if aux_hidden_states is not None:
+        if aux_hidden_states is not None and not self._are_masks(aux_hidden_states):
             self._check(input_ids, aux_hidden_states, position_ids, out)
         logits = torch.zeros_like(out.logits)
         for t, position in enumerate(position_ids[0, -logits.shape[1] :].tolist()):
@@ -192,6 +193,9 @@ class OracleDrafter(Eagle3DrafterModel):
                 draft_id = (draft_id + 1) % len(ids)
             logits[0, t, draft_id] = 5.0
         return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
+
+    def _are_masks(self, aux_hidden_states) -> bool:
+        return self.config.is_parallel and bool((aux_hidden_states == self.mask_hidden).all())
 
     def _check(self, input_ids, aux_hidden_states, position_ids, out):
         assert torch.equal(input_ids[0], self.text[position_ids[0] + 1])

@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DeepseekV3ForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -26,6 +27,7 @@ from transformers import (
 
 import hf_eagle3
 from hf_eagle3.checkpoints import load, load_published_config
+from hf_eagle3.draft import draft_chain, extend
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
 
 H, Ht, I, V, V_d, A = 16, 24, 40, 50, 20, 4
@@ -222,6 +224,43 @@ def as_speculators(**overrides: object) -> dict:
 
 def with_qk_norms(weights: Weights) -> Weights:
     return with_norms(weights, [f"layers.0.self_attn.{n}_norm.weight" for n in "qk"], HEAD_DIM)
+
+
+def with_mask(weights: Weights, *, flat: bool = False) -> Weights:
+    mask = torch.randn(3 * H, generator=torch.Generator().manual_seed(16)).to(torch.bfloat16)
+    return {**weights, "mask_hidden": mask if flat else mask[None, None]}
+
+
+def with_qkv_biases(weights: Weights) -> Weights:
+    biases = {n: t for n, t in with_biases(weights).items() if re.search(r"[qkvo]_proj\.bias$", n)}
+    return {**weights, **biases}
+
+
+def peagle_weights(num_layers: int) -> Weights:
+    """Names as speculators and SpecForge have them: further layers with an `input_layernorm`."""
+    weights = make_weights(num_layers=num_layers)
+    return {re.sub(r"(layers\.[1-9]\.)hidden_norm", r"\1input_layernorm", n): t for n, t in weights.items()}
+
+
+def as_peagle_speculators(*, inner: dict | None = None, **overrides: object) -> dict:
+    """The config of speculators for a P-EAGLE drafter."""
+    options = {"num_hidden_layers": 2, **(inner or {})}
+    plain = make_config(eagle_config=..., draft_vocab_size=..., architectures=..., torch_dtype=..., **options)
+    keys = {
+        "architectures": ["PEagleDraftModel"],
+        "auto_map": {"": "config.PEagleSpeculatorConfig"},
+        "mask_token_id": 7,
+        "norm_before_residual": True,
+        "speculators_model_type": "peagle",
+        "speculators_config": {
+            "algorithm": "peagle",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 8}],
+            "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": "some-owner/some-target"},
+        },
+        "transformer_layer_config": plain,
+    }
+    return as_speculators(**{**keys, **overrides})
 
 
 Q_RANK, KV_RANK, NOPE, ROPE, V_DIM = 12, 10, 6, 4, 5
@@ -570,6 +609,34 @@ LAYOUTS: dict[str, tuple[dict, Weights, dict]] = {
         },
         {"aux_layer_ids": [2, 46, 91, 93], "num_hidden_layers": 2},
     ),
+    "peagle_speculators": (
+        as_peagle_speculators(),
+        with_mask(with_embeddings(peagle_weights(2))),
+        {
+            "mask_token_id": 7,
+            "aux_layer_ids": [2, 4, 5],
+            "num_hidden_layers": 2,
+            "norm_before_residual": True,
+            "target_name_or_path": "some-owner/some-target",
+        },
+    ),
+    "peagle_speculators_qwen3": (
+        as_peagle_speculators(norm_before_residual=..., inner={"model_type": "qwen3", "num_hidden_layers": 1}),
+        with_mask(with_qk_norms(change(make_weights(), midlayer="layers.0"))),
+        {"mask_token_id": 7, "qk_norm": True, "norm_before_residual": False},
+    ),
+    "peagle_specforge": (
+        make_config(
+            architectures=["PEagleDraftModel"], num_hidden_layers=4, norm_before_residual=True, mask_token_id=V - 1
+        ),
+        with_mask(peagle_weights(4)),
+        {"mask_token_id": V - 1, "num_hidden_layers": 4, "norm_before_residual": True, "aux_layer_ids": [2, 4, 5]},
+    ),
+    "peagle_flat_mask_and_pard_token": (
+        make_config(parallel_drafting=True, pard_token=0, ptd_token_id=0, norm_before_fc=True, attention_bias=True),
+        with_norms(with_mask(with_qkv_biases(make_weights()), flat=True), ["input_norm.weight"], 3 * H),
+        {"mask_token_id": 0, "norm_before_fc": True, "attention_bias": True},
+    ),
     "model_optimizer": (
         make_config(
             eagle_config={**MODEL_OPTIMIZER, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}, rope_scaling=None
@@ -681,6 +748,8 @@ def our_names(weights: Weights) -> Weights:
     for name, tensor in weights.items():
         old = max((old for old in table if name.startswith(old + ".")), key=len, default="")
         out[table.get(old, "") + name.removeprefix(old)] = tensor
+    if "mask_hidden" in out:
+        out["mask_hidden"] = out["mask_hidden"].reshape(1, 1, -1)
     return out
 
 
@@ -743,9 +812,54 @@ def test_layout_loads_through_auto_model(layout, tmp_path):
     check_against_reference(drafter, weights, published)
 
 
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.startswith("peagle")])
+def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
+    """Position k behind the last state reads mask token and `mask_hidden`, through fc, and stands k further."""
+    published, weights, _ = LAYOUTS[layout]
+    drafter = AutoModel.from_pretrained(write(tmp_path, published, weights), dtype=torch.float64)
+    target = make_target().double()
+    drafter.bind(target)
+    T, K, token = 6, 4, drafter.config.mask_token_id
+    generator = torch.Generator().manual_seed(8)
+    states = torch.randn(1, T, 3 * H, generator=generator).double()
+    ids = torch.randint(V, (1, T), generator=generator)
+
+    ours = {"embed_tokens.weight": target.model.embed_tokens.weight.detach(), **our_names(weights)}
+    config = {**drafter.config.to_dict(), "rms_norm_eps": 1e-5}
+    all_ids = torch.cat([ids[0], torch.full((K - 1,), token)])
+    all_states = torch.cat([states[0], ours["mask_hidden"][0].double().expand(K - 1, -1)])
+    wanted, _ = ReferenceDrafter(ours, config).step(all_ids, states=all_states, positions=list(range(T + K - 1)))
+    wanted = wanted[T - 1 :]  # [K, V_d]
+
+    seen = []
+    with torch.no_grad(), in_float64(drafter):
+        # At once, behind junk:
+        padded, more = torch.zeros(1, T + K - 1, dtype=torch.long), torch.ones(1, T + K - 1, 3 * H).double()
+        padded[:, :T], more[:, :T] = ids, states
+        padded, more = drafter.with_masks(padded, more, torch.tensor([[T]]))
+        at_once = drafter(padded, aux_hidden_states=more).logits[0, T - 1 :]
+        # As a round does it, over a cache:
+        cache, position_ids = DynamicCache(), torch.arange(T)[None]
+        feature = extend(drafter, ids, states, cache, position_ids=position_ids)
+
+        def choose(logits: Tensor) -> tuple[Tensor, None]:
+            seen.append(logits)
+            return logits.argmax(-1), None
+
+        tokens = draft_chain(drafter, feature, cache, depth=K, choose=choose).tokens
+    torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(seen), wanted, rtol=0, atol=1e-10)
+    assert torch.equal(tokens[0], drafter.to_target_ids(wanted.argmax(-1)))
+    assert cache.get_seq_length() == T
+
+
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
 @pytest.mark.parametrize(
-    "layout", ["specforge", "eagle31_old_names", "safeailab", "two_layers_both_names", "speculators", "nemo_mla"]
+    "layout",
+    [
+        *("specforge", "eagle31_old_names", "safeailab", "two_layers_both_names", "speculators", "nemo_mla"),
+        "peagle_flat_mask_and_pard_token",
+    ],
 )
 def test_every_kind_of_file_loads(layout, files, tmp_path):
     published, weights, _ = LAYOUTS[layout]
@@ -1245,7 +1359,7 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
     "flag_text": (state(norm_output="yes"), "norm_output"),
     # other kinds
     "speculators_other": (state(speculators_model_type="mtp"), "speculators checkpoint of another algorithm"),
-    "speculators_peagle": (state(speculators_model_type="peagle"), "a P-EAGLE drafter"),
+    "speculators_peagle": (state(speculators_model_type="peagle"), "a P-EAGLE drafter, but .* mask_hidden is missing"),
     "two_tables": (
         state(transformer_layer_config={"hidden_size": 3}),
         "hidden_size is 16 at the top and 3 in transformer",
@@ -1265,8 +1379,45 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
         lambda _c, w: (w.clear(), w.update({"parallel_draft_heads.0.medusa_layers.0.linear.weight": bf16(H, H)})),
         "Medusa-like parallel heads",
     ),
-    "peagle": (put(mask_hidden=bf16(1, 1, 3 * H)), "a P-EAGLE drafter"),
-    "peagle_by_name": (state(architectures=["PEagleDraftModel"]), "a P-EAGLE drafter"),
+    "peagle_without_a_token": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(architectures=["PEagleDraftModel"])),
+        "none of mask_token_id, pard_token and ptd_token_id",
+    ),
+    "peagle_without_a_mask": (
+        state(architectures=["PEagleDraftModel"], mask_token_id=3),
+        "a P-EAGLE drafter, but .* mask_hidden is missing",
+    ),
+    "peagle_two_tokens": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=3, pard_token=4)),
+        "mask_token_id is 3 and pard_token is 4",
+    ),
+    "peagle_token_outside": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=V)),
+        "mask_token_id must be a token of the target's vocabulary of 50, got 50",
+    ),
+    "peagle_narrow_mask": (
+        both(put(mask_hidden=bf16(1, 1, 2 * H)), state(mask_token_id=3)),
+        r"mask_hidden has shape \[1, 1, 32\], expected \[1, 1, 48\] or \[48\]",
+    ),
+    "peagle_denied": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=3, parallel_drafting=False)),
+        "parallel_drafting is False, but there is a tensor mask_hidden",
+    ),
+    "peagle_nan": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H) * float("nan")), state(mask_token_id=3)),
+        "mask_hidden holds NaN",
+    ),
+    "peagle_no_fc": (
+        both(
+            put(mask_hidden=bf16(1, 1, 3 * H), fc__weight=None),
+            state(mask_token_id=3, eagle_config={"use_aux_hidden_state": False}),
+        ),
+        "fc.weight, which reads mask_hidden, is missing",
+    ),
+    "peagle_of_nemo": (
+        both(put(mask_hidden=bf16(1, 1, 3 * H)), state(mask_token_id=3, architectures=["LlamaEagle3DraftModel"])),
+        "a P-EAGLE drafter of NeMo Automodel",
+    ),
     "nemo_twice": (put(model__norm__weight=bf16(H)), "are both norm.weight"),
     "mla_half": (
         put(midlayer__self_attn__kv_a_proj_with_mqa__weight=bf16(8, 2 * H)),
@@ -1406,7 +1557,7 @@ def test_our_own_layout_without_weights_is_the_hosts_error(tmp_path):
 
 FUZZED = [
     *("specforge", "sglang_layers_0", "safeailab", "two_layers_both_names", "speculators", "nemo", "mla_kimi"),
-    *("eagle31_four_states", "model_optimizer", "nested_vllm", "ours"),
+    *("eagle31_four_states", "model_optimizer", "nested_vllm", "peagle_speculators", "peagle_specforge", "ours"),
 ]
 WRONG_VALUES = {
     "intermediate_size": (41, 0, "40", 2.5, [40]),

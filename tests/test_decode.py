@@ -80,12 +80,18 @@ class BatchOracle(Eagle3DrafterModel):
             input_ids, position_ids = input_ids.gather(1, logits_to_keep), position_ids.gather(1, logits_to_keep)
         logits = torch.zeros_like(out.logits)
         to_draft = {token: i for i, token in enumerate(self.draft_to_target_ids.tolist())}
-        for b in range(len(input_ids)):
-            position = int(position_ids[b, -1])
-            draft_id = to_draft[self.follow.get((position + 1, int(input_ids[b, -1])), 0)]
-            if self.is_wrong[(position * 5 + b * 3) % 512]:
-                draft_id = (draft_id + 1) % len(to_draft)
-            logits[b, -1, draft_id] = 5.0
+        n = logits.shape[1]
+        for b, (ids, positions) in enumerate(
+            zip(input_ids[:, -n:].tolist(), position_ids[:, -n:].tolist(), strict=True)
+        ):
+            follower = 0
+            for k, (token, position) in enumerate(zip(ids, positions, strict=True)):
+                known = follower if k and self.config.is_parallel else token  # a mask says nothing
+                follower = self.follow.get((position + 1, known), 0)
+                draft_id = to_draft[follower]
+                if self.is_wrong[(position * 5 + b * 3) % 512]:
+                    draft_id = (draft_id + 1) % len(to_draft)
+                logits[b, k, draft_id] = 5.0
         return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
 
 
@@ -100,22 +106,24 @@ def pad(prompts: list[Tensor], side: str = "left") -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
 
 
-def make_oracle(target, outputs: Tensor, batch: dict[str, Tensor], *, wrong_share: float = 0.4) -> BatchOracle:
+def make_oracle(
+    target, outputs: Tensor, batch: dict[str, Tensor], *, wrong_share: float = 0.4, **overrides
+) -> BatchOracle:
     torch.manual_seed(2)
     T = batch["input_ids"].shape[1]
     texts = [
         [*ids[mask.bool()].tolist(), *row[T:].tolist()]
         for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], outputs, strict=True)
     ]
-    drafter = randomize(BatchOracle(drafter_config(draft_vocab_size=conftest.V))).bind(target)
+    drafter = randomize(BatchOracle(drafter_config(draft_vocab_size=conftest.V, **overrides))).bind(target)
     return drafter.tell(texts, wrong_share=wrong_share)
 
 
-def assert_same(target, batch, *, wrong_share=0.4, depth=3, **options):
+def assert_same(target, batch, *, wrong_share=0.4, depth=3, drafter_options=None, **options):
     """A batch with an oracle gives what it gives without. Both outputs."""
     options = {**GREEDY, "return_dict_in_generate": True, **options}
     plain = target.generate(**batch, **options)
-    oracle = make_oracle(target, plain.sequences, batch, wrong_share=wrong_share)
+    oracle = make_oracle(target, plain.sequences, batch, wrong_share=wrong_share, **(drafter_options or {}))
     out = target.generate(**batch, assistant_model=oracle, num_assistant_tokens=depth, **options)
     assert out.sequences.tolist() == plain.sequences.tolist()
     assert out.speculation.loop == "own decode loop"

@@ -187,7 +187,7 @@ def test_scores():
     ("family", "variant"),
     [
         *((family, "eagle31") for family in TARGETS),
-        *(("qwen3", variant) for variant in DRAFTERS if variant != "eagle31"),
+        *(("qwen3", variant) for variant in DRAFTERS if variant not in ("eagle31", "peagle")),
     ],
 )
 def test_every_target_and_variant_can_be_examined(family, variant, prompts):
@@ -199,6 +199,11 @@ def test_every_target_and_variant_can_be_examined(family, variant, prompts):
     assert ("layers" in traits) == drafter.config.use_aux_hidden_state
     assert ("embeddings" in traits) == drafter.config.has_own_embeddings
     assert all(len(score.accepted) == len(found.declared.accepted) for _, score in found.readings)
+
+
+def test_parallel_drafter_is_refused(target, prompts):
+    with pytest.raises(ValueError, match="mask_token_id=61: a P-EAGLE drafter cannot be examined"):
+        doctor(target, make_drafter(target, **DRAFTERS["peagle"]), prompts[:1])
 
 
 def test_too_little_text_is_said(trained, target, prompts):

@@ -60,6 +60,8 @@ CANNOT: dict[str, tuple[dict, set[str]]] = {
     "use_aux_hidden_state": ({"use_aux_hidden_state": False}, {"speculators"}),
     "hidden_act": ({"hidden_act": "gelu_pytorch_tanh"}, {"sglang", "vllm", "speculators"}),
     "norm_last_state": ({"norm_last_state": True, "aux_layer_ids": [2, 4, 8]}, {"sglang", "vllm", "speculators"}),
+    "mask_token_id": (DRAFTERS["peagle"], {"sglang"}),
+    "fc_norm": ({**DRAFTERS["peagle"], "fc_norm": True}, {"sglang", "speculators"}),
     "kv_lora_rank": (DRAFTERS["mla"], {"speculators"}),
     "q_lora_rank": ({**DRAFTERS["mla"], "q_lora_rank": None}, {"sglang", "speculators"}),
     "num_hidden_layers": ({**DRAFTERS["mla"], "num_hidden_layers": 2}, {"sglang", "speculators"}),
@@ -74,7 +76,8 @@ def test_there_and_back(case, engine, tmp_path):
     drafter = make_drafter(target, **overrides)
     folder = tmp_path / "out"
     if engine in cannot:
-        field = "kv_lora_rank" if engine == "speculators" and "kv_lora_rank" in overrides else case
+        field = "mask_token_id" if engine == "sglang" and "mask_token_id" in overrides else case
+        field = "kv_lora_rank" if engine == "speculators" and "kv_lora_rank" in overrides else field
         with pytest.raises(ValueError, match=rf"cannot serve this drafter.*{field}="):
             drafter.export(folder, to=engine, target=TARGET)
         assert not folder.exists()
@@ -97,6 +100,22 @@ def test_there_and_back(case, engine, tmp_path):
     a, b = drafter.config.to_dict(), again.config.to_dict()
     differing = {k for k in a.keys() | b.keys() if k not in skip and a.get(k) != b.get(k)}
     assert differing <= {"dtype", "rope_parameters", "aux_layer_ids_from_outputs", "transformers_version"}
+
+
+@pytest.mark.parametrize(("qk_norm", "architecture"), [(False, "PEagleDraftModel"), (True, "PeagleQwen3ForCausalLM")])
+def test_parallel_drafter_is_described_as_vllm_reads_it(qk_norm, architecture, tmp_path):
+    drafter = make_drafter(make_target("qwen3"), qk_norm=qk_norm, **DRAFTERS["peagle"])
+    exported = drafter.export(tmp_path / "vllm", to="vllm", target=TARGET)
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert (config["architectures"], config["pard_token"]) == ([architecture], 61)
+    assert load_file(tmp_path / "vllm" / "model.safetensors")["mask_hidden"].shape == (1, 1, 3 * 32)
+    assert json.loads(shlex.split(exported.command)[-1])["parallel_drafting"] is True
+
+    drafter.export(tmp_path / "speculators", to="speculators", target=TARGET)
+    config = json.loads((tmp_path / "speculators" / "config.json").read_text())
+    assert (config["speculators_model_type"], config["mask_token_id"]) == ("peagle", 61)
+    assert config["architectures"] == ["PEagleDraftModel"]
+    assert config["speculators_config"]["algorithm"] == "peagle"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

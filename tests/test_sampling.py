@@ -50,7 +50,7 @@ def assert_distributed_as(samples: Tensor, expected: Tensor, *, alpha: float = A
 
 
 @functools.cache
-def tiny_models() -> tuple[LlamaForCausalLM, Eagle3DrafterModel]:
+def tiny_models(*, is_parallel: bool = False) -> tuple[LlamaForCausalLM, Eagle3DrafterModel]:
     """A target of eight tokens, and a drafter that proposes five of them."""
     torch.manual_seed(5)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -58,9 +58,9 @@ def tiny_models() -> tuple[LlamaForCausalLM, Eagle3DrafterModel]:
     config = LlamaConfig(**sizes, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=None)
     target = LlamaForCausalLM(config).eval()
     target.generation_config.eos_token_id = None
-    drafter = Eagle3DrafterModel(
-        drafter_config(**sizes, num_hidden_layers=1, draft_vocab_size=5, num_aux_hidden_states=2, aux_layer_ids=[0, 1])
-    )
+    sizes |= {"num_hidden_layers": 1, "num_aux_hidden_states": 2, "aux_layer_ids": [0, 1]}
+    sizes |= {"mask_token_id": 2} if is_parallel else {}
+    drafter = Eagle3DrafterModel(drafter_config(**sizes, draft_vocab_size=5))
     return target, randomize(drafter).bind(target)
 
 
@@ -99,9 +99,9 @@ MAKE = {
 }
 
 
-def generate_rows(rows: int = 350, loop: str = "host", **law) -> Tensor:
+def generate_rows(rows: int = 350, loop: str = "host", is_parallel: bool = False, **law) -> Tensor:
     """[rows, 4] tokens sampled by whole calls: one of the prefill, the others from rounds of depth 2."""
-    target, drafter = tiny_models()
+    target, drafter = tiny_models(is_parallel=is_parallel)
     torch.manual_seed(11)
     options = {"top_k": 0, **law, "do_sample": True, "max_new_tokens": 4, "num_assistant_tokens": 2}
     options["decode_loop"] = loop
@@ -127,6 +127,29 @@ def test_generate_samples_the_targets_distribution(law, loop):
     if loop == "own_in_order":  # a processor that may look at the text is asked token by token
         options["logits_processor"] = LogitsProcessorList([Unchanged()])
     assert_generated_as(generate_rows(loop=loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
+
+
+@pytest.mark.parametrize("loop", ["host", "own", "own_in_order"])
+@pytest.mark.parametrize("law", ["plain", "all"])
+def test_a_parallel_draft_samples_the_targets_distribution(law, loop):
+    warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
+    options = {**LAWS[law], "is_parallel": True}
+    if loop == "own_in_order":
+        options["logits_processor"] = LogitsProcessorList([Unchanged()])
+    assert_generated_as(generate_rows(loop=loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
+
+
+def test_a_parallel_draft_is_drawn_from_what_it_is_told_to_be():
+    """Each token independently of the others: the law of a pair is the product."""
+    _, drafter = tiny_models(is_parallel=True)
+    N = 20000
+    logits = torch.randn(3, 5).expand(N, 3, 5)
+    draft = drafting.choose_at_once(drafter, logits, drafting.make_choose_sampled(make_to_probs([])))
+    assert draft.tokens.shape == (N, 3)
+    torch.testing.assert_close(draft.probs, logits.softmax(-1))
+    q = torch.zeros(3, TINY_V)
+    q[:, drafter.draft_to_target_ids] = draft.probs[0]
+    assert_distributed_as(draft.tokens, q[0][:, None, None] * q[1][:, None] * q[2])
 
 
 class Unchanged(LogitsProcessor):

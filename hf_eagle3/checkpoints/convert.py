@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
-from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent
+from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent, is_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def measure(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
         | measure_attention(published, stated, H)
         | measure_vocabulary(published, stated)
         | measure_fc(published, stated, H)
+        | measure_mask(published, stated)
     )
 
 
@@ -293,6 +294,33 @@ def measure_fc(published: Published, stated: Mapping[str, Any], H: int) -> dict[
             f"{file}: there are tensors of fc_norm and of norm_before_fc; a drafter has one of them."
         )
     return measured | {"target_hidden_size": Ht, "num_aux_hidden_states": A, "use_aux_hidden_state": True}
+
+
+def measure_mask(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a P-EAGLE drafter reads where the target has no states yet; nothing for any other drafter."""
+    file, tensors = published.file, published.tensors
+    if not is_parallel(published):
+        return {}
+    if "mask_hidden" not in tensors:
+        raise CheckpointError(f"{file}: this is a P-EAGLE drafter, but its tensor mask_hidden is missing.")
+    if published.config.get("parallel_drafting") is False:
+        raise CheckpointError(f"{file}: parallel_drafting is False, but there is a tensor mask_hidden.")
+    if stated.get("mask_token_id") is None:
+        raise CheckpointError(
+            f"{file}: this is a P-EAGLE drafter, but none of mask_token_id, pard_token and ptd_token_id says which token "
+            "it reads at positions to be drafted."
+        )
+    if "fc.weight" not in tensors:
+        raise CheckpointError(
+            f"{file}: this is a P-EAGLE drafter, but fc.weight, which reads mask_hidden, is missing."
+        )
+    shape, columns = tensors["mask_hidden"].shape, read_shape(published, "fc.weight", 2)[1]
+    if shape not in ((1, 1, columns), (columns,)):
+        raise CheckpointError(
+            f"{published.where('mask_hidden')} has shape {list(shape)}, expected [1, 1, {columns}] or [{columns}]: as wide "
+            "as the states that fc reads."
+        )
+    return {}
 
 
 def read_int(published: Published, fields: Mapping[str, Any], name: str) -> int:

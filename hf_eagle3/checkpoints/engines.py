@@ -43,6 +43,13 @@ REFUSALS = (
         (SGLANG, VLLM, SPECULATORS),
         "it captures the last layer before the final norm",
     ),
+    Refusal("mask_token_id", lambda c: c.is_parallel, (SGLANG,), "it has no parallel drafting (P-EAGLE)"),
+    Refusal(
+        "fc_norm",
+        lambda c: c.is_parallel and c.fc_norm,
+        (SPECULATORS,),
+        "vLLM does not read it from a P-EAGLE drafter's config in that layout",
+    ),
     Refusal("kv_lora_rank", lambda c: c.is_latent, (SPECULATORS,), "its layers are Llama's or Qwen3's, not MLA"),
     Refusal(
         "num_hidden_layers",
@@ -194,6 +201,10 @@ def make_native_config(
     """config.json as SGLang and vLLM read it, boundaries at the top for vLLM and SGLang's ids in `eagle_config`."""
     if config.is_latent:
         architecture, model_type = "Eagle3DeepseekV2ForCausalLM", "deepseek_v3"
+    elif config.is_parallel and config.qk_norm:
+        architecture, model_type = "PeagleQwen3ForCausalLM", "qwen3"
+    elif config.is_parallel:
+        architecture, model_type = "PEagleDraftModel", "llama"
     elif config.qk_norm:
         architecture, model_type = "Eagle3Qwen3ForCausalLM", "qwen3"
     else:
@@ -213,6 +224,8 @@ def make_native_config(
     out |= {name: True for name in ("fc_norm", "norm_output", "norm_before_residual") if getattr(config, name)}
     if config.norm_before_fc:
         out["norm_before_fc"] = nested["norm_before_fc"] = True
+    if config.is_parallel:
+        out["pard_token"] = config.mask_token_id
     if config.fc_bias:
         out["bias"] = True
     if boundaries is not None:
@@ -226,9 +239,11 @@ def make_speculators_config(
     config: Eagle3DrafterConfig, boundaries: list[int] | None, target: Target, depth: int
 ) -> dict[str, Any]:
     """config.json as speculators writes it: flags at the top, the layer in a table, no model_type."""
+    algorithm = "peagle" if config.is_parallel else "eagle3"
     return {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+        "architectures": ["PEagleDraftModel" if config.is_parallel else "Eagle3DraftModel"],
+        "speculators_model_type": algorithm,
+        **({"mask_token_id": config.mask_token_id} if config.is_parallel else {}),
         "draft_vocab_size": config.draft_vocab_size,
         **{
             name: getattr(config, name)
@@ -240,7 +255,7 @@ def make_speculators_config(
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "transformer_layer_config": make_layer_config(config, model_type="qwen3" if config.qk_norm else "llama"),
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": depth}],
             "verifier": {"name_or_path": target.name, "architectures": target.architectures or []},

@@ -268,6 +268,8 @@ def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target:
         )
     if engine == VLLM:
         speculation = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": depth}
+        if config.is_parallel:
+            speculation["parallel_drafting"] = True
         return f"vllm serve {name} --speculative-config '{json.dumps(speculation)}'"
     if engine == SPECULATORS:
         return f"vllm serve {folder}"

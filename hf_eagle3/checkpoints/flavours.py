@@ -104,6 +104,10 @@ EAGLE3_KEYS: Mapping[str, str] = {
     "eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
     "eagle_config.eagle_aux_hidden_state_layer_ids": "aux_layer_ids",
 }
+PARALLEL_KEYS: Mapping[str, str] = {
+    **EAGLE3_KEYS,
+    **dict.fromkeys(("mask_token_id", "pard_token", "ptd_token_id"), "mask_token_id"),
+}
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 LATENT_KEYS: Mapping[str, str] = {
     **{key: ours for key, ours in EAGLE3_KEYS.items() if key not in ("num_key_value_heads", "head_dim")},
@@ -120,6 +124,16 @@ CLONE_KEYS = {"model_type": "target_model_type", "hidden_activation": "hidden_ac
 def is_latent(published: Published) -> bool:
     """Whether the first layer has multi-head latent attention."""
     return "layers.0.self_attn.kv_a_proj_with_mqa.weight" in published.tensors
+
+
+def is_parallel(published: Published) -> bool:
+    """Whether anything says P-EAGLE."""
+    return (
+        "mask_hidden" in published.tensors
+        or bool(published.config.get("parallel_drafting"))
+        or "peagle" in published.architectures
+        or published.config.get("speculators_model_type") == "peagle"
+    )
 
 
 def is_nemo(published: Published) -> bool:
@@ -140,10 +154,21 @@ def is_eagle31(published: Published) -> bool:
 # The first that matches. A drafter of no known producer that is spelt like SGLang's is read like SGLang's.
 FLAVOURS = (
     Flavour(
+        name="P-EAGLE, speculators",
+        matches=lambda published: published.config.get("speculators_model_type") == "peagle",
+        config_keys=PARALLEL_KEYS,
+        defaults={"norm_before_residual": False},  # as vLLM reads it
+    ),
+    Flavour(
         name="speculators",
         matches=lambda published: "speculators_model_type" in published.config,
         config_keys=EAGLE3_KEYS,
         defaults={"norm_before_residual": True},  # as vLLM reads it; the trainer writes the key
+    ),
+    Flavour(
+        name="P-EAGLE, as SpecForge and vLLM write it",
+        matches=is_parallel,
+        config_keys=PARALLEL_KEYS,
     ),
     Flavour(
         name="NeMo Automodel, MLA",
@@ -222,11 +247,9 @@ OTHERS: Mapping[str, Callable[[Published], bool]] = {
     "a drafter with Medusa-like parallel heads": lambda p: any(
         n.startswith("parallel_draft_heads.") for n in p.tensors
     ),
-    "a P-EAGLE drafter, which is not supported yet": lambda p: (
-        "mask_hidden" in p.tensors
-        or bool(p.config.get("parallel_drafting"))
-        or "peagle" in p.architectures
-        or p.config.get("speculators_model_type") == "peagle"
+    "a P-EAGLE drafter of NeMo Automodel, whose layout is not known": lambda p: is_parallel(p) and is_nemo(p),
+    "a P-EAGLE drafter with multi-head latent attention, which no engine knows": lambda p: (
+        is_parallel(p) and is_latent(p)
     ),
     "a drafter for Kimi-K3, whose gated attention no engine knows": lambda p: p.has_tensor("self_attn.g_proj.weight"),
     "a multi-token-prediction (MTP, NextN) layer": lambda p: p.has_tensor("eh_proj.weight", "enorm.weight"),
@@ -257,7 +280,6 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "parallel_drafting": (False, None),
     "eagle_config.use_last_layernorm": (True, None),
     "eagle_config.use_input_layernorm_in_first_layer": (True, None),
     "eagle_config.use_mtp_layernorm": (False, None),
@@ -272,7 +294,7 @@ READ_ELSEWHERE = frozenset(
     {
         *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types"),
         *("tie_word_embeddings", "quantization_config", "compression_config", "architectures"),
-        *("speculators_model_type", "speculators_config"),
+        *("speculators_model_type", "speculators_config", "parallel_drafting"),
     }
 )
 

@@ -91,6 +91,11 @@ class Eagle3Trainer(Trainer):
         if target_model is None:
             raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
         args = Eagle3TrainingArguments() if args is None else args
+        if model is not None and model.config.is_parallel:
+            raise ValueError(
+                f"mask_token_id={model.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
+                "trained here."
+            )
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
                 f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "

@@ -1,4 +1,4 @@
-"""Configuration of an EAGLE-3 or EAGLE-3.1 drafter.
+"""Configuration of an EAGLE-3, EAGLE-3.1 or P-EAGLE drafter.
 
 Copied into every published drafter and run from there with `trust_remote_code=True`: it imports nothing but
 Transformers, huggingface_hub and its siblings.
@@ -69,6 +69,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         norm_before_residual (`bool`): The first layer's residual is the normed hidden state.
         norm_output (`bool`): Feed the normed output to the next draft step (EAGLE-3.1) instead of the un-normed one.
         qk_norm (`bool`): Norms over each query and key head.
+        mask_token_id (`int`, *optional*): Makes it a P-EAGLE drafter: all draft tokens come from one forward, in which
+            every position behind the last real one reads this token and the learned state `mask_hidden`.
         kv_lora_rank (`int`, *optional*): Width of the keys' and values' latent. Given, the layers have multi-head latent
             attention (MLA) instead of Llama's; `head_dim` then is the width of a head's rotated part,
             `qk_nope_head_dim` that of its other part, `v_head_dim` that of its values, and `num_key_value_heads` equals
@@ -109,6 +111,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
     norm_before_residual: bool = False
     norm_output: bool = False
     qk_norm: bool = False
+    mask_token_id: int | None = None
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -188,6 +191,8 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             )
         if self.is_latent:
             self._validate_latent()
+        if self.mask_token_id is not None:
+            self._validate_parallel(self.mask_token_id)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
         if not 0 < self.rms_norm_eps < 1:
@@ -252,6 +257,21 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             )
         if self.qk_norm or self.attention_bias:
             raise ValueError("No drafter has multi-head latent attention with qk_norm or attention_bias.")
+
+    def _validate_parallel(self, mask_token_id: int):
+        if not 0 <= mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id must be a token of the target's vocabulary of {self.vocab_size}, got {mask_token_id}."
+            )
+        if self.is_latent or not self.use_aux_hidden_state:
+            raise ValueError(
+                "No P-EAGLE drafter (mask_token_id) has multi-head latent attention or use_aux_hidden_state=False."
+            )
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether all draft tokens come from one forward (P-EAGLE)."""
+        return self.mask_token_id is not None
 
     @property
     def is_latent(self) -> bool:
