@@ -22,7 +22,7 @@ from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
 from .features import StateRecorder
 from .prefill import LONG_PROMPT, Prompt
-from .rows import RowCache, make_masks, to_bucket
+from .rows import RowCache, make_masks
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
 from .stopping import raise_if_nan
@@ -80,7 +80,8 @@ def prepare(
     B, M, width = prompt.states.shape
     first = prompt.lengths - prompt.num_states  # [B]
     if cache is None:
-        cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M))
+        # As long as the target's, since a row that is done may run on to the end of that.
+        cache = RowCache(drafter.config.num_hidden_layers, prompt.cache.capacity)
     at_once = 1 if M >= LONG_PROMPT else B
     for start in range(0, B if M > 1 and depth else 0, at_once):
         # Behind a row's last state but one comes junk, which later writes cover.

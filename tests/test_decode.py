@@ -211,6 +211,16 @@ def test_simulated_acceptance_is_as_long_as_asked(target, length):
     assert all(abs(row.acceptance_length - length) < 0.4 for row in out.speculation.rows)
 
 
+def test_rows_that_are_done_run_on_inside_the_caches(target):
+    """One row ends at once and stays, for the cache; its drafts are all kept, those of the other all refused."""
+    batch = pad(prompts_of(40, 2))
+    plain = target.generate(**batch, max_new_tokens=100, **GREEDY)
+    eos = next(t for t in plain[0, 40:44].tolist() if t not in plain[1, 40:].tolist())
+    plain, out = assert_same(target, batch, max_new_tokens=100, eos_token_id=[eos], wrong_share=1.0, depth=5)
+    assert [row.num_tokens < 5 for row in out.speculation.rows] == [True, False]
+    assert out[CACHE_NAME].get_seq_length() == plain[CACHE_NAME].get_seq_length()
+
+
 def test_cache_grows_beyond_its_first_bucket(target):
     assert_same(target, pad(prompts_of(50, 60)), wrong_share=0.2, max_new_tokens=120)
 
