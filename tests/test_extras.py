@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import V, make_drafter, make_prompt, make_target
 from test_decode import assert_same, pad, prompts_of
-from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, TorchAoConfig
+from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, TorchAoConfig
 
 from hf_eagle3.choice import ASKED
 
@@ -120,3 +120,24 @@ def test_quantised_target_in_either_loop(tmp_path_factory, loop):
     plain = target.generate(make_prompt(9), max_new_tokens=20, do_sample=False)
     options = {"max_new_tokens": 20, "do_sample": False, "decode_loop": loop}
     assert target.generate(make_prompt(9), assistant_model=make_drafter(target), **options).tolist() == plain.tolist()
+
+
+# ---- quantised drafters ----
+
+
+@needs_torchao
+@pytest.mark.parametrize("overrides", [{}, {"has_own_embeddings": True}], ids=["borrowing", "own"])
+def test_drafter_takes_a_quantization_config(target, overrides, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    drafter = make_drafter(target, **overrides)
+    drafter.save_pretrained(tmp_path)
+    small = AutoModel.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    weight = small.layers[0].mlp.up_proj.weight
+    assert type(weight).__name__ != "Parameter"
+    assert_near = torch.testing.assert_close
+    assert_near(weight.dequantize(), drafter.layers[0].mlp.up_proj.weight.detach(), rtol=0.02, atol=0.02)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for batch in (pad(prompts_of(7)), pad(prompts_of(9, 4))):
+        plain = target.generate(**batch, **options)
+        assert target.generate(**batch, assistant_model=small, **options).tolist() == plain.tolist()

@@ -264,6 +264,14 @@ class Eagle3DrafterModel(PreTrainedModel):
 
     # ---- the network ----
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The drafter's own; None if it borrows the target's. Quantisation and adapters of the host ask."""
+        return getattr(self, "embed_tokens", None)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The drafter's own head, over the draft vocabulary; None if it borrows the target's."""
+        return getattr(self, "lm_head", None)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings [B, T, H] of `input_ids` [B, T], unscaled: the first layer norms them."""
         weight = self._weight("embed_tokens")
