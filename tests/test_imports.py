@@ -1,6 +1,7 @@
 """Who may import whom, and what an import may cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,8 @@ def test_network_imports_nothing_of_ours():
             }
 
 
-def test_import_is_silent_and_leaves_training_out():
-    code = "import sys, hf_eagle3; print(sorted(m for m in sys.modules if 'training' in m and 'hf_eagle3' in m))"
+def run_python(code):
+    """What a fresh process prints, and what it says to stderr: lines, without the numbers in them."""
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:hf_eagle3", "-c", code],
         capture_output=True,
@@ -107,8 +108,16 @@ def test_import_is_silent_and_leaves_training_out():
         cwd=PACKAGE.parent,
         check=True,
     )
-    assert done.stdout == "[]\n"
-    assert done.stderr == ""
+    return done.stdout, {re.sub(r"\d+", "0", line) for line in done.stderr.splitlines()}
+
+
+def test_import_is_silent_and_leaves_training_out():
+    code = "import sys, hf_eagle3; print(sorted(m for m in sys.modules if 'training' in m and 'hf_eagle3' in m))"
+    printed, said = run_python(code)
+    assert printed == "[]\n"
+    # The host loads some packages if they are there, which may talk.
+    _, said_by_host = run_python("import transformers.generation.utils, transformers.modeling_utils")
+    assert said <= said_by_host
 
 
 def test_public_names_are_there():
