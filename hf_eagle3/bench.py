@@ -1,7 +1,7 @@
 """What a drafter brings, measured: stock `generate`, our loop without drafting, and our loop with it, in one process.
 
-The protocol: fixed prompts, equal output asserted first, a warm-up of each kind, then all kinds in turn in each repeat;
-medians and spread. Speed of prompts made up of random tokens is that of decoding alone: the difference of two lengths,
+The protocol: fixed prompts; a warm-up of each kind, in which rows whose text is that of stock `generate` are counted (in
+16 bits, ties differ); then all kinds in turn in each repeat; medians and spread. Speed of prompts made up of random tokens is that of decoding alone: the difference of two lengths,
 so that the prompt's forward cancels. Speed of real prompts is new tokens over wall time.
 """
 
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from . import __version__
-from .graphs import release_graphs
+from .graphs import release_graphs, synchronize
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation
 
@@ -174,7 +174,7 @@ def run(
 ) -> Call:
     """Generate once, and wait for all of it."""
     assistant = {} if drafter is None else {"assistant_model": drafter}
-    synchronize(target.device)
+    synchronize()
     start = time.perf_counter()
     out = target.generate(
         **prompts.inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **assistant, **options
@@ -185,12 +185,6 @@ def run(
     ends = set(eos if isinstance(eos, (list, tuple)) else [eos]) - {None}
     rows = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in new]
     return Call(seconds, rows, getattr(out, "speculation", None))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(

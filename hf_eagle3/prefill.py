@@ -50,6 +50,12 @@ def read_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     return torch.ones(len(input_ids), S, dtype=torch.bool, device=input_ids.device)
 
 
+def real_first(mask: Tensor) -> Tensor:
+    """[B, P] int64: the real columns of a mask [B, S] in their order, then pads; P real ones in the fullest row."""
+    P = int(mask.sum(-1).max())
+    return mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]
+
+
 def pads_to_the_left(mask: Tensor, past: int) -> Tensor:
     """[B, S] int64: the columns in an order that puts pads first, among new ones."""
     new = mask[:, past:].long().sort(dim=-1, stable=True).indices + past
@@ -104,8 +110,8 @@ def prefill_by_rows(
     """As `prefill`, one long prompt after the other: without pads no [T, S] mask is made, and less lives at once."""
     B, _ = mask.shape
     lengths = mask.sum(-1)  # [B]
-    P = int(lengths.max())
-    columns = mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]  # [B, P]
+    columns = real_first(mask)  # [B, P]
+    P = columns.shape[1]
     tokens = input_ids.gather(1, columns)  # [B, P]
     places = torch.arange(P, device=input_ids.device)[None]  # [1, P]
     logits, states = [], None
@@ -167,9 +173,7 @@ def prefill(
     states = recorder.take(device)  # [B, N, A*Ht]
 
     lengths = mask.sum(-1)  # [B]
-    P = int(lengths.max())
-    # Real columns first, in their order.
-    columns = mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]  # [B, P]
+    columns = real_first(mask)  # [B, P]
     position_ids = model_kwargs["position_ids"][..., -1:].to(mask.device)  # [..., B or 1, 1]
     shift = position_ids.expand(*position_ids.shape[:-2], B, 1) - (lengths - 1)[:, None]
 
@@ -177,7 +181,7 @@ def prefill(
     num_ids = min(max(input_ids.shape[1], 1), states.shape[1])
     new = mask[:, S - num_ids :]  # [B, num_ids]
     num_states = new.sum(-1)  # [B]
-    order = new.long().sort(dim=-1, descending=True, stable=True).indices[:, : int(num_states.max())]  # [B, M]
+    order = real_first(new)  # [B, M]
     tokens = torch.zeros_like(order) if not input_ids.shape[1] else input_ids[:, -num_ids:].gather(1, order)
     index = order.to(device)[..., None].expand(-1, -1, states.shape[-1])
     cache.from_host(host_cache, columns, move=move)
