@@ -21,7 +21,7 @@ class Walk(NamedTuple):
 
 
 def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
-    """Decode one row without running a model: from slot i, a round of m matches goes on at slot i + m + 1.
+    """Decode one document without running a model: from slot i, a round of m matches goes on at slot i + m + 1.
 
     Exact when the text is what the target generates greedily. The first token of a turn comes from the prompt's own
     forward, so no round is counted for it.

@@ -1,38 +1,126 @@
-"""Losses of one draft step, unreduced."""
+"""Losses of draft steps, unreduced, each with its gradient in closed form.
+
+Letters: `p` the target's probabilities, `q` the drafter's, both of one step of one slot; `alpha` = sum of min(p, q) over
+the draft vocabulary = the chance that speculative sampling accepts (arXiv:2302.01318). `p` has the partition function
+of the target's whole vocabulary where a loss speaks of acceptance, and is renormed over the draft vocabulary where it
+speaks of a divergence. A new loss is a function and a row of `LOSSES`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+TINY = 1e-30  # what a probability is kept above before its logarithm is taken
 
-def soft_cross_entropy(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
-    """Cross-entropy of the draft distribution against the target's, both over the draft vocabulary (arXiv:2503.01840).
 
-    Its gradient, draft minus target probabilities, is that of the forward KL divergence: the two differ by the
-    target's entropy.
+class Lesson(NamedTuple):
+    """What the target says to steps 0 .. k-1 of C slots."""
 
-    Args:
-        draft_logits: [M, V_d].
-        target_probs: [M, V_d] float32, each row summing to one: the target's softmax *after* restriction to the draft
-            vocabulary.
+    log_p: Tensor  # [k, C, V_d] float32, of the draft vocabulary, normed over the whole one
+    best: Tensor  # [k, C] int64, draft id of the target's argmax; -1 where the drafter cannot propose it
+    live: Tensor  # [k, C] bool, whether slot and step train
+    mean_alpha: Tensor  # [k] float32, mean alpha by step as of the last update; 0 before the first
 
-    Returns:
-        [M] float32, in nats.
+
+# Draft logits [k, C, V_d] float32 and the lesson -> losses [k, C] and their gradients [k, C, V_d]. Where `live` is
+# false both are ignored, and may be anything finite.
+LossFunction = Callable[[Tensor, Lesson], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One way to teach."""
+
+    function: LossFunction
+    weighs_steps: bool = False  # the loss itself says how much a step counts; `ttt_decay` then does not
+
+
+def forward_kl(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """KL(p || q), p renormed, where the target's argmax can be proposed; 0 elsewhere (arXiv:2503.01840).
+
+    Elsewhere no greedy draft can be accepted, and the renormed target is mostly noise. Gradient: q - p.
     """
-    return _SoftCrossEntropy.apply(draft_logits, target_probs)
+    log_p = lesson.log_p.log_softmax(-1)
+    log_q = logits.log_softmax(-1)
+    p, counts = log_p.exp(), (lesson.best >= 0)[..., None]
+    loss = (p * (log_p - log_q)).sum(-1, keepdim=True)
+    return (loss * counts)[..., 0], (log_q.exp() - p) * counts
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Autograd of the definition keeps four [M, V_d] tensors a step; the closed form needs two."""
+def cross_entropy(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """-log q of the target's argmax, where it can be proposed; 0 elsewhere. Gradient: q - onehot."""
+    counts, best = (lesson.best >= 0)[..., None], lesson.best.clamp_min(0)[..., None]
+    log_q = logits.log_softmax(-1)
+    loss = -log_q.gather(-1, best)
+    grad = log_q.exp().scatter_add(-1, best, -torch.ones_like(loss))
+    return (loss * counts)[..., 0], grad * counts
 
-    @staticmethod
-    def forward(ctx, draft_logits: Tensor, target_probs: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        log_q = draft_logits.log_softmax(-1, dtype=target_probs.dtype)
-        ctx.save_for_backward(log_q, target_probs)
-        ctx.dtype = draft_logits.dtype
-        with torch.autocast(draft_logits.device.type, enabled=False):  # which would round it to half precision
-            return -torch.linalg.vecdot(target_probs, log_q)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        log_q, target_probs = ctx.saved_tensors
-        return log_q.exp().sub_(target_probs).mul_(grad[:, None]).to(ctx.dtype), None
+def total_variation(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """1 - alpha. Its gradient fades where q is far from p: for going on from a drafter that is trained already."""
+    alpha, grad = _alpha(logits, lesson)
+    return 1 - alpha, -grad
+
+
+def negative_log_acceptance(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """-log alpha, LK-alpha (arXiv:2602.23881): a gradient that does not fade where alpha is small."""
+    alpha, grad = _alpha(logits, lesson)
+    alpha = alpha.clamp_min(TINY)
+    return -alpha.log(), -grad / alpha[..., None]
+
+
+def hybrid_acceptance(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """W KL(p || q) + (1 - w)(1 - alpha), w = exp(-3 mean alpha of the step), LK-lambda (arXiv:2602.23881).
+
+    Divergence first, acceptance once there is some. The mean is of the last update, so that it is the same for all
+    micro-batches and processes.
+    """
+    weight = (-3 * lesson.mean_alpha).exp()[:, None]  # [k, 1]
+    kl, kl_grad = forward_kl(logits, lesson)
+    tv, tv_grad = total_variation(logits, lesson)
+    return weight * kl + (1 - weight) * tv, weight[..., None] * kl_grad + (1 - weight[..., None]) * tv_grad
+
+
+def expected_acceptance(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """-log E at step 0 of a slot, E = sum over j of alpha_0 .. alpha_j: the draft tokens that a round accepts.
+
+    dE/dalpha_t = C_t R_t with C_t the product of the alphas before t, and R_t = 1 + the sum over j > t of the products
+    of alpha_{t+1} .. alpha_j: steps weigh by how likely they are reached and what follows from them. Of one step it is
+    `negative_log_acceptance`. Along the data, alphas of later steps are those of the target's own text.
+    """
+    alpha, grad = _alpha(logits, lesson)
+    alpha = alpha * lesson.live  # no step beyond the turn
+    reached = torch.ones_like(alpha[0])
+    before = []  # C_t
+    for a in alpha:
+        before.append(reached)
+        reached = reached * a
+    after, rest = [], torch.zeros_like(alpha[0])  # R_t, from the last step on
+    for a in reversed(alpha.unbind()):
+        after.append(1 + rest)
+        rest = a * (1 + rest)
+    expected = rest.clamp_min(TINY)  # [C]
+    weights = torch.stack(before) * torch.stack(after[::-1]) / expected  # [k, C]
+    loss = torch.zeros_like(alpha)
+    loss[0] = -expected.log()
+    return loss, -weights[..., None] * grad
+
+
+def _alpha(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """Alpha [k, C], and its gradient with respect to the logits: q (1[q < p] - sum of q where q < p)."""
+    q, p = logits.softmax(-1), lesson.log_p.exp()
+    below = q * (q < p)  # [k, C, V_d]
+    return torch.minimum(p, q).sum(-1), below - q * below.sum(-1, keepdim=True)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "forward_kl": Loss(forward_kl),
+    "cross_entropy": Loss(cross_entropy),
+    "total_variation": Loss(total_variation),
+    "lk_alpha": Loss(negative_log_acceptance),
+    "lk_hybrid": Loss(hybrid_acceptance),
+    "expected_acceptance": Loss(expected_acceptance, weighs_steps=True),
+}

@@ -1,6 +1,6 @@
 """`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from ..checkpoints.card import write_card
 from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
-from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, collate, count_supervised_tokens
+from .batch import Batch, Collator
+from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, count_supervised_tokens
+from .losses import LOSSES
 from .new import new_drafter
-from .ttt import StepSums, live_slots, teach, ttt
+from .states import OnlineStates, StateSource
+from .target_head import DraftVocabulary
+from .ttt import Lessons, StepSums, ttt
 
 # What the host's Trainer writes into the configs of the model it trains.
 HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -30,6 +34,7 @@ class Eagle3TrainingArguments(TrainingArguments):
     """The host's training arguments, and what TTT adds. Changed defaults: learning rate, schedule, clipping, betas."""
 
     ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
+    loss_type: str = field(default="forward_kl", metadata={"help": f"How a step is taught: {', '.join(LOSSES)}."})
     ttt_decay: float = field(default=0.8, metadata={"help": "Step t weighs ttt_decay to the power t in the loss."})
     draft_vocab_size: int = field(
         default=32000, metadata={"help": "Tokens a new drafter can propose; ignored when a drafter is given."}
@@ -129,7 +134,9 @@ class Eagle3Trainer(Trainer):
         model.bind(target_model)
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
         self._target = (target_model,)
-        self._train_sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._source: StateSource = OnlineStates(target_model, model.bound_aux_layer_ids or ())
+        self._vocabulary = DraftVocabulary(model.draft_to_target_ids.to(args.device), model.config.vocab_size)
+        self._train_sums: list[tuple[Tensor, ...]] = []
         own_configs = KeepOwnConfigs(model)
         super().__init__(
             model=model,
@@ -137,7 +144,9 @@ class Eagle3Trainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
-            data_collator=collate,
+            data_collator=Collator(
+                max(args.ttt_steps, args.eval_depth), every_slot=model.config.num_hidden_layers > 1
+            ),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
@@ -163,12 +172,17 @@ class Eagle3Trainer(Trainer):
         """The frozen target."""
         return self._target[0]
 
-    def _run(self, model: torch.nn.Module, inputs: dict[str, Tensor], steps: int) -> StepSums:
-        lesson = teach(self.target_model, self.model, inputs)
-        # accelerate's wrapper covers `forward` alone; the head and the loss run here, under the same autocast.
+    def _run(self, model: torch.nn.Module, inputs: Batch, scale: Tensor) -> tuple[Tensor, StepSums]:
+        """The loss of `inputs` and its sums, with `scale` [k] on the loss of each step."""
+        states = self._source.states(inputs)
         drafter = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        with self.accelerator.autocast():
-            return ttt(drafter, inputs, lesson, steps)
+        lessons = Lessons(LOSSES[self.args.loss_type], scale, torch.zeros_like(scale))
+
+        def forward() -> tuple[Tensor, StepSums]:
+            with self.accelerator.autocast():
+                return ttt(drafter, inputs, states, self._source.head, self._vocabulary, lessons)
+
+        return call_as_forward(model, drafter, forward)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
         """Batches of `eval_dataset`, whose rows may be as they are given to the constructor."""
@@ -178,25 +192,31 @@ class Eagle3Trainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """[k] supervised slots of each step, over all batches of one update."""
-        counts = [live_slots(batch["loss_mask"], self.args.ttt_steps).flatten(1).sum(1) for batch in batch_samples]
+        """[k] slots that train at each step, over all batches of one update."""
+        steps = torch.arange(self.args.ttt_steps)[:, None]
+        counts = [(batch["depth"].cpu() > steps).sum(1) for batch in batch_samples]
         return torch.stack(counts).sum(0).to(device)
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StepSums]:
         """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update."""
-        sums = self._run(model, inputs, self.args.ttt_steps)
-        counts = sums.num_live if num_items_in_batch is None else num_items_in_batch.to(sums.loss.device)  # [k]
-        weights = self.args.ttt_decay ** torch.arange(len(counts), device=sums.loss.device)  # [k]
-        loss = (weights * sums.loss / counts.clamp_min(1)).sum()
+        counts = (
+            self._get_num_items_in_batch([inputs], self.args.device)
+            if num_items_in_batch is None
+            else num_items_in_batch
+        )
+        loss, sums = self._run(model, inputs, self._step_weights(counts) / counts.clamp_min(1))
         if model.training:
-            self._train_sums.append((sums.loss.detach(), sums.correct, sums.num_live))
+            self._train_sums.append((sums.loss, sums.correct, sums.num_live))
         return (loss, sums) if return_outputs else loss
+
+    def _step_weights(self, counts: Tensor) -> Tensor:
+        return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device)  # [k]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's loss and accuracy since the last training log."""
@@ -219,15 +239,14 @@ class Eagle3Trainer(Trainer):
         del prediction_loss_only, ignore_keys
         self.model.eval()
         steps, depth = max(self.args.ttt_steps, self.args.eval_depth), self.args.eval_depth
+        scale = torch.ones(steps, device=self.args.device)
         sums, walked, num_rows = [], Walk(0, np.zeros(depth, dtype=np.int64)), 0
         for inputs in tqdm(dataloader, desc=description, disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
-            batch = self._run(self.model, inputs, steps)
+            _, batch = self._run(self.model, inputs, scale)
             sums.append((batch.loss, batch.correct, batch.num_live))
-            hits, masks = batch.hits[:depth].cpu().numpy(), inputs["loss_mask"].cpu().numpy()
-            for row, mask in enumerate(masks):
-                walked += walk(hits[:, row], mask)
-            num_rows += len(masks)
+            walked += walk_batch(batch.hits[:depth], inputs)
+            num_rows += len(inputs["lengths"])
         loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
         weights = self.args.ttt_decay ** torch.arange(self.args.ttt_steps, device=loss.device)
         k = self.args.ttt_steps
@@ -292,6 +311,28 @@ class KeepOwnConfigs(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:  # the host's arguments
         """The host has just written the tokenizer's special tokens."""
         self.restore()
+
+
+def call_as_forward(model: torch.nn.Module, drafter: torch.nn.Module, function: Callable[[], Any]) -> Any:
+    """Run `function` as the forward of `drafter`, through all that wraps it: gradients are synchronised there."""
+    drafter.forward = function
+    try:
+        return model()
+    finally:
+        del drafter.forward
+
+
+def walk_batch(hits: Tensor, batch: Batch) -> Walk:
+    """`walk` over each document of a batch; `hits` [K, L] as in `StepSums`."""
+    rows, trained = batch["rows"].cpu(), batch["trained"]
+    mask = batch["loss_mask"].cpu().numpy()
+    whole = np.zeros((len(hits), len(mask)), dtype=bool)
+    whole[:, (rows if trained is None else rows[trained.cpu()]).numpy()] = hits.cpu().numpy()
+    total, start = Walk(0, np.zeros(len(hits), dtype=np.int64)), 0
+    for length in batch["lengths"]:
+        total += walk(whole[:, start : start + length], mask[start : start + length])
+        start += length
+    return total
 
 
 def _tokenize(
