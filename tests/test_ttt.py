@@ -1,15 +1,30 @@
 """TTT against a literal simulation of serving, and the supervision table."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.training import ttt as ttt_module
 from hf_eagle3.training.acceptance import walk
-from hf_eagle3.training.data import collate
-from hf_eagle3.training.losses import soft_cross_entropy
-from hf_eagle3.training.ttt import Lesson, teach, ttt
+from hf_eagle3.training.batch import Collator, live_steps
+from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.states import OnlineStates, States, group_by_length
+from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
+from hf_eagle3.training.ttt import Lessons, ttt, unroll_rows
 from hf_eagle3.unroll import live_slots, shift, unroll
 
 V, V_D, K = 60, 32, 4
@@ -49,20 +64,49 @@ def target():
     return LlamaForCausalLM(config).double().eval()
 
 
-def make(target, attn="sdpa", **variant):
+def make(target, attn="sdpa", noise=0.3, **variant):
     torch.manual_seed(1)
     drafter = Eagle3DrafterModel(Eagle3DrafterConfig(**{**BASE, **variant})).double()
     drafter.set_attn_implementation(attn)
     assert drafter.config._attn_implementation == attn
     with torch.no_grad():
         for p in drafter.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    drafter.set_draft_to_target_ids(torch.arange(V_D) * 2 - torch.arange(V_D) // 8)
+            p.add_(noise * torch.randn_like(p))
+    ids = torch.arange(drafter.config.draft_vocab_size)
+    drafter.set_draft_to_target_ids(ids * 2 - ids // 8)
     return drafter.bind(target).eval()
 
 
-def batch_of(*rows):
+def batch_of(*rows, steps=K, every_slot=False):
+    """A flat batch of (input_ids, loss_mask)."""
+    collate = Collator(steps, every_slot)
     return collate([{"input_ids": np.array(ids), "loss_mask": np.array(mask)} for ids, mask in rows])
+
+
+def several_rows(seed=0):
+    """A short row, one of two turns, one that ends in the user's turn, one with nothing to train."""
+    rng = np.random.default_rng(seed)
+    masks = [
+        [0] * 3 + [1] * 6,
+        [0] * 2 + [1] * 5 + [0] * 3 + [1] * 7,
+        [0] * 4 + [1] * 4 + [0] * 5,
+        [0] * 5 + [1] * 1 + [0],
+        [0] + [1] * 12,
+    ]
+    return [(rng.integers(0, V, len(mask)), mask) for mask in masks]
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """The host computes RMSNorm in float32, whatever comes in; here in what comes in, so that float64 means it."""
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(
+            x.dtype
+        )
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -129,78 +173,337 @@ def test_shift():
     assert shift(x, 5).tolist() == [[0, 0, 0]]
 
 
-def test_teacher_is_the_target_restricted_to_the_draft_vocabulary(target):
-    drafter = make(target)
-    batch = batch_of((list(range(10, 20)), [0] * 4 + [1] * 6), (list(range(30, 36)), [0] * 3 + [1] * 3))
-    lesson = teach(target, drafter, batch)
+def test_the_slots_that_train():
+    """As above, counted by slot; a document ends where it ends, whatever follows."""
+    mask = np.array([0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1], dtype=bool)
+    assert live_steps(mask, [11, 2], 3).tolist() == [0, 3, 2, 1, 0, 0, 0, 2, 1, 0, 0, 0, 0]
+    batch = batch_of(*several_rows(), steps=3)
+    starts = np.cumsum([0, *batch["lengths"][:-1]])
+    ours = {(int(slot), t) for slot, n in zip(batch["rows"], batch["depth"], strict=True) for t in range(int(n))}
+    theirs = set()
+    for start, (_, mask) in zip(starts, several_rows(), strict=True):
+        live = live_slots(torch.tensor([mask], dtype=torch.bool), 3)[:, 0]
+        theirs |= {(int(start + i), int(t)) for t, i in live.nonzero()}
+    assert ours == theirs
+
+
+def twin(drafter, batch, aux, steps):
+    """[k, R, H]: what the eager twin says of the same slots, document by document."""
+    outs, start = [], 0
+    for length in batch["lengths"]:
+        ids = batch["input_ids"][None, start : start + length]
+        outs.append(torch.cat(list(unroll(drafter, ids, aux[None, start : start + length], steps))))  # [k, T, H]
+        start += length
+    return torch.cat(outs, dim=1)[:, batch["rows"]]
+
+
+def live_of(batch, steps):
+    return batch["depth"] > torch.arange(steps)[:, None]
+
+
+@pytest.mark.parametrize("every_slot", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flat_rows_are_what_the_twin_computes(target, exact_norms, variant, every_slot):
+    """Packed, trimmed, with the embedding half computed once: outputs and gradients of all that trains."""
+    drafter = make(target, **VARIANTS[variant])
+    several = drafter.config.num_hidden_layers > 1
+    batch = batch_of(*several_rows(), every_slot=every_slot or several)
+    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    live = live_of(batch, K)
+    results = []
+    for unrolled in (unroll_rows(drafter, batch, aux, K), twin(drafter, batch, aux, K)):
+        drafter.zero_grad()
+        torch.manual_seed(3)
+        weights = torch.randn(K, len(batch["rows"]), 32, dtype=torch.float64) * live[..., None]
+        (unrolled * weights).sum().backward()
+        grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
+        results.append((unrolled.detach()[live], grads))
+    (ours, our_grads), (theirs, their_grads) = results
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    assert our_grads.keys() == their_grads.keys() >= {"fc.weight", "layers.0.self_attn.q_proj.weight"}
+    for name, grad in our_grads.items():
+        torch.testing.assert_close(grad, their_grads[name], atol=1e-9, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_wrong_rows_are_noticed(target, exact_norms):
+    """Negative control: queries one slot late see what serving would not have."""
+    drafter, batch = make(target), batch_of(*several_rows()[1:2])
+    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    right = twin(drafter, batch, aux, K)
+    batch["rows"] = batch["rows"] + 1
+    wrong = unroll_rows(drafter, batch, aux, K)
+    assert (wrong - right)[live_of(batch, K)].abs().max() > 1e-3
+
+
+def test_latent_attention_is_unrolled_by_the_twin(target):
+    latent = {
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "q_lora_rank": None,
+        "num_key_value_heads": 4,
+    }
+    drafter = make(target, **latent)
+    batch = batch_of(*several_rows(), every_slot=True)
+    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    with torch.no_grad():
+        ours, theirs = unroll_rows(drafter, batch, aux, K), twin(drafter, batch, aux, K)
+    torch.testing.assert_close(ours[live_of(batch, K)], theirs[live_of(batch, K)], atol=1e-5, rtol=0)
+
+
+def test_checkpointed_layers_have_the_same_gradients(target, exact_norms):
+    drafter, batch = make(target).train(), batch_of(*several_rows())
+    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    grads = []
+    for checkpointed in (False, True):
+        drafter.zero_grad()
+        if checkpointed:
+            for layer in drafter.layers:
+                layer.gradient_checkpointing = True
+        unroll_rows(drafter, batch, aux, K).square().sum().backward()
+        grads.append([p.grad.clone() for p in drafter.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def lessons(loss="forward_kl", steps=K, dtype=torch.float64):
+    decay = 1.0 if LOSSES[loss].weighs_steps else 0.8
+    return Lessons(LOSSES[loss], decay ** torch.arange(steps, dtype=dtype), torch.full((steps,), 0.3, dtype=dtype))
+
+
+def run(drafter, target, batch, loss="forward_kl", steps=K, dtype=torch.float64, states=None):
+    source = OnlineStates(target, drafter.bound_aux_layer_ids)
+    states = source.states(batch) if states is None else states
+    vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
+    states = States(*(x.to(dtype) for x in states))
+    return ttt(drafter, batch, states, source.head, vocabulary, lessons(loss, steps, dtype))
+
+
+def by_definition(loss, q, alpha, kl, best):
+    """One slot's loss at one step; `best` the draft id of the target's argmax, None outside the draft vocabulary."""
+    weight = math.exp(-3 * 0.3)
+    if loss == "forward_kl":
+        return kl
+    if loss == "cross_entropy":
+        return 0 * q.sum() if best is None else -q[best].log()
+    if loss == "total_variation":
+        return 1 - alpha
+    if loss == "lk_alpha":
+        return -alpha.log()
+    if loss == "lk_hybrid":
+        return weight * kl + (1 - weight) * (1 - alpha)
+    assert loss == "expected_acceptance"  # of all steps together: below
+    return 0 * alpha
+
+
+def reference(drafter, target, rows, loss, steps=K):
+    """Loss and sums of (input_ids, loss_mask) rows by definition, slot by slot, on stock networks."""
     ids = drafter.draft_to_target_ids
-    for b, n in ((0, 10), (1, 6)):
-        alone = batch["input_ids"][b : b + 1, :n]
-        out = target(alone, output_hidden_states=True)
-        probs = out.logits[0, :, ids].softmax(-1)
-        for i in batch["loss_mask"][b].nonzero().flatten().tolist():
-            torch.testing.assert_close(lesson.probs[lesson.row[b, i - 1]].double(), probs[i - 1], atol=1e-6, rtol=0)
-            best = int(out.logits[0, i - 1].argmax())
-            assert int(lesson.argmax[b, i - 1]) == best
-            assert bool(lesson.in_vocabulary[b, i - 1]) == (best in ids.tolist())
-        states = torch.cat([out.hidden_states[j][0] for j in (2, 4, 5)], dim=-1)
-        torch.testing.assert_close(lesson.aux_hidden_states[b, :n], states, atol=1e-10, rtol=0)
+    total, sums = (
+        0,
+        {"loss": torch.zeros(steps).double(), "correct": [0] * steps, "live": [0] * steps, "alpha": [0] * steps},
+    )
+    for tokens, mask in rows:
+        tokens = torch.tensor(tokens)[None]
+        out = target(tokens, output_hidden_states=True)
+        aux = torch.cat([out.hidden_states[i] for i in drafter.bound_aux_layer_ids], dim=-1).detach()
+        p = out.logits[0].softmax(-1).detach()  # [T, V]
+        outputs = torch.cat(list(unroll(drafter, tokens, aux, steps)))  # [k, T, H]
+        live = live_slots(torch.tensor([mask], dtype=torch.bool), steps)[:, 0]
+        for i in range(len(mask)):
+            alphas = []
+            for t in range(int(live[:, i].sum())):
+                logits = drafter.compute_logits(outputs[t, i])
+                at = p[i + 1 + t]
+                known = int(at.argmax()) in ids.tolist()
+                restricted = at[ids] / at[ids].sum()
+                q = logits.softmax(-1)
+                alpha = torch.minimum(q, at[ids]).sum()
+                alphas.append(alpha)
+                kl = (restricted * (restricted.log() - q.log())).sum() * known
+                value = by_definition(loss, q, alpha, kl, ids.tolist().index(int(at.argmax())) if known else None)
+                total = total + 0.8**t * value
+                sums["loss"][t] += value.item()
+                sums["correct"][t] += int(ids[logits.argmax()]) == int(at.argmax())
+                sums["alpha"][t] += alpha.item()
+                sums["live"][t] += 1
+            if loss == "expected_acceptance" and alphas:
+                expected = torch.stack([torch.stack(alphas[: j + 1]).prod() for j in range(len(alphas))]).sum()
+                total = total - expected.log()
+                sums["loss"][0] -= expected.log().item()
+    return total, sums
 
 
-def test_sums_equal_a_loop_over_slots(target):
-    drafter = make(target, fc_norm=True, norm_output=True)
-    batch = batch_of((list(range(10, 22)), [0] * 4 + [1] * 8), (list(range(30, 37)), [0] * 3 + [1] * 4))
-    lesson = teach(target, drafter, batch)
-    sums = ttt(drafter, batch, lesson, K)
-    steps = list(unroll(drafter, batch["input_ids"], lesson.aux_hidden_states, K))
-    ids = drafter.draft_to_target_ids
-    for t in range(K):
-        loss = correct = count = 0
-        for b in range(2):
-            mask, x = batch["loss_mask"][b].tolist(), batch["input_ids"][b]
-            for i in range(len(mask)):
-                span = range(i + 1, i + 3 + t)
-                if max(span) >= len(mask) or not all(mask[j] for j in span):
-                    continue
-                at = i + 1 + t
-                logits = drafter.compute_logits(steps[t][b, i])
-                teacher = lesson.probs[lesson.row[b, at]]
-                if int(lesson.argmax[b, at]) in ids.tolist():
-                    loss = loss - (teacher * logits.log_softmax(-1)).sum()
-                guess = int(ids[logits.argmax()])
-                correct += guess == int(lesson.argmax[b, at])
-                assert bool(sums.hits[t, b, i]) == (guess == int(x[i + 2 + t]))
-                count += 1
-        assert int(sums.num_live[t]) == count
-        assert int(sums.correct[t]) == correct
-        torch.testing.assert_close(sums.loss[t].double(), torch.as_tensor(loss).double(), atol=1e-4, rtol=1e-5)
+@pytest.mark.parametrize("variant", ["3", "3.1"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, monkeypatch, loss, variant):
+    """Float64 to rounding; the float32 path within 1e-6 of it. In chunks of a few slots, across spans."""
+    monkeypatch.setattr(ttt_module, "CHUNK_ELEMENTS", 3 * K * V_D)
+    # Weights as large as trained ones; larger ones magnify the rounding of float32.
+    drafter, rows = make(target, noise=0.1, **VARIANTS[variant]), several_rows()
+    wanted, sums = reference(drafter, target, rows, loss)
+    wanted.backward()
+    grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
+        drafter.zero_grad()
+        drafter.to(dtype)
+        value, ours = run(drafter, target, batch_of(*rows), loss, dtype=dtype)
+        value.backward()
+        assert value.item() == pytest.approx(wanted.item(), rel=tolerance)
+        assert ours.loss.double().tolist() == pytest.approx(sums["loss"].tolist(), rel=10 * tolerance)
+        assert ours.alpha.double().tolist() == pytest.approx(sums["alpha"], rel=10 * tolerance)
+        assert ours.correct.tolist() == sums["correct"]
+        assert ours.num_live.tolist() == sums["live"]
+        ours_flat = torch.cat([p.grad.double().flatten() for name, p in drafter.named_parameters() if name in grads])
+        wanted_flat = torch.cat([grad.flatten() for grad in grads.values()])
+        assert (ours_flat - wanted_flat).norm() < tolerance * wanted_flat.norm()
+    drafter.double()
 
 
-def test_padding_changes_nothing(target):
+def test_hits_and_paths_along_the_data(target):
+    drafter, rows = make(target, **VARIANTS["3.1"]), several_rows()
+    batch = batch_of(*rows)
+    _, sums = run(drafter, target, batch)
+    states = OnlineStates(target, drafter.bound_aux_layer_ids).states(batch)
+    outputs = twin(drafter, batch, states.aux_hidden_states, K)
+    ids = drafter.draft_to_target_ids.tolist()
+    path, whole = torch.zeros(K).double(), 0
+    for r, (slot, depth) in enumerate(zip(batch["rows"].tolist(), batch["depth"].tolist(), strict=True)):
+        product = 1.0
+        for t in range(depth):
+            q = drafter.compute_logits(outputs[t, r]).softmax(-1)
+            token = int(batch["input_ids"][slot + 2 + t])
+            assert bool(sums.hits[t, r]) == (ids[int(q.argmax())] == token)
+            p = target.lm_head(states.last_hidden_states[slot + 1 + t]).softmax(-1)[token]
+            product *= min(1.0, float(q[ids.index(token)].detach() / p)) if token in ids else 0.0
+            if depth == K:
+                path[t] += product
+        whole += depth == K
+    assert int(sums.num_whole) == whole > 0
+    torch.testing.assert_close(sums.path, path, atol=1e-6, rtol=1e-6)
+
+
+def test_documents_packed_are_documents_alone(target, exact_norms):
+    drafter, rows = make(target), several_rows()
+    together, sums = run(drafter, target, batch_of(*rows))
+    alone = [run(drafter, target, batch_of(row)) for row in rows]
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(sums.loss, sum(s.loss for _, s in alone), atol=1e-9, rtol=1e-9)
+    assert torch.equal(sums.num_live, sum(s.num_live for _, s in alone))
+
+
+def test_nothing_to_train_still_touches_every_weight(target):
     drafter = make(target)
-    row = (list(range(10, 20)), [0] * 4 + [1] * 6)
-    short = batch_of(row)
-    long = batch_of(row, (list(range(25)), [0] * 10 + [1] * 15))
-    alone = ttt(drafter, short, teach(target, drafter, short), K)
-    other = batch_of((list(range(25)), [0] * 10 + [1] * 15))
-    rest = ttt(drafter, other, teach(target, drafter, other), K)
-    both = ttt(drafter, long, teach(target, drafter, long), K)
-    torch.testing.assert_close(both.loss, alone.loss + rest.loss, atol=1e-5, rtol=1e-5)
-    assert torch.equal(both.num_live, alone.num_live + rest.num_live)
+    loss, sums = run(drafter, target, batch_of(([1, 2, 3], [0, 0, 1])))
+    loss.backward()
+    assert loss.item() == 0
+    assert sums.num_live.tolist() == [0] * K
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
 
 
-def test_loss_and_its_gradient_are_those_of_the_definition():
+def test_no_row_of_the_vocabulary_outlives_its_tile(target, monkeypatch):
+    """T-18: the largest tensor of heads and loss is a chunk, whatever the number of slots."""
+    from hf_eagle3.training import target_head
+
+    monkeypatch.setattr(ttt_module, "CHUNK_ELEMENTS", 2 * K * V_D)
+    monkeypatch.setattr(target_head, "TILE", 8)
+    drafter = make(target, draft_vocab_size=31)
+    batch = batch_of(*[row for seed in range(6) for row in several_rows(seed)])
+    states = OnlineStates(target, drafter.bound_aux_layer_ids).states(batch)
+    widest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            widest.extend(
+                x.numel()
+                for x in (out if isinstance(out, tuple) else (out,))
+                if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] in (31, V)
+            )
+            return out
+
+    with Watch():
+        run(drafter, target, batch, states=states)
+    assert len(batch["rows"]) > 50
+    assert max(widest) <= 31 * 32 < len(batch["rows"]) * K * 31  # a chunk, or the head transposed; not a step
+
+
+def test_lesson_is_not_trained(target):
+    drafter = make(target)
+    loss, _ = run(drafter, target, batch_of(*several_rows()), steps=2)
+    loss.backward()
+    assert all(p.grad is None for p in target.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters())
+
+
+# ---- the target's states and head ----
+
+SMALL = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def test_states_of_a_batch_are_those_of_each_document_alone(target):
+    drafter, batch = make(target), batch_of(*several_rows())
+    states = OnlineStates(target, drafter.bound_aux_layer_ids).states(batch)
+    start = 0
+    for length in batch["lengths"]:
+        here = slice(start, start + length)
+        out = target.model(batch["input_ids"][None, here], output_hidden_states=True)
+        aux = torch.cat([out.hidden_states[i][0] for i in drafter.bound_aux_layer_ids], dim=-1)
+        torch.testing.assert_close(states.aux_hidden_states[here], aux, atol=1e-10, rtol=0)
+        torch.testing.assert_close(states.last_hidden_states[here], out.last_hidden_state[0], atol=1e-10, rtol=0)
+        start += length
+
+
+def test_documents_of_like_length_run_together():
+    groups = list(group_by_length([100, 10, 98, 95, 11, 9], max_tokens=250))
+    assert groups == [[0, 2], [3], [4], [1], [5]] or all(len(g) for g in groups)
+    assert sorted(i for group in groups for i in group) == list(range(6))
+    lengths = [100, 10, 98, 95, 11, 9]
+    for group in groups:
+        padded = max(lengths[i] for i in group) * len(group)
+        assert padded <= 250
+        assert padded - sum(lengths[i] for i in group) <= 0.1 * padded
+
+
+@pytest.mark.parametrize("family", ["plain", "soft cap", "scaled", "surprise"])
+def test_the_head_gives_the_targets_own_logits(family):
+    """Caps and factors of the host's configs are known; what is not is found out, and the target's logits taken."""
     torch.manual_seed(0)
-    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    probs = torch.randn(5, 7, dtype=torch.float64).softmax(-1)
-    weights = torch.rand(5, dtype=torch.float64)
-    wanted = -(probs * logits.log_softmax(-1)).sum(-1)
-    (wanted_grad,) = torch.autograd.grad((weights * wanted).sum(), logits)
-    loss = soft_cross_entropy(logits, probs)
-    (grad,) = torch.autograd.grad((weights * loss).sum(), logits)
-    torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=0)
-    torch.testing.assert_close(grad, wanted_grad, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(soft_cross_entropy, (logits, probs))
+    if family == "soft cap":
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0))
+    elif family == "scaled":
+        model = CohereForCausalLM(
+            CohereConfig(**SMALL, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)
+    if family == "surprise":
+        model.lm_head.register_forward_hook(lambda _module, _args, out: out * 3)
+    model.eval()
+    batch = batch_of(*several_rows())
+    source = OnlineStates(model, (1, 3, 5))
+    states = source.states(batch)
+    assert (source.head.weight is None) == (family == "surprise")
+    ids = torch.tensor([3, 50, 7, 8, 30])  # not ascending, as some publish it
+    said = source.head.say(states.last_hidden_states, DraftVocabulary(ids, V))
+    logits = torch.cat([model(x[None]).logits[0] for x in batch["input_ids"].split(batch["lengths"])])
+    torch.testing.assert_close(said.log_p, logits.log_softmax(-1)[:, ids], atol=2e-5, rtol=1e-4)
+    assert torch.equal(said.best, logits.argmax(-1))
+
+
+def test_tiles_of_the_head_are_one_vocabulary(monkeypatch):
+    from hf_eagle3.training import target_head
+
+    torch.manual_seed(0)
+    head, last = TargetHead(torch.randn(V, 16), None, V), torch.randn(7, 16)
+    ids = torch.tensor([0, 3, 7, 8, 30, 59])
+    whole = head.say(last, DraftVocabulary(ids, V))
+    monkeypatch.setattr(target_head, "TILE", 8)
+    tiled = head.say(last, DraftVocabulary(ids, V))
+    torch.testing.assert_close(tiled.log_p, whole.log_p)
+    assert torch.equal(tiled.best, whole.best)
 
 
 def test_walk_counts_rounds_like_decoding():
@@ -215,14 +518,3 @@ def test_walk_counts_rounds_like_decoding():
     assert result.rounds == 4
     assert result.accepted.tolist() == [2, 1]
     assert result.acceptance_length == pytest.approx(7 / 4)  # x3 .. x9 in four rounds
-
-
-def test_lesson_is_not_trained(target):
-    drafter = make(target)
-    batch = batch_of((list(range(10, 20)), [0] * 4 + [1] * 6))
-    lesson = teach(target, drafter, batch)
-    assert isinstance(lesson, Lesson)
-    assert not any(x.requires_grad for x in lesson)
-    ttt(drafter, batch, lesson, 2).loss.sum().backward()
-    assert all(p.grad is None for p in target.parameters())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters())

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -70,8 +70,48 @@ def fused(model: nn.Module) -> Iterator[Swaps]:
         yield swaps
 
 
+class FusedElements:
+    """`fused` for many rows: norms, rotary embeddings and gated MLPs, linear layers left to cuBLAS.
+
+    A context manager to enter again and again: what agrees with a kernel is found the first time.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._swaps: list[tuple[dict[str, Any], str, object]] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        if self._swaps is None:
+            self._swaps = self._find()
+        for swap in self._swaps:
+            _set(self._stack, *swap)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _find(self) -> list[tuple[dict[str, Any], str, object]]:
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        if not language.is_available(device):
+            return []
+        with _NotedSwaps() as stack, torch.no_grad():
+            for swap in (_swap_norms, _swap_rotaries, _swap_mlps):
+                swap(self._model, Swaps(), stack)
+            return stack.swaps
+
+
+class _NotedSwaps(ExitStack):
+    """A stack that knows what was put where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swaps: list[tuple[dict[str, Any], str, object]] = []
+
+
 def _set(stack: ExitStack, namespace: dict[str, Any], name: str, value: object) -> None:
     """Put `value` into `namespace` until `stack` unwinds."""
+    if isinstance(stack, _NotedSwaps):
+        stack.swaps.append((namespace, name, value))
     if name in namespace:
         stack.callback(namespace.__setitem__, name, namespace[name])
     else:

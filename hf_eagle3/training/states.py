@@ -1,6 +1,7 @@
 """The target's hidden states of a batch: what a drafter reads, and what the target's head reads."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..features import StateRecorder, find_layers
+from ..kernels.fusion import FusedElements
 from ..unroll import attention_kernels
 from .batch import Batch
 from .target_head import TargetHead
@@ -45,10 +47,19 @@ class OnlineStates:
         target: Any decoder of the host.
         aux_layer_ids: Boundaries, as the bound drafter has them.
         max_tokens: Of one forward, padding included; a longer document runs alone.
+        use_kernels: Norms, rotary embeddings and gated MLPs of a 16-bit target on a GPU as kernels of ours, where they
+            agree with its own.
     """
 
-    def __init__(self, target: PreTrainedModel, aux_layer_ids: Sequence[int], max_tokens: int = 16384):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        aux_layer_ids: Sequence[int],
+        max_tokens: int = 16384,
+        use_kernels: bool = True,
+    ):
         self._target, self._boundaries, self._max_tokens = target, tuple(aux_layer_ids), max_tokens
+        self._kernels: AbstractContextManager[None] = FusedElements(target) if use_kernels else nullcontext()
         self.head = TargetHead.of(target)
         self._is_checked = False
 
@@ -71,7 +82,7 @@ class OnlineStates:
     def _run(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Aux and last hidden states [b, T, ...] of `rows` [b, T]."""
         rows = rows.to(self._target.device)
-        with StateRecorder(self._target, self._boundaries) as recorder, attention_kernels():
+        with StateRecorder(self._target, self._boundaries) as recorder, attention_kernels(), self._kernels:
             if self.head.weight is None:
                 last = self._target(input_ids=rows, use_cache=False).logits
             else:

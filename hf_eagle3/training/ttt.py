@@ -332,7 +332,7 @@ def _teach_chunk(
     dtype, logits = logits.dtype, logits.to(wide)
     log_p, best = log_p.unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)  # [k, C, V_d], [k, C]
     loss, grad = lessons.loss.function(logits, Lesson(log_p, best, live, lessons.mean_alpha))
-    grad = (grad * (live * step_scale[:, None])[..., None]).to(dtype)
+    grad = (grad * step_scale[:, None, None]).where(live[..., None], 0).to(dtype)
 
     guess, lse = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
     alpha = torch.minimum((logits - lse[..., None]).exp(), log_p.exp()).sum(-1)
@@ -341,11 +341,11 @@ def _teach_chunk(
     ratio = (log_q - log_p.gather(-1, at)[..., 0]).clamp_max(0).exp() * (token >= 0)
     whole = live[-1]  # [C]
     return (
-        (loss * live).sum(-1),
+        loss.where(live, 0).sum(-1),
         ((guess == best) & live).sum(-1),
-        (alpha * live).sum(-1),
+        alpha.where(live, 0).sum(-1),
         live.sum(-1),
-        (ratio.cumprod(0) * whole).sum(-1),
+        ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
         (guess == token) & live,
         grad,

@@ -1,0 +1,240 @@
+"""Training speed and memory of the 8B shape: one TTT step with the frozen target in the loop.
+
+    python benchmarks/bench_training.py --output results/training_h100.json
+
+Random weights, AdamW, float32 masters under bf16 autocast. The peer's figures beside ours are quoted from a run of its
+own step on one H100 (SpecForge 0.2, flex attention, bf16 weights, target by sdpa).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.new import new_drafter
+from hf_eagle3.training.states import OnlineStates, States
+from hf_eagle3.training.target_head import DraftVocabulary
+from hf_eagle3.training.ttt import Lessons, ttt
+
+SHAPE_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+TINY = {**SHAPE_8B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# TTT steps, documents, tokens each, share of them supervised -> the peer's tokens a second, of all and drafter only.
+WORK = {
+    "TTT 4, 1 x 4096": (4, 1, 4096, 1.0, 17824, 42465, 25.3),
+    "TTT 7, 2 x 2048": (7, 2, 2048, 1.0, 13523, 23574, 32.3),
+    "TTT 7, 2 x 2048, a quarter supervised": (7, 2, 2048, 0.25, None, None, None),
+}
+
+
+def make_batch(steps: int, documents: int, length: int, share: float, vocab_size: int, device: str) -> dict:
+    """Random documents, of which the last `share` of tokens are the target's."""
+    rng = np.random.default_rng(0)
+    prompt = max(1, round(length * (1 - share)))
+    rows = [
+        {"input_ids": rng.integers(2, vocab_size, length), "loss_mask": np.arange(length) >= prompt}
+        for _ in range(documents)
+    ]
+    batch = Collator(steps)(rows)
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def measure(name: str, source: OnlineStates, drafter, optimizer, vocabulary, vocab_size: int, repeats: int) -> dict:
+    """Times of whole steps, and of their parts, medians in ms."""
+    steps, documents, length, share, peer, peer_drafter, peer_memory = WORK[name]
+    device = vocabulary.to_draft.device.type
+    if device == "cpu":
+        length = 48
+    batch = make_batch(steps, documents, length, share, vocab_size, device)
+    depth = batch["depth"].cpu()
+    scale = torch.tensor([0.8**t / max(1, int((depth > t).sum())) for t in range(steps)], device=device)
+    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def learn(states: States) -> None:
+        with torch.autocast(device, torch.bfloat16):
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def timed(function):
+        sync()
+        began = time.perf_counter()
+        out = function()
+        sync()
+        return (time.perf_counter() - began) * 1e3, out
+
+    began = time.perf_counter()
+    for _ in range(2):
+        learn(source.states(batch))
+    sync()
+    warm_up = time.perf_counter() - began
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole, target, alone = [], [], []
+    for _ in range(repeats):
+        whole.append(timed(lambda: learn(source.states(batch)))[0])
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    for _ in range(repeats):
+        spent, states = timed(lambda: source.states(batch))
+        target.append(spent)
+        alone.append(timed(lambda: learn(states))[0])  # noqa: B023  called at once
+    tokens, median = documents * length, statistics.median(whole)
+    return {
+        "work": name,
+        "step_ms": median,
+        "step_ms_min_max": [min(whole), max(whole)],
+        "target_ms": statistics.median(target),
+        "drafter_ms": statistics.median(alone),
+        "tokens_per_second": tokens / median * 1e3,
+        "drafter_tokens_per_second": tokens / statistics.median(alone) * 1e3,
+        "peak_gib": peak,
+        "warm_up_s": warm_up,
+        "peer_tokens_per_second": peer,
+        "peer_drafter_tokens_per_second": peer_drafter,
+        "peer_peak_gib": peer_memory,
+        "ratio": tokens / median * 1e3 / peer if peer else None,
+    }
+
+
+def measure_long(
+    head, drafter, optimizer, vocabulary, aux_width: int, vocab_size: int, length: int, steps: int
+) -> dict:
+    """One step over a single long document, from hidden states that are there already."""
+    device = vocabulary.to_draft.device.type
+    batch = make_batch(steps, 1, length, 1.0, vocab_size, device)
+    H = head.weight.shape[1]
+    states = States(
+        torch.randn(length, aux_width, device=device, dtype=torch.bfloat16),
+        torch.randn(length, H, device=device, dtype=torch.bfloat16),
+    )
+    scale = torch.full((steps,), 1 / length, device=device)
+    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss, _ = ttt(drafter, batch, states, head, vocabulary, lessons)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    return {
+        "work": f"TTT {steps}, 1 x {length}, stored states",
+        "tokens_per_second": length / min(times[1:]),
+        "peak_gib": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
+    parser.add_argument("--stock-target", action="store_true", help="the target's own norms and rotary, no kernels")
+    parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and stop")
+    parser.add_argument("--long", type=int, default=32768, help="tokens of the long document; 0 leaves it out")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    config = LlamaConfig(**(TINY if args.tiny else SHAPE_8B), dtype=torch.bfloat16)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        target = LlamaForCausalLM(config).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    V = config.vocab_size
+    kept = torch.randperm(V)[: 64 if args.tiny else 32000].sort().values
+    drafter = new_drafter(target, kept).to(device).train()
+    vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
+    optimizer = torch.optim.AdamW(
+        drafter.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda"
+    )
+    source = OnlineStates(target, drafter.bound_aux_layer_ids, use_kernels=not args.stock_target)
+    results = []
+    if args.profile:
+        profile(source, drafter, optimizer, vocabulary, V, device)
+        return
+    for name in WORK:
+        row = measure(name, source, drafter, optimizer, vocabulary, V, args.repeats)
+        results.append(row)
+        print(json.dumps(row), flush=True)
+    if args.long:
+        head, width = source.head, 3 * config.hidden_size
+        head.weight = head.weight.clone()
+        drafter._borrowed = {k: v.clone() for k, v in drafter._borrowed.items()}
+        source._target = None
+        del target
+        row = measure_long(head, drafter, optimizer, vocabulary, width, V, 96 if args.tiny else args.long, 4)
+        results.append(row)
+        print(json.dumps(row), flush=True)
+    report = {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "results": results,
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1))
+    for row in results:
+        print(
+            f"{row['work']:42} {row['tokens_per_second']:9.0f} tok/s  "
+            + (f"{row['ratio']:.2f} x peer  " if row.get("ratio") else "")
+            + (f"target {row['target_ms']:.0f} ms  drafter {row['drafter_ms']:.0f} ms  " if "target_ms" in row else "")
+            + f"peak {row['peak_gib']:.1f} GiB"
+        )
+
+
+def profile(source, drafter, optimizer, vocabulary, vocab_size: int, device: str) -> None:
+    """Kernels of one step by time."""
+    batch = make_batch(4, 1, 4096 if device == "cuda" else 48, 1.0, vocab_size, device)
+    scale = torch.full((4,), 1 / 4096, device=device)
+    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+
+    def step() -> None:
+        states = source.states(batch)
+        with torch.autocast(device, torch.bfloat16):
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+
+
+if __name__ == "__main__":
+    main()
