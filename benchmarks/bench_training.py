@@ -233,7 +233,7 @@ def profile(source, drafter, optimizer, vocabulary, vocab_size: int, device: str
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Spans
+from .elementwise import fuse_on_gpu
 
 # A block's keys and values: [M, Hkv, D] each. Out: [R, Hq, D] and float32 (or wider) log-sum-exp [Hq, R].
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
@@ -88,62 +89,71 @@ def attend(
 
 
 class _Merged(torch.autograd.Function):
-    """out = w0 out0 + sum of ws Vs, with weights from the block's log-sum-exp and the diagonal scores."""
+    """The block's output and log-sum-exp, with one branch after another merged into them."""
 
     @staticmethod
     def forward(ctx, kernel: "Block", spans, scale, window, query, key, value, *branches):  # type: ignore[no-untyped-def]
         out, lse = kernel.forward(query, key, value, spans, scale, window)  # [R, Hq, D], [Hq, R]
-        lse = lse.T  # [R, Hq]
-        ctx.plain = not branches
-        keys, values = branches[0::2], branches[1::2]
-        if branches:
-            scores = torch.stack([_dot(query, k) for k in keys], dim=-1) * scale  # [R, Hq, t]
-            merged = torch.logsumexp(torch.cat([lse[..., None], scores], dim=-1), dim=-1)  # [R, Hq]
-            weights = (scores - merged[..., None]).exp()
-            total = out * (lse - merged).exp()[..., None]
-            for s, v in enumerate(values):
-                total = total + weights[..., s, None] * _widen(v, query)
-            out, lse = total.to(query.dtype), merged
-            ctx.save_for_backward(query, key, value, out, lse, weights, *branches)
-        else:
-            ctx.save_for_backward(query, key, value, out, lse)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        out, lse = out.to(wide) if branches else out, lse.T.contiguous()  # [R, Hq]
+        merge = fuse_on_gpu(merge_branch, query)
+        for k, v in zip(branches[0::2], branches[1::2], strict=True):
+            out, lse = merge(query, k, v, out, lse, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse, *branches)
         ctx.kernel, ctx.spans, ctx.scale, ctx.window = kernel, spans, scale, window
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value, out, lse, *rest = ctx.saved_tensors
+        query, key, value, out, lse, *branches = ctx.saved_tensors
         grad = grad.contiguous()
         dq, dk, dv = ctx.kernel.backward(
             grad, query, key, value, out, lse.T.contiguous(), ctx.spans, ctx.scale, ctx.window
         )
-        if ctx.plain:
-            return None, None, None, None, dq, dk, dv
-        weights, *branches = rest
-        delta = (grad * out).sum(-1, dtype=weights.dtype)  # [R, Hq]
-        groups, grads = query.shape[1] // key.shape[1], []
-        for s, (k, v) in enumerate(zip(branches[0::2], branches[1::2], strict=True)):
-            w = weights[..., s]
-            dscore = (w * (_dot(grad, v) - delta) * ctx.scale)[..., None]  # [R, Hq, 1]
-            dq = dq + dscore * _widen(k, query)
-            grads.append(_narrow(dscore * query, groups).to(k.dtype))
-            grads.append(_narrow(w[..., None] * grad, groups).to(v.dtype))
+        grads: list[Tensor] = []
+        if branches:
+            dq = dq.to(lse.dtype)
+            delta = (grad * out).sum(-1, dtype=lse.dtype)  # [R, Hq]
+            differentiate = fuse_on_gpu(branch_gradients, query)
+            for k, v in zip(branches[0::2], branches[1::2], strict=True):
+                dq, *of_branch = differentiate(query, k, v, grad, lse, delta, dq, ctx.scale)
+                grads += of_branch
         return None, None, None, None, dq.to(query.dtype), dk, dv, *grads
 
 
-def _widen(x: Tensor, query: Tensor) -> Tensor:
-    """[R, Hkv, D] as [R, Hq, D]."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+def merge_branch(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`out` [R, Hq, D] and `lse` [R, Hq] of a softmax, with one more key and value [R, Hkv, D] a query in it."""
+    score = _dot(query, key, lse.dtype) * scale  # [R, Hkv, G]
+    both = torch.logaddexp(lse.view_as(score), score)
+    old, new = (lse.view_as(score) - both).exp()[..., None], (score - both).exp()[..., None]
+    out = out.view(*both.shape, -1) * old + new * value[:, :, None].to(lse.dtype)
+    return out.flatten(1, 2), both.flatten(1)
+
+
+def branch_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq` with this branch's share added, and the gradients of its key and value."""
+    wide = lse.dtype
+    score = _dot(query, key, wide) * scale  # [R, Hkv, G]
+    weight = (score - lse.view_as(score)).exp()[..., None]
+    dscore = weight * (_dot(grad, value, wide) - delta.view_as(score))[..., None] * scale  # [R, Hkv, G, 1]
+    query, grad = (x.unflatten(1, score.shape[1:]).to(wide) for x in (query, grad))
+    dq = dq + (dscore * key[:, :, None].to(wide)).flatten(1, 2)
+    return dq, (dscore * query).sum(2).to(key.dtype), (weight * grad).sum(2).to(value.dtype)
+
+
+def _dot(query: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """[R, Hkv, G]: products of `query` [R, Hq, D] with `x` [R, Hkv, D], each KV head with its G query heads."""
+    return (query.unflatten(1, (x.shape[1], -1)).to(wide) * x[:, :, None].to(wide)).sum(-1)
 
 
 def _narrow(x: Tensor, groups: int) -> Tensor:
-    """[R, Hq, D] summed over the query heads of each KV head: [R, Hkv, D]."""
+    """[J, Hq, D] summed over the query heads of each KV head: [J, Hkv, D]."""
     return x.unflatten(1, (-1, groups)).sum(2)
-
-
-def _dot(query: Tensor, x: Tensor) -> Tensor:
-    """[R, Hq], float32 or wider."""
-    return (query * _widen(x, query)).sum(-1, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 # ---- the causal block ----

@@ -6,18 +6,21 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..features import StateRecorder, find_layers
 from ..kernels.fusion import FusedElements
-from ..unroll import attention_kernels
 from .batch import Batch
 from .target_head import TargetHead
 
 logger = logging.get_logger(__name__)
 
 MAX_PADDING = 0.1  # of the tokens of one target forward
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+LENGTH_STEP = 128  # on a GPU rows are padded to a multiple of it: cuDNN plans its attention once for each shape
 
 
 class States(NamedTuple):
@@ -72,6 +75,8 @@ class OnlineStates:
         last = list(aux)
         for group in group_by_length(lengths, self._max_tokens):
             rows = torch.nn.utils.rnn.pad_sequence([documents[i] for i in group], batch_first=True)  # [b, T]
+            if rows.is_cuda:
+                rows = F.pad(rows, (0, -rows.shape[1] % LENGTH_STEP))
             if not self._is_checked:
                 self._check_head(rows[:1, : lengths[group[0]]])
             group_aux, group_last = self._run(rows, ids.device)
@@ -82,7 +87,11 @@ class OnlineStates:
     def _run(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Aux and last hidden states [b, T, ...] of `rows` [b, T]."""
         rows = rows.to(self._target.device)
-        with StateRecorder(self._target, self._boundaries) as recorder, attention_kernels(), self._kernels:
+        with (
+            StateRecorder(self._target, self._boundaries) as recorder,
+            sdpa_kernel(KERNELS, set_priority=True),
+            self._kernels,
+        ):
             if self.head.weight is None:
                 last = self._target(input_ids=rows, use_cache=False).logits
             else:
@@ -95,7 +104,7 @@ class OnlineStates:
         if self.head.weight is None:
             return
         row = row[:, :64].to(self._target.device)
-        with attention_kernels():
+        with sdpa_kernel(KERNELS, set_priority=True):
             last = find_layers(self._target)[0](input_ids=row, use_cache=False).last_hidden_state
             logits = self._target(input_ids=row, use_cache=False).logits
         if not self.head.check(last[0], logits[0]):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .elementwise import fuse_on_gpu
+
 TILE = 16384  # columns of the head at a time
 
 # Where host configs say what happens between the head's output and the logits: field -> how it is applied.
@@ -23,7 +25,8 @@ FACTORS = {"logit_scale": 1, "logits_scaling": -1}  # multiplied (Cohere), divid
 class Sayings(NamedTuple):
     """The target's next-token distribution at n positions, as far as a drafter is taught by it."""
 
-    log_p: Tensor  # [n, V_d] float32, of the draft vocabulary, normed over the whole one
+    kept: Tensor  # [n, V_d], logits of the draft vocabulary, in the head's dtype
+    lse: Tensor  # [n] float32, log-sum-exp of all logits: log p = kept - lse
     best: Tensor  # [n] int64, target id of the argmax
 
 
@@ -86,19 +89,18 @@ class TargetHead:
         return cls(head.weight.detach(), head.bias, config.vocab_size, getattr(config, SOFT_CAP, None), factor)
 
     def tiles(self, last: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """First column and logits [n, <= TILE] float32 (or wider) of one tile after another.
+        """First column and logits [n, <= TILE] of one tile after another.
 
         Args:
             last: [n, Ht], what the target's head reads; [n, V] logits if there is no weight.
         """
-        wide = torch.promote_types(last.dtype, torch.float32)
         for start in range(0, self.vocab_size, TILE):
             end = min(start + TILE, self.vocab_size)
             if self.weight is None:
-                yield start, last[:, start:end].to(wide)
+                yield start, last[:, start:end]
                 continue
             bias = None if self.bias is None else self.bias[start:end]
-            logits = F.linear(last.to(self.weight.device, self.weight.dtype), self.weight[start:end], bias).to(wide)
+            logits = F.linear(last.to(self.weight.device, self.weight.dtype), self.weight[start:end], bias)
             if self.factor != 1:
                 logits = logits * self.factor
             if self.soft_cap is not None:
@@ -107,26 +109,31 @@ class TargetHead:
 
     def say(self, last: Tensor, vocabulary: "DraftVocabulary") -> Sayings:
         """What the target says at n positions, from `last` as for `tiles`."""
-        kept, largest, best, total = [], None, None, None
+        kept, largest, best, lse = [], None, None, None
         for (start, logits), ids in zip(self.tiles(last), vocabulary.by_tile, strict=True):
-            kept.append(logits[:, ids - start])
-            top, at = logits.max(-1)
-            lse = logits.logsumexp(-1)
-            if largest is None or best is None or total is None:
-                largest, best, total = top, at + start, lse
+            kept.append(logits.index_select(1, ids - start))
+            top, at, sums = fuse_on_gpu(summarise, logits)(logits)
+            if largest is None or best is None or lse is None:
+                largest, best, lse = top, at + start, sums
             else:
                 best = torch.where(top > largest, at + start, best)
-                largest, total = torch.maximum(top, largest), torch.logaddexp(total, lse)
+                largest, lse = torch.maximum(top, largest), torch.logaddexp(lse, sums)
         assert best is not None  # a vocabulary has a tile
-        assert total is not None
-        log_p = torch.cat(kept, dim=-1).sub_(total[:, None])
-        return Sayings(log_p if vocabulary.order is None else log_p[:, vocabulary.order], best)
+        assert lse is not None
+        every = torch.cat(kept, dim=-1)
+        return Sayings(every if vocabulary.order is None else every[:, vocabulary.order], lse, best)
 
     def check(self, last: Tensor, logits: Tensor) -> bool:
         """Whether these are the target's `logits` [n, >= V] of `last` [n, Ht], to rounding."""
-        ours = torch.cat([tile for _, tile in self.tiles(last)], dim=-1)
-        theirs = logits[:, : self.vocab_size].to(ours.device, ours.dtype)
+        ours = torch.cat([tile for _, tile in self.tiles(last)], dim=-1).float()
+        theirs = logits[:, : self.vocab_size].to(ours.device).float()
         if ours.shape != theirs.shape:
             return False
         eps = torch.finfo(logits.dtype).eps
         return bool(torch.allclose(ours, theirs, rtol=8 * eps, atol=8 * eps * float(theirs.abs().max())))
+
+
+def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest, argmax and log-sum-exp [n] of each row of `logits` [n, V], float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.amax(-1), wide.argmax(-1), wide.logsumexp(-1)

@@ -11,27 +11,25 @@ weights over a flat batch, and does no work that no loss depends on:
   of a whole step ever exist.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..modeling import Eagle3DrafterModel
 from ..modeling.attention_eagle3 import Eagle3Attention
 from ..unroll import unroll
 from .attention import attend
 from .batch import Batch
+from .elementwise import fuse_on_gpu, norm, rotate, swiglu, working_dtype
 from .losses import Lesson, Loss
 from .states import States
 from .target_head import DraftVocabulary, TargetHead
 
-CHUNK_ELEMENTS = 2**26  # logits of one chunk: steps times slots times V_d
+CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d
 
 
 class StepSums(NamedTuple):
@@ -75,11 +73,14 @@ def ttt(
         The loss [], the sum over steps of scale times loss, and what happened.
     """
     steps = len(lessons.scale)
-    normed = unroll_rows(drafter, batch, states.aux_hidden_states, steps)  # [k, R, H]
+    if len(batch["rows"]):
+        normed = unroll_rows(drafter, batch, states.aux_hidden_states, steps)  # [k, R, H]
+    else:
+        normed = states.aux_hidden_states.new_zeros(steps, 0, drafter.config.hidden_size)
     rows, depth, trained = batch["rows"], batch["depth"], batch["trained"]
     if trained is not None:
         normed, rows, depth = normed[:, trained], rows[trained], depth[trained]
-    last = states.last_hidden_states[(rows + 1).clamp_max(len(states.last_hidden_states) - 1)]  # [L, Ht]
+    last = states.last_hidden_states[rows + 1]  # [L, Ht]
     ahead = torch.arange(2, steps + 2, device=rows.device)[:, None]
     token = batch["input_ids"][(rows + ahead).clamp_max(len(batch["input_ids"]) - 1)]  # [k, L]
     room = Classroom(head, vocabulary, lessons, last, depth, vocabulary.to_draft[token])
@@ -116,7 +117,7 @@ def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Te
     rows, spans, ids, at = batch["rows"], batch["spans"], batch["input_ids"], batch["position_ids"]
     N, device = len(ids), ids.device
     first = layers[0]
-    features = drafter.fuse(aux_hidden_states)  # [N, H]
+    features = fuse_states(drafter, aux_hidden_states)  # [N, H]
     embeddings = norm(first.input_layernorm, drafter.embed(ids[None])[0].to(features.dtype))  # [N, H]
     halves = EmbeddingHalves(first.self_attn, embeddings)
     hidden = features
@@ -151,6 +152,20 @@ def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Te
         outputs.append(normed)
         hidden = normed if drafter.config.norm_output else hidden
     return torch.stack(outputs)
+
+
+def fuse_states(drafter: Eagle3DrafterModel, aux_hidden_states: Tensor) -> Tensor:
+    """`drafter.fuse` of [N, A*Ht], with norms that keep half precision where the states have it."""
+    config = drafter.config
+    if not config.use_aux_hidden_state:
+        return drafter.fuse(aux_hidden_states)
+    if config.norm_before_fc:
+        aux_hidden_states = norm(drafter.input_norm, aux_hidden_states)
+    if config.fc_norm:
+        chunks = aux_hidden_states.split(config.target_hidden_size, dim=-1)
+        aux_hidden_states = torch.cat([norm(n, c) for n, c in zip(drafter.fc_norm, chunks, strict=True)], dim=-1)
+    dtype = working_dtype(aux_hidden_states.device, drafter.fc.weight.dtype)
+    return drafter.fc(aux_hidden_states.to(dtype))
 
 
 class EmbeddingHalves:
@@ -197,9 +212,8 @@ def to_heads(
     if attention.config.qk_norm:
         q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
     cos, sin = rope
-    q, _ = apply_rotary_pos_emb(q, q[:, :0], cos[queries], sin[queries])
-    k, _ = apply_rotary_pos_emb(k, k[:, :0], cos, sin)
-    return q, k, v
+    turn = fuse_on_gpu(rotate, q)
+    return turn(q, cos[queries], sin[queries]), turn(k, cos, sin), v
 
 
 def rotary(drafter: Eagle3DrafterModel, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,17 +230,11 @@ def after_attention(layer: Any, residual: Tensor, out: Tensor) -> Tensor:
 
 
 def _after_attention(layer: Any, residual: Tensor, out: Tensor) -> Tensor:
-    hidden = residual + layer.self_attn.o_proj(out)
-    return hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
-
-
-def norm(module: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm in the dtype of `x`, float32 inside."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cuda", enabled=False):
-            return F.rms_norm(x, weight.shape, weight.to(x.dtype), module.variance_epsilon)  # type: ignore[arg-type]
-    return module(x).to(x.dtype)
+    hidden, mlp = residual + layer.self_attn.o_proj(out), layer.mlp
+    normed = norm(layer.post_attention_layernorm, hidden)
+    if layer.self_attn.config.hidden_act != "silu":
+        return hidden + mlp(normed)
+    return hidden + mlp.down_proj(fuse_on_gpu(swiglu, normed)(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
 def _unroll_padded(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Tensor, steps: int) -> Tensor:
@@ -262,9 +270,8 @@ class _Teach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, room: Classroom, grads: bool, normed: Tensor, weight: Tensor):  # type: ignore[no-untyped-def]
-        device = normed.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else normed.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = working_dtype(normed.device, normed.dtype)
+        with torch.autocast(normed.device.type, enabled=False):
             sums, *ctx.grads = teach_in_chunks(room, normed, weight, dtype, grads, grads and ctx.needs_input_grad[3])
         ctx.mark_non_differentiable(*sums)
         return (room.lessons.scale * sums[0]).sum(), *sums
@@ -296,19 +303,23 @@ def teach_in_chunks(
     steps = torch.arange(k, device=device)[:, None]
     for first in range(0, L, size):
         end = min(first + size, L)
-        log_p, best = room.head.say(room.last[first : end + k - 1], vocabulary)
-        missing = end - first + k - 1 - len(best)
-        log_p, best = F.pad(log_p, (0, 0, 0, missing)), F.pad(best, (0, missing))
+        said = room.head.say(room.last[first : end + k - 1], vocabulary)
+        missing = end - first + k - 1 - len(said.best)
+        kept, lse, best = (
+            F.pad(said.kept, (0, 0, 0, missing)),
+            F.pad(said.lse, (0, missing)),
+            F.pad(said.best, (0, missing)),
+        )
         logits = F.linear(normed[:, first:end].to(dtype), cast)  # [k, C, V_d]
         live = steps < room.depth[first:end]
-        *sums, hits[:, first:end], grad = _chunk_function(device)(
-            logits, log_p, vocabulary.to_draft[best], room.token[:, first:end], live, lessons, step_scale
+        *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits)(
+            logits, kept, lse, vocabulary.to_draft[best], room.token[:, first:end], live, lessons, step_scale
         )
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
             normed_grad[:, first:end] = (grad @ cast).to(wide) * unit
         if weight_grad is not None:
-            weight_grad += _outer(grad.flatten(0, 1), normed[:, first:end].flatten(0, 1).to(dtype), wide)
+            _add_outer(weight_grad, grad.flatten(0, 1), normed[:, first:end].flatten(0, 1).to(dtype))
     if weight_grad is not None:
         weight_grad = weight_grad.mul_(unit).to(weight.dtype)
     if not totals:
@@ -318,26 +329,27 @@ def teach_in_chunks(
     return [*totals, hits], normed_grad, weight_grad
 
 
-def _teach_chunk(
+def teach_chunk(
     logits: Tensor,  # [k, C, V_d]
-    log_p: Tensor,  # [C+k-1, V_d]
+    kept: Tensor,  # [C+k-1, V_d]
+    lse: Tensor,  # [C+k-1]
     best: Tensor,  # [C+k-1]
     token: Tensor,  # [k, C]
     live: Tensor,  # [k, C]
     lessons: Lessons,
     step_scale: Tensor,  # [k]
 ) -> tuple[Tensor, ...]:
-    C = logits.shape[1]
-    wide = torch.promote_types(logits.dtype, log_p.dtype)
-    dtype, logits = logits.dtype, logits.to(wide)
+    """Sums and hits as in `StepSums`, and the gradient of the scaled loss for `logits`."""
+    C, wide, dtype = logits.shape[1], lse.dtype, logits.dtype
+    logits, log_p = logits.to(wide), kept.to(wide) - lse[:, None]
     log_p, best = log_p.unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)  # [k, C, V_d], [k, C]
     loss, grad = lessons.loss.function(logits, Lesson(log_p, best, live, lessons.mean_alpha))
     grad = (grad * step_scale[:, None, None]).where(live[..., None], 0).to(dtype)
 
-    guess, lse = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
-    alpha = torch.minimum((logits - lse[..., None]).exp(), log_p.exp()).sum(-1)
+    guess, total = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
+    alpha = torch.minimum((logits - total[..., None]).exp(), log_p.exp()).sum(-1)
     at = token.clamp_min(0)[..., None]
-    log_q = logits.gather(-1, at)[..., 0] - lse
+    log_q = logits.gather(-1, at)[..., 0] - total
     ratio = (log_q - log_p.gather(-1, at)[..., 0]).clamp_max(0).exp() * (token >= 0)
     whole = live[-1]  # [C]
     return (
@@ -352,18 +364,9 @@ def _teach_chunk(
     )
 
 
-@cache
-def _compiled_chunk() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(_teach_chunk)
-
-
-def _chunk_function(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
-    """Fused on a GPU: a dozen passes over the logits otherwise."""
-    return _compiled_chunk() if device.type == "cuda" else _teach_chunk
-
-
-def _outer(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a.T @ b, summed and kept in `wide`."""
-    if a.is_cuda and a.dtype != wide:
-        return torch.mm(a.T, b, out_dtype=wide)  # torch 2.8's
-    return (a.T @ b).to(wide)
+def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Total += a.T @ b, summed in the dtype of `total`."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)  # torch 2.8's
+    else:
+        total += a.T @ b
