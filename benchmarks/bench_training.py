@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.new import new_drafter
 from hf_eagle3.training.states import OnlineStates, States
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Lessons, ttt, unroll_rows
 
 SHAPE_8B = {
     "vocab_size": 128256,
@@ -40,6 +41,7 @@ TINY = {**SHAPE_8B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 9
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+STEPS = 4  # timed together
 # TTT steps, documents, tokens each, share of them supervised -> the peer's tokens a second, of all and drafter only.
 WORK = {
     "TTT 4, 1 x 4096": (4, 1, 4096, 1.0, 17824, 42465, 25.3),
@@ -95,8 +97,8 @@ def measure(name: str, source: OnlineStates, drafter, optimizer, vocabulary, voc
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole, target, alone = [], [], []
-    for _ in range(repeats):
-        whole.append(timed(lambda: learn(source.states(batch)))[0])
+    for _ in range(repeats):  # as in training, the host looks at nothing between steps
+        whole.append(timed(lambda: [learn(source.states(batch)) for _ in range(STEPS)])[0] / STEPS)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     for _ in range(repeats):
         spent, states = timed(lambda: source.states(batch))
@@ -228,12 +230,40 @@ def profile(source, drafter, optimizer, vocabulary, vocab_size: int, device: str
 
     for _ in range(3):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as trace:
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    phases: dict[str, list[float]] = {}
+    for _ in range(5):
+        marks = [("begin", time.perf_counter())]
+
+        def mark(name: str) -> None:
+            sync()
+            marks.append((name, time.perf_counter()))  # noqa: B023  called at once
+
+        states = source.states(batch)
+        mark("target")
+        with torch.autocast(device, torch.bfloat16):
+            unroll_rows(drafter, batch, states.aux_hidden_states, 4)
+            mark("steps alone")
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+        mark("steps, heads and loss")
+        loss.backward()
+        mark("backward")
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
+        mark("clip")
+        optimizer.step()
+        mark("optimizer")
+        optimizer.zero_grad()
+        for (_, before), (name, now) in pairwise(marks):
+            phases.setdefault(name, []).append((now - before) * 1e3)
+    for name, spent in phases.items():
+        print(f"{name:24} {statistics.median(spent):7.2f} ms")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+        sync()
+    kernels = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    print(f"all kernels {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms")
+    for event in kernels[:60]:
+        print(f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:5}  {event.key[:110]}")
 
 
 if __name__ == "__main__":

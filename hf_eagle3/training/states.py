@@ -65,28 +65,51 @@ class OnlineStates:
         self._kernels: AbstractContextManager[None] = FusedElements(target) if use_kernels else nullcontext()
         self.head = TargetHead.of(target)
         self._is_checked = False
+        self._stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
-        """Run the target over the documents of `batch`."""
-        ids, lengths = batch["input_ids"], batch["lengths"]
-        documents = ids.split(lengths)
-        aux: list[Tensor] = [ids] * len(lengths)
+        """Run the target over the documents of `batch`.
+
+        On a GPU it has a stream of its own that waits for nothing: the target of this batch runs beside what is still to
+        do for the last one, such as the optimiser's step.
+        """
+        device = batch["input_ids"].device
+        if not self._runs_beside(device):
+            return self._states(batch, device)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            states = self._states(batch, device)
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(self._stream)
+        for x in states:
+            x.record_stream(main)
+        return states
+
+    def _runs_beside(self, device: torch.device) -> bool:
+        return device.type == "cuda" and self._target.device == device and not hasattr(self._target, "hf_device_map")
+
+    def _states(self, batch: Batch, device: torch.device) -> States:
+        lengths = batch["lengths"]
+        documents = torch.from_numpy(batch["tokens"]).split(lengths)
+        aux: list[Tensor] = [documents[0]] * len(lengths)
         last = list(aux)
         for group in group_by_length(lengths, self._max_tokens):
             rows = torch.nn.utils.rnn.pad_sequence([documents[i] for i in group], batch_first=True)  # [b, T]
-            if rows.is_cuda:
-                rows = F.pad(rows, (0, -rows.shape[1] % LENGTH_STEP))
+            if device.type == "cuda":
+                rows = F.pad(rows, (0, -rows.shape[1] % LENGTH_STEP)).pin_memory()
+            rows = rows.to(self._target.device, non_blocking=True)
             if not self._is_checked:
                 self._check_head(rows[:1, : lengths[group[0]]])
-            group_aux, group_last = self._run(rows, ids.device)
+            group_aux, group_last = self._run(rows, device)
             for row, i in enumerate(group):
                 aux[i], last[i] = group_aux[row, : lengths[i]], group_last[row, : lengths[i]]
+        if len(lengths) == 1:
+            return States(aux[0], last[0])
         return States(torch.cat(aux), torch.cat(last))
 
     def _run(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Aux and last hidden states [b, T, ...] of `rows` [b, T]."""
-        rows = rows.to(self._target.device)
         with (
             StateRecorder(self._target, self._boundaries) as recorder,
             sdpa_kernel(KERNELS, set_priority=True),
@@ -103,7 +126,7 @@ class OnlineStates:
         self._is_checked = True
         if self.head.weight is None:
             return
-        row = row[:, :64].to(self._target.device)
+        row = row[:, :64]
         with sdpa_kernel(KERNELS, set_priority=True):
             last = find_layers(self._target)[0](input_ids=row, use_cache=False).last_hidden_state
             logits = self._target(input_ids=row, use_cache=False).logits

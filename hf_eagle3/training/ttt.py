@@ -114,40 +114,40 @@ def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Te
     layers: Any = drafter.layers
     if not all(isinstance(layer.self_attn, Eagle3Attention) for layer in layers):
         return _unroll_padded(drafter, batch, aux_hidden_states, steps)
-    rows, spans, ids, at = batch["rows"], batch["spans"], batch["input_ids"], batch["position_ids"]
-    N, device = len(ids), ids.device
+    rows, spans, at = batch["rows"], batch["spans"], batch["position_ids"]
     first = layers[0]
     features = fuse_states(drafter, aux_hidden_states)  # [N, H]
-    embeddings = norm(first.input_layernorm, drafter.embed(ids[None])[0].to(features.dtype))  # [N, H]
-    halves = EmbeddingHalves(first.self_attn, embeddings)
+    tokens = batch["input_ids"].roll(-1)  # [N], one after each slot; the last is never live
+    embeddings = norm(first.input_layernorm, drafter.embed(tokens[None])[0].to(features.dtype))  # [N, H]
+    inputs = FirstInputs(first.self_attn, embeddings, rows)
     hidden = features
     blocks: list[tuple[Tensor, Tensor]] = []  # by layer: keys and values of step 0, [M, Hkv, D]
     own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]  # by layer and later step, [R, Hkv, D]
     outputs = []
     for t in range(steps):
-        here = torch.arange(N, device=device) if t == 0 else rows
-        token = (here + 1 + t).clamp_max(N - 1)  # past the end of a row nothing is live
-        queries = rows if t == 0 else slice(None)  # of what this step runs over, which are asked
-        positions = at[here] + t
-        rope = rotary(drafter, positions, hidden)
+        rope = rotary(drafter, at if t == 0 else at[rows] + t, hidden)
+        asked = rope if t else (rope[0][rows], rope[1][rows])
         for i, layer in enumerate(layers):
             attention = layer.self_attn
-            if i == 0:
-                normed = norm(layer.hidden_norm, hidden)
-                residual = (normed if layer.norm_before_residual else hidden)[queries]
-                q, k, v = halves.project(normed, token, queries)
-            else:
-                normed, residual = norm(layer.input_layernorm, hidden), hidden[queries]
-                q, k, v = project(attention, normed, queries)
-            q, k, v = to_heads(attention, q, k, v, rope, queries)
+            # In the first layer of step 0, all slots have keys, and the rows ask; from there on there are rows alone.
+            narrows = t == 0 and i == 0
+            normed = norm(layer.hidden_norm if i == 0 else layer.input_layernorm, hidden)
+            residual = normed if i == 0 and layer.norm_before_residual else hidden
+            if narrows:
+                residual = take(residual, rows)
+            q, k, v = inputs.project(normed, t) if i == 0 else project(attention, normed)
+            q, k = (
+                to_heads(attention.q_norm if attention.config.qk_norm else None, q, attention.head_dim, asked),
+                to_heads(attention.k_norm if attention.config.qk_norm else None, k, attention.head_dim, rope),
+            )
+            v = v.unflatten(-1, (-1, attention.head_dim))
             if t == 0:
                 keys = spans.keys
-                blocks.append((k, v) if keys is None else (k[keys], v[keys]))
+                blocks.append((k, v) if keys is None else (k.index_select(0, keys), v.index_select(0, keys)))
             else:
                 own[i].append((k, v))
             out = attend(q, blocks[i], own[i], spans, attention.scaling, attention.sliding_window)
             hidden = after_attention(layer, residual, out.flatten(1))
-            queries = slice(None)
         normed = norm(drafter.norm, hidden)
         outputs.append(normed)
         hidden = normed if drafter.config.norm_output else hidden
@@ -168,52 +168,67 @@ def fuse_states(drafter: Eagle3DrafterModel, aux_hidden_states: Tensor) -> Tenso
     return drafter.fc(aux_hidden_states.to(dtype))
 
 
-class EmbeddingHalves:
-    """What token embeddings bring to the first layer's query, key and value, for all tokens and steps at once.
+class FirstInputs:
+    """Query, key and value of the first layer, with what token embeddings bring to them computed once for all steps.
 
-    W [e ; c] = W_e e + W_c c, and only c changes from step to step. An adapted or quantised projection is applied whole.
+    W [e ; c] = W_e e + W_c c, and only c changes from step to step: the token of row r at step t is that of row r + t at
+    step 0, as rows lie in unbroken spans wherever they are live. An adapted or quantised projection is applied whole.
+
+    Args:
+        attention: The first layer's.
+        embeddings: [N, H] of the token after each slot, normed.
+        rows: [R], the slots that run.
     """
 
-    def __init__(self, attention: Eagle3Attention, embeddings: Tensor):
+    def __init__(self, attention: Eagle3Attention, embeddings: Tensor, rows: Tensor):
         self._projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._embeddings = embeddings  # [N, H]
+        self._rows, self._every = rows, embeddings
+        self._ours = take(embeddings, rows)  # [R, H]
         self._split = all(type(p) is nn.Linear for p in self._projections)
-        if self._split:
-            H = embeddings.shape[-1]
-            self._halves = [F.linear(embeddings, p.weight[:, :H], p.bias) for p in self._projections]
-
-    def project(self, normed: Tensor, token: Tensor, queries: Any) -> list[Tensor]:
-        """Query of `queries`, key and value of all, from `normed` [n, H] and the tokens at `token` [n]."""
-        asked = token[queries], normed[queries]
-        inputs = (asked, (token, normed), (token, normed))
         if not self._split:
-            return [
-                projection(torch.cat([self._embeddings[at], c], dim=-1))
-                for projection, (at, c) in zip(self._projections, inputs, strict=True)
-            ]
-        H = normed.shape[-1]
-        return [
-            half[at] + F.linear(c, projection.weight[:, H:])
-            for projection, half, (at, c) in zip(self._projections, self._halves, inputs, strict=True)
-        ]
+            return
+        dtype, H = working_dtype(embeddings.device, attention.q_proj.weight.dtype), embeddings.shape[-1]
+        self._sizes = [p.out_features for p in self._projections]
+        weight = torch.cat([p.weight.to(dtype) for p in self._projections])  # [Q+2K, 2H]
+        self._of_state = weight[:, H:]
+        biases: list[Tensor] = [p.bias for p in self._projections if p.bias is not None]
+        bias = torch.cat(biases).to(dtype) if biases else None
+        Q = self._sizes[0]
+        self._every = F.linear(embeddings, weight[Q:, :H], None if bias is None else bias[Q:])  # [N, 2K]
+        query = F.linear(self._ours, weight[:Q, :H], None if bias is None else bias[:Q])
+        self._ours = torch.cat([query, take(self._every, rows)], dim=-1)  # [R, Q+2K]
+
+    def project(self, normed: Tensor, step: int) -> list[Tensor]:
+        """Query [R, Q], key and value, of all slots at step 0 and of the rows later, from normed states like these."""
+        ours = F.pad(self._ours[step:], (0, 0, 0, min(step, len(self._ours))))
+        if not self._split:
+            asked = torch.cat([ours, take(normed, self._rows) if step == 0 else normed], dim=-1)
+            answering = torch.cat([self._every, normed], dim=-1) if step == 0 else asked
+            q, k, v = self._projections
+            return [q(asked), k(answering), v(answering)]
+        if step:
+            return list((ours + F.linear(normed, self._of_state)).split(self._sizes, dim=-1))
+        Q = self._sizes[0]
+        query = ours[:, :Q] + F.linear(take(normed, self._rows), self._of_state[:Q])
+        return [query, *(self._every + F.linear(normed, self._of_state[Q:])).split(self._sizes[1:], dim=-1)]
 
 
-def project(attention: Eagle3Attention, normed: Tensor, queries: Any) -> list[Tensor]:
-    """Query of `queries`, key and value of all."""
-    return [attention.q_proj(normed[queries]), attention.k_proj(normed), attention.v_proj(normed)]
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], for rows that are all different; as they are if they are all."""
+    return x if len(rows) == len(x) else x.index_select(0, rows)
 
 
-def to_heads(
-    attention: Eagle3Attention, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], queries: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def project(attention: Eagle3Attention, normed: Tensor) -> list[Tensor]:
+    """Query, key and value of a later layer."""
+    return [attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)]
+
+
+def to_heads(head_norm: nn.Module | None, x: Tensor, head_dim: int, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Heads [n, heads, D], normed where the drafter does, rotated."""
-    D = attention.head_dim
-    q, k, v = (x.unflatten(-1, (-1, D)) for x in (q, k, v))
-    if attention.config.qk_norm:
-        q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
-    cos, sin = rope
-    turn = fuse_on_gpu(rotate, q)
-    return turn(q, cos[queries], sin[queries]), turn(k, cos, sin), v
+    x = x.unflatten(-1, (-1, head_dim))
+    if head_norm is not None:
+        x = norm(head_norm, x)
+    return fuse_on_gpu(rotate, x)(x, *rope)
 
 
 def rotary(drafter: Eagle3DrafterModel, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,19 +288,23 @@ class _Teach(torch.autograd.Function):
         dtype = working_dtype(normed.device, normed.dtype)
         with torch.autocast(normed.device.type, enabled=False):
             sums, *ctx.grads = teach_in_chunks(room, normed, weight, dtype, grads, grads and ctx.needs_input_grad[3])
+        ctx.largest = room.lessons.scale.max()
         ctx.mark_non_differentiable(*sums)
         return (room.lessons.scale * sums[0]).sum(), *sums
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[no-untyped-def]
         (normed_grad, weight_grad), ctx.grads = ctx.grads, None
+        grad = grad * ctx.largest
         return None, None, normed_grad.mul_(grad), None if weight_grad is None else weight_grad.mul_(grad)
 
 
 def teach_in_chunks(
     room: Classroom, normed: Tensor, weight: Tensor, dtype: torch.dtype, grads: bool, weight_grads: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What `StepSums` has, and gradients of the scaled loss for `normed` [k, L, H] and `weight` [V_d, H].
+    """What `StepSums` has, and gradients for `normed` [k, L, H] and `weight` [V_d, H].
+
+    They are of the loss with its largest scale at 1.
 
     The target row of slot r at step t is that of slot r + t: slots that train lie in unbroken spans.
     """
@@ -293,11 +312,10 @@ def teach_in_chunks(
     wide, device = torch.promote_types(normed.dtype, torch.float32), normed.device
     lessons, vocabulary = room.lessons, room.vocabulary
     size = max(1, CHUNK_ELEMENTS // (k * len(weight)))
-    unit = lessons.scale.max()  # half precision takes gradients of order one
-    step_scale = (lessons.scale / unit).to(wide)
+    step_scale = (lessons.scale / lessons.scale.max()).to(wide)  # half precision takes gradients of order one
     cast = weight.to(dtype)
     normed_grad = torch.zeros_like(normed) if grads else None
-    weight_grad = torch.zeros(weight.shape, dtype=wide, device=device) if weight_grads else None
+    weight_grad = torch.zeros(weight.shape, dtype=weight.dtype, device=device) if weight_grads else None
     totals: list[Tensor] = []
     hits = torch.zeros(k, L, dtype=torch.bool, device=device)
     steps = torch.arange(k, device=device)[:, None]
@@ -317,11 +335,9 @@ def teach_in_chunks(
         )
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
-            normed_grad[:, first:end] = (grad @ cast).to(wide) * unit
+            normed_grad[:, first:end] = grad @ cast
         if weight_grad is not None:
             _add_outer(weight_grad, grad.flatten(0, 1), normed[:, first:end].flatten(0, 1).to(dtype))
-    if weight_grad is not None:
-        weight_grad = weight_grad.mul_(unit).to(weight.dtype)
     if not totals:
         nothing = torch.zeros(k, dtype=wide, device=device)
         counts = torch.zeros(k, dtype=torch.int64, device=device)
