@@ -312,6 +312,7 @@ class StateWriter:
     def _manifest(self) -> dict[str, Any]:
         config = json.loads(self._text.to_json_string(use_diff=False))
         quantization = config.pop("quantization_config", None)
+        config.pop("_name_or_path", None)
         whole = getattr(self._target.config, "quantization_config", None)
         if quantization is None and whole is not None:
             quantization = whole if isinstance(whole, dict) else whole.to_dict()
