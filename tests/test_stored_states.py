@@ -377,7 +377,7 @@ def test_the_dataset_travels_without_its_tokens(folder):
     dataset = StoredStates(folder).dataset.select([5, 2])
     assert len(dataset) == 2
     sent = pickle.dumps(dataset)
-    assert len(sent) < 2000
+    assert not any(row["input_ids"].tobytes() in sent for row in dataset)
     for ours, theirs in zip(pickle.loads(sent), dataset, strict=True):
         assert ours["documents"] == theirs["documents"]
         assert np.array_equal(ours["input_ids"], theirs["input_ids"])
@@ -562,10 +562,27 @@ def test_states_that_are_not_finite_are_named(tmp_path, monkeypatch):
     target.model.layers[3].mlp.down_proj.weight.data *= 1e8
     target.model.layers[3].mlp.down_proj.weight.data[1:] = 0
     with pytest.raises(
-        ValueError, match=r"Document 0 .*not finite in torch.float16, at boundaries \[4, 5\]\. Store bfloat16"
+        ValueError,
+        match=r"of 12 documents .*not finite in torch.float16, document \d+ at boundaries \[4, 5\]; up to 1%.*Store bfloat16",
     ):
         store_states(target, ROWS, tmp_path / "states", dtype=torch.float16)
     StoredStates(store_states(target, ROWS, tmp_path / "other"))
+
+
+def test_a_few_documents_that_are_not_finite_are_left_out(tmp_path):
+    """T-30: of 240 documents the two that read token 63 overflow; the run goes on without them, and says so."""
+    target = make_target()
+    target.model.embed_tokens.weight.data[63] = torch.inf
+    rows = [{**row, "input_ids": [min(i, 62) for i in row["input_ids"]]} for row in make_rows(240)]
+    for i in (17, 70):
+        rows[i]["input_ids"][0] = 63
+    stored = StoredStates(store_states(target, rows, tmp_path / "states", shard_size=SMALL), verify=True)
+    assert sorted({*range(240)} - {row["documents"][0] for row in stored.dataset}) == [17, 70]
+    states = stored.states(batch_of(stored.dataset, range(238)))
+    assert all(x.isfinite().all() for x in states)
+    writer = StateWriter(target, [*rows, *rows[17:18]], tmp_path / "more")
+    with pytest.raises(ValueError, match="3 of 241 documents"):
+        writer.run()
 
 
 @pytest.mark.parametrize(
@@ -723,7 +740,7 @@ def test_many_shards_are_not_all_kept_open(folder, monkeypatch):
     stored = StoredStates(folder)
     expected = StoredStates(folder).states(batch_of(stored.dataset, range(len(ROWS))))
     states = stored.states(batch_of(stored.dataset, range(len(ROWS))))
-    assert len(stored._open) == 2
+    assert len(stored._documents._open) == 2
     assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
 
 

@@ -49,6 +49,7 @@ BOUNDARIES = (
     "before the final norm; one more: after it; none at all: after the final norm"
 )
 SAMPLE, SAMPLE_TOKENS, SAMPLE_POSITIONS = 16, 8192, 256  # of the check: documents, tokens, positions of one
+MAX_LEFT_OUT = 0.01  # of the documents: those whose states are not finite
 AGREEMENT = 0.999  # of positions where the head on the stored state says what the target says
 TMP = ".tmp"
 PACKAGES = ("hf-eagle3", "torch", "transformers", "safetensors")
@@ -248,40 +249,13 @@ class StateWriter:
             leftover.unlink()
         for name in todo:
             manifest["files"].pop(name, None)
-        self._write(MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"), todo)
-
-        def write_tensors(name: str, tensors: dict[str, Tensor]) -> None:
-            self._write(name, lambda path: save_file(tensors, path), todo)
-            path = self._folder / name
-            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-            text = json.dumps(manifest, indent=1)
-            self._write(MANIFEST, lambda path: path.write_text(text, encoding="utf-8"), todo)
-
+        self._write_manifest(manifest, todo)
         if DOCUMENTS in todo:
-            write_tensors(DOCUMENTS, self._documents())
+            self._write_tensors(DOCUMENTS, self._documents(), manifest, todo)
         if HEAD in todo:
-            write_tensors(HEAD, {name: tensor.contiguous().cpu() for name, tensor in self._head.items()})
-        total = int(self._plan.lengths.sum())
-        done = sum(
-            int(self._plan.lengths[self._plan.members(i)].sum())
-            for i, name in enumerate(names[2:])
-            if name not in todo
-        )
-        pending: Future[None] | None = None
-        # One shard is written while the target runs over the next.
-        with (
-            tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="Storing states", disable=None) as bar,
-            ThreadPoolExecutor(1) as disk,
-        ):
-            for shard, name in enumerate(names[2:]):
-                if name not in todo:
-                    continue
-                tensors = self._shard(self._plan.members(shard), bar)
-                if pending is not None:
-                    pending.result()
-                pending = disk.submit(write_tensors, name, tensors)
-            if pending is not None:
-                pending.result()
+            head = {name: tensor.contiguous().cpu() for name, tensor in self._head.items()}
+            self._write_tensors(HEAD, head, manifest, todo)
+        self._write_shards(manifest, todo)
         return self._folder
 
     # ---- before writing ----
@@ -388,8 +362,9 @@ class StateWriter:
             theirs = logits[:, : ours.shape[1]].to(ours.dtype)
             said = theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]
             rounding = 2 * torch.finfo(self._dtype).eps * theirs.abs().amax(-1)
-            right += int((said >= theirs.amax(-1) - rounding).sum())  # of two that tie, either is right
-            total += len(positions)
+            is_known = theirs.isfinite().all(-1)  # documents that are not finite are found later, one by one
+            right += int(((said >= theirs.amax(-1) - rounding) & is_known).sum())  # of two that tie, either is right
+            total += int(is_known.sum())
         if right < AGREEMENT * total:
             raise ValueError(
                 f"The head of {type(self._target).__name__} on its last hidden states in {self._dtype} says what the target says "
@@ -416,6 +391,63 @@ class StateWriter:
                 "files are still to come; those before are whole. Make room, and run the same again to go on."
             ) from error
 
+    def _write_manifest(self, manifest: Mapping[str, Any], todo: Sequence[str]) -> None:
+        text = json.dumps(manifest, indent=1)
+        self._write(MANIFEST, lambda path: path.write_text(text, encoding="utf-8"), todo)
+
+    def _write_tensors(
+        self,
+        name: str,
+        tensors: dict[str, Tensor],
+        manifest: dict[str, Any],
+        todo: Sequence[str],
+        left_out: Sequence[int] = (),
+    ) -> None:
+        """A file, and its line in the manifest: in this order, so that what is listed is whole."""
+        self._write(name, lambda path: save_file(tensors, path), todo)
+        path = self._folder / name
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        if left_out:
+            manifest["files"][name]["left_out"] = list(left_out)
+        self._write_manifest(manifest, todo)
+
+    def _write_shards(self, manifest: dict[str, Any], todo: Sequence[str]) -> None:
+        """One shard is written while the target runs over the next."""
+        plan, count = self._plan, self._plan.num_shards
+        shards = [i for i in range(count) if shard_name(i, count) in todo]
+        remaining = sum(int(plan.lengths[plan.members(i)].sum()) for i in shards)
+        total = int(plan.lengths.sum())
+        num_left_out = sum(len(facts.get("left_out", ())) for facts in manifest["files"].values())
+        pending: Future[None] | None = None
+        with (
+            tqdm(
+                total=total,
+                initial=total - remaining,
+                unit="tok",
+                unit_scale=True,
+                desc="Storing states",
+                disable=None,
+            ) as bar,
+            ThreadPoolExecutor(1) as disk,
+        ):
+            for shard in shards:
+                tensors, left_out = self._shard(plan.members(shard), bar)
+                num_left_out += len(left_out)
+                if left_out and num_left_out > MAX_LEFT_OUT * len(plan.lengths):
+                    document, where = list(left_out.items())[-1]
+                    raise ValueError(
+                        f"{num_left_out} of {len(plan.lengths)} documents have hidden states that are not finite in "
+                        f"{self._dtype}, document {document} {where}; up to {MAX_LEFT_OUT:.0%} would be left out. Store bfloat16 "
+                        f"or float32, or load the target in a wider dtype than {self._target.dtype}."
+                    )
+                if pending is not None:
+                    pending.result()
+                pending = disk.submit(
+                    self._write_tensors, shard_name(shard, count), tensors, manifest, todo, tuple(left_out)
+                )
+            if pending is not None:
+                pending.result()
+
     def _documents(self) -> dict[str, Tensor]:
         plan = self._plan
         rows = [self._dataset[i] for i in range(len(self._dataset))]
@@ -431,12 +463,13 @@ class StateWriter:
         }
         return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
 
-    def _shard(self, members: range, bar: tqdm) -> dict[str, Tensor]:
-        """The states of consecutive documents, one behind the other."""
+    def _shard(self, members: range, bar: tqdm) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """The states of consecutive documents, one behind the other, and those that are not finite, with where."""
         plan, width = self._plan, self._text.hidden_size
         aux = torch.empty(int(plan.num_aux[members].sum()), self._aux_bytes // self._dtype.itemsize, dtype=self._dtype)
         last = torch.empty(int(plan.num_last[members].sum()), width, dtype=self._dtype)
         aux_done = last_done = 0
+        left_out = {}
         for window in self._windows(members):
             rows = [self._dataset[i] for i in window]
             lengths = [len(row["input_ids"]) for row in rows]
@@ -447,12 +480,14 @@ class StateWriter:
                 positions = torch.from_numpy(stored_positions(np.asarray(row["loss_mask"], dtype=bool)))
                 kept_aux = aux_part[: int(plan.num_aux[i])].to(self._dtype)
                 kept_last = last_part[positions.to(last_part.device)].to(self._dtype)
-                self._check_finite(i, kept_aux, kept_last)
+                if not bool(kept_aux.isfinite().all() & kept_last.isfinite().all()):
+                    left_out[i] = self._where_not_finite(kept_aux)
+                    logger.warning(f"Document {i} is left out: its hidden states are not finite {left_out[i]}.")
                 aux[aux_done : aux_done + len(kept_aux)] = kept_aux
                 last[last_done : last_done + len(kept_last)] = kept_last
                 aux_done, last_done = aux_done + len(kept_aux), last_done + len(kept_last)
             bar.update(sum(lengths))
-        return {AUX: aux, LAST: last}
+        return {AUX: aux, LAST: last}, left_out
 
     def _windows(self, members: range) -> Iterator[range]:
         """Consecutive documents of about four forwards, so that those of like length can go side by side."""
@@ -465,16 +500,10 @@ class StateWriter:
             used += length
         yield range(first, members.stop)
 
-    def _check_finite(self, document: int, aux: Tensor, last: Tensor) -> None:
-        if bool(aux.isfinite().all() & last.isfinite().all()):
-            return
+    def _where_not_finite(self, aux: Tensor) -> str:
         chunks = aux.split(self._text.hidden_size, dim=-1)
         bad = [b for b, c in zip(self._boundaries or ("final",), chunks, strict=True) if not bool(c.isfinite().all())]
-        where = f"at boundaries {bad}" if bad else "after the final norm"
-        raise ValueError(
-            f"Document {document} has hidden states that are not finite in {self._dtype}, {where}. Store bfloat16 or float32, "
-            f"load the target in a wider dtype than {self._target.dtype}, or leave this row out of the data."
-        )
+        return f"at boundaries {bad}" if bad else "after the final norm"
 
 
 def store_states(

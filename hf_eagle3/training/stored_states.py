@@ -11,6 +11,7 @@ positions whose states no loss reads are not there:
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -134,37 +137,91 @@ class StoredTarget(nn.Module):
 
 
 class Documents:
-    """Ids, masks and places of all documents, mapped from a file: no copy a process, and none to pickle."""
+    """All documents of a folder: ids, masks and states, mapped from its files. Processes share them; none pickles them.
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._open()
+    Args:
+        folder: Where they are.
+        manifest: Of the folder.
+    """
 
-    def _open(self) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder, self._manifest = folder, manifest
+        path = folder / DOCUMENTS
         try:
-            with safe_open(self._path, framework="pt") as file:  # torch's tensors are mapped, numpy's are copies
+            with safe_open(path, framework="pt") as file:  # torch's tensors are mapped, numpy's are copies
                 columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118  no mapping
         except (OSError, SafetensorError) as error:
-            raise StoredStatesError(f"{self._path} cannot be read ({error}). Delete it and {AGAIN}.") from error
-        self._ids, self._masks = columns["input_ids"], columns["loss_mask"]
-        self._ends = columns["ends"]  # [D] of each document's tokens
-        self.shards = columns["shard"]  # [D]
-        self.aux_starts, self.num_aux = columns["aux_start"], columns["num_aux"]  # [D] rows in its shard
-        self.last_starts, self.num_last = columns["last_start"], columns["num_last"]  # [D]
+            raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
+        self._ids, self._masks, self._ends = (
+            columns["input_ids"],
+            columns["loss_mask"],
+            columns["ends"],
+        )  # [N], [N], [D]
+        self._shards = columns["shard"]  # [D]
+        self._starts = {AUX: columns["aux_start"], LAST: columns["last_start"]}  # [D], rows in the shard
+        self._counts = {AUX: columns["num_aux"], LAST: columns["num_last"]}  # [D]
+        self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        width = manifest["hidden_size"]
+        self.widths = {AUX: width * max(1, len(manifest["aux_layer_ids"])), LAST: width}
+        self._open: dict[int, dict[str, Any]] = {}  # by shard: safetensors' slices
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_path"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Documents, (self.folder, self._manifest)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [T] int32 and mask [T] bool of a document."""
-        tokens = slice(self._ends[index - 1] if index else 0, self._ends[index])
-        return self._ids[tokens], self._masks[tokens]
+    def tokens(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [T] int32 and mask [T] bool."""
+        where = slice(self._ends[document - 1] if document else 0, self._ends[document])
+        return self._ids[where], self._masks[where]
+
+    def states(self, document: int) -> States:
+        """Aux states [<= T, A*Ht], and last hidden states [M, Ht] at `stored_positions`; mapped, not copied."""
+        slices, parts = self._slices(int(self._shards[document])), []
+        for name in (AUX, LAST):
+            start = int(self._starts[name][document])
+            parts.append(slices[name][start : start + int(self._counts[name][document])])
+        return States(*parts)
+
+    def read_ahead(self, document: int) -> None:
+        """Have the states in memory when `states` is read: a byte of each page is looked at."""
+        for part in self.states(document):
+            part.view(torch.uint8).flatten()[:: mmap.PAGESIZE].sum()
+
+    def path(self, document: int) -> Path:
+        """The file its states are in."""
+        return self.folder / shard_name(int(self._shards[document]), self._manifest["num_shards"])
+
+    def usable(self) -> np.ndarray:
+        """The documents whose states are there and finite."""
+        files, count = self._manifest["files"], self._manifest["num_shards"]
+        is_there = np.array([shard_name(i, count) in files for i in range(count)], dtype=bool)
+        left_out = [document for facts in files.values() for document in facts.get("left_out", ())]
+        return np.setdiff1d(np.flatnonzero(is_there[self._shards]), left_out)
+
+    def _slices(self, shard: int) -> dict[str, Any]:
+        """Of a shard, whose header is checked when it is opened."""
+        if shard in self._open:
+            return self._open[shard]
+        path, members = self.folder / shard_name(shard, self._manifest["num_shards"]), self._shards == shard
+        try:
+            file = safe_open(path, framework="pt")
+            slices = {name: file.get_slice(name) for name in (AUX, LAST)}
+        except (OSError, SafetensorError) as error:
+            raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
+        kind = SAFETENSORS_NAMES[self.dtype]
+        for name, found in slices.items():
+            shape = [int(self._counts[name][members].sum()), self.widths[name]]
+            if (found.get_shape(), found.get_dtype()) != (shape, kind):
+                raise StoredStatesError(
+                    f"{path}: the manifest says {name} {shape} of {kind}, and it has {found.get_shape()} of "
+                    f"{found.get_dtype()}. Delete it and {AGAIN}."
+                )
+        if len(self._open) >= OPEN_SHARDS:
+            del self._open[next(iter(self._open))]
+        self._open[shard] = slices
+        return slices
 
 
 class StoredDataset(TokenDataset):
@@ -180,7 +237,7 @@ class StoredDataset(TokenDataset):
         self._documents, self._max_length = documents, max_length
         self._indices = np.fromiter(indices, dtype=np.int64)
         if max_length is not None:
-            keep = [trains_something(documents.read(i)[1][:max_length]) for i in self._indices]
+            keep = [trains_something(documents.tokens(i)[1][:max_length]) for i in self._indices]
             self._indices = self._indices[np.array(keep, dtype=bool)]
         if not len(self._indices):
             raise ValueError(
@@ -192,7 +249,9 @@ class StoredDataset(TokenDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # arrays, and the document
         document = int(self._indices[index])
-        ids, mask = self._documents.read(document)
+        ids, mask = self._documents.tokens(document)
+        if get_worker_info() is not None:  # the batch will be asked for soon
+            self._documents.read_ahead(document)
         return {
             "input_ids": ids[: self._max_length],
             "loss_mask": mask[: self._max_length],
@@ -228,23 +287,10 @@ class StoredStates:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self._check_files(verify, allow_incomplete)
-        self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        self._documents = Documents(self.folder / DOCUMENTS)
+        self._documents = Documents(self.folder, self.manifest)
+        self.dtype = self._documents.dtype
         self.target: PreTrainedModel = self._load_target()
-        self._aux_width = self._width * max(1, len(self.manifest["aux_layer_ids"]))
-        self._open: dict[int, tuple[Any, Any]] = {}  # by shard: slices of aux and last hidden states
-        there = [shard_name(i, self._num_shards) in self.manifest["files"] for i in range(self._num_shards)]
-        self.dataset = StoredDataset(
-            self._documents, np.flatnonzero(np.array(there, dtype=bool)[self._documents.shards]), max_length
-        )
-
-    @property
-    def _num_shards(self) -> int:
-        return self.manifest["num_shards"]
-
-    @property
-    def _width(self) -> int:
-        return self.manifest["hidden_size"]
+        self.dataset = StoredDataset(self._documents, self._documents.usable(), max_length)
 
     @property
     def head(self) -> TargetHead:
@@ -257,7 +303,7 @@ class StoredStates:
         return tuple(self.manifest["aux_layer_ids"])
 
     def _check_files(self, verify: bool, allow_incomplete: bool) -> None:
-        files, count = self.manifest["files"], self._num_shards
+        files, count = self.manifest["files"], self.manifest["num_shards"]
         expected = [DOCUMENTS, HEAD, *(shard_name(i, count) for i in range(count))]
         missing = [name for name in expected if name not in files]
         written = count + 2 - len(missing)
@@ -266,7 +312,7 @@ class StoredStates:
                 f"{self.folder} is incomplete: {written} of {count + 2} files were written. Run `hf-eagle3 states` again "
                 "with the same options to go on, or pass allow_incomplete=True for the documents that are there."
             )
-        for name, facts in files.items():
+        for name, facts in tqdm(files.items(), desc="Verifying", leave=False, disable=None if verify else True):
             path = self.folder / name
             if not path.is_file():
                 raise StoredStatesError(f"{path} is missing, and the manifest lists it. Copy it here, or {AGAIN}.")
@@ -338,7 +384,7 @@ class StoredStates:
         stored_ids, aux, last, positions = (
             x.to(device, non_blocking=True) for x in (stored_ids, aux, last, positions)
         )
-        whole = last.new_zeros(len(ids), self._width)
+        whole = last.new_zeros(len(ids), last.shape[-1])
         whole[positions] = last
         rows, trained = batch["rows"], batch["trained"]
         needed = (rows if trained is None else rows[trained]) + 1
@@ -371,7 +417,7 @@ class StoredStates:
                     f"The batch has document {document}, and {self.folder} has documents 0 to {len(self._documents) - 1}. Train "
                     "on the `dataset` of these stored states."
                 )
-            if length > (stored := len(self._documents.read(document)[0])):
+            if length > (stored := len(self._documents.tokens(document)[0])):
                 raise StoredStatesError(
                     f"Document {document} has {length} tokens in the batch, and {stored} in {self.folder}. Train on the "
                     "`dataset` of these stored states."
@@ -385,54 +431,28 @@ class StoredStates:
         offsets = np.cumsum([0, *lengths])
         all_ids, all_positions, counts = [], [], []
         for document, length, start in zip(documents, lengths, offsets[:-1], strict=True):
-            ids, mask = index.read(document)
+            ids, mask = index.tokens(document)
             positions = stored_positions(mask)
             counts.append(int(np.searchsorted(positions, length)))
             all_ids.append(ids[:length])
             all_positions.append(positions[: counts[-1]] + start)
-        aux = torch.empty(int(offsets[-1]), self._aux_width, dtype=self.dtype, pin_memory=pinned)
-        last = torch.empty(sum(counts), self._width, dtype=self.dtype, pin_memory=pinned)
+        aux, last = (
+            torch.empty(rows, index.widths[name], dtype=self.dtype, pin_memory=pinned)
+            for name, rows in ((AUX, int(offsets[-1])), (LAST, sum(counts)))
+        )
         done = 0
         for document, length, start, count in zip(documents, lengths, offsets[:-1], counts, strict=True):
-            shard_aux, shard_last = self._shard(int(index.shards[document]))
-            num_aux, first = min(length, int(index.num_aux[document])), int(index.aux_starts[document])
-            aux[start : start + num_aux] = shard_aux[first : first + num_aux]
+            stored = index.states(document)
+            num_aux = min(length, len(stored.aux_hidden_states))
+            aux[start : start + num_aux] = stored.aux_hidden_states[:num_aux]
             aux[start + num_aux : start + length] = 0
-            first = int(index.last_starts[document])
-            last[done : done + count] = shard_last[first : first + count]
+            last[done : done + count] = stored.last_hidden_states[:count]
             done += count
         return torch.from_numpy(np.concatenate(all_ids)), aux, last, torch.from_numpy(np.concatenate(all_positions))
 
-    def _shard(self, shard: int) -> tuple[Any, Any]:
-        """Slices of the aux and last hidden states of a shard, mapped; its header is checked when it is opened."""
-        if shard in self._open:
-            return self._open[shard]
-        path = self.folder / shard_name(shard, self._num_shards)
-        members = self._documents.shards == shard
-        sizes = {
-            AUX: [int(self._documents.num_aux[members].sum()), self._aux_width],
-            LAST: [int(self._documents.num_last[members].sum()), self._width],
-        }
-        try:
-            file = safe_open(path, framework="pt")
-            slices = {name: file.get_slice(name) for name in sizes}
-        except (OSError, SafetensorError) as error:
-            raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
-        for name, shape in sizes.items():
-            found = slices[name].get_shape(), slices[name].get_dtype()
-            if found != (shape, SAFETENSORS_NAMES[self.dtype]):
-                raise StoredStatesError(
-                    f"{path}: the manifest says {name} {shape} of {SAFETENSORS_NAMES[self.dtype]}, and it has {found[0]} of "
-                    f"{found[1]}. Delete it and {AGAIN}."
-                )
-        if len(self._open) >= OPEN_SHARDS:
-            del self._open[next(iter(self._open))]
-        self._open[shard] = slices[AUX], slices[LAST]
-        return self._open[shard]
-
     def _raise_other_tokens(self, ids: Tensor, lengths: Sequence[int], documents: Sequence[int]) -> None:
         for document, row in zip(documents, ids.cpu().split(list(lengths)), strict=True):
-            stored = torch.from_numpy(self._documents.read(document)[0][: len(row)].astype(np.int64))
+            stored = torch.from_numpy(self._documents.tokens(document)[0][: len(row)].astype(np.int64))
             if (at := (stored != row).nonzero()).numel():
                 i = int(at[0])
                 raise StoredStatesError(
@@ -445,8 +465,7 @@ class StoredStates:
         for document, *parts in zip(documents, aux.split(sizes), last.split(sizes), strict=True):
             for name, part in zip((AUX, LAST), parts, strict=True):
                 if (at := (~part.isfinite()).nonzero()).numel():
-                    shard = shard_name(int(self._documents.shards[document]), self._num_shards)
                     raise StoredStatesError(
-                        f"Document {document}: {name} are not finite at position {int(at[0, 0])}, in {self.folder / shard}. They "
-                        f"were when they were written, so the file is damaged. Delete it and {AGAIN}."
+                        f"Document {document}: {name} are not finite at position {int(at[0, 0])}, in {self._documents.path(document)}. "
+                        f"They were when they were written, so the file is damaged. Delete it and {AGAIN}."
                     )
