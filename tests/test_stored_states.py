@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import resource
 import shutil
 import threading
 import types
@@ -106,7 +105,7 @@ def lesson(drafter, batch, source, steps=STEPS):
     """Loss, sums and gradients of `batch`, with the states of `source`."""
     drafter.zero_grad()
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
-    scale = torch.tensor([0.8**t for t in range(steps)]) / len(batch["rows"])
+    scale = torch.tensor([0.8**t for t in range(steps)], device=batch["rows"].device) / len(batch["rows"])
     states = source.states(batch)
     loss, sums = ttt(drafter, batch, states, source.head, vocabulary, Lessons(LOSSES["forward_kl"], scale, scale * 0))
     loss.backward()
@@ -384,6 +383,23 @@ def test_the_dataset_travels_without_its_tokens(folder):
     assert [row["documents"] for row in dataset] == [[5], [2]]
 
 
+@pytest.mark.gpu
+def test_states_go_to_the_device_of_the_batch_and_the_head_with_them(tmp_path):
+    target = make_target(dtype=torch.bfloat16).cuda()
+    stored = StoredStates(store_states(target, ROWS, tmp_path / "states"))
+    batch = batch_of(stored.dataset, range(len(ROWS)))
+    on_host = stored.states(batch)
+    drafter = make_drafter(stored.target).cuda()
+    there = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
+    on_device = stored.states(there)
+    assert stored.head.weight.is_cuda
+    assert all(b.is_cuda and torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device, strict=True))
+    online = OnlineStates(target, drafter.bound_aux_layer_ids)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, offline = (lesson(drafter, there, source)[0] for source in (online, stored))
+    torch.testing.assert_close(offline, expected, rtol=1e-2, atol=0)
+
+
 # ---- interrupted ----
 
 
@@ -447,6 +463,7 @@ def test_a_damaged_or_missing_shard_is_written_anew(target, copied):
 
 def test_a_full_disk_is_said_and_leaves_what_is_whole(target, tmp_path):
     """Files may not grow beyond 40 kB here: documents and manifest fit, a shard does not."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
