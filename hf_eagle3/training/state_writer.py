@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -238,7 +238,7 @@ class StateWriter:
         """
         manifest = self._begin()
         names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
-        todo = [name for name in names if not self._is_there(name, manifest["files"].get(name))]
+        todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
         if not todo:
             logger.info(f"{self._folder} is complete.")
             return self._folder
@@ -324,7 +324,7 @@ class StateWriter:
         path = self._folder / name
         return facts is not None and path.is_file() and path.stat().st_size == facts["bytes"]
 
-    def _check_space(self, todo: Sequence[str]) -> None:
+    def _check_space(self, todo: Collection[str]) -> None:
         size, plan = self.size, self._plan
         there = [i for i in range(plan.num_shards) if shard_name(i, plan.num_shards) not in todo]
         kept = sum(
@@ -374,7 +374,7 @@ class StateWriter:
 
     # ---- writing ----
 
-    def _write(self, name: str, write: Callable[[Path], Any], todo: Sequence[str]) -> None:
+    def _write(self, name: str, write: Callable[[Path], Any], todo: Collection[str]) -> None:
         """A file that is there whole or not at all."""
         path = self._folder / name
         temporary = path.with_name(name + TMP)
@@ -391,7 +391,7 @@ class StateWriter:
                 "files are still to come; those before are whole. Make room, and run the same again to go on."
             ) from error
 
-    def _write_manifest(self, manifest: Mapping[str, Any], todo: Sequence[str]) -> None:
+    def _write_manifest(self, manifest: Mapping[str, Any], todo: Collection[str]) -> None:
         text = json.dumps(manifest, indent=1)
         self._write(MANIFEST, lambda path: path.write_text(text, encoding="utf-8"), todo)
 
@@ -400,7 +400,7 @@ class StateWriter:
         name: str,
         tensors: dict[str, Tensor],
         manifest: dict[str, Any],
-        todo: Sequence[str],
+        todo: Collection[str],
         left_out: Sequence[int] = (),
     ) -> None:
         """A file, and its line in the manifest: in this order, so that what is listed is whole."""
@@ -411,7 +411,7 @@ class StateWriter:
             manifest["files"][name]["left_out"] = list(left_out)
         self._write_manifest(manifest, todo)
 
-    def _write_shards(self, manifest: dict[str, Any], todo: Sequence[str]) -> None:
+    def _write_shards(self, manifest: dict[str, Any], todo: Collection[str]) -> None:
         """One shard is written while the target runs over the next."""
         plan, count = self._plan, self._plan.num_shards
         shards = [i for i in range(count) if shard_name(i, count) in todo]
