@@ -4,11 +4,13 @@ Answers and results go to stdout, progress and errors to stderr.
 """
 
 import argparse
+import gzip
 import json
 import logging
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -45,6 +47,7 @@ PROMPTS = (
 )
 WARM_UP_TOKENS = 8
 STEADY = 1.5  # runs of one kind that differ by more than this factor were disturbed
+ASK_FROM = 10 * 10**9  # bytes
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
 OPTIONAL_PACKAGES = ("gguf", "datasets", "flash-attn", "triton", "peft", "bitsandbytes")
 
@@ -293,6 +296,64 @@ def run_export_command(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- stored states ----
+
+
+def run_states_command(args: argparse.Namespace) -> int:
+    """`hf-eagle3 states`: exit status 0, or 1 if the user does not want so much written."""
+    from .training.state_writer import StateWriter, format_bytes, free_bytes  # importing training costs seconds
+
+    host_logging.disable_progress_bar()
+    rows = read_jsonl(args.train_file)
+    note(f"Loading {args.target_model_name_or_path} ...")
+    tokenizer = AutoTokenizer.from_pretrained(args.target_model_name_or_path)
+    target = AutoModelForCausalLM.from_pretrained(
+        args.target_model_name_or_path, dtype=args.target_dtype, device_map=args.device
+    )
+    drafter = AutoModel.from_pretrained(args.drafter_name_or_path) if args.drafter_name_or_path else None
+    writer = StateWriter(
+        target,
+        rows,
+        args.output_dir,
+        drafter or args.aux_layer_ids,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        shard_size=args.shard_size,
+        batch_tokens=args.batch_tokens,
+    )
+    print(f"{writer.size}. {format_bytes(free_bytes(args.output_dir))} are free there.")
+    if writer.size.total_bytes > ASK_FROM and not args.yes:
+        if not sys.stdin.isatty():
+            raise ValueError(
+                f"That is more than {format_bytes(ASK_FROM)}, and there is nobody to ask. Give --yes to write it."
+            )
+        if input(f"Write {format_bytes(writer.size.total_bytes)} to {args.output_dir}? [y/N] ").lower() not in (
+            "y",
+            "yes",
+        ):
+            return 1
+    print(f"The states are in {writer.run()}.")
+    return 0
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSONL file, also .gz.
+
+    Raises:
+        ValueError: A line is not JSON; the message names it.
+    """
+    rows = []
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: expected a row of JSON ({error}).") from error
+    return rows
+
+
 # ---- env ----
 
 
@@ -327,6 +388,15 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def byte_count(text: str) -> int:
+    """A size like 1GB or 500MB, in powers of a thousand, for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kKMGT]?)B?", text)
+    count = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 1GB or 500MB, got {text!r}")
+    return count
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -417,6 +487,46 @@ def make_parser() -> argparse.ArgumentParser:
     export_parser.set_defaults(run=run_export_command)
 
     add_bench_parser(commands)
+
+    states = commands.add_parser(
+        "states",
+        help="store a target's hidden states, to train drafters without it",
+        description="Runs the target once over the training rows and writes what a drafter's training reads of it. Says how "
+        "much that is first. An interrupted run goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    states.add_argument("--target_model_name_or_path", required=True, metavar="REPO_OR_DIR", help="the target")
+    states.add_argument(
+        "--train_file",
+        type=Path,
+        required=True,
+        metavar="JSONL",
+        help="also .gz: rows with input_ids and loss_mask, or with messages",
+    )
+    states.add_argument(
+        "--output_dir", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with"
+    )
+    which = states.add_mutually_exclusive_group()
+    which.add_argument("--drafter_name_or_path", metavar="REPO_OR_DIR", help="store what this drafter reads")
+    which.add_argument(
+        "--aux_layer_ids",
+        type=int,
+        nargs="+",
+        metavar="I",
+        help="boundaries to store, as in the drafter's config (those of a new drafter: 2, the middle, 3 before the last)",
+    )
+    states.add_argument(
+        "--max_length", type=positive, default=2048, metavar="N", help="longer rows are cut on the right"
+    )
+    states.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the states (the target's)")
+    states.add_argument("--target_dtype", default="auto", metavar="DTYPE", help="of the target: auto, bfloat16, ...")
+    states.add_argument("--device", default="auto", help="cpu, cuda, auto (over all GPUs), ...")
+    states.add_argument("--shard_size", type=byte_count, default="1GB", metavar="SIZE", help="of a file")
+    states.add_argument(
+        "--batch_tokens", type=positive, default=16384, metavar="N", help="tokens of one forward of the target"
+    )
+    states.add_argument("--yes", action="store_true", help="do not ask before writing more than 10 GB")
+    states.set_defaults(run=run_states_command)
 
     env = commands.add_parser("env", help="print versions, for bug reports")
     env.set_defaults(run=lambda _: print(describe_environment()) or 0)

@@ -345,5 +345,10 @@ def test_options_change_on_purpose():
             *("--limit", "--prompt-length", "--batch-sizes", "--max-new-tokens", "--num-draft-tokens"),
             *("--temperature", "--repeats", "--kinds", "--dtype", "--device", "--out"),
         },
+        "states": {
+            *("-h", "--help", "--target_model_name_or_path", "--train_file", "--output_dir", "--drafter_name_or_path"),
+            *("--aux_layer_ids", "--max_length", "--dtype", "--target_dtype", "--device", "--shard_size"),
+            *("--batch_tokens", "--yes"),
+        },
         "env": {"-h", "--help"},
     }

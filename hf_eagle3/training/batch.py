@@ -57,7 +57,8 @@ class Collator:
 
         Returns:
             `input_ids` [N] int64, `loss_mask` [N] bool, `position_ids` [N] int64; `lengths`, the documents' as a list, and
-            `tokens`, the ids once more, which stay on the host;
+            `tokens`, the ids once more, which stay on the host; `documents`, as the rows name theirs, which those of
+            stored states do;
             `rows` [R] int64, the slots that run, `depth` [R] int64, at how many steps each trains; `trained` [L] int64,
             the rows with a depth above 0, None if all; `spans`.
         """
@@ -77,6 +78,7 @@ class Collator:
             "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths)),
             "lengths": lengths,
             "tokens": ids,
+            "documents": [document for row in rows for document in row.get("documents", [])],
             "rows": torch.from_numpy(slots),
             "depth": torch.from_numpy(depth[slots]),
             "trained": None if len(trained) == len(slots) else torch.from_numpy(trained),
