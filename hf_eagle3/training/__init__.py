@@ -1,15 +1,27 @@
 """Training a drafter by training-time test (TTT), online, against a frozen target."""
 
-from .data import TokenDataset, choose_draft_vocabulary, count_supervised_tokens, tokenize_conversation
+from .data import TokenDataset
 from .new import new_drafter
+from .rendering import ChatRenderer, tokenize_conversation
 from .trainer import Eagle3Trainer, Eagle3TrainingArguments
+from .vocabulary import (
+    choose_draft_vocabulary,
+    count_supervised_tokens,
+    find_special_tokens,
+    measure_coverage,
+    vocabulary_fingerprint,
+)
 
 __all__ = [
+    "ChatRenderer",
     "Eagle3Trainer",
     "Eagle3TrainingArguments",
     "TokenDataset",
     "choose_draft_vocabulary",
     "count_supervised_tokens",
+    "find_special_tokens",
+    "measure_coverage",
     "new_drafter",
     "tokenize_conversation",
+    "vocabulary_fingerprint",
 ]

@@ -17,9 +17,10 @@ from ..checkpoints.card import write_card
 from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
-from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, collate, count_supervised_tokens
+from .data import TokenDataset, check_token_ids, collate
 from .new import new_drafter
 from .ttt import StepSums, live_slots, teach, ttt
+from .vocabulary import choose_draft_vocabulary, count_supervised_tokens
 
 # What the host's Trainer writes into the configs of the model it trains.
 HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

@@ -1,0 +1,268 @@
+"""Which tokens of a conversation the target would have generated, found by rendering it with the chat template.
+
+There is no list of templates. What a turn's prompt is, the template says itself (`add_generation_prompt=True`); what
+the target adds to it is what the rendering has more once the turn is there. Turns share a row as long as the template
+renders earlier ones as they were generated; where it rewrites them, as reasoning templates do that drop earlier
+thinking, each turn gets a row of its own, with the history as it was served.
+"""
+
+import datetime
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import Conversation, Message, read_messages
+
+DATE = datetime.date(2026, 1, 1)  # what a template that asks for the date gets: the same in every run
+MARKER = "\ue000turn\ue001"  # private use: no template and no scaffold begins like it
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+OPEN_TAG = re.compile(r"<([^<>/\s]+)>\s*$")
+
+
+class TokenRow(NamedTuple):
+    """One sequence; `loss_mask` is 1 on tokens the target generated, end of turn included."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+class Turn(NamedTuple):
+    """One assistant turn after its prompt: `input_ids[start:end]` is what the target generates."""
+
+    input_ids: list[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ChatRenderer:
+    """A tokenizer's chat template, the same today and tomorrow.
+
+    Args:
+        tokenizer: The target's.
+        eos_token_ids: What ends a turn, beside the tokenizer's own: the target's `generation_config.eos_token_id`.
+        template_kwargs: For the template, such as `{"enable_thinking": False}`.
+        date: What `strftime_now` gives in the template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: Iterable[int] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date = DATE
+
+    @property
+    def terminators(self) -> frozenset[int]:
+        """Ids that end a turn."""
+        own = self.tokenizer.eos_token_id
+        return frozenset(self.eos_token_ids) | (frozenset() if own is None else {own})
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of `messages`.
+
+        Raises:
+            ValueError: The template refuses them, or there is no template.
+        """
+        template = self.tokenizer.get_chat_template(None, tools=tools)
+        if "strftime_now" in template:
+            template = _date_macro(self.date) + template
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **{**self.template_kwargs, **(template_kwargs or {})},
+            )
+        except (TemplateError, TypeError) as error:
+            roles = [message["role"] for message in messages]
+            raise ValueError(f"The chat template cannot render the roles {roles}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of rendered `text`, which has its special tokens already."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def find_turn(self, conversation: Conversation, number: int) -> Turn:
+        """What the target generates as message `number` of `conversation`, which is the assistant's.
+
+        Raises:
+            ValueError: The renderings without and with the message do not show where its prompt ends.
+        """
+        before = self._render_part(conversation, number, add_generation_prompt=True)
+        through = self._render_part(conversation, number + 1)
+        if not through.startswith(before):
+            through = before + self._after_scaffold(conversation, number, before, through)
+        prompt_ids, ids = self.encode(before), self.encode(through)
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids:
+            # The tokenizer joins the prompt's end with what follows. The target, when it answers, reads the prompt alone.
+            joined, ids = ids, prompt_ids + self.encode(through[len(before) :])
+            if self.tokenizer.decode(ids) != self.tokenizer.decode(joined):
+                raise ValueError(
+                    f"Turn {number}: the tokenizer writes the prompt's end {before[-20:]!r} and what follows, "
+                    f"{through[len(before) :][:20]!r}, differently together than apart. Give rows of input_ids and loss_mask "
+                    "(hf-eagle3 regenerate writes them)."
+                )
+        end = find_end(ids, start, self.terminators)
+        if end is None:
+            end = self._end_of_unterminated(ids, start)
+        if end == start:
+            raise ValueError(f"Turn {number}: the chat template writes nothing for this answer. Leave it out.")
+        return Turn(ids, start, end)
+
+    def is_terminated(self, turn: Turn) -> bool:
+        """Whether `turn` ends with a token that ends the target's turns."""
+        return turn.input_ids[turn.end - 1] in self.terminators
+
+    def _render_part(self, conversation: Conversation, length: int, add_generation_prompt: bool = False) -> str:
+        return self.render(
+            conversation.messages[:length],
+            tools=conversation.tools,
+            template_kwargs=conversation.template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _after_scaffold(self, conversation: Conversation, number: int, before: str, through: str) -> str:
+        """What the target generates after `before`, whose end (`<think>`, say) the rendering `through` does not repeat."""
+        message = conversation.messages[number]
+        replaced = dict.fromkeys(("content", *(key for key in REASONING_KEYS if message.get(key))), MARKER)
+        with_marker = conversation._replace(
+            messages=[*conversation.messages[:number], {**message, **replaced}],
+        )
+        marked = self._render_part(with_marker, number + 1)
+        # The marker keeps an answer that begins like the scaffold from being taken for it.
+        common = _num_common(before, through, marked)
+        history = _num_common(before, self._render_part(conversation, number))
+        header = marked[common : marked.find(MARKER)] if MARKER in marked else ""
+        scaffold = before[common:]
+        if common < history or header.strip():
+            raise ValueError(
+                f"The chat template renders the conversation up to turn {number} differently once the answer follows: "
+                f"{_around(before, common)!r} before, {_around(through, common)!r} with it. So what the target generates "
+                "cannot be found. Give rows of input_ids and loss_mask (hf-eagle3 regenerate writes them)."
+            )
+        opened = OPEN_TAG.search(scaffold)
+        if opened is None:
+            return through[common:]
+        tag, content = opened[1], message.get("content")
+        if not isinstance(content, str) or f"</{tag}>" not in content:
+            raise ValueError(
+                f"Turn {number}: the prompt ends with {scaffold!r}, and the template leaves that out once the answer follows "
+                f"({_around(through, common)!r}). The target would close <{tag}> first, so this answer is not its own. Give "
+                f"the whole text as content ('... </{tag}> ...'), turn it off with chat_template_kwargs if the template "
+                "can, or let the target answer again (hf-eagle3 regenerate)."
+            )
+        generated = content.lstrip().removeprefix(opened[0].rstrip())
+        if scaffold.endswith("\n"):
+            generated = generated.lstrip("\n")
+        return generated + marked[marked.rindex(MARKER) + len(MARKER) :]
+
+    def _end_of_unterminated(self, ids: Sequence[int], start: int) -> int:
+        """Where a turn ends that has no known terminator: after its last special token, if only blanks follow."""
+        special, end = set(self.tokenizer.all_special_ids), len(ids)
+        while end > start and not self.tokenizer.decode([ids[end - 1]]).strip():
+            end -= 1
+        return end if end > start and ids[end - 1] in special else len(ids)
+
+
+def find_end(ids: Sequence[int], start: int, terminators: Iterable[int]) -> int | None:
+    """The index after the first of `terminators` in `ids[start:]`: generation stops there. None without one."""
+    wanted = set(terminators)
+    return next((i + 1 for i in range(start, len(ids)) if ids[i] in wanted), None)
+
+
+def find_turns(conversation: Conversation, renderer: ChatRenderer) -> list[Turn]:
+    """Each assistant turn of `conversation` that is supervised.
+
+    A turn that opens the conversation answers nothing, and is history only.
+
+    Raises:
+        ValueError: There is none, or one that cannot be found.
+    """
+    numbers = [
+        number
+        for number, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and number >= max(conversation.first_supervised, 1)
+    ]
+    if not numbers:
+        raise ValueError(
+            "A training conversation needs an assistant turn after a prompt, got roles "
+            f"{[message['role'] for message in conversation.messages]}. Let the target answer first (hf-eagle3 regenerate)."
+        )
+    return [renderer.find_turn(conversation, number) for number in numbers]
+
+
+def merge_turns(turns: Iterable[Turn]) -> list[TokenRow]:
+    """Rows with as many of `turns` each as share their tokens: a turn whose history was rewritten begins a new one."""
+    rows: list[TokenRow] = []
+    covered = 0  # tokens of the last row, up to its last span's end
+    for ids, start, end in turns:
+        span = [0] * start + [1] * (end - start) + [0] * (len(ids) - end)
+        if rows and covered <= start and rows[-1].input_ids[:covered] == ids[:covered]:
+            rows[-1] = TokenRow(list(ids), rows[-1].loss_mask[:covered] + span[covered:])
+        else:
+            rows.append(TokenRow(list(ids), span))
+        covered = end
+    return rows
+
+
+def tokenize_conversation(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int] = ()
+) -> list[TokenRow]:
+    """Render `messages` by the chat template and mark each assistant turn with its terminator.
+
+    A turn's tokens are those that the target would have generated after the rendering of all before it with a
+    generation prompt. One row where the template repeats earlier turns as they were, else one for each rewritten history.
+
+    Raises:
+        ValueError: No assistant turn, or a template that does not show what it adds for one.
+    """
+    return merge_turns(find_turns(Conversation(read_messages(list(messages))), ChatRenderer(tokenizer, eos_token_ids)))
+
+
+def _num_common(*texts: str) -> int:
+    """How many characters `texts` have in common at their beginnings."""
+    return next(
+        (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), min(map(len, texts))
+    )
+
+
+def _around(text: str, position: int, width: int = 24) -> str:
+    return text[max(position - width, 0) : position + width]
+
+
+def _date_macro(date: datetime.date) -> str:
+    """A `strftime_now` to put before a template. The host hands no functions on to templates."""
+    noon = datetime.datetime.combine(date, datetime.time(12))
+    values = {letter: noon.strftime(f"%{letter}") for letter in "dHIjmMSyYfUWw"}
+    day, month = DAYS[date.weekday()], MONTHS[date.month - 1]  # in English whatever the locale, as templates are
+    values |= {"a": day[:3], "A": day, "b": month[:3], "B": month, "p": "PM"}
+    replaced = "".join(f" | replace('%{letter}', '{value}')" for letter, value in values.items())
+    # The host trims one newline after a block, so the template itself is untouched.
+    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro %}\n"
