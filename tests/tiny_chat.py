@@ -1,7 +1,8 @@
 """A byte-level tokenizer and short chat templates, each with one habit of a published family."""
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<bos>", "<eos>", "<start>", "<end>", "<channel>", "<message>", "<return>", "<call>", "<|user|>", "<|ai|>"]
 TAGS = ["<think>", "</think>"]  # added, not special
@@ -51,10 +52,12 @@ CHANNELS = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML, eos: str = "<end>") -> PreTrainedTokenizerFast:
-    """Bytes are 0 to 255, then `SPECIAL`, then `TAGS`."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+def make_tokenizer(
+    template: str | None = CHATML, eos: str = "<end>", merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Bytes are 0 to 255, then what `merges` make of them, then `SPECIAL`, then `TAGS`."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -79,3 +82,30 @@ def user(content: str) -> dict[str, str]:
 def assistant(content: str | None, **others) -> dict:
     """What the target says."""
     return {"role": "assistant", "content": content, **others}
+
+
+def make_chain(tokenizer: PreTrainedTokenizerFast, *chains: str, end: str = "<end>") -> LlamaForCausalLM:
+    """A target that goes on from a token as the first of `chains` with it does, and else ends its turn."""
+    V = len(tokenizer)
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=V + V % 2,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=1,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    follower = torch.full((V,), end_id)
+    for chain in reversed(chains):
+        ids = tokenizer(chain, add_special_tokens=False)["input_ids"]
+        follower[ids[:-1]] = torch.tensor(ids[1:])
+    for layer in model.model.layers:  # they add nothing, so the hidden state is the token's embedding
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.model.embed_tokens.weight.zero_()[torch.arange(V), torch.arange(V)] = 1
+    model.lm_head.weight.zero_()[follower, torch.arange(V)] = 1
+    return model
