@@ -213,7 +213,7 @@ def test_an_unknown_end_is_kept_without_the_blanks_after_it(data_warnings):
     [row] = shown([user("a"), assistant("bc")], CHATML, eos="<eos>")
     assert row.endswith("[bc<end>]\n")
     TokenDataset([{"messages": [user("a"), assistant("bc")]}] * 2, make_tokenizer(CHATML, "<eos>"))
-    assert "2 of 2 assistant turns end without a token that ends the target's turns" in data_warnings.text
+    assert "2 of 2 assistant turns end without a token that is known to end the target's turns" in data_warnings.text
     data_warnings.clear()
     TokenDataset(
         [{"messages": [user("a"), assistant("bc")]}], make_tokenizer(CHATML, "<eos>"), eos_token_ids=ids_of("<end>")

@@ -131,8 +131,8 @@ class TokenDataset(Dataset):
             logger.info(f"{counts.num_cut} of {counts.num_made} rows are cut to {max_length} tokens.")
         if counts.num_unterminated:
             logger.warning(
-                f"{counts.num_unterminated} of {counts.num_turns} assistant turns end without a token that ends the "
-                "target's turns, so the drafter does not learn to end them. Give eos_token_ids, the target's "
+                f"{counts.num_unterminated} of {counts.num_turns} assistant turns end without a token that is known to end "
+                "the target's turns; a special token at the very end is taken for one. Give eos_token_ids, the target's "
                 "generation_config.eos_token_id."
             )
 

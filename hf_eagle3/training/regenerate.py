@@ -144,14 +144,15 @@ def regenerate(
         tqdm(total=len(prompts), initial=num_done, desc="answers", unit=" prompts") as progress,
         seeded(target, sampling.seed + num_done),
     ):
+        number = num_done
         for first in range(num_done, len(prompts), size):
-            window = prompts[first : first + size]
-            for number, dialogues in enumerate(_answer_in_order(target, renderer, window, sampling, drafter), first):
-                rows = _make_rows(number, dialogues)
+            for groups in _answer_in_order(target, renderer, prompts[first : first + size], sampling, drafter):
+                rows = [row for i, group in enumerate(groups, number) for row in _make_rows(i, group)]
                 append_rows(path, rows)
+                number += len(groups)
                 num_tokens += sum(sum(row["loss_mask"]) for row in rows)
                 progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-                progress.update()
+                progress.update(len(groups))
 
 
 def _answer_in_order(
@@ -160,8 +161,8 @@ def _answer_in_order(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     drafter: PreTrainedModel | None,
-) -> Iterator[list[Dialogue]]:
-    """For each prompt its dialogues, as soon as they and those before them are done."""
+) -> Iterator[list[list[Dialogue]]]:
+    """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done."""
     groups = [
         [
             Dialogue(prompt, temperature, sample, list(prompt.messages))
@@ -182,9 +183,10 @@ def _answer_in_order(
                 answers = generate_rows(target, [ids for _, ids in batch], sampling, temperature, drafter)
                 for (dialogue, ids), (new_ids, is_ended) in zip(batch, answers, strict=True):
                     dialogue.add(ids, new_ids, is_ended=is_ended, renderer=renderer)
-                while num_given < len(groups) and all(dialogue.is_done for dialogue in groups[num_given]):
-                    yield groups[num_given]
-                    num_given += 1
+                is_done = (all(dialogue.is_done for dialogue in group) for group in groups[num_given:])
+                if num_ready := sum(1 for _ in itertools.takewhile(bool, is_done)):
+                    yield groups[num_given : num_given + num_ready]
+                    num_given += num_ready
 
 
 def generate_rows(
