@@ -221,6 +221,20 @@ def test_an_unknown_end_is_kept_without_the_blanks_after_it(data_warnings):
     assert not data_warnings.text
 
 
+def test_the_next_turns_header_may_be_the_end():
+    """Such a target ends its turn by the token that begins the user's, or a tool's."""
+    template = (
+        "{% for m in messages %}{{ {'user': '<|user|>', 'assistant': '<|ai|>', 'tool': '<call>'}[m.role] }}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}({{ call.function.name }}){% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}<|ai|>{% endif %}"
+    )
+    assert shown(TWO_TURNS, template, eos="<|user|>") == ["<|user|>hi<|ai|>[yes, no<|user|>]and?<|ai|>[no<|user|>]"]
+    messages = [user("a"), assistant("b", tool_calls=[WEATHER]), {"role": "tool", "content": "c"}, assistant("d")]
+    assert shown(messages, template, eos="<|user|>", eos_token_ids=ids_of("<call>")) == [
+        "<|user|>a<|ai|>[b(weather)<call>]c<|ai|>[d<|user|>]"
+    ]
+
+
 def test_an_opening_answer_is_history():
     assert shown([assistant("welcome"), user("a"), assistant("b")], CHATML) == [
         "<start>assistant\nwelcome<end>\n<start>user\na<end>\n<start>assistant\n[b<end>]\n"
@@ -288,13 +302,43 @@ def test_a_prompt_with_another_header_than_the_answers_is_refused():
         shown([user("hi"), assistant("yes")], template)
 
 
-def test_a_template_that_writes_nothing_or_raises_is_refused():
-    template = CHATML.replace("{{ m.content }}<end>\n", "{% if m.role == 'user' %}{{ m.content }}<end>\n{% endif %}")
-    with pytest.raises(ValueError, match="Turn 1: the chat template writes nothing"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (assistant("well\nyes", reasoning_content="hm"), "Turn 1: the chat template leaves out 'hm'.*no thinking"),
+        (assistant("yes", tool_calls=[WEATHER]), "leaves out 'weather' of the answer; it writes 'yes<end>.*no tools"),
+        (assistant(""), "Turn 1: the answer is empty"),
+    ],
+    ids=["reasoning", "tools", "nothing"],
+)
+def test_an_answer_that_the_template_leaves_out_is_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        shown([user("hi"), answer], CHATML)
+
+
+def test_a_template_that_knows_parts_only_is_given_parts():
+    template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"Turn 1: the chat template leaves out 'yes'.*content only in parts"):
         shown([user("hi"), assistant("yes")], template)
+    messages = [user([{"type": "text", "text": "hi"}]), assistant([{"type": "text", "text": "yes"}])]
+    assert shown(messages, template) == ["<start>user\nhi<end>\n<start>assistant\n[yes<end>]\n"]
+
+
+def test_thinking_after_a_prompt_that_says_there_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"up to turn 1 differently.*If it is about thinking.*chat_template_kwargs"):
+        shown(
+            [user("a"), assistant("b", reasoning_content="c")],
+            REASONING,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+
+
+def test_a_template_that_raises_is_named():
     template = "{{ raise_exception('Roles must alternate.') }}"
     with pytest.raises(ValueError, match=r"cannot render the roles \['user'\]: Roles must alternate"):
         shown([user("hi"), assistant("yes")], template)
+    with pytest.raises(ValueError, match="chat_template is not set"):
+        shown([user("hi"), assistant("yes")], None)
 
 
 # ---- the date ----

@@ -19,6 +19,7 @@ from .conversations import Conversation, Message, read_messages
 
 DATE = datetime.date(2026, 1, 1)  # what a template that asks for the date gets: the same in every run
 MARKER = "\ue000turn\ue001"  # private use: no template and no scaffold begins like it
+THOUGHT = "\ue002thought\ue003"  # the same, for reasoning
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
@@ -130,10 +131,11 @@ class ChatRenderer:
                     "(hf-eagle3 regenerate writes them)."
                 )
         end = find_end(ids, start, self.terminators)
+        if end is None and (closing := self._find_closing(conversation, number, through)) is not None:
+            ids, end = [*ids, closing], len(ids) + 1
         if end is None:
             end = self._end_of_unterminated(ids, start)
-        if end == start:
-            raise ValueError(f"Turn {number}: the chat template writes nothing for this answer. Leave it out.")
+        self._check_answer(conversation.messages[number], number, through[len(before) :])
         return Turn(ids, start, end)
 
     def is_terminated(self, turn: Turn) -> bool:
@@ -151,21 +153,25 @@ class ChatRenderer:
     def _after_scaffold(self, conversation: Conversation, number: int, before: str, through: str) -> str:
         """What the target generates after `before`, whose end (`<think>`, say) the rendering `through` does not repeat."""
         message = conversation.messages[number]
-        replaced = dict.fromkeys(("content", *(key for key in REASONING_KEYS if message.get(key))), MARKER)
-        with_marker = conversation._replace(
-            messages=[*conversation.messages[:number], {**message, **replaced}],
+        thoughts = {key: THOUGHT for key in REASONING_KEYS if message.get(key)}
+        with_markers = {**message, "content": MARKER, **thoughts}
+        marked = self._render_part(
+            conversation._replace(messages=[*conversation.messages[:number], with_markers]), number + 1
         )
-        marked = self._render_part(with_marker, number + 1)
-        # The marker keeps an answer that begins like the scaffold from being taken for it.
+        # The markers keep an answer that begins like the scaffold from being taken for it.
         common = _num_common(before, through, marked)
         history = _num_common(before, self._render_part(conversation, number))
-        header = marked[common : marked.find(MARKER)] if MARKER in marked else ""
         scaffold = before[common:]
-        if common < history or header.strip():
+        own = min((i for i in (marked.find(MARKER), marked.find(THOUGHT)) if i >= 0), default=common)
+        is_header_other = marked[common:own].strip() != ""
+        is_thought_excluded = scaffold.strip() != "" and marked.startswith(THOUGHT, own)
+        if common < history or is_header_other or is_thought_excluded:
             raise ValueError(
                 f"The chat template renders the conversation up to turn {number} differently once the answer follows: "
                 f"{_around(before, common)!r} before, {_around(through, common)!r} with it. So what the target generates "
-                "cannot be found. Give rows of input_ids and loss_mask (hf-eagle3 regenerate writes them)."
+                "cannot be found. If it is about thinking, give it as the template expects (reasoning_content), or say that "
+                "there is none by chat_template_kwargs; else give rows of input_ids and loss_mask (hf-eagle3 regenerate "
+                "writes them)."
             )
         opened = OPEN_TAG.search(scaffold)
         if opened is None:
@@ -182,6 +188,39 @@ class ChatRenderer:
         if scaffold.endswith("\n"):
             generated = generated.lstrip("\n")
         return generated + marked[marked.rindex(MARKER) + len(MARKER) :]
+
+    def _find_closing(self, conversation: Conversation, number: int, through: str) -> int | None:
+        """The token that ends turn `number` and begins the next one, in templates without an end of their own (GLM)."""
+        messages = conversation.messages
+        if [message["role"] for message in messages[number + 1 : number + 2]] == ["tool"]:
+            longer = self._render_part(conversation, number + 2)
+            rest = longer[len(through) :] if longer.startswith(through) else ""
+        else:  # without thoughts, which the template may leave out of what is history then
+            exchange = [{"role": "assistant", "content": MARKER}, {"role": "user", "content": MARKER}]
+            parts = self._render_part(
+                conversation._replace(messages=[*messages[:number], *exchange]), number + 2
+            ).split(MARKER)
+            rest = parts[1] if len(parts) == 3 else ""
+        ids = self.encode(rest)
+        return ids[0] if ids and ids[0] in self.terminators else None
+
+    @staticmethod
+    def _check_answer(message: Message, number: int, text: str) -> None:
+        """Raise ValueError if the template left out of `text` what the assistant says."""
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            content = "".join(part.get("text") or "" for part in content)
+        said = [content.strip().split("\n")[-1]]
+        said += [str(message[key]).strip().split("\n")[-1] for key in REASONING_KEYS if message.get(key)]
+        said += [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
+        if missing := [part for part in said if part not in text]:
+            raise ValueError(
+                f"Turn {number}: the chat template leaves out {missing[0]!r:.80} of the answer; it writes {text!r:.80}. So this "
+                "is not what the target said. The template may know no thinking or no tools, or not as they are given here, or "
+                "content only in parts ([{'type': 'text', 'text': ...}])."
+            )
+        if not any(said):
+            raise ValueError(f"Turn {number}: the answer is empty. Leave it out.")
 
     def _end_of_unterminated(self, ids: Sequence[int], start: int) -> int:
         """Where a turn ends that has no known terminator: after its last special token, if only blanks follow."""
