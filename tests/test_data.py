@@ -321,7 +321,8 @@ def test_a_template_that_knows_parts_only_is_given_parts():
     with pytest.raises(ValueError, match=r"Turn 1: the chat template leaves out 'yes'.*content only in parts"):
         shown([user("hi"), assistant("yes")], template)
     messages = [user([{"type": "text", "text": "hi"}]), assistant([{"type": "text", "text": "yes"}])]
-    assert shown(messages, template) == ["<start>user\nhi<end>\n<start>assistant\n[yes<end>]\n"]
+    for eos in ("<end>", "<eos>"):  # known, and not
+        assert shown(messages, template, eos) == ["<start>user\nhi<end>\n<start>assistant\n[yes<end>]\n"]
 
 
 def test_thinking_after_a_prompt_that_says_there_is_none_is_refused():

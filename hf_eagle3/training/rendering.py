@@ -154,7 +154,7 @@ class ChatRenderer:
         """What the target generates after `before`, whose end (`<think>`, say) the rendering `through` does not repeat."""
         message = conversation.messages[number]
         thoughts = {key: THOUGHT for key in REASONING_KEYS if message.get(key)}
-        with_markers = {**message, "content": MARKER, **thoughts}
+        with_markers = {**message, **_like(message, MARKER), **thoughts}
         marked = self._render_part(
             conversation._replace(messages=[*conversation.messages[:number], with_markers]), number + 1
         )
@@ -196,7 +196,7 @@ class ChatRenderer:
             longer = self._render_part(conversation, number + 2)
             rest = longer[len(through) :] if longer.startswith(through) else ""
         else:  # without thoughts, which the template may leave out of what is history then
-            exchange = [{"role": "assistant", "content": MARKER}, {"role": "user", "content": MARKER}]
+            exchange = [{"role": role, **_like(messages[number], MARKER)} for role in ("assistant", "user")]
             parts = self._render_part(
                 conversation._replace(messages=[*messages[:number], *exchange]), number + 2
             ).split(MARKER)
@@ -283,6 +283,11 @@ def tokenize_conversation(
         ValueError: No assistant turn, or a template that does not show what it adds for one.
     """
     return merge_turns(find_turns(Conversation(read_messages(list(messages))), ChatRenderer(tokenizer, eos_token_ids)))
+
+
+def _like(message: Message, text: str) -> dict[str, Any]:
+    """`text` as content, in parts if that of `message` is."""
+    return {"content": [{"type": "text", "text": text}] if isinstance(message.get("content"), (list, tuple)) else text}
 
 
 def _num_common(*texts: str) -> int:
