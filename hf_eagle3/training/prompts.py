@@ -190,11 +190,12 @@ def make_prompts(
     ):
         while len(texts) < count and num_drawn < most:
             new: list[str] = []
-            for text in _draw_prompts(target, renderer, slot, batch_size, temperature):
-                if text and hash_text(text) not in seen and len(texts) + len(new) < count:
+            num_rows = min(batch_size, count - len(texts))
+            for text in _draw_prompts(target, renderer, slot, num_rows, temperature):
+                if text and hash_text(text) not in seen:
                     seen.add(hash_text(text))
                     new.append(text)
-            num_drawn += batch_size
+            num_drawn += num_rows
             append_rows(path, ({"prompt": text, "source": "self"} for text in new))
             texts += new
             progress.update(len(new))
