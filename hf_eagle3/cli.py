@@ -1,4 +1,4 @@
-"""The command line: show what a drafter brings, look into one, measure how it is to be read, export it.
+"""The command line: show what a drafter brings, look into one, measure how it is to be read, export it, make its data.
 
 Answers and results go to stdout, progress and errors to stderr.
 """
@@ -35,6 +35,7 @@ from transformers.utils import logging as host_logging
 from . import __version__
 from .bench import add_bench_parser
 from .checkpoints import ENGINES, describe_drafter, export
+from .data_commands import add_data_parsers
 from .diagnosis import PROMPTS as DOCTOR_PROMPTS
 from .diagnosis import doctor
 from .modeling import Eagle3DrafterModel
@@ -487,6 +488,7 @@ def make_parser() -> argparse.ArgumentParser:
     export_parser.set_defaults(run=run_export_command)
 
     add_bench_parser(commands)
+    add_data_parsers(commands)
 
     states = commands.add_parser(
         "states",

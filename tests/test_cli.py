@@ -350,5 +350,21 @@ def test_options_change_on_purpose():
             *("--aux_layer_ids", "--max_length", "--dtype", "--target_dtype", "--device", "--shard_size"),
             *("--batch_tokens", "--yes"),
         },
+        "data": {"-h", "--help"},
+        "regenerate": {
+            *("-h", "--help", "--target", "--target_model_name_or_path", "--prompt-file", "--prompt_file"),
+            *("--output-file", "--output_file", "--temperature", "--top-p", "--top_p", "--top-k", "--top_k"),
+            *("--num-return-sequences", "--num_return_sequences", "--max-new-tokens", "--max_new_tokens"),
+            *("--batch-size", "--batch_size", "--drafter", "--chat-template-kwargs", "--chat_template_kwargs"),
+            *("--self-prompts", "--self_prompts", "--self-share", "--self_share", "--self-temperature"),
+            *("--self_temperature", "--exclude-file", "--exclude_file", "--dedupe", "--dtype", "--device", "--seed"),
+        },
         "env": {"-h", "--help"},
+    }
+    (data,) = (a for a in commands.choices["data"]._actions if isinstance(a, argparse._SubParsersAction))
+    assert {name: {o for a in sub._actions for o in a.option_strings} for name, sub in data.choices.items()} == {
+        "preview": {
+            *("-h", "--help", "--target", "--train-file", "--train_file", "--rows", "--max-length", "--max_length"),
+            *("--color", "--chat-template-kwargs", "--chat_template_kwargs"),
+        },
     }

@@ -15,7 +15,7 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 # A module imports from the rows below its own, and from modules of its own row after which it stands.
 LAYERS = [
     ["cli"],
-    ["bench"],
+    ["bench", "data_commands"],
     ["__init__", "__main__"],
     ["integration"],
     ["own_loop"],

@@ -22,16 +22,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.utils import logging
 
 from hf_eagle3 import Eagle3DrafterModel, Eagle3Trainer, Eagle3TrainingArguments
-from hf_eagle3.training import (
-    TokenDataset,
-    choose_draft_vocabulary,
-    count_supervised_tokens,
-    new_drafter,
-    tokenize_conversation,
-)
+from hf_eagle3.training import new_drafter
 
 V, EOS, PROMPT, NEW = 48, 1, 6, 24
 TINY = {
@@ -81,18 +74,6 @@ def rows(target):
         {"input_ids": ids[:n].tolist(), "loss_mask": [0] * PROMPT + [1] * (n - PROMPT)}
         for ids, n in zip(out, lengths, strict=True)
     ]
-
-
-@pytest.fixture
-def data_warnings(caplog):
-    """What our data module warns of, through the host's logger, which is quiet in tests."""
-    logger = logging.get_logger("hf_eagle3.training.data")
-    level = logger.level
-    logger.setLevel("WARNING")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
 
 
 def make_args(tmp_path, **changes):
@@ -444,37 +425,6 @@ def test_arguments_are_checked(tmp_path, field, value, message):
         make_args(tmp_path, **{field: value})
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 0]}, "Row 1 has nothing to learn from.*none of its 4"),
-        ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "Row 1: 3 input_ids but 2"),
-        ({"text": "hello"}, r"Row 1 must have messages.*\['text'\]"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "Row 1: A training conversation needs an assistant turn"),
-    ],
-)
-def test_rows_that_cannot_teach_are_named(row, message):
-    good = {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]}
-    with pytest.raises(ValueError, match=message):
-        TokenDataset([good, row], make_tokenizer())
-
-
-def test_messages_need_a_tokenizer_and_data_must_not_be_empty():
-    with pytest.raises(ValueError, match="processing_class"):
-        TokenDataset([{"messages": [{"role": "assistant", "content": "a"}]}])
-    with pytest.raises(ValueError, match="empty"):
-        TokenDataset([])
-
-
-def test_answers_of_one_token_are_left_out(data_warnings):
-    rows = [
-        {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 0, 1]},
-        {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]},
-    ]
-    assert len(TokenDataset(rows)) == 1
-    assert "1 of 2 rows are left out" in data_warnings.text
-
-
 def test_tokens_of_another_tokenizer_are_refused(target, rows, tmp_path):
     for token in (V, -1):
         bad = {"input_ids": [5, 6, 7, token], "loss_mask": [0, 0, 1, 1]}
@@ -482,17 +432,7 @@ def test_tokens_of_another_tokenizer_are_refused(target, rows, tmp_path):
             Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=[*rows, bad])
 
 
-def test_long_rows_are_cut_and_left_out_when_nothing_remains():
-    long = {"input_ids": list(range(20)), "loss_mask": [0] * 12 + [1] * 8}
-    short = {"input_ids": list(range(8)), "loss_mask": [0] * 2 + [1] * 6}
-    dataset = TokenDataset([long, short], max_length=6)
-    assert len(dataset) == 1
-    assert len(dataset[0]["input_ids"]) == 6
-    with pytest.raises(ValueError, match="no row is left"):
-        TokenDataset([long], max_length=6)
-
-
-# ---- conversations ----
+# ---- a tokenizer with a chat template ----
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
@@ -528,55 +468,7 @@ def make_tokenizer(template=TEMPLATE):
     return tokenizer
 
 
-def test_assistant_turns_are_supervised_with_their_end_and_no_more():
-    tokenizer = make_tokenizer()
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "yes no"},
-        {"role": "user", "content": "kind"},
-        {"role": "assistant", "content": "no"},
-    ]
-    ids, mask = tokenize_conversation(messages, tokenizer)
-    assert ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    supervised = tokenizer.convert_ids_to_tokens([i for i, keep in zip(ids, mask, strict=True) if keep])
-    assert supervised == ["yes", "no", "<|im_end|>", "no", "<|im_end|>"]
-    assert mask[-1] == 0  # the newline that the template writes
-
-
-def test_a_template_that_rewrites_history_is_refused():
-    only_last = "{% for m in messages %}{% if loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    messages = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", "no"))]
-    with pytest.raises(ValueError, match="up to turn 1 differently"):
-        tokenize_conversation(messages, make_tokenizer(only_last))
-
-
-# ---- the draft vocabulary ----
-
-
-def test_a_draft_vocabulary_that_covers_little_is_warned_about(data_warnings):
-    counts = torch.tensor([90, 5, 5, 0])
-    choose_draft_vocabulary(counts, 3)
-    assert "covers only" not in data_warnings.text
-    choose_draft_vocabulary(counts, 1)
-    assert "of 1 tokens covers only 90.0%" in data_warnings.text
-
-
-def test_draft_vocabulary_holds_the_frequent_and_the_forced():
-    dataset = TokenDataset(
-        [
-            {"input_ids": [9, 9, 5, 5, 5, 7], "loss_mask": [0, 0, 1, 1, 1, 1]},
-            {"input_ids": [9, 8, 8, 7], "loss_mask": [0, 1, 1, 1]},
-        ]
-    )
-    counts = count_supervised_tokens(dataset, 12)
-    assert counts.tolist() == [0, 0, 0, 0, 0, 3, 0, 2, 2, 0, 0, 0]  # prompts do not count
-    assert choose_draft_vocabulary(counts, 3).tolist() == [5, 7, 8]
-    assert choose_draft_vocabulary(counts, 2).tolist() == [5, 7]  # ties go to the lower id
-    assert choose_draft_vocabulary(counts, 2, always=[11]).tolist() == [5, 11]
-    assert choose_draft_vocabulary(counts, 5).tolist() == [0, 1, 5, 7, 8]  # filled with the lowest
-    for size, always in ((13, []), (1, [2, 3])):
-        with pytest.raises(ValueError, match="draft_vocab_size"):
-            choose_draft_vocabulary(counts, size, always)
+# ---- new drafters ----
 
 
 def test_a_new_drafter_takes_after_its_target(target):

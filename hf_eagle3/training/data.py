@@ -1,11 +1,12 @@
-"""From conversations to token rows with a loss mask, and from token rows to the draft vocabulary.
+"""From rows of any accepted format to token rows with a loss mask.
 
 The best rows are token-native: the prompt's ids and the very ids the target sampled. Conversations in text are rendered
 by the target's own chat template, and their assistant turns found by comparing renderings.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,71 +15,40 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .conversations import find_conversation
+from .rendering import ChatRenderer, TokenRow, find_turns, merge_turns
+
 logger = logging.get_logger(__name__)
 
 
-class TokenRow(NamedTuple):
-    """One sequence; `loss_mask` is 1 on tokens the target generated, end of turn included."""
+@dataclass
+class DataCounts:
+    """What became of the rows that a `TokenDataset` was given."""
 
-    input_ids: list[int]
-    loss_mask: list[int]
-
-
-def tokenize_conversation(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
-    """Render `messages` (`role`, `content`) by the chat template and mark each assistant turn with its terminator.
-
-    A turn's tokens are those that follow the rendering of all before it with a generation prompt: exactly what the
-    target would have generated.
-
-    Raises:
-        ValueError: No assistant turn, or a template whose rendering of a prefix is not a prefix of the rendering.
-    """
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(
-            "A training conversation needs an assistant turn, got roles "
-            f"{[message['role'] for message in messages]}. Let the target answer first (examples/regenerate.py)."
-        )
-    ids = _render(messages, tokenizer)
-    mask = [0] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
-        through = _render(messages[: i + 1], tokenizer)
-        if ids[: len(before)] != before or ids[: len(through)] != through:
-            raise ValueError(
-                f"The chat template renders the conversation up to turn {i} differently once more turns follow, so "
-                "its tokens cannot be found. Give one row for each assistant turn, or rows of input_ids and loss_mask."
-            )
-        turn = through[len(before) :]
-        if tokenizer.eos_token_id in turn:  # what the template writes after the terminator is not generated
-            turn = turn[: len(turn) - turn[::-1].index(tokenizer.eos_token_id)]
-        mask[len(before) : len(before) + len(turn)] = [1] * len(turn)
-    return TokenRow(ids, mask)
-
-
-def _render(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )["input_ids"]
-    )
+    num_read: int = 0  # rows as given
+    num_made: int = 0  # token rows made of them: a conversation whose history is rewritten gives one a turn
+    num_left_out: int = 0  # of these, without two generated tokens in a row within max_length
+    num_cut: int = 0  # of these, longer than max_length
+    num_cut_tokens: int = 0
+    num_turns: int = 0  # assistant turns in text
+    num_unterminated: int = 0  # of these, without a token that ends the target's turns
 
 
 class TokenDataset(Dataset):
     """Rows for the trainer, tokenised once.
 
     Args:
-        rows: Each with `input_ids` and `loss_mask`, or with `messages`.
-        tokenizer: Needed for `messages`.
+        rows: Each with `input_ids` and `loss_mask`; or with `messages`, `conversations`, or `prompt` and `completion`.
+            Beside these, `tools` and `chat_template_kwargs` go to the chat template, and `source` names where it is from.
+        tokenizer: The target's; needed for text.
         max_length: Longer rows are cut on the right.
+        eos_token_ids: What ends the target's turns, beside the tokenizer's own: `generation_config.eos_token_id`.
+        chat_template_kwargs: For the chat template of every row, such as `{"enable_thinking": False}`.
 
     Rows too short to draft in (answers of one token, or cut before their second) are left out, with a warning.
 
     Raises:
-        ValueError: A row has neither form, or no generated token at all: the message names the row.
+        ValueError: A row has none of the forms, no generated token at all, or nothing else: the message names the row.
     """
 
     def __init__(
@@ -86,40 +56,27 @@ class TokenDataset(Dataset):
         rows: Iterable[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         self._ids: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
-        left_out = 0
+        self.sources: list[str | None] = []  # of each row that is kept
+        self.counts = DataCounts()
+        self._renderer = (
+            None
+            if tokenizer is None
+            else ChatRenderer(tokenizer, tuple(eos_token_ids), dict(chat_template_kwargs or {}))
+        )
         for number, row in enumerate(rows):
-            if "input_ids" in row and "loss_mask" in row:
-                ids, mask = row["input_ids"], row["loss_mask"]
-                if len(ids) != len(mask):
-                    raise ValueError(f"Row {number}: {len(ids)} input_ids but {len(mask)} loss_mask entries.")
-            elif "messages" in row:
-                if tokenizer is None:
-                    raise ValueError(f"Row {number} has messages; give processing_class, the target's tokenizer.")
-                try:
-                    ids, mask = tokenize_conversation(row["messages"], tokenizer)
-                except ValueError as error:
-                    raise ValueError(f"Row {number}: {error}") from error
-            else:
-                raise ValueError(f"Row {number} must have messages, or input_ids and loss_mask; it has {sorted(row)}.")
-            ids, mask = np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=bool)
-            if not mask.any():
-                raise ValueError(
-                    f"Row {number} has nothing to learn from: loss_mask marks none of its {len(mask)} tokens as generated."
-                )
-            ids, mask = ids[:max_length], mask[:max_length]
-            if not trains_something(mask):
-                left_out += 1
-                continue
-            self._ids.append(ids)
-            self._masks.append(mask)
-        if left_out:
-            logger.warning(
-                f"{left_out} of {number + 1} rows are left out: a draft needs two generated tokens in a row, after the "
-                f"first token and within max_length ({max_length})."
-            )
+            self.counts.num_read += 1
+            try:
+                for token_row in self._tokenize(row):
+                    self._add(token_row, max_length, row.get("source"))
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+        self._warn(max_length)
         if not self._ids:
             raise ValueError("The training data is empty: no row is left to train on.")
 
@@ -128,6 +85,82 @@ class TokenDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {"input_ids": self._ids[index], "loss_mask": self._masks[index]}
+
+    def _tokenize(self, row: Mapping[str, Any]) -> list[TokenRow]:
+        if row.get("input_ids") is not None and row.get("loss_mask") is not None:
+            return [TokenRow(row["input_ids"], row["loss_mask"])]
+        conversation = find_conversation(row)
+        if conversation is None:
+            raise ValueError(
+                "it must have messages, or conversations, or prompt and completion, or input_ids and loss_mask; it has "
+                f"{sorted(key for key in row if row[key] is not None)}."
+            )
+        if self._renderer is None:
+            raise ValueError("it is text; give processing_class, the target's tokenizer.")
+        tokenizer = self._renderer.tokenizer
+        if isinstance(row.get("completion"), str) and isinstance(row["prompt"], str) and not tokenizer.chat_template:
+            return [_continue_text(row["prompt"], row["completion"], tokenizer)]
+        turns = find_turns(conversation, self._renderer)
+        self.counts.num_turns += len(turns)
+        self.counts.num_unterminated += sum(not self._renderer.is_terminated(turn) for turn in turns)
+        return merge_turns(turns)
+
+    def _add(self, row: TokenRow, max_length: int | None, source: str | None) -> None:
+        self.counts.num_made += 1
+        check_row(row)
+        ids, mask = np.asarray(row.input_ids, dtype=np.int32), np.asarray(row.loss_mask, dtype=bool)
+        if max_length is not None and len(ids) > max_length:
+            self.counts.num_cut += 1
+            self.counts.num_cut_tokens += len(ids) - max_length
+            ids, mask = ids[:max_length], mask[:max_length]
+        if not trains_something(mask):
+            self.counts.num_left_out += 1
+            return
+        self._ids.append(ids)
+        self._masks.append(mask)
+        self.sources.append(source)
+
+    def _warn(self, max_length: int | None) -> None:
+        counts = self.counts
+        if counts.num_left_out:
+            logger.warning(
+                f"{counts.num_left_out} of {counts.num_made} rows are left out: a draft needs two generated tokens in a "
+                f"row, after the first token and within max_length ({max_length})."
+            )
+        if counts.num_cut:
+            logger.info(f"{counts.num_cut} of {counts.num_made} rows are cut to {max_length} tokens.")
+        if counts.num_unterminated:
+            logger.warning(
+                f"{counts.num_unterminated} of {counts.num_turns} assistant turns end without a token that is known to end "
+                "the target's turns; a special token at the very end is taken for one. Give eos_token_ids, the target's "
+                "generation_config.eos_token_id."
+            )
+
+
+def _continue_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """A row of plain text for a target without a chat template, ended by its end-of-sequence token."""
+    prompt_ids = list(tokenizer(prompt)["input_ids"])
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+        prompt_ids.pop()
+    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return TokenRow(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
+
+
+def check_row(row: TokenRow) -> None:
+    """Raise ValueError if the mask of `row` cannot be one."""
+    ids, mask = row
+    if len(ids) != len(mask):
+        raise ValueError(f"{len(ids)} input_ids but {len(mask)} loss_mask entries.")
+    if strange := sorted(set(mask) - {0, 1}):
+        raise ValueError(f"loss_mask must be 1 on generated tokens and 0 elsewhere, got {strange[:4]} too.")
+    if not any(mask):
+        raise ValueError(f"it has nothing to learn from: loss_mask marks none of its {len(mask)} tokens as generated.")
+    if all(mask):
+        raise ValueError(
+            f"it has no prompt: loss_mask marks all of its {len(mask)} tokens as generated. The target generates after a "
+            "prompt, if only a beginning-of-sequence token; mark with 0 what it was given."
+        )
 
 
 def check_token_ids(dataset: TokenDataset, vocab_size: int) -> None:
@@ -160,33 +193,3 @@ def collate(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         batch["attention_mask"][i, :n] = 1
         batch["loss_mask"][i, :n] = torch.from_numpy(np.asarray(row["loss_mask"], dtype=bool))
     return batch
-
-
-def count_supervised_tokens(dataset: TokenDataset, vocab_size: int) -> Tensor:
-    """[V] int64: how often each token stands where the target generated it."""
-    supervised = [dataset[i]["input_ids"][dataset[i]["loss_mask"]] for i in range(len(dataset))]
-    return torch.from_numpy(np.bincount(np.concatenate(supervised), minlength=vocab_size))
-
-
-def choose_draft_vocabulary(counts: Tensor, size: int, always: Iterable[int] = ()) -> Tensor:
-    """The `size` most frequent target ids, ascending, [V_d] int64; `always` (end-of-turn tokens) are among them.
-
-    Ties, and places left over when fewer distinct tokens were seen, go to the lowest ids (SafeAILab/EAGLE).
-
-    Raises:
-        ValueError: `size` exceeds the vocabulary or does not hold `always`.
-    """
-    always = sorted(set(always))
-    if not len(always) <= size <= len(counts):
-        raise ValueError(f"draft_vocab_size must lie in {len(always)}..{len(counts)}, got {size}.")
-    priority = counts.to(torch.float64)
-    priority[always] = torch.inf
-    ids = priority.sort(descending=True, stable=True).indices[:size].sort().values
-    covered = counts[ids].sum().item() / max(counts.sum().item(), 1)
-    logger.info(f"Draft vocabulary: {size} of {len(counts)} tokens cover {covered:.2%} of the supervised tokens.")
-    if covered < 0.98:
-        logger.warning(
-            f"The draft vocabulary of {size} tokens covers only {covered:.1%} of the supervised tokens; what it lacks "
-            "can never be accepted. Raise draft_vocab_size."
-        )
-    return ids

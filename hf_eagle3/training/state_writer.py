@@ -354,7 +354,9 @@ class StateWriter:
             ids = torch.from_numpy(np.asarray(row["input_ids"], dtype=np.int64)).to(self._target.device)
             positions = torch.from_numpy(stored_positions(np.asarray(row["loss_mask"], dtype=bool))[:SAMPLE_POSITIONS])
             positions = positions.to(ids.device)
-            last = self._source.states({"input_ids": ids, "lengths": [len(ids)]}).last_hidden_states
+            last = self._source.states(
+                {"input_ids": ids, "tokens": ids.cpu().numpy(), "lengths": [len(ids)]}
+            ).last_hidden_states
             if self._source.head.weight is None:
                 self._refuse_head()
             ours = torch.cat([tile for _, tile in self._source.head.tiles(last[positions].to(self._dtype))], dim=-1)
@@ -474,7 +476,8 @@ class StateWriter:
             rows = [self._dataset[i] for i in window]
             lengths = [len(row["input_ids"]) for row in rows]
             ids = torch.from_numpy(np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows]))
-            states = self._source.states({"input_ids": ids.to(self._target.device), "lengths": lengths})
+            here = ids.to(self._target.device)
+            states = self._source.states({"input_ids": here, "tokens": ids.cpu().numpy(), "lengths": lengths})
             parts = zip(states.aux_hidden_states.split(lengths), states.last_hidden_states.split(lengths), strict=True)
             for i, row, (aux_part, last_part) in zip(window, rows, parts, strict=True):
                 positions = torch.from_numpy(stored_positions(np.asarray(row["loss_mask"], dtype=bool)))

@@ -18,12 +18,13 @@ from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
 from .batch import Batch, Collator
-from .data import TokenDataset, check_token_ids, choose_draft_vocabulary, count_supervised_tokens
+from .data import TokenDataset, check_token_ids
 from .losses import LOSSES
 from .new import new_drafter
 from .states import OnlineStates, StateSource
 from .target_head import DraftVocabulary
 from .ttt import Lessons, StepSums, ttt
+from .vocabulary import choose_draft_vocabulary, count_supervised_tokens
 
 # What the host's Trainer writes into the configs of the model it trains.
 HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")

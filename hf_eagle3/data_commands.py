@@ -1,0 +1,208 @@
+"""The commands that make and show training data: `data preview` and `regenerate`.
+
+What they do is in `training`, which takes seconds to import, so it is imported when a command runs.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+
+def add_data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`hf-eagle3 data preview` and `hf-eagle3 regenerate`."""
+    data = commands.add_parser("data", help="look at training data")
+    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    preview = data_commands.add_parser(
+        "preview",
+        help="show which tokens of training rows are supervised, and the numbers of the data",
+        description="Loads the target's tokenizer only. Supervised text is coloured in a terminal, in ⟦brackets⟧ elsewhere.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_preview_arguments(preview)
+    preview.set_defaults(run=run_preview_command)
+
+    regenerate = commands.add_parser(
+        "regenerate",
+        help="let a target answer prompts, and keep the very tokens it wrote: training data",
+        description="An interrupted run goes on where it stopped when the same command is run again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_regenerate_arguments(regenerate)
+    regenerate.set_defaults(run=run_regenerate_command)
+
+
+# ---- preview ----
+
+
+def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `data preview`."""
+    parser.add_argument("--target", required=True, metavar="REPO_OR_DIR", help="whose tokenizer and chat template")
+    parser.add_argument(
+        "--train-file", "--train_file", type=Path, required=True, metavar="JSONL", help="rows of any format, also .gz"
+    )
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show; 0: numbers only")
+    parser.add_argument("--max-length", "--max_length", type=int, metavar="L", help="cut longer rows, as in training")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        "--chat_template_kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument(
+        "--color", choices=["auto", "always", "never"], default="auto", help="auto: when stdout is a terminal"
+    )
+
+
+def run_preview_command(args: argparse.Namespace) -> int:
+    """Show rows and numbers; exit status 0."""
+    from .training.data import TokenDataset, check_token_ids
+    from .training.files import read_rows
+    from .training.preview import describe_dataset, describe_row, format_row
+
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rows = tqdm(read_rows(args.train_file), desc="Tokenizing", unit=" rows", file=sys.stderr, leave=False)
+    dataset = TokenDataset(
+        rows,
+        tokenizer,
+        args.max_length,
+        eos_token_ids=find_eos_token_ids(args.target),
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    vocab_size = find_vocab_size(args.target, len(tokenizer))
+    check_token_ids(dataset, vocab_size)
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    for i in range(min(args.rows, len(dataset))):
+        write(f"--- row {i + 1} of {len(dataset)}: {describe_row(dataset[i])}")
+        write(format_row(dataset[i], tokenizer, color=color) + "\n")
+    write(describe_dataset(dataset, vocab_size))
+    return 0
+
+
+def find_eos_token_ids(target: str) -> list[int]:
+    """What ends the target's turns, by its generation config; nothing where it has none."""
+    try:
+        ends = GenerationConfig.from_pretrained(target).eos_token_id
+    except OSError:
+        return []
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+
+def find_vocab_size(target: str, num_tokens: int) -> int:
+    """The target's, by its config; where there is a tokenizer only, the number of its tokens."""
+    if not PreTrainedConfig.get_config_dict(target)[0]:
+        return num_tokens
+    return AutoConfig.from_pretrained(target).get_text_config().vocab_size
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object in JSON, for argparse."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
+
+
+def write(text: str) -> None:
+    """To stdout, what was asked for."""
+    sys.stdout.write(text + "\n")
+
+
+# ---- regenerate ----
+
+
+def add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `regenerate`, with dashes or underscores."""
+
+    def add(name: str, *more: str, **options: Any) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}", *more]), **options)
+
+    add("target", "--target_model_name_or_path", required=True, metavar="REPO_OR_DIR", help="the model that answers")
+    add("prompt-file", type=Path, metavar="JSONL", help="rows with messages, prompt or turns, also .gz")
+    add("output-file", type=Path, required=True, metavar="JSONL", help="also .gz; gone on with when it exists")
+    add("temperature", type=float, nargs="+", default=[0.7], metavar="T", help="0 is greedy; each prompt at each")
+    add("top-p", type=float, metavar="P", help="nucleus sampling (the target's own)")
+    add("top-k", type=int, metavar="K", help="sampling from the K likeliest (the target's own)")
+    add("num-return-sequences", type=int, default=1, metavar="N", help="sampled answers to each prompt")
+    add("max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens")
+    add("batch-size", type=int, default=16, metavar="B", help="prompts answered side by side")
+    add("drafter", metavar="REPO_OR_DIR", help="a drafter you have, to be sooner done with the same answers")
+    add(
+        "chat-template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="such as '{\"enable_thinking\": false}'",
+    )
+    add("self-prompts", type=int, default=0, metavar="N", help="let the target make up N prompts more (Magpie)")
+    add("self-share", type=float, metavar="S", help="at most this share of all prompts is made up, in 0..1")
+    add("self-temperature", type=float, default=1.0, metavar="T", help="of the prompts it makes up")
+    add("exclude-file", type=Path, nargs="+", default=[], metavar="JSONL", help="prompts to leave out: eval prompts")
+    add("dedupe", action="store_true", help="leave out prompts that say the same")
+    add("dtype", default="auto", help="the target's")
+    add("device", default="auto", help="cuda where there is one, else cpu")
+    add("seed", type=int, default=0, metavar="N", help="of the sampling")
+
+
+def run_regenerate_command(args: argparse.Namespace) -> int:
+    """Answer what is not answered yet; exit status 0."""
+    from .training.prompts import Prompt, exclude, limit_share, make_prompts, read_prompts
+    from .training.regenerate import Sampling, regenerate
+    from .training.rendering import ChatRenderer
+
+    if args.prompt_file is None and not args.self_prompts:
+        raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
+    sampling = Sampling(
+        temperatures=tuple(args.temperature),
+        top_p=args.top_p,
+        top_k=args.top_k,
+        num_return_sequences=args.num_return_sequences,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    prompts: list[Prompt] = read_prompts(args.prompt_file) if args.prompt_file else []
+    excluded = [prompt for path in args.exclude_file for prompt in read_prompts(path)]
+    kept = exclude(prompts, excluded, dedupe=args.dedupe)
+    if len(kept) < len(prompts):
+        note(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are left out: excluded, or said before.")
+    num_made_up = (
+        args.self_prompts if args.self_share is None else limit_share(args.self_prompts, len(kept), args.self_share)
+    )
+    if num_made_up < args.self_prompts:
+        note(f"{num_made_up} prompts are made up, a share of {args.self_share:g}.")
+
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(device).eval()
+    drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(device).eval() if args.drafter else None
+    renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
+    if num_made_up:
+        kept += make_prompts(
+            target,
+            renderer,
+            num_made_up,
+            args.output_file.with_name(args.output_file.name + ".prompts.jsonl"),
+            known=kept + excluded,
+            temperature=args.self_temperature,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    regenerate(target, renderer, kept, args.output_file, sampling, drafter=drafter, target_name=args.target)
+    return 0
+
+
+def note(text: str) -> None:
+    """Progress, for whoever waits."""
+    sys.stderr.write(text + "\n")

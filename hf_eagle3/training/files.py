@@ -1,0 +1,97 @@
+"""JSONL files of rows, also .gz: read with the line named that is wrong; written so that a run can stop anywhere."""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+
+def open_rows(path: Path, mode: str) -> IO[str]:
+    """Open a JSONL file as text, also .gz; `mode` is r, w or a."""
+    if path.suffix == ".gz":
+        return cast("IO[str]", gzip.open(path, mode + "t", encoding="utf-8"))
+    return path.open(mode, encoding="utf-8")
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file.
+
+    Raises:
+        ValueError: A line is no JSON object: the message names it.
+    """
+    with open_rows(path, "r") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a row of JSON, got {line[:60]!r} ({error})."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}.")
+            yield row
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add `rows` to a JSONL file.
+
+    Raises:
+        OSError: They could not be written, or not all of them.
+    """
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        with open_rows(path, "a") as file:
+            file.write(lines)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written to: {error}. The rows before stay usable; make room, and run the same command "
+            "again to go on after them."
+        ) from error
+
+
+def read_whole_lines(path: Path) -> Iterator[str]:
+    """The lines of `path` up to where a stop cut it short, if one did. Nothing if there is no file."""
+    if not path.exists():
+        return
+    with open_rows(path, "r") as file:
+        while True:
+            try:
+                line = file.readline()
+            except (EOFError, zlib.error, gzip.BadGzipFile):  # cut in the middle of a compressed block
+                return
+            if not line.endswith("\n"):
+                return
+            yield line
+
+
+def keep_lines(path: Path, num_lines: int) -> bool:
+    """Cut `path` after `num_lines` whole lines; returns whether there was more."""
+    if not path.exists() or (sum(1 for _ in read_whole_lines(path)) == num_lines and not _is_cut_short(path)):
+        return False
+    if path.suffix == ".gz":
+        # A compressed file cannot be cut in place; the copy takes its place once it is whole.
+        copy = path.with_name(path.name + ".part.gz")
+        with open_rows(copy, "w") as file:
+            file.writelines(line for _, line in zip(range(num_lines), read_whole_lines(path), strict=False))
+        copy.replace(path)
+    else:
+        with path.open("rb") as lines:
+            size = sum(len(line) for _, line in zip(range(num_lines), lines, strict=False))
+        os.truncate(path, size)
+    return True
+
+
+def _is_cut_short(path: Path) -> bool:
+    last = "\n"
+    with open_rows(path, "r") as file:
+        try:
+            for line in file:
+                last = line
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return True
+    return not last.endswith("\n")
