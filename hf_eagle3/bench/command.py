@@ -1,6 +1,7 @@
 """`hf-eagle3 bench`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,21 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .measure import KINDS, Measured, measure, random_prompts, read_prompts
+from .dflash import load_dflash
+from .equality import OutputDiffersError
+from .experts import ExpertReads, Experts, account, find_experts, measure_read_bandwidth
+from .measure import (
+    DFLASH,
+    DRAFTED,
+    KINDS,
+    Measured,
+    Skipped,
+    batch_random_prompts,
+    make_ways,
+    measure,
+    read_prompts,
+)
+from .processes import Team, is_launched, launch
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
 
@@ -42,6 +57,24 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
     parser.add_argument(
         "--kinds", nargs="+", choices=list(KINDS), default=["stock", "plain", "drafted"], help="what to compare"
     )
+    parser.add_argument(
+        "--dflash-drafter",
+        metavar="REPO_OR_DIR",
+        help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+    )
+    parser.add_argument(
+        "--dp-size",
+        type=int,
+        metavar="N",
+        help="processes, each with its share of the prompts on a device of its own; not needed under accelerate launch "
+        "and torchrun (1, or what they started)",
+    )
+    parser.add_argument(
+        "--read-bandwidth",
+        type=float,
+        metavar="TB/s",
+        help="of the device, for the account of what experts cost to read (measured)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="PATH", help="without suffix")
@@ -49,14 +82,36 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
 
 
 def run_bench_command(args: argparse.Namespace) -> int:
-    """Measure, print and write."""
+    """Measure, print and write: exit status 0, or 1 if what was decoded is not what `generate` says."""
     if (args.target is None) == (args.shape is None):
         raise ValueError("Give one of --target and --shape.")
     if args.shape and args.prompts:
         raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
     if args.drafter is None and args.simulate_acceptance_length is None:
         raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.dp_size is not None and args.dp_size < 1:
+        raise ValueError(f"--dp-size is a number of processes, at least 1; got {args.dp_size}.")
+    if args.dp_size not in (None, 1) and not is_launched():
+        return launch(args.dp_size, ["bench", *list_arguments(args)])
+    with Team(torch.device(args.device)) as team:
+        if args.dp_size not in (None, team.size):
+            raise ValueError(f"--dp-size {args.dp_size}, but {team.size} processes were launched: leave it out.")
+        try:
+            measure_all(args, team)
+        except OutputDiffersError as error:
+            if team.rank == 0:
+                print(f"hf-eagle3: error: {error}", file=sys.stderr)  # noqa: T201  as other errors are said
+            return 1
+    return 0
+
+
+def measure_all(args: argparse.Namespace, team: Team) -> None:
+    """Every batch size, and the files after each of them.
+
+    Raises:
+        OutputDiffersError: What was decoded is not what `generate` says.
+    """
+    device, dtype = team.device, getattr(torch, args.dtype)
     if args.shape:
         target = make_target(args.shape, device=device, dtype=dtype)
     else:
@@ -67,59 +122,111 @@ def run_bench_command(args: argparse.Namespace) -> int:
         drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
     if args.num_draft_tokens is not None:
         drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
-    if args.simulate_acceptance_length is not None:
-        drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
-    options: dict[str, Any] = {"do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        options |= {"temperature": args.temperature, "top_k": 0}
+    simulated = args.simulate_acceptance_length
+    if simulated is not None:
+        drafter.generation_config.simulated_acceptance_length = simulated
+    kinds = [KINDS[name] for name in args.kinds]
+    other = None
+    if args.dflash_drafter is not None:
+        other = load_dflash(args.dflash_drafter, dtype=dtype, device=device)
+        kinds.append(DFLASH)
+    all_ways = make_ways(target, drafter, temperature=args.temperature, dflash_drafter=other)
+    ways = {kind: all_ways[kind] for kind in kinds}
+    judged = None if simulated is not None else make_ways(target, drafter, temperature=0.0)
 
     V = target.config.get_text_config(decoder=True).vocab_size
-    kinds = [KINDS[name] for name in args.kinds]
     results: list[Measured] = []
+    skipped: list[Skipped] = []
+    reads: list[ExpertReads] = []
     depth = drafter.generation_config.num_assistant_tokens or 3
-    simulated = args.simulate_acceptance_length
     notes = [
         describe_machine(target) + ".",
         f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
         f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
         + (f", acceptance length simulated at {simulated}" if simulated else "")
         + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
-        "`hf-eagle3 bench " + " ".join(describe_arguments(args)) + "`",
+        "`hf-eagle3 bench " + " ".join(list_arguments(args, for_report=True)) + "`",
     ]
+    if team.size > 1:
+        notes.insert(
+            2,
+            f"{team.size} processes, each with its share of the prompts on its own device, in batches of the size "
+            "given; tokens of all over the time of the slowest.",
+        )
+    experts = find_experts(target)
+    bandwidth = 0.0
+    if experts is not None:
+        bandwidth = 1e12 * args.read_bandwidth if args.read_bandwidth else measure_read_bandwidth(device)
+        how = "given" if args.read_bandwidth else "measured"
+        notes.insert(2, f"Read bandwidth {bandwidth / 1e12:.2f} TB/s, {how}.")
     name = args.shape or Path(args.target).name
-    with tqdm(total=len(args.batch_sizes) * len(kinds) * (args.repeats + 1), unit="pass", mininterval=1) as bar:
+    num_passes = len(args.batch_sizes) * len(kinds) * (args.repeats + 1)
+    with tqdm(total=num_passes, unit="pass", mininterval=1, disable=team.rank > 0) as bar:
         for size in args.batch_sizes:
             bar.set_description(f"batch {size}")
             if args.prompts is None:
-                batches, subtract = [random_prompts(size, args.prompt_length, V, device)], args.max_new_tokens // 8
+                subtract = args.max_new_tokens // 8
+                batches = batch_random_prompts(size, args.prompt_length, V, device, team)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(args.target)
-                batches, subtract = read_prompts(args.prompts, tokenizer, size, device, limit=args.limit), 0
-            results += measure(
-                *(target, drafter, batches),
+                batches, subtract = read_prompts(args.prompts, tokenizer, size, device, team, limit=args.limit), 0
+            found, missing = measure(
+                *(target, ways, batches),
+                batch_size=size,
                 max_new_tokens=args.max_new_tokens,
                 repeats=args.repeats,
-                kinds=kinds,
+                team=team,
                 subtract=subtract,
+                is_greedy=args.temperature == 0,
+                judged=judged,
                 on_run=bar.update,
-                **options,
             )
+            results += found
+            skipped += missing
+            if experts is not None:
+                reads += account_for(found, experts, depth=depth, num_processes=team.size, bandwidth=bandwidth)
+            if team.rank > 0:
+                continue
             # After each batch size, so that what was measured is kept if a later one fails.
-            text = to_markdown(results, title=f"{name}, with and without drafting", notes=notes)
+            both: dict[str, Any] = {"notes": notes, "skipped": skipped, "reads": reads}
+            text = to_markdown(results, title=f"{name}, with and without drafting", **both)
             args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-            args.out.with_suffix(".json").write_text(to_json(results, notes=notes), encoding="utf-8")
-    draw(results, args.out.with_suffix(".png"), title=name)
-    print(text)  # noqa: T201  what was asked for
-    return 0
+            args.out.with_suffix(".json").write_text(to_json(results, **both), encoding="utf-8")
+    if team.rank == 0:
+        draw(results, args.out.with_suffix(".png"), title=name)
+        print(text)  # noqa: T201  what was asked for
 
 
-def describe_arguments(args: argparse.Namespace) -> list[str]:
-    """The command's arguments as they would be typed again; of paths, the last part."""
+def account_for(
+    results: list[Measured], experts: Experts, *, depth: int, num_processes: int, bandwidth: float
+) -> list[ExpertReads]:
+    """What the experts cost to read in a forward of each kind; plain kinds have one token a row, drafts K+1."""
+    reads = []
+    for r in results:
+        if r.kind == DFLASH:  # of which only its own code knows how many tokens it verifies
+            continue
+        is_drafted = r.kind == DRAFTED
+        gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0
+        reads.append(
+            account(
+                experts,
+                kind=r.kind,
+                batch_size=r.batch_size,
+                num_tokens=r.batch_size * (depth + 1 if is_drafted else 1),
+                measured_seconds=num_processes * r.batch_size * gained / r.tokens_per_second,
+                bandwidth=bandwidth,
+            )
+        )
+    return reads
+
+
+def list_arguments(args: argparse.Namespace, *, for_report: bool = False) -> list[str]:
+    """The command's arguments as they would be typed again; for a report, of paths the last part, and not --out."""
     words = []
     for name, value in vars(args).items():
-        if name in ("command", "run", "out") or value is None:
+        if name in ("command", "run") or value is None or (for_report and name == "out"):
             continue
         values = value if isinstance(value, list) else [value]
-        shown = [Path(v).name if name in ("target", "drafter", "prompts") else str(v) for v in values]
-        words += [f"--{name.replace('_', '-')}", *shown]
+        is_path = for_report and name in ("target", "drafter", "prompts", "dflash_drafter")
+        words += [f"--{name.replace('_', '-')}", *(Path(v).name if is_path else str(v) for v in values)]
     return words

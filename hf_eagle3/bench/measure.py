@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..graphs import release_graphs, synchronize
 from ..stats import Speculation
+from . import dflash
+from .equality import Agreement, OutputDiffersError, Text, compare
+from .processes import Team
 
 STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
 STATIC = 'generate(cache_implementation="static")'  # which the host compiles
+DFLASH = "D-Flash"
 KINDS = {"stock": STOCK, "static": STATIC, "plain": PLAIN, "drafted": DRAFTED}
+OURS = (PLAIN, DRAFTED)
+
+# What other people's code may end in; that costs its column, not the run.
+FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 
 
 class Prompts(NamedTuple):
@@ -25,50 +33,34 @@ class Prompts(NamedTuple):
 
     inputs: dict[str, Tensor]  # input_ids, attention_mask [B, T]
     categories: list[str]  # [B]
+    numbers: list[int]  # [B], counted from 1 over all prompts
 
 
 @dataclass
 class Measured:
-    """One kind of decoding at one batch size."""
+    """One kind of decoding at one batch size, over all processes."""
 
     kind: str
-    batch_size: int
+    batch_size: int  # of each process
     tokens_per_second: float  # median over repeats
     slowest: float
     fastest: float
     acceptance_length: float | None = None
-    peak_gib: float | None = None  # beyond the weights
+    peak_gib: float | None = None  # beyond the weights; of the process that needed most
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds_in: dict[str, float] = field(default_factory=dict)  # of a drafted call
     graphs: str = ""
-    num_identical: int | None = None  # rows whose text is that of generate()
+    num_identical: int | None = None  # rows whose text is that of generate(), in greedy runs
     num_rows: int = 0
+    agreement: Agreement | None = None  # with generate(), asserted before anything was timed
 
 
-def random_prompts(batch_size: int, length: int, vocab_size: int, device: torch.device) -> Prompts:
-    """Prompts of random tokens, all of one length."""
-    generator = torch.Generator().manual_seed(batch_size)
-    ids = torch.randint(1, vocab_size, (batch_size, length), generator=generator).to(device)
-    return Prompts({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ["random"] * batch_size)
+class Skipped(NamedTuple):
+    """A kind of decoding that a batch size has no number for."""
 
-
-def read_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, device: torch.device, *, limit: int | None
-) -> list[Prompts]:
-    """Batches of the first turns of a JSON Lines file, with `turns` or `prompt`, and `category`, in its order."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-    batches = []
-    for start in range(0, len(lines), batch_size):
-        part = lines[start : start + batch_size]
-        turns = [line["turns"][0] if "turns" in line else line["prompt"] for line in part]
-        chats = [[{"role": "user", "content": turn}] for turn in turns]
-        tokenizer.padding_side = "left"
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-        )
-        tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-        batches.append(Prompts(tensors, [line.get("category", "all") for line in part]))
-    return batches
+    kind: str
+    batch_size: int
+    reason: str
 
 
 class Call(NamedTuple):
@@ -76,78 +68,216 @@ class Call(NamedTuple):
 
     seconds: float
     rows: list[list[int]]  # new tokens, without pads
-    told: Speculation | None
+    told: Speculation | None  # by our loop
+    num_forwards: int | None  # of the target, where our loop does not tell
 
 
-def run(
-    target: PreTrainedModel, prompts: Prompts, *, max_new_tokens: int, drafter: PreTrainedModel | None, **options: Any
-) -> Call:
-    """Generate once, and wait for all of it."""
-    assistant = {} if drafter is None else {"assistant_model": drafter}
+Way = Callable[[Prompts, int], Call]  # decodes prompts, up to a number of new tokens
+
+
+def random_prompts(num_rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of random tokens, all of one length."""
+    generator = torch.Generator().manual_seed(num_rows)
+    return torch.randint(1, vocab_size, (num_rows, length), generator=generator).tolist()
+
+
+def batch_random_prompts(
+    batch_size: int, length: int, vocab_size: int, device: torch.device, team: Team
+) -> list[Prompts]:
+    """One batch for each process, of random tokens."""
+    numbered = list(enumerate(random_prompts(batch_size * team.size, length, vocab_size), 1))
+    numbers, rows = zip(*team.split(numbered), strict=True)
+    ids = torch.tensor(rows, device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return [Prompts(inputs, ["random"] * batch_size, list(numbers))]
+
+
+def read_prompts(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    device: torch.device,
+    team: Team,
+    *,
+    limit: int | None,
+) -> list[Prompts]:
+    """Batches of this process's share of a JSON Lines file, with `turns` (the first counts) or `prompt`, and `category`.
+
+    Raises:
+        ValueError: There are fewer prompts than processes.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    if len(lines) < team.size:
+        raise ValueError(f"{path.name} has {len(lines)} prompts for {team.size} processes: give each at least one.")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # pads are masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    share = team.split(list(enumerate(lines, 1)))
+    batches = []
+    for start in range(0, len(share), batch_size):
+        numbers, part = zip(*share[start : start + batch_size], strict=True)
+        turns = [line["turns"][0] if "turns" in line else line["prompt"] for line in part]
+        chats = [[{"role": "user", "content": turn}] for turn in turns]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        )
+        tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+        batches.append(Prompts(tensors, [line.get("category", "all") for line in part], list(numbers)))
+    return batches
+
+
+# ---- ways to decode ----
+
+
+def list_eos(target: PreTrainedModel) -> list[int]:
+    """The tokens that end a row."""
+    eos = target.generation_config.eos_token_id
+    return [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
+
+
+def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[float, list[list[int]], Any]:
+    """Seconds, new tokens without pads, and what `decode` gave; waits for all of it."""
     synchronize()
     start = time.perf_counter()
-    out = target.generate(
-        **prompts.inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **assistant, **options
-    )
-    new = out.sequences[:, prompts.inputs["input_ids"].shape[1] :].tolist()
+    out = decode()
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    new = sequences[:, prompts.inputs["input_ids"].shape[1] :].tolist()
     seconds = time.perf_counter() - start
-    eos = options.get("eos_token_id", target.generation_config.eos_token_id)
-    ends = set(eos if isinstance(eos, (list, tuple)) else [eos]) - {None}
-    rows = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in new]
-    return Call(seconds, rows, getattr(out, "speculation", None))
+    rows = [row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))] for row in new]
+    return seconds, rows, out
+
+
+def make_ways(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    temperature: float,
+    dflash_drafter: PreTrainedModel | None = None,
+) -> dict[str, Way]:
+    """Each kind of decoding as a function."""
+    eos = list_eos(target)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": 0}
+
+    def generate(**further: Any) -> Way:
+        def decode(prompts: Prompts, limit: int) -> Call:
+            def call() -> Any:
+                return target.generate(
+                    **prompts.inputs, max_new_tokens=limit, return_dict_in_generate=True, **options, **further
+                )
+
+            seconds, rows, out = timed(call, prompts, eos)
+            return Call(seconds, rows, getattr(out, "speculation", None), None)
+
+        return decode
+
+    ways = {
+        STOCK: generate(),
+        STATIC: generate(cache_implementation="static"),
+        PLAIN: generate(assistant_model=drafter, num_assistant_tokens=0),
+        DRAFTED: generate(assistant_model=drafter),
+    }
+    if dflash_drafter is not None:
+
+        def decode_dflash(prompts: Prompts, limit: int) -> Call:
+            def call() -> Tensor:
+                return dflash.decode(
+                    *(target, dflash_drafter, prompts.inputs),
+                    max_new_tokens=limit,
+                    temperature=temperature,
+                    eos_token_ids=eos,
+                )
+
+            num_forwards = 0
+
+            def count(*_: object) -> None:
+                nonlocal num_forwards
+                num_forwards += 1
+
+            hook = target.register_forward_pre_hook(count)
+            try:
+                seconds, rows, _ = timed(call, prompts, eos)
+            finally:
+                hook.remove()
+            return Call(seconds, [row[:limit] for row in rows], None, num_forwards)
+
+        ways[DFLASH] = decode_dflash
+    return ways
+
+
+# ---- measuring ----
 
 
 def measure(
     target: PreTrainedModel,
-    drafter: PreTrainedModel,
+    ways: Mapping[str, Way],
     batches: Sequence[Prompts],
     *,
+    batch_size: int,
     max_new_tokens: int,
     repeats: int,
-    kinds: Iterable[str] = (STOCK, PLAIN, DRAFTED),
+    team: Team,
     subtract: int = 0,
+    is_greedy: bool = True,
+    judged: Mapping[str, Way] | None = None,
     on_run: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> list[Measured]:
-    """Run all kinds of decoding over `batches`, which have one batch size, in turn.
+) -> tuple[list[Measured], list[Skipped]]:
+    """Run all kinds of decoding over `batches` in turn, and ask before that whether ours say what stock does.
 
     Args:
-        target: Given to `generate`.
-        drafter: Its drafter, with its draft shape.
-        batches: Prompts.
+        target: What they decode with.
+        ways: What to compare.
+        batches: Prompts, this process's own.
+        batch_size: Of each batch but the last.
         max_new_tokens: Of each row.
         repeats: How often each kind runs, after one warm-up.
-        kinds: What to compare.
+        team: The processes that do the same over other prompts.
         subtract: New tokens of a second, shorter run, whose tokens and time are taken off; 0 for none.
+        is_greedy: Whether `ways` are.
+        judged: Greedy ways of stock `generate` and of ours, whose texts must agree; None where acceptance is simulated,
+            so that ours say something else.
         on_run: Called after each pass.
-        options: Further arguments of `generate`.
+
+    Raises:
+        OutputDiffersError: Ours say something else.
     """
-    batch_size = max(len(batch.categories) for batch in batches)
-    extras: dict[str, dict[str, Any]] = {
-        STOCK: {"drafter": None},
-        STATIC: {"drafter": None, "cache_implementation": "static"},
-        PLAIN: {"drafter": drafter, "num_assistant_tokens": 0},
-        DRAFTED: {"drafter": drafter},
-    }
 
     def run_all(kind: str, limit: int) -> list[Call]:
-        return [run(target, batch, max_new_tokens=limit, **extras[kind], **options) for batch in batches]
+        return [ways[kind](batch, limit) for batch in batches]
 
     firsts: dict[str, list[Call]] = {}
     peaks: dict[str, float | None] = {}
-    for kind in kinds:
+    skipped: list[Skipped] = []
+    for kind in ways:
         if target.device.type == "cuda":
             release_graphs()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        firsts[kind] = run_all(kind, max_new_tokens)
-        peaks[kind] = (torch.cuda.max_memory_allocated() - before) / 2**30 if target.device.type == "cuda" else None
+        reason = ""
+        try:
+            firsts[kind] = run_all(kind, max_new_tokens)
+        except FOREIGN_ERRORS as error:
+            if kind != DFLASH:
+                raise
+            reason = str(error) if str(error) == dflash.ONE_ROW else f"{type(error).__name__}: {error}"
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if target.device.type == "cuda" else None
+        peaks[kind] = None if peak is None else max(team.gather(peak))
+        if kind == DFLASH and (reasons := [r for r in team.gather(reason) if r]):
+            firsts.pop(kind, None)
+            skipped.append(Skipped(kind, batch_size, reasons[0]))
         on_run()
+    kinds = list(firsts)
+    agreements = (
+        {} if judged is None else assert_equal(target, judged, batches, firsts, max_new_tokens, is_greedy, team)
+    )
+
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
     calls: dict[str, list[Call]] = {}
     for _ in range(repeats):
         for kind in kinds:
+            team.wait()
             calls[kind] = run_all(kind, max_new_tokens)
             seconds = sum(call.seconds for call in calls[kind])
             tokens = sum(len(row) for call in calls[kind] for row in call.rows)
@@ -155,12 +285,12 @@ def measure(
                 shorter = run_all(kind, subtract)
                 seconds -= sum(call.seconds for call in shorter)
                 tokens -= sum(len(row) for call in shorter for row in call.rows)
-            speeds[kind].append(tokens / seconds)
+            every = team.gather((tokens, seconds))
+            speeds[kind].append(sum(n for n, _ in every) / max(s for _, s in every))
             on_run()
 
     measured = []
     for kind in kinds:
-        told = [call.told for call in calls[kind] if call.told is not None]
         result = Measured(
             kind,
             batch_size,
@@ -168,33 +298,92 @@ def measure(
             min(speeds[kind]),
             max(speeds[kind]),
             peak_gib=peaks[kind],
-            num_rows=sum(len(call.rows) for call in calls[kind]),
+            num_rows=sum(team.gather(sum(len(call.rows) for call in calls[kind]))),
+            agreement=agreements.get(kind),
         )
-        if STOCK in firsts:
+        # Of a simulated draft, what is said means nothing.
+        if is_greedy and STOCK in firsts and (judged is not None or kind != DRAFTED):
             pairs = zip(firsts[STOCK], firsts[kind], strict=True)
-            result.num_identical = sum(a == b for x, y in pairs for a, b in zip(x.rows, y.rows, strict=True))
-        if told and kind == DRAFTED:
-            rows = [row for speculation in told for row in speculation.rows]
-            categories = [category for batch in batches for category in batch.categories]
-            result.acceptance_length = acceptance(rows)
-            result.by_category = {
-                category: {
-                    "acceptance_length": acceptance(
-                        [r for r, c in zip(rows, categories, strict=True) if c == category]
-                    )
-                }
-                for category in dict.fromkeys(categories)
-            }
-            for name in ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds"):
-                result.seconds_in[name] = sum(getattr(speculation, name) for speculation in told)
-            result.seconds_in["rounds"] = sum(max(r.rounds for r in s.rows) for s in told)
-            first = firsts[kind][0].told
-            result.graphs = first.graphs if first is not None else ""
+            same = sum(a == b for x, y in pairs for a, b in zip(x.rows, y.rows, strict=True))
+            result.num_identical = sum(team.gather(same))
+        add_acceptance(result, calls[kind], firsts[kind], batches, team)
         measured.append(result)
-    return measured
+    return measured, skipped
 
 
-def acceptance(rows: list[Speculation]) -> float:
-    """Tokens gained a round over all of `rows`."""
-    rounds = sum(row.rounds for row in rows)
-    return 1 + sum(row.num_accepted for row in rows) / rounds if rounds else float("nan")
+def assert_equal(
+    target: PreTrainedModel,
+    judged: Mapping[str, Way],
+    batches: Sequence[Prompts],
+    firsts: Mapping[str, list[Call]],
+    max_new_tokens: int,
+    is_greedy: bool,
+    team: Team,
+) -> dict[str, Agreement]:
+    """How each kind of ours agrees with stock `generate`: over all prompts if it ran over them, else over one batch.
+
+    Raises:
+        OutputDiffersError: It does not, in any process.
+    """
+    if is_greedy and STOCK in firsts:
+        known: Mapping[str, list[Call]] = firsts
+    else:
+        batches = batches[:1]
+        wanted = [STOCK, *(kind for kind in OURS if kind in firsts)]
+        known = {kind: [judged[kind](batch, max_new_tokens) for batch in batches] for kind in wanted}
+    agreements, problem = {}, ""
+    for kind in OURS:
+        if kind not in known:
+            continue
+        texts = []
+        for batch, plain, ours in zip(batches, known[STOCK], known[kind], strict=True):
+            for i, number in enumerate(batch.numbers):
+                prompt = batch.inputs["input_ids"][i][batch.inputs["attention_mask"][i].bool()]
+                texts.append(Text(f"prompt {number}", prompt, plain.rows[i], ours.rows[i]))
+        try:
+            agreements[kind] = compare(target, texts, kind=kind)
+        except OutputDiffersError as error:
+            problem = problem or str(error)
+    if problems := [p for p in team.gather(problem) if p]:
+        raise OutputDiffersError(problems[0])
+    return {kind: sum(team.gather(agreement), Agreement()) for kind, agreement in agreements.items()}
+
+
+def add_acceptance(
+    result: Measured, calls: list[Call], firsts: list[Call], batches: Sequence[Prompts], team: Team
+) -> None:
+    """Acceptance length, overall and by category, and where the time of our rounds went."""
+    if result.kind == DFLASH:
+        own = [(c.num_forwards, len(c.rows[0]), b.categories[0]) for c, b in zip(firsts, batches, strict=True)]
+        every = [counts for counts_of_one in team.gather(own) for counts in counts_of_one]
+        # The first forward is the prompt's, and gives the first token.
+        gained = [(max(forwards - 1, 0), tokens - 1, category) for forwards, tokens, category in every]
+        result.acceptance_length = mean_gain(gained)
+        for category in dict.fromkeys(c for *_, c in gained):
+            result.by_category[category] = {"acceptance_length": mean_gain([g for g in gained if g[2] == category])}
+        return
+    told = [call.told for call in calls if call.told is not None]
+    if result.kind != DRAFTED or not told:
+        return
+    categories = [category for batch in batches for category in batch.categories]
+    rows = [(r.rounds, r.rounds + r.num_accepted) for speculation in told for r in speculation.rows or [speculation]]
+    share = [(*counts, category) for counts, category in zip(rows, categories, strict=True)]
+    gained = [counts for counts_of_one in team.gather(share) for counts in counts_of_one]
+    result.acceptance_length = mean_gain(gained)
+    for category in dict.fromkeys(c for *_, c in gained):
+        result.by_category[category] = {"acceptance_length": mean_gain([g for g in gained if g[2] == category])}
+    times = {
+        name: sum(getattr(speculation, name) for speculation in told)
+        for name in ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds")
+    }
+    times["rounds"] = sum(max(r.rounds for r in s.rows or [s]) for s in told)
+    every_time = team.gather(times)
+    result.seconds_in = {name: sum(t[name] for t in every_time) for name in times}
+    first = firsts[0].told
+    result.graphs = first.graphs if first is not None else ""
+
+
+def mean_gain(counts: list[tuple[int, int, str]]) -> float:
+    """Tokens gained a round, of (rounds, tokens, category)."""
+    rounds = sum(r for r, *_ in counts)
+    return sum(tokens for _, tokens, _ in counts) / rounds if rounds else float("nan")
