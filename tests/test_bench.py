@@ -81,8 +81,8 @@ def test_output_is_compared_also_without_stock(real, tmp_path, temperature):
     assert cli.main([*real, *further, "--out", str(tmp_path / "out")]) == 0
     text, data = read(tmp_path / "out")
     for kind, result in zip(KINDS[1:], data["results"], strict=True):
-        assert f"- {kind}, BS 2: 2 of 2 rows identical.\n" in text
-        assert result["agreement"] == {"num_rows": 2, "num_identical": 2, "largest_gap": 0.0}
+        assert f"- {kind}, BS 2: 4 of 4 rows identical.\n" in text
+        assert result["agreement"] == {"num_rows": 4, "num_identical": 4, "largest_gap": 0.0}
         assert result["num_rows"] == 5
     assert "None of" not in text
     assert "| even |" in text

@@ -101,12 +101,14 @@ def measure_gap(target: PreTrainedModel, text: Text, t: int) -> tuple[float, flo
     """By how much the worse of both tokens at `t` is below the top, and how much of it rounding explains.
 
     A logit may be off by twice what it is off anywhere along the common text in one forward, so two of them by four
-    times. Quantised weights have no float32: there a forward is compared with one token after the other.
+    times. Where there is no float32 (quantised weights, flash attention), a forward is compared with one token after the
+    other. A router that chooses between near-equal experts has ties of its own, which are not allowed for.
     """
     said = torch.tensor(text.plain[:t], dtype=text.prompt.dtype, device=text.prompt.device)
     ids = torch.cat([text.prompt, said])[None]  # [1, T + t]
     rounded = forward(target, ids, keep=t + 1)
-    if getattr(target, "hf_quantizer", None) is None:
+    attention = target.config.get_text_config(decoder=True)._attn_implementation
+    if getattr(target, "hf_quantizer", None) is None and attention in ("sdpa", "eager"):
         with in_float32(target):
             exact = forward(target, ids, keep=t + 1)
     else:
