@@ -14,9 +14,11 @@ from test_cli import drafter, folders, target, tokenizer  # noqa: F401  fixtures
 from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import cli
-from hf_eagle3.bench import command, equality, experts, measure
+from hf_eagle3.bench import command, dflash, equality, experts, measure, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
+from hf_eagle3.bench.processes import Team
+from hf_eagle3.bench.prompts import Prompts
 
 ROOT = Path(__file__).parent.parent
 ON_CPU = ("--dtype", "float32", "--device", "cpu", "--repeats", "1")
@@ -90,8 +92,8 @@ def test_output_is_compared_also_without_stock(real, tmp_path, temperature):
 
 def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys):
     def make_ways(*args, **kwargs):
-        ways = measure.make_ways(*args, **kwargs)
-        honest = ways[measure.DRAFTED]
+        made = ways.make_ways(*args, **kwargs)
+        honest = made[ways.DRAFTED]
 
         def decode(prompts, limit):
             call = honest(prompts, limit)
@@ -100,7 +102,7 @@ def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys)
                 row[7] = (row[7] + 1) % 256
             return call
 
-        return {**ways, measure.DRAFTED: decode}
+        return {**made, ways.DRAFTED: decode}
 
     monkeypatch.setattr(command, "make_ways", make_ways)
     assert cli.main([*real, "--batch-sizes", "3", "--out", str(tmp_path / "out")]) == 1
@@ -247,7 +249,7 @@ def test_dflash_column_of_a_drafter_with_code_of_its_own(real, tmp_path, monkeyp
     )
     assert "[^1]: D-Flash drafters decode one row at a time, by their own code and by the host's." in text
     assert "| drafting against D-Flash | " in text
-    assert data["skipped"] == [{"kind": "D-Flash", "batch_size": 2, "reason": measure.dflash.ONE_ROW}]
+    assert data["skipped"] == [{"kind": "D-Flash", "batch_size": 2, "reason": dflash.ONE_ROW}]
 
 
 def test_rounds_of_dflash_are_counted_by_forwards_of_the_target(target, drafter):  # noqa: F811
@@ -257,11 +259,11 @@ def test_rounds_of_dflash_are_counted_by_forwards_of_the_target(target, drafter)
                 target(input_ids)
             return torch.cat([input_ids, input_ids.new_full((1, 1 + 4 * 3), 7)], dim=1)
 
-    ways = measure.make_ways(target, drafter.bind(target), temperature=0.0, dflash_drafter=StandIn())
-    prompts = measure.Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
-    call = ways[measure.DFLASH](prompts, 13)
-    result = measure.Measured(measure.DFLASH, 1, 1.0, 1.0, 1.0)
-    with measure.Team(torch.device("cpu")) as team:
+    made = ways.make_ways(target, drafter.bind(target), temperature=0.0, dflash_drafter=StandIn())
+    prompts = Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
+    call = made[ways.DFLASH](prompts, 13)
+    result = measure.Measured(ways.DFLASH, 1, 1.0, 1.0, 1.0)
+    with Team(torch.device("cpu")) as team:
         measure.add_acceptance(result, [call], [call], [prompts], team)
     assert result.acceptance_length == 3
     assert call.rows == [[7] * 13]
@@ -292,13 +294,13 @@ def test_dflash_drafters_of_the_hosts_own(tmp_path, drafter):  # noqa: F811
     )
     transformers.MuseGlimmerAssistantModel(config).save_pretrained(tmp_path)
     loaded = load_dflash(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
-    ways = measure.make_ways(model, drafter, temperature=0.0, dflash_drafter=loaded)
+    made = ways.make_ways(model, drafter, temperature=0.0, dflash_drafter=loaded)
     ids = make_prompt(9)
-    prompts = measure.Prompts({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ["all"], [1])
-    assert ways[measure.DFLASH](prompts, 10).rows == ways[measure.STOCK](prompts, 10).rows
-    both = measure.Prompts({"input_ids": ids.repeat(2, 1)}, ["all"] * 2, [1, 2])
+    prompts = Prompts({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ["all"], [1])
+    assert made[ways.DFLASH](prompts, 10).rows == made[ways.STOCK](prompts, 10).rows
+    both = Prompts({"input_ids": ids.repeat(2, 1)}, ["all"] * 2, [1, 2])
     with pytest.raises(ValueError, match="one row at a time"):
-        ways[measure.DFLASH](both, 10)
+        made[ways.DFLASH](both, 10)
 
 
 def test_what_is_no_dflash_drafter_is_refused(folders):  # noqa: F811
@@ -332,17 +334,17 @@ def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
 
 
 def test_speed_of_a_team_is_all_tokens_over_the_slowest_time():
-    class Team(measure.Team):
+    class Two(Team):
         def gather(self, item):
             return [item, (70, 20.0)] if isinstance(item, tuple) else [item]
 
     def decode(_prompts, _limit):
-        return measure.Call(10.0, [[1] * 30], None, None)
+        return ways.Call(10.0, [[1] * 30], None, None)
 
-    prompts = measure.Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
-    with Team(torch.device("cpu")) as team:
+    prompts = Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
+    with Two(torch.device("cpu")) as team:
         (found,), _ = measure.measure(
-            *(make_target("llama"), {measure.PLAIN: decode}, [prompts]),
+            *(make_target("llama"), {ways.PLAIN: decode}, [prompts]),
             batch_size=1,
             max_new_tokens=30,
             repeats=2,

@@ -11,21 +11,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .dflash import load_dflash
 from .equality import OutputDiffersError
-from .experts import ExpertReads, Experts, account, find_experts, measure_read_bandwidth
-from .measure import (
-    DFLASH,
-    DRAFTED,
-    KINDS,
-    Measured,
-    Skipped,
-    batch_random_prompts,
-    make_ways,
-    measure,
-    read_prompts,
-)
+from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
+from .measure import Measured, Skipped, measure
 from .processes import Team, is_launched, launch
+from .prompts import batch_random_prompts, read_prompts
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
+from .ways import DFLASH, DRAFTED, KINDS, make_ways
 
 
 def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
@@ -154,6 +146,8 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
             "given; tokens of all over the time of the slowest.",
         )
     experts = find_experts(target)
+    if experts is None and has_experts(target):
+        notes.insert(2, "What experts cost to read is left out: their weights are no parameters of the target.")
     bandwidth = 0.0
     if experts is not None:
         bandwidth = 1e12 * args.read_bandwidth if args.read_bandwidth else measure_read_bandwidth(device)

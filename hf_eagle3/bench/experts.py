@@ -33,16 +33,27 @@ class ExpertReads:
     measured_milliseconds: float  # the whole round, what is drafted included
 
 
-def find_experts(target: PreTrainedModel) -> Experts | None:
-    """The experts of `target`; None if it has none, or keeps them where they are not its parameters."""
+def read_counts(target: PreTrainedModel) -> tuple[int, int] | None:
+    """E and k; None of a target without experts."""
     config = target.config.get_text_config(decoder=True)
     num_experts = next((n for name in NUM_EXPERTS if (n := getattr(config, name, None))), None)
     num_chosen = getattr(config, "num_experts_per_tok", None)
+    return (num_experts, num_chosen) if num_experts and num_chosen else None
+
+
+def has_experts(target: PreTrainedModel) -> bool:
+    """Whether `target` is a mixture of experts."""
+    return read_counts(target) is not None
+
+
+def find_experts(target: PreTrainedModel) -> Experts | None:
+    """The experts of `target`; None if it has none, or keeps them where they are not its parameters."""
+    counts = read_counts(target)
     weights = [(name, p) for name, p in target.named_parameters() if EXPERTS in name]
-    if not num_experts or not num_chosen or not weights:
+    if counts is None or not weights:
         return None
     layers = {name.split(EXPERTS)[0] for name, _ in weights}
-    return Experts(num_experts, num_chosen, len(layers), sum(p.numel() * p.element_size() for _, p in weights))
+    return Experts(*counts, len(layers), sum(p.numel() * p.element_size() for _, p in weights))
 
 
 def expect_distinct(num_experts: int, num_chosen: int, num_tokens: int) -> float:

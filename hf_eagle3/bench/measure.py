@@ -1,40 +1,25 @@
 """Kinds of decoding, run in turn over the same prompts."""
 
-import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..graphs import release_graphs, synchronize
-from ..stats import Speculation
+from ..graphs import release_graphs
 from . import dflash
 from .equality import Agreement, OutputDiffersError, Text, compare
 from .processes import Team
+from .prompts import Prompts
+from .ways import DFLASH, DRAFTED, PLAIN, STOCK, Call, Way
 
-STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
-STATIC = 'generate(cache_implementation="static")'  # which the host compiles
-DFLASH = "D-Flash"
-KINDS = {"stock": STOCK, "static": STATIC, "plain": PLAIN, "drafted": DRAFTED}
 OURS = (PLAIN, DRAFTED)
 FEW = 4  # prompts to compare where stock `generate` does not run over all of them
 
 # What other people's code may end in; that costs its column, not the run.
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
-
-
-class Prompts(NamedTuple):
-    """A batch's worth of prompts."""
-
-    inputs: dict[str, Tensor]  # input_ids, attention_mask [B, T]
-    categories: list[str]  # [B]
-    numbers: list[int]  # [B], counted from 1 over all prompts
 
 
 @dataclass
@@ -62,152 +47,6 @@ class Skipped(NamedTuple):
     kind: str
     batch_size: int
     reason: str
-
-
-class Call(NamedTuple):
-    """One `generate` call."""
-
-    seconds: float
-    rows: list[list[int]]  # new tokens, without pads
-    told: Speculation | None  # by our loop
-    num_forwards: int | None  # of the target, where our loop does not tell
-
-
-Way = Callable[[Prompts, int], Call]  # decodes prompts, up to a number of new tokens
-
-
-def random_prompts(num_rows: int, length: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of random tokens, all of one length."""
-    generator = torch.Generator().manual_seed(num_rows)
-    return torch.randint(1, vocab_size, (num_rows, length), generator=generator).tolist()
-
-
-def batch_random_prompts(
-    batch_size: int, length: int, vocab_size: int, device: torch.device, team: Team
-) -> list[Prompts]:
-    """One batch for each process, of random tokens."""
-    numbered = list(enumerate(random_prompts(batch_size * team.size, length, vocab_size), 1))
-    numbers, rows = zip(*team.split(numbered), strict=True)
-    ids = torch.tensor(rows, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return [Prompts(inputs, ["random"] * batch_size, list(numbers))]
-
-
-def read_prompts(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    device: torch.device,
-    team: Team,
-    *,
-    limit: int | None,
-) -> list[Prompts]:
-    """Batches of this process's share of a JSON Lines file, with `turns` (the first counts) or `prompt`, and `category`.
-
-    Raises:
-        ValueError: There are fewer prompts than processes.
-    """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-    if len(lines) < team.size:
-        raise ValueError(f"{path.name} has {len(lines)} prompts for {team.size} processes: give each at least one.")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:  # pads are masked, so any token does
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    share = team.split(list(enumerate(lines, 1)))
-    batches = []
-    for start in range(0, len(share), batch_size):
-        numbers, part = zip(*share[start : start + batch_size], strict=True)
-        turns = [line["turns"][0] if "turns" in line else line["prompt"] for line in part]
-        chats = [[{"role": "user", "content": turn}] for turn in turns]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-        )
-        tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-        batches.append(Prompts(tensors, [line.get("category", "all") for line in part], list(numbers)))
-    return batches
-
-
-# ---- ways to decode ----
-
-
-def list_eos(target: PreTrainedModel) -> list[int]:
-    """The tokens that end a row."""
-    eos = target.generation_config.eos_token_id
-    return [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
-
-
-def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[float, list[list[int]], Any]:
-    """Seconds, new tokens without pads, and what `decode` gave; waits for all of it."""
-    synchronize()
-    start = time.perf_counter()
-    out = decode()
-    sequences = out if isinstance(out, Tensor) else out.sequences
-    new = sequences[:, prompts.inputs["input_ids"].shape[1] :].tolist()
-    seconds = time.perf_counter() - start
-    rows = [row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))] for row in new]
-    return seconds, rows, out
-
-
-def make_ways(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    *,
-    temperature: float,
-    dflash_drafter: PreTrainedModel | None = None,
-) -> dict[str, Way]:
-    """Each kind of decoding as a function."""
-    eos = list_eos(target)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 0}
-
-    def generate(**further: Any) -> Way:
-        def decode(prompts: Prompts, limit: int) -> Call:
-            def call() -> Any:
-                return target.generate(
-                    **prompts.inputs, max_new_tokens=limit, return_dict_in_generate=True, **options, **further
-                )
-
-            seconds, rows, out = timed(call, prompts, eos)
-            return Call(seconds, rows, getattr(out, "speculation", None), None)
-
-        return decode
-
-    ways = {
-        STOCK: generate(),
-        STATIC: generate(cache_implementation="static"),
-        PLAIN: generate(assistant_model=drafter, num_assistant_tokens=0),
-        DRAFTED: generate(assistant_model=drafter),
-    }
-    if dflash_drafter is not None:
-
-        def decode_dflash(prompts: Prompts, limit: int) -> Call:
-            def call() -> Tensor:
-                return dflash.decode(
-                    *(target, dflash_drafter, prompts.inputs),
-                    max_new_tokens=limit,
-                    temperature=temperature,
-                    eos_token_ids=eos,
-                )
-
-            num_forwards = 0
-
-            def count(*_: object) -> None:
-                nonlocal num_forwards
-                num_forwards += 1
-
-            hook = target.register_forward_pre_hook(count)
-            try:
-                seconds, rows, _ = timed(call, prompts, eos)
-            finally:
-                hook.remove()
-            return Call(seconds, [row[:limit] for row in rows], None, num_forwards)
-
-        ways[DFLASH] = decode_dflash
-    return ways
-
-
-# ---- measuring ----
 
 
 def measure(

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from .experts import ExpertReads
-from .measure import DFLASH, DRAFTED, PLAIN, STOCK, Measured, Skipped
+from .measure import Measured, Skipped
+from .ways import DFLASH, DRAFTED, PLAIN, STOCK
 
 logger = logging.getLogger(__name__)
 
