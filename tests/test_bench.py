@@ -13,7 +13,8 @@ from conftest import TEXT, make_prompt, make_target
 from test_cli import drafter, folders, target, tokenizer  # noqa: F401  fixtures
 from transformers import AutoModelForCausalLM
 
-from hf_eagle3 import cli
+from hf_eagle3 import cli, decode
+from hf_eagle3.accept import Verdict
 from hf_eagle3.bench import command, dflash, equality, experts, measure, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
@@ -110,6 +111,28 @@ def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys)
     assert "our loop, drafting: prompt 4 differs from generate() at new token 7" in said
     assert "In float32 no difference is allowed" in said
     assert not (tmp_path / "out.md").exists()
+
+
+def test_a_loop_that_accepts_whatever_is_drafted_is_caught(real, tmp_path, monkeypatch, capsys):
+    def accept_all(draft_tokens, target_logits):
+        K = draft_tokens.shape[1]
+        return Verdict(torch.full((len(draft_tokens),), K), target_logits[:, K].argmax(-1))
+
+    monkeypatch.setattr(decode, "accept_greedy", accept_all)
+    assert cli.main([*real, "--batch-sizes", "2", "--out", str(tmp_path / "out")]) == 1
+    assert "our loop, drafting: prompt 1 differs from generate() at new token 1: " in capsys.readouterr().err
+
+
+def test_a_penalty_of_the_models_own_is_off(target, drafter):  # noqa: F811
+    ids = make_prompt(6)
+    prompts = Prompts({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ["all"], [1])
+    texts = []
+    for penalty in (1.0, 3.0):
+        target.generation_config.repetition_penalty = penalty
+        made = ways.make_ways(target, drafter.bind(target), temperature=0.0)
+        texts += [made[kind](prompts, 12).rows for kind in (ways.STOCK, ways.DRAFTED)]
+    assert all(text == texts[0] for text in texts)
+    assert target.generate(ids, max_new_tokens=12, do_sample=False)[0, 6:].tolist() != texts[0][0]
 
 
 def greedy_text(model, length: int = 9, max_new_tokens: int = 10) -> tuple[torch.Tensor, list[int]]:
@@ -374,6 +397,7 @@ def test_distinct_experts_by_counting_all_choices(E, k, M):
 def test_experts_are_found_among_the_weights(family):
     model = make_target(family)
     found = experts.find_experts(model)
+    assert experts.has_experts(model) == (family == "gpt_oss")
     if family == "llama":
         assert found is None
         return

@@ -120,5 +120,6 @@ def decode_by_host(
         speculation_type="dflash",
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_ids or None,
+        repetition_penalty=1.0,
         **sampling,
     )

@@ -57,7 +57,8 @@ def make_ways(
 ) -> dict[str, Way]:
     """Each kind of decoding as a function."""
     eos = list_eos(target)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
+    # A model's own penalty, which D-Flash's code does not know, and which no tie is judged by.
+    options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0}
 
