@@ -343,7 +343,8 @@ def test_options_change_on_purpose():
         "bench": {
             *("-h", "--help", "--target", "--drafter", "--shape", "--simulate-acceptance-length", "--prompts"),
             *("--limit", "--prompt-length", "--batch-sizes", "--max-new-tokens", "--num-draft-tokens"),
-            *("--temperature", "--repeats", "--kinds", "--dtype", "--device", "--out"),
+            *("--temperature", "--repeats", "--kinds", "--dflash-drafter", "--dp-size", "--read-bandwidth"),
+            *("--dtype", "--device", "--out"),
         },
         "states": {
             *("-h", "--help", "--target_model_name_or_path", "--train_file", "--output_dir", "--drafter_name_or_path"),

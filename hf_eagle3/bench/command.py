@@ -1,0 +1,226 @@
+"""`hf-eagle3 bench`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .dflash import load_dflash
+from .equality import OutputDiffersError
+from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
+from .measure import Measured, Skipped, measure
+from .processes import Team, is_launched, launch
+from .prompts import batch_random_prompts, read_prompts
+from .report import describe_machine, draw, to_json, to_markdown
+from .shapes import SHAPES, make_random_drafter, make_target
+from .ways import DFLASH, DRAFTED, KINDS, make_ways
+
+
+def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
+    """The options of `hf-eagle3 bench`."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure what a drafter brings, by batch size and prompt category",
+        description="Stock generate(), our loop without drafting and our loop with it, in turn in one process. Writes "
+        "tables as Markdown, the same as JSON, and a picture where matplotlib is installed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--target", metavar="REPO_OR_DIR", help="the model to generate with")
+    parser.add_argument("--drafter", metavar="REPO_OR_DIR", help="its drafter; random weights if left out")
+    parser.add_argument("--shape", choices=list(SHAPES), help="instead of --target: a known shape, random weights")
+    parser.add_argument(
+        "--simulate-acceptance-length",
+        type=float,
+        metavar="AL",
+        help="accept as if drafts were that good, whatever they are; for weights that were never trained",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="lines with `turns` or `prompt`, and `category`")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N prompts only")
+    parser.add_argument("--prompt-length", type=int, default=512, metavar="T", help="of random prompts")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64], metavar="B", help="rows at once")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of each row")
+    parser.add_argument("--num-draft-tokens", type=int, metavar="K", help="draft depth (the drafter's own)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each kind")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), default=["stock", "plain", "drafted"], help="what to compare"
+    )
+    parser.add_argument(
+        "--dflash-drafter",
+        metavar="REPO_OR_DIR",
+        help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+    )
+    parser.add_argument(
+        "--dp-size",
+        type=int,
+        metavar="N",
+        help="processes, each with its share of the prompts on a device of its own; not needed under accelerate launch "
+        "and torchrun (1, or what they started)",
+    )
+    parser.add_argument(
+        "--read-bandwidth",
+        type=float,
+        metavar="TB/s",
+        help="of the device, for the account of what experts cost to read (measured)",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="PATH", help="without suffix")
+    parser.set_defaults(run=run_bench_command)
+
+
+def run_bench_command(args: argparse.Namespace) -> int:
+    """Measure, print and write: exit status 0, or 1 if what was decoded is not what `generate` says."""
+    if (args.target is None) == (args.shape is None):
+        raise ValueError("Give one of --target and --shape.")
+    if args.shape and args.prompts:
+        raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
+    if args.drafter is None and args.simulate_acceptance_length is None:
+        raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
+    if args.dp_size is not None and args.dp_size < 1:
+        raise ValueError(f"--dp-size is a number of processes, at least 1; got {args.dp_size}.")
+    if args.dp_size not in (None, 1) and not is_launched():
+        return launch(args.dp_size, ["bench", *list_arguments(args)])
+    with Team(torch.device(args.device)) as team:
+        if args.dp_size not in (None, team.size):
+            raise ValueError(f"--dp-size {args.dp_size}, but {team.size} processes were launched: leave it out.")
+        try:
+            measure_all(args, team)
+        except OutputDiffersError as error:
+            if team.rank == 0:
+                print(f"hf-eagle3: error: {error}", file=sys.stderr)  # noqa: T201  as other errors are said
+            return 1
+    return 0
+
+
+def measure_all(args: argparse.Namespace, team: Team) -> None:
+    """Every batch size, and the files after each of them.
+
+    Raises:
+        OutputDiffersError: What was decoded is not what `generate` says.
+    """
+    device, dtype = team.device, getattr(torch, args.dtype)
+    if args.shape:
+        target = make_target(args.shape, device=device, dtype=dtype)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    if args.drafter is None:
+        drafter = make_random_drafter(target)
+    else:
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
+    if args.num_draft_tokens is not None:
+        drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
+    simulated = args.simulate_acceptance_length
+    if simulated is not None:
+        drafter.generation_config.simulated_acceptance_length = simulated
+    kinds = [KINDS[name] for name in args.kinds]
+    other = None
+    if args.dflash_drafter is not None:
+        other = load_dflash(args.dflash_drafter, dtype=dtype, device=device)
+        kinds.append(DFLASH)
+    all_ways = make_ways(target, drafter, temperature=args.temperature, dflash_drafter=other)
+    ways = {kind: all_ways[kind] for kind in kinds}
+    judged = None if simulated is not None else make_ways(target, drafter, temperature=0.0)
+
+    V = target.config.get_text_config(decoder=True).vocab_size
+    results: list[Measured] = []
+    skipped: list[Skipped] = []
+    reads: list[ExpertReads] = []
+    depth = drafter.generation_config.num_assistant_tokens or 3
+    notes = [
+        describe_machine(target) + ".",
+        f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
+        f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
+        + (f", acceptance length simulated at {simulated}" if simulated else "")
+        + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
+        "`hf-eagle3 bench " + " ".join(list_arguments(args, for_report=True)) + "`",
+    ]
+    if team.size > 1:
+        notes.insert(
+            2,
+            f"{team.size} processes, each with its share of the prompts on its own device, in batches of the size "
+            "given; tokens of all over the time of the slowest.",
+        )
+    experts = find_experts(target)
+    if experts is None and has_experts(target):
+        notes.insert(2, "What experts cost to read is left out: their weights are no parameters of the target.")
+    bandwidth = 0.0
+    if experts is not None:
+        bandwidth = 1e12 * args.read_bandwidth if args.read_bandwidth else measure_read_bandwidth(device)
+        how = "given" if args.read_bandwidth else "measured"
+        notes.insert(2, f"Read bandwidth {bandwidth / 1e12:.2f} TB/s, {how}.")
+    name = args.shape or Path(args.target).name
+    num_passes = len(args.batch_sizes) * len(kinds) * (args.repeats + 1)
+    with tqdm(total=num_passes, unit="pass", mininterval=1, disable=team.rank > 0) as bar:
+        for size in args.batch_sizes:
+            bar.set_description(f"batch {size}")
+            if args.prompts is None:
+                subtract = args.max_new_tokens // 8
+                batches = batch_random_prompts(size, args.prompt_length, V, device, team)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(args.target)
+                batches, subtract = read_prompts(args.prompts, tokenizer, size, device, team, limit=args.limit), 0
+            found, missing = measure(
+                *(target, ways, batches),
+                batch_size=size,
+                max_new_tokens=args.max_new_tokens,
+                repeats=args.repeats,
+                team=team,
+                subtract=subtract,
+                is_greedy=args.temperature == 0,
+                judged=judged,
+                on_run=bar.update,
+            )
+            results += found
+            skipped += missing
+            if experts is not None:
+                reads += account_for(found, experts, depth=depth, num_processes=team.size, bandwidth=bandwidth)
+            if team.rank > 0:
+                continue
+            # After each batch size, so that what was measured is kept if a later one fails.
+            both: dict[str, Any] = {"notes": notes, "skipped": skipped, "reads": reads}
+            text = to_markdown(results, title=f"{name}, with and without drafting", **both)
+            args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+            args.out.with_suffix(".json").write_text(to_json(results, **both), encoding="utf-8")
+    if team.rank == 0:
+        draw(results, args.out.with_suffix(".png"), title=name)
+        print(text)  # noqa: T201  what was asked for
+
+
+def account_for(
+    results: list[Measured], experts: Experts, *, depth: int, num_processes: int, bandwidth: float
+) -> list[ExpertReads]:
+    """What the experts cost to read in a forward of each kind; plain kinds have one token a row, drafts K+1."""
+    reads = []
+    for r in results:
+        if r.kind == DFLASH:  # of which only its own code knows how many tokens it verifies
+            continue
+        is_drafted = r.kind == DRAFTED
+        gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0
+        reads.append(
+            account(
+                experts,
+                kind=r.kind,
+                batch_size=r.batch_size,
+                num_tokens=r.batch_size * (depth + 1 if is_drafted else 1),
+                measured_seconds=num_processes * r.batch_size * gained / r.tokens_per_second,
+                bandwidth=bandwidth,
+            )
+        )
+    return reads
+
+
+def list_arguments(args: argparse.Namespace, *, for_report: bool = False) -> list[str]:
+    """The command's arguments as they would be typed again; for a report, of paths the last part, and not --out."""
+    words = []
+    for name, value in vars(args).items():
+        if name in ("command", "run") or value is None or (for_report and name == "out"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        is_path = for_report and name in ("target", "drafter", "prompts", "dflash_drafter")
+        words += [f"--{name.replace('_', '-')}", *(Path(v).name if is_path else str(v) for v in values)]
+    return words

@@ -1,0 +1,125 @@
+"""D-Flash drafters (arXiv:2602.06036) beside ours, by whatever runs them: their own code, or the host.
+
+z-lab publishes drafters whose remote code has a decode loop, `drafter.spec_generate(target=...)`. From 5.23 on the host
+has one too, `generate(assistant_model=drafter, speculation_type="dflash")`, for drafters of its own architectures. Both
+decode one row at a time.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
+
+OWN_LOOP = {"target", "input_ids", "max_new_tokens", "stop_token_ids", "temperature"}  # z-lab/dflash:dflash/model.py
+# Transformers 5.23 generation/candidate_generator.py:DFlashTokenCandidateGenerator
+HOST_FORWARD = {"noise_embeds", "context_hidden_states", "position_ids", "past_key_values"}
+HOST_FIELDS = ("target_layer_ids", "block_size", "mask_token_id")
+ONE_ROW = "D-Flash drafters decode one row at a time, by their own code and by the host's"
+
+Decode = Callable[..., Tensor]
+
+
+def load_dflash(source: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A D-Flash drafter, with whatever code its repository brings.
+
+    Raises:
+        ValueError: It cannot be loaded, or nothing here can run it.
+    """
+    try:
+        drafter = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=True)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"--dflash-drafter {source} cannot be loaded ({type(error).__name__}: {error}). {EXPECTED}"
+        ) from error
+    find_decode(drafter)
+    return drafter.to(device).eval()
+
+
+EXPECTED = (
+    "Expected: a repository or folder whose own code gives AutoModel a class with spec_generate(target=, input_ids=, "
+    "max_new_tokens=, stop_token_ids=, temperature=), as z-lab publishes them; or, with Transformers 5.23 or newer, a "
+    "drafter of the host's own whose config has target_layer_ids, block_size and mask_token_id."
+)
+
+
+def find_decode(drafter: PreTrainedModel) -> Decode:
+    """What runs `drafter`.
+
+    Raises:
+        ValueError: Nothing here does.
+    """
+    own = getattr(drafter, "spec_generate", None)
+    if own is not None and inspect.signature(own).parameters.keys() >= OWN_LOOP:
+        return decode_by_own_code
+    is_hosts = inspect.signature(drafter.forward).parameters.keys() >= HOST_FORWARD and all(
+        getattr(drafter.config, name, None) is not None for name in HOST_FIELDS
+    )
+    if is_hosts and hasattr(GenerationConfig(), "speculation_type"):
+        return decode_by_host
+    raise ValueError(f"{type(drafter).__name__} is no D-Flash drafter that can run here. {EXPECTED}")
+
+
+def decode(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: list[int],
+) -> Tensor:
+    """[1, T + n]: the prompt and what follows.
+
+    Raises:
+        ValueError: There is more than one row.
+    """
+    if len(inputs["input_ids"]) > 1:
+        raise ValueError(ONE_ROW)
+    return find_decode(drafter)(target, drafter, inputs, max_new_tokens, temperature, eos_token_ids)
+
+
+def decode_by_own_code(
+    target: PreTrainedModel,
+    drafter: Any,  # from remote code
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: list[int],
+) -> Tensor:
+    """By the loop that the drafter's own code brings."""
+    options = {}
+    if "mask_token_id" in inspect.signature(drafter.spec_generate).parameters:  # of the first releases
+        mask = getattr(drafter, "mask_token_id", None)
+        options["mask_token_id"] = drafter.config.dflash_config["mask_token_id"] if mask is None else mask
+    return drafter.spec_generate(
+        target=target,
+        input_ids=inputs["input_ids"],
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=eos_token_ids or None,
+        temperature=temperature,
+        **options,
+    )
+
+
+def decode_by_host(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: list[int],
+) -> Tensor:
+    """By the host's assisted decoding."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    return target.generate(
+        **inputs,
+        assistant_model=drafter,
+        speculation_type="dflash",
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_ids or None,
+        repetition_penalty=1.0,
+        **sampling,
+    )

@@ -1,0 +1,182 @@
+"""What was measured, as Markdown, JSON and a picture."""
+
+import importlib.util
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .. import __version__
+from .experts import ExpertReads
+from .measure import Measured, Skipped
+from .ways import DFLASH, DRAFTED, PLAIN, STOCK
+
+logger = logging.getLogger(__name__)
+
+
+def describe_machine(target: PreTrainedModel) -> str:
+    """Device and versions."""
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.machine() + " CPU"
+    triton = ""
+    if target.device.type == "cuda":
+        import triton as triton_module
+
+        triton = f", triton {triton_module.__version__}"
+    versions = f"torch {torch.__version__}{triton}, transformers {transformers.__version__}, hf-eagle3 {__version__}"
+    return f"{device}, {versions}, Python {platform.python_version()}"
+
+
+def to_markdown(
+    results: Sequence[Measured],
+    *,
+    title: str,
+    notes: Sequence[str],
+    skipped: Sequence[Skipped] = (),
+    reads: Sequence[ExpertReads] = (),
+) -> str:
+    """The tables: by batch size, by category where there are some, and what experts cost to read."""
+    every: list[Measured | Skipped] = [*results, *skipped]
+    sizes = sorted({r.batch_size for r in every})
+    by_key = {(r.kind, r.batch_size): r for r in results}
+    reasons = list(dict.fromkeys(s.reason for s in skipped))
+    marks = {(s.kind, s.batch_size): f"- [^{reasons.index(s.reason) + 1}]" for s in skipped}
+    head = ["| | " + " | ".join(f"BS {size}" for size in sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    lines = [f"# {title}", "", *notes, "", "Tokens a second, median (slowest to fastest):", "", *head]
+    for kind in dict.fromkeys(r.kind for r in every):
+        cells = []
+        for size in sizes:
+            r = by_key.get((kind, size))
+            missing = marks.get((kind, size), "-")
+            cells.append(missing if r is None else f"{r.tokens_per_second:.1f} ({r.slowest:.1f} to {r.fastest:.1f})")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    for name, kind in (
+        ("drafting against generate()", STOCK),
+        ("drafting against our loop without", PLAIN),
+        ("drafting against D-Flash", DFLASH),
+    ):
+        pairs = [(by_key.get((DRAFTED, size)), by_key.get((kind, size))) for size in sizes]
+        cells = [
+            "-" if a is None or b is None else f"{a.tokens_per_second / b.tokens_per_second:.2f}x" for a, b in pairs
+        ]
+        if kind != DFLASH or set(cells) != {"-"}:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    drafted = [by_key.get((DRAFTED, size)) for size in sizes]
+    others = [by_key.get((DFLASH, size)) for size in sizes]
+    rows: list[tuple[str, list[Measured | None], Callable[[Measured], str]]] = [
+        ("acceptance length", drafted, lambda r: f"{r.acceptance_length:.2f}"),
+        ("acceptance length of D-Flash", others, lambda r: f"{r.acceptance_length:.2f}"),
+        (
+            "rows identical to generate()",
+            drafted,
+            lambda r: "-" if r.num_identical is None else f"{r.num_identical} of {r.num_rows}",
+        ),
+        (
+            "rows of D-Flash identical to generate()",
+            others,
+            lambda r: "-" if r.num_identical is None else f"{r.num_identical} of {r.num_rows}",
+        ),
+        ("memory beyond weights, GiB", drafted, lambda r: "-" if r.peak_gib is None else f"{r.peak_gib:.2f}"),
+        ("a round, ms", drafted, lambda r: f"{1000 * r.seconds_in['seconds'] / max(r.seconds_in['rounds'], 1):.2f}"),
+        (
+            "of which draft, ms",
+            drafted,
+            lambda r: f"{1000 * r.seconds_in['draft_seconds'] / max(r.seconds_in['rounds'], 1):.2f}",
+        ),
+        ("graphs, first call", drafted, lambda r: r.graphs),
+    ]
+    for name, found, show in rows:
+        if found is others and not any(others):
+            continue
+        cells = ["-" if r is None or r.acceptance_length is None else show(r) for r in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [f"\n[^{i}]: {reason}." for i, reason in enumerate(reasons, 1)]
+    lines += agreement_lines(results)
+
+    names = dict.fromkeys(c for r in results for c in r.by_category if c not in ("random", "all"))
+    for title_of, found in (("Acceptance length by category", drafted), ("The same of D-Flash", others)):
+        if not names or not any(found):
+            continue
+        lines += ["", f"{title_of}:", "", head[0].replace("| |", "| category |", 1), head[1]]
+        for category in names:
+            cells = [
+                f"{r.by_category[category]['acceptance_length']:.2f}" if r and category in r.by_category else "-"
+                for r in found
+            ]
+            lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *expert_lines(reads)]) + "\n"
+
+
+def agreement_lines(results: Sequence[Measured]) -> list[str]:
+    """What was asserted before anything was timed."""
+    compared = [r for r in results if r.agreement is not None]
+    if not compared:
+        return []
+    lines = ["", "Compared with greedy `generate()` before anything was timed:", ""]
+    return lines + [f"- {r.kind}, BS {r.batch_size}: {r.agreement}." for r in compared]
+
+
+def expert_lines(reads: Sequence[ExpertReads]) -> list[str]:
+    """What the experts of a mixture cost to read, beside what a round takes."""
+    if not reads:
+        return []
+    lines = [
+        "",
+        "Experts a forward reads in each layer, expected if routing is uniform, and the time their weights take at the "
+        "read bandwidth; beside it what a whole round took:",
+        "",
+        "| | BS | tokens | experts | their weights, GiB | read in, ms | round, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    return lines + [
+        f"| {r.kind} | {r.batch_size} | {r.num_tokens} | {r.num_experts:.1f} | {r.num_bytes / 2**30:.2f} | "
+        f"{r.milliseconds:.2f} | {r.measured_milliseconds:.2f} |"
+        for r in reads
+    ]
+
+
+def to_json(
+    results: Sequence[Measured],
+    *,
+    notes: Sequence[str],
+    skipped: Sequence[Skipped] = (),
+    reads: Sequence[ExpertReads] = (),
+) -> str:
+    """The same as data."""
+    found = {
+        "notes": list(notes),
+        "results": [asdict(r) for r in results],
+        "skipped": [s._asdict() for s in skipped],
+        "expert_reads": [asdict(r) for r in reads],
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def draw(results: list[Measured], path: Path, *, title: str) -> None:
+    """A bar chart of speed by batch size, if matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("No picture: it needs matplotlib (pip install matplotlib).")
+        return
+    from matplotlib.figure import Figure
+
+    sizes = sorted({r.batch_size for r in results})
+    kinds = list(dict.fromkeys(r.kind for r in results))
+    figure = Figure(figsize=(3 * len(sizes) + 1, 3.2), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        for i, kind in enumerate(kinds):
+            found = [r for r in results if (r.kind, r.batch_size) == (kind, size)]
+            for r in found:
+                span = [[r.tokens_per_second - r.slowest], [r.fastest - r.tokens_per_second]]
+                axes.bar(i, r.tokens_per_second, yerr=span, capsize=3, label=kind, color=f"C{i}")
+        axes.set_title(f"batch {size}")
+        axes.set_xticks([])
+        axes.set_ylabel("tokens/s")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

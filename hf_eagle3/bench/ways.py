@@ -1,0 +1,108 @@
+"""Kinds of decoding, each a function of prompts."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..graphs import synchronize
+from ..stats import Speculation
+from . import dflash
+from .prompts import Prompts
+
+STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
+STATIC = 'generate(cache_implementation="static")'  # which the host compiles
+DFLASH = "D-Flash"
+KINDS = {"stock": STOCK, "static": STATIC, "plain": PLAIN, "drafted": DRAFTED}
+
+
+class Call(NamedTuple):
+    """One `generate` call."""
+
+    seconds: float
+    rows: list[list[int]]  # new tokens, without pads
+    told: Speculation | None  # by our loop
+    num_forwards: int | None  # of the target, where our loop does not tell
+
+
+Way = Callable[[Prompts, int], Call]  # decodes prompts, up to a number of new tokens
+
+
+def list_eos(target: PreTrainedModel) -> list[int]:
+    """The tokens that end a row."""
+    eos = target.generation_config.eos_token_id
+    return [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
+
+
+def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[float, list[list[int]], Any]:
+    """Seconds, new tokens without pads, and what `decode` gave; waits for all of it."""
+    synchronize()
+    start = time.perf_counter()
+    out = decode()
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    new = sequences[:, prompts.inputs["input_ids"].shape[1] :].tolist()
+    seconds = time.perf_counter() - start
+    rows = [row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))] for row in new]
+    return seconds, rows, out
+
+
+def make_ways(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    temperature: float,
+    dflash_drafter: PreTrainedModel | None = None,
+) -> dict[str, Way]:
+    """Each kind of decoding as a function."""
+    eos = list_eos(target)
+    # A model's own penalty, which D-Flash's code does not know, and which no tie is judged by.
+    options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": 0}
+
+    def generate(**further: Any) -> Way:
+        def decode(prompts: Prompts, limit: int) -> Call:
+            def call() -> Any:
+                return target.generate(
+                    **prompts.inputs, max_new_tokens=limit, return_dict_in_generate=True, **options, **further
+                )
+
+            seconds, rows, out = timed(call, prompts, eos)
+            return Call(seconds, rows, getattr(out, "speculation", None), None)
+
+        return decode
+
+    ways = {
+        STOCK: generate(),
+        STATIC: generate(cache_implementation="static"),
+        PLAIN: generate(assistant_model=drafter, num_assistant_tokens=0),
+        DRAFTED: generate(assistant_model=drafter),
+    }
+    if dflash_drafter is not None:
+
+        def decode_dflash(prompts: Prompts, limit: int) -> Call:
+            def call() -> Tensor:
+                return dflash.decode(
+                    *(target, dflash_drafter, prompts.inputs),
+                    max_new_tokens=limit,
+                    temperature=temperature,
+                    eos_token_ids=eos,
+                )
+
+            num_forwards = 0
+
+            def count(*_: object) -> None:
+                nonlocal num_forwards
+                num_forwards += 1
+
+            hook = target.register_forward_pre_hook(count)
+            try:
+                seconds, rows, _ = timed(call, prompts, eos)
+            finally:
+                hook.remove()
+            return Call(seconds, [row[:limit] for row in rows], None, num_forwards)
+
+        ways[DFLASH] = decode_dflash
+    return ways
