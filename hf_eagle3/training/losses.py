@@ -35,6 +35,7 @@ class Loss:
     """One way to teach."""
 
     function: LossFunction
+    has_kernel: bool = False  # `kernels/teaching.py` does it on a GPU, with all that is counted
     weighs_steps: bool = False  # the loss itself says how much a step counts; `ttt_decay` then does not
 
 
@@ -117,7 +118,7 @@ def _alpha(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "forward_kl": Loss(forward_kl),
+    "forward_kl": Loss(forward_kl, has_kernel=True),
     "cross_entropy": Loss(cross_entropy),
     "total_variation": Loss(total_variation),
     "lk_alpha": Loss(negative_log_acceptance),

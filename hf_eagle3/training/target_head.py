@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .elementwise import fuse_on_gpu
+from ..kernels import language, teaching
 
 TILE = 16384  # columns of the head at a time
 
@@ -112,7 +112,7 @@ class TargetHead:
         kept, largest, best, lse = [], None, None, None
         for (start, logits), ids in zip(self.tiles(last), vocabulary.by_tile, strict=True):
             kept.append(logits.index_select(1, ids - start))
-            top, at, sums = fuse_on_gpu(summarise, logits)(logits)
+            top, at, sums = summarise(logits)
             if largest is None or best is None or lse is None:
                 largest, best, lse = top, at + start, sums
             else:
@@ -134,6 +134,7 @@ class TargetHead:
 
 
 def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest, argmax and log-sum-exp [n] of each row of `logits` [n, V], float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.amax(-1), wide.argmax(-1), wide.logsumexp(-1)
+    """Largest, argmax and log-sum-exp [n] of each row of `logits` [n, V], by a kernel where there is one."""
+    if logits.is_cuda and logits.element_size() == 2 and language.is_available(logits.device):
+        return teaching.summarise(logits)
+    return teaching.summarise_eager(logits)

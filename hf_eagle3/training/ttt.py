@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import language, teaching
 from ..modeling import Eagle3DrafterModel
 from ..modeling.attention_eagle3 import Eagle3Attention
 from ..unroll import unroll
@@ -329,10 +330,12 @@ def teach_in_chunks(
             F.pad(said.best, (0, missing)),
         )
         logits = F.linear(normed[:, first:end].to(dtype), cast)  # [k, C, V_d]
-        live = steps < room.depth[first:end]
-        *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits)(
-            logits, kept, lse, vocabulary.to_draft[best], room.token[:, first:end], live, lessons, step_scale
-        )
+        chunk = (logits, kept, lse, vocabulary.to_draft[best], room.token[:, first:end])
+        if lessons.loss.has_kernel and logits.is_cuda and logits.element_size() == 2 and language.is_available(device):
+            *sums, hits[:, first:end], grad = _teach_by_kernel(*chunk, room.depth[first:end], step_scale)
+        else:
+            live = steps < room.depth[first:end]
+            *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits)(*chunk, live, lessons, step_scale)
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
             normed_grad[:, first:end] = grad @ cast
@@ -377,6 +380,26 @@ def teach_chunk(
         whole.sum(),
         (guess == token) & live,
         grad,
+    )
+
+
+def _teach_by_kernel(
+    logits: Tensor, kept: Tensor, lse: Tensor, best: Tensor, token: Tensor, depth: Tensor, step_scale: Tensor
+) -> tuple[Tensor, ...]:
+    """`teach_chunk` of `forward_kl`; the gradient takes the place of `logits`."""
+    k, C, _ = logits.shape
+    loss, alpha, guess, ratio = teaching.teach(logits, kept, lse, best, token, depth, step_scale)
+    live = depth > torch.arange(k, device=depth.device)[:, None]
+    whole = live[-1]
+    return (
+        loss.sum(-1),
+        (guess == best.unfold(0, C, 1)).sum(-1),
+        alpha.sum(-1),
+        live.sum(-1),
+        ratio.cumprod(0).where(whole, 0).sum(-1),
+        whole.sum(),
+        guess == token,
+        logits,
     )
 
 
