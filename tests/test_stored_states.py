@@ -304,7 +304,7 @@ def make_args(tmp_path, **changes):
         "per_device_train_batch_size": 4,
         "max_steps": 50,
         "ttt_steps": STEPS,
-        "draft_vocab_size": 40,
+        "draft_vocab_size": 44,
         "learning_rate": 3e-3,
         "logging_steps": 1,
         "report_to": [],

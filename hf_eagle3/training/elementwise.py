@@ -39,6 +39,12 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     return module(x).to(x.dtype)
 
 
+def bare_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """An RMSNorm of the host's without its weight, in the dtype of `x`, float32 inside."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], None, module.variance_epsilon)  # type: ignore[arg-type]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on heads [n, heads, D]; `cos` and `sin` [n, D], halves alike (arXiv:2104.09864)."""
     first, second = x.chunk(2, dim=-1)

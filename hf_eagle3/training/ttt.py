@@ -25,7 +25,7 @@ from ..modeling.attention_eagle3 import Eagle3Attention
 from ..unroll import unroll
 from .attention import attend
 from .batch import Batch
-from .elementwise import fuse_on_gpu, norm, rotate, swiglu, working_dtype
+from .elementwise import bare_norm, fuse_on_gpu, norm, rotate, swiglu, working_dtype
 from .losses import Lesson, Loss
 from .states import States
 from .target_head import DraftVocabulary, TargetHead
@@ -119,8 +119,7 @@ def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Te
     first = layers[0]
     features = fuse_states(drafter, aux_hidden_states)  # [N, H]
     tokens = batch["input_ids"].roll(-1)  # [N], one after each slot; the last is never live
-    embeddings = norm(first.input_layernorm, drafter.embed(tokens[None])[0].to(features.dtype))  # [N, H]
-    inputs = FirstInputs(first.self_attn, embeddings, rows)
+    inputs = FirstInputs(first, drafter.embed(tokens[None])[0].to(features.dtype), rows)
     hidden = features
     blocks: list[tuple[Tensor, Tensor]] = []  # by layer: keys and values of step 0, [M, Hkv, D]
     own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]  # by layer and later step, [R, Hkv, D]
@@ -156,17 +155,25 @@ def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Te
 
 
 def fuse_states(drafter: Eagle3DrafterModel, aux_hidden_states: Tensor) -> Tensor:
-    """`drafter.fuse` of [N, A*Ht], with norms that keep half precision where the states have it."""
+    """`drafter.fuse` of [N, A*Ht], without a gradient for states that nothing is learnt from.
+
+    W (w * x) = (W * w) x: with the norms' weights in the matrix, what is left of the norms has none.
+    """
     config = drafter.config
-    if not config.use_aux_hidden_state:
+    if not config.use_aux_hidden_state or type(drafter.fc) is not nn.Linear:
         return drafter.fuse(aux_hidden_states)
+    dtype = working_dtype(aux_hidden_states.device, drafter.fc.weight.dtype)
+    weight = drafter.fc.weight
     if config.norm_before_fc:
-        aux_hidden_states = norm(drafter.input_norm, aux_hidden_states)
+        aux_hidden_states = bare_norm(drafter.input_norm, aux_hidden_states)
+        weight = weight * drafter.input_norm.weight
     if config.fc_norm:
         chunks = aux_hidden_states.split(config.target_hidden_size, dim=-1)
-        aux_hidden_states = torch.cat([norm(n, c) for n, c in zip(drafter.fc_norm, chunks, strict=True)], dim=-1)
-    dtype = working_dtype(aux_hidden_states.device, drafter.fc.weight.dtype)
-    return drafter.fc(aux_hidden_states.to(dtype))
+        aux_hidden_states = torch.cat([bare_norm(n, c) for n, c in zip(drafter.fc_norm, chunks, strict=True)], dim=-1)
+        norms: list[Any] = list(drafter.fc_norm)
+        weight = weight * torch.cat([n.weight for n in norms])
+    bias = drafter.fc.bias
+    return F.linear(aux_hidden_states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class FirstInputs:
@@ -176,27 +183,32 @@ class FirstInputs:
     step 0, as rows lie in unbroken spans wherever they are live. An adapted or quantised projection is applied whole.
 
     Args:
-        attention: The first layer's.
-        embeddings: [N, H] of the token after each slot, normed.
+        layer: The first.
+        embeddings: [N, H] of the token after each slot.
         rows: [R], the slots that run.
     """
 
-    def __init__(self, attention: Eagle3Attention, embeddings: Tensor, rows: Tensor):
+    def __init__(self, layer: Any, embeddings: Tensor, rows: Tensor):
+        attention: Eagle3Attention = layer.self_attn
         self._projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._rows, self._every = rows, embeddings
-        self._ours = take(embeddings, rows)  # [R, H]
+        self._rows = rows
         self._split = all(type(p) is nn.Linear for p in self._projections)
         if not self._split:
+            self._every = norm(layer.input_layernorm, embeddings)
+            self._ours = take(self._every, rows)  # [R, H]
             return
         dtype, H = working_dtype(embeddings.device, attention.q_proj.weight.dtype), embeddings.shape[-1]
         self._sizes = [p.out_features for p in self._projections]
-        weight = torch.cat([p.weight.to(dtype) for p in self._projections])  # [Q+2K, 2H]
-        self._of_state = weight[:, H:]
+        weight = torch.cat([p.weight for p in self._projections])  # [Q+2K, 2H]
+        self._of_state = weight[:, H:].to(dtype)
+        # As in `fuse_states`: embeddings are frozen, so nothing wants their gradient.
+        of_embedding = (weight[:, :H] * layer.input_layernorm.weight).to(dtype)
+        bare = bare_norm(layer.input_layernorm, embeddings).to(dtype)
         biases: list[Tensor] = [p.bias for p in self._projections if p.bias is not None]
         bias = torch.cat(biases).to(dtype) if biases else None
         Q = self._sizes[0]
-        self._every = F.linear(embeddings, weight[Q:, :H], None if bias is None else bias[Q:])  # [N, 2K]
-        query = F.linear(self._ours, weight[:Q, :H], None if bias is None else bias[:Q])
+        self._every = F.linear(bare, of_embedding[Q:], None if bias is None else bias[Q:])  # [N, 2K]
+        query = F.linear(take(bare, rows), of_embedding[:Q], None if bias is None else bias[:Q])
         self._ours = torch.cat([query, take(self._every, rows)], dim=-1)  # [R, Q+2K]
 
     def project(self, normed: Tensor, step: int) -> list[Tensor]:
