@@ -12,8 +12,12 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -22,6 +26,7 @@ from hf_eagle3.training import ttt as ttt_module
 from hf_eagle3.training.acceptance import walk
 from hf_eagle3.training.batch import Collator, live_steps
 from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.packed_target import UnfitError
 from hf_eagle3.training.states import OnlineStates, States, group_by_length
 from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
 from hf_eagle3.training.ttt import Lessons, ttt, unroll_rows
@@ -441,17 +446,47 @@ def test_lesson_is_not_trained(target):
 SMALL = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 
 
-def test_states_of_a_batch_are_those_of_each_document_alone(target):
-    drafter, batch = make(target), batch_of(*several_rows())
-    states = OnlineStates(target, drafter.bound_aux_layer_ids).states(batch)
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("family", ["full", "window"])
+def test_states_of_a_batch_are_those_of_each_document_alone(family, packs):
+    """Side by side under padding, or end to end; in several forwards."""
+    torch.manual_seed(0)
+    window = {"sliding_window": 4}
+    model = (
+        MistralForCausalLM(MistralConfig(**SMALL, **window))
+        if family == "window"
+        else LlamaForCausalLM(LlamaConfig(**SMALL))
+    )
+    model = model.double().eval()
+    batch = batch_of(*several_rows())
+    states = OnlineStates(model, (1, 3, 5), max_tokens=30, packs=packs).states(batch)
     start = 0
     for length in batch["lengths"]:
         here = slice(start, start + length)
-        out = target.model(batch["input_ids"][None, here], output_hidden_states=True)
-        aux = torch.cat([out.hidden_states[i][0] for i in drafter.bound_aux_layer_ids], dim=-1)
-        torch.testing.assert_close(states.aux_hidden_states[here], aux, atol=1e-10, rtol=0)
-        torch.testing.assert_close(states.last_hidden_states[here], out.last_hidden_state[0], atol=1e-10, rtol=0)
+        out = model.model(batch["input_ids"][None, here], output_hidden_states=True)
+        aux = torch.cat([out.hidden_states[i][0] for i in (1, 3, 5)], dim=-1)
+        torch.testing.assert_close(states.aux_hidden_states[here], aux, atol=1e-5, rtol=0)
+        torch.testing.assert_close(states.last_hidden_states[here], out.last_hidden_state[0], atol=1e-5, rtol=0)
         start += length
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_is_not_plain_does_not_pack():
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, head_dim=8)).eval()
+    with pytest.raises(UnfitError, match="sinks"):
+        OnlineStates(model, (1, 3, 5), packs=True).states(batch_of(*several_rows()))
+
+
+@pytest.mark.gpu
+def test_packing_is_found_out_on_a_gpu():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, dtype=torch.bfloat16)).to("cuda", torch.bfloat16).eval()
+    source = OnlineStates(model, (1, 3, 5))
+    batch = {k: v.cuda() if hasattr(v, "cuda") else v for k, v in batch_of(*several_rows()).items()}
+    packed = source.states(batch)
+    assert source._packs
+    apart = OnlineStates(model, (1, 3, 5), packs=False).states(batch)
+    for a, b in zip(packed, apart, strict=True):
+        assert (a - b).float().norm() < 0.02 * b.float().norm()
 
 
 def test_documents_of_like_length_run_together():

@@ -14,10 +14,12 @@ from transformers.utils import logging
 from ..features import StateRecorder, find_layers
 from ..kernels.fusion import FusedElements
 from .batch import Batch
+from .packed_target import UnfitError, attending_by_documents
 from .target_head import TargetHead
 
 logger = logging.get_logger(__name__)
 
+MAX_DIFFERENCE = 0.05  # of states, relative: far above rounding, far below a document that sees another
 MAX_PADDING = 0.1  # of the tokens of one target forward
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LENGTH_STEP = 128  # on a GPU rows are padded to a multiple of it: cuDNN plans its attention once for each shape
@@ -43,8 +45,8 @@ class StateSource(Protocol):
 class OnlineStates:
     """The frozen target, run over each batch.
 
-    Documents of like length run side by side, padded on the right without a mask: causal attention never looks there, and
-    without a mask its fast kernels apply.
+    Documents run end to end where the target's attention can be told to keep them apart. Else those of like length run
+    side by side, padded on the right without a mask: causal attention never looks there.
 
     Args:
         target: Any decoder of the host.
@@ -52,6 +54,8 @@ class OnlineStates:
         max_tokens: Of one forward, padding included; a longer document runs alone.
         use_kernels: Norms, rotary embeddings and gated MLPs of a 16-bit target on a GPU as kernels of ours, where they
             agree with its own.
+        packs: Whether documents go end to end through the target; by default where its attention is plain, on a GPU in 16
+            bits, and a trial gives the same states.
     """
 
     def __init__(
@@ -60,11 +64,12 @@ class OnlineStates:
         aux_layer_ids: Sequence[int],
         max_tokens: int = 16384,
         use_kernels: bool = True,
+        packs: bool | None = None,
     ):
         self._target, self._boundaries, self._max_tokens = target, tuple(aux_layer_ids), max_tokens
         self._kernels: AbstractContextManager[None] = FusedElements(target) if use_kernels else nullcontext()
         self.head = TargetHead.of(target)
-        self._is_checked = False
+        self._is_checked, self._packs = False, packs
         self._stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
@@ -92,23 +97,64 @@ class OnlineStates:
     def _states(self, batch: Batch, device: torch.device) -> States:
         lengths = batch["lengths"]
         documents = torch.from_numpy(batch["tokens"]).split(lengths)
-        aux: list[Tensor] = [documents[0]] * len(lengths)
+        if not self._is_checked:
+            self._check_head(documents[0][None, :64].to(self._target.device))
+        if self._packs is None:
+            self._packs = self._can_pack(documents)
+        run = self._run_packed if self._packs and len(documents) > 1 else self._run_side_by_side
+        aux, last = run(documents, device)
+        return States(aux[0], last[0]) if len(documents) == 1 else States(torch.cat(aux), torch.cat(last))
+
+    def _run_side_by_side(
+        self, documents: Sequence[Tensor], device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Aux and last hidden states of each document, those of like length in one padded forward."""
+        lengths = [len(document) for document in documents]
+        aux: list[Tensor] = [documents[0]] * len(documents)
         last = list(aux)
         for group in group_by_length(lengths, self._max_tokens):
             rows = torch.nn.utils.rnn.pad_sequence([documents[i] for i in group], batch_first=True)  # [b, T]
             if device.type == "cuda":
                 rows = F.pad(rows, (0, -rows.shape[1] % LENGTH_STEP)).pin_memory()
-            rows = rows.to(self._target.device, non_blocking=True)
-            if not self._is_checked:
-                self._check_head(rows[:1, : lengths[group[0]]])
-            group_aux, group_last = self._run(rows, device)
+            group_aux, group_last = self._run(rows.to(self._target.device, non_blocking=True), device)
             for row, i in enumerate(group):
                 aux[i], last[i] = group_aux[row, : lengths[i]], group_last[row, : lengths[i]]
-        if len(lengths) == 1:
-            return States(aux[0], last[0])
-        return States(torch.cat(aux), torch.cat(last))
+        return aux, last
 
-    def _run(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _run_packed(self, documents: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, documents end to end: no padding, and one forward for as many as `max_tokens` holds."""
+        aux, last, there = [], [], self._target.device
+        for part in _parts([len(document) for document in documents], self._max_tokens):
+            here = documents[part]
+            lengths = [len(document) for document in here]
+            row = torch.cat(list(here))[None]
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            with attending_by_documents(self._target, lengths, there):
+                part_aux, part_last = self._run(
+                    row.to(there, non_blocking=True), device, position_ids=positions.to(there, non_blocking=True)
+                )
+            aux.append(part_aux[0])
+            last.append(part_last[0])
+        return aux, last
+
+    def _can_pack(self, documents: Sequence[Tensor]) -> bool:
+        """Whether documents end to end give the states of documents side by side: tried on the first three."""
+        device, dtype = self._target.device, self._target.dtype
+        if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+            return False
+        few = [document[:256] for document in documents[:3]]
+        try:
+            packed = [torch.cat(x) for x in self._run_packed([*few, few[0]], device)]
+        except UnfitError as reason:
+            logger.info(f"Documents run side by side: {reason}.")
+            return False
+        apart = [torch.cat(x) for x in self._run_side_by_side([*few, few[0]], device)]
+        error = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(packed, apart, strict=True))
+        if not error < MAX_DIFFERENCE:
+            logger.info(f"Documents run side by side: end to end their states differ by {error:.2f}.")
+        return error < MAX_DIFFERENCE
+
+    def _run(self, rows: Tensor, device: torch.device, **positions: Tensor) -> tuple[Tensor, Tensor]:
         """Aux and last hidden states [b, T, ...] of `rows` [b, T]."""
         with (
             StateRecorder(self._target, self._boundaries) as recorder,
@@ -116,9 +162,10 @@ class OnlineStates:
             self._kernels,
         ):
             if self.head.weight is None:
-                last = self._target(input_ids=rows, use_cache=False).logits
+                last = self._target(input_ids=rows, use_cache=False, **positions).logits
             else:
-                last = find_layers(self._target)[0](input_ids=rows, use_cache=False).last_hidden_state
+                decoder = find_layers(self._target)[0]
+                last = decoder(input_ids=rows, use_cache=False, **positions).last_hidden_state
             return recorder.take(device), last.to(device)
 
     def _check_head(self, row: Tensor) -> None:
@@ -126,7 +173,6 @@ class OnlineStates:
         self._is_checked = True
         if self.head.weight is None:
             return
-        row = row[:, :64]
         with sdpa_kernel(KERNELS, set_priority=True):
             last = find_layers(self._target)[0](input_ids=row, use_cache=False).last_hidden_state
             logits = self._target(input_ids=row, use_cache=False).logits
@@ -136,6 +182,17 @@ class OnlineStates:
                 "logits are kept in memory while training: correct, but larger and slower."
             )
             self.head = TargetHead(None, None, self.head.vocab_size)
+
+
+def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Runs of documents of up to `max_tokens` together, in order; a longer document alone."""
+    first, used = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and used + length > max_tokens:
+            yield slice(first, i)
+            first, used = i, 0
+        used += length
+    yield slice(first, len(lengths))
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
