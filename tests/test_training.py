@@ -136,23 +136,28 @@ def test_it_learns_to_draft_and_its_acceptance_length_is_the_real_one(target, ro
     assert metrics["eval_acceptance_length"] > 2.5
     assert metrics["eval_accuracy_0"] > 0.7
 
-    rounds = accepted = 0
-    drafter = trainer.model.eval()
-    drafter.generation_config.num_assistant_tokens = args.eval_depth
-    for row in rows[64:]:
+    def decode(row, max_new_tokens):
         prompt = torch.tensor([row["input_ids"][:PROMPT]])
-        out = target.generate(
+        return target.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=len(row["input_ids"]) - PROMPT,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             assistant_model=drafter,
             return_dict_in_generate=True,
         )
-        assert out.sequences[0].tolist() == row["input_ids"]
-        rounds += out.speculation.rounds
-        accepted += out.speculation.num_accepted
-    assert 1 + accepted / rounds == pytest.approx(metrics["eval_acceptance_length"], abs=1e-9)
+
+    drafter = trainer.model.eval()
+    drafter.generation_config.num_assistant_tokens = args.eval_depth
+    outs = [decode(row, len(row["input_ids"]) - PROMPT) for row in rows[64:]]
+    assert [out.sequences[0].tolist() for out in outs] == [row["input_ids"] for row in rows[64:]]
+    for name, spoken in (
+        ("eval_walked_acceptance_length", outs),
+        ("eval_acceptance_length", [decode(row, args.eval_max_new_tokens) for row in rows[64:]]),
+    ):
+        rounds = sum(out.speculation.rounds for out in spoken)
+        accepted = sum(out.speculation.num_accepted for out in spoken)
+        assert 1 + accepted / rounds == pytest.approx(metrics[name], abs=1e-9)
     # The target is as it was.
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 

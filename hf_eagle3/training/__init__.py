@@ -1,8 +1,9 @@
-"""Training a drafter by training-time test (TTT), online, against a frozen target."""
+"""Training a drafter by training-time test (TTT) against a frozen target."""
 
+from .arguments import Eagle3TrainingArguments
 from .data import TokenDataset, choose_draft_vocabulary, count_supervised_tokens, tokenize_conversation
 from .new import new_drafter
-from .trainer import Eagle3Trainer, Eagle3TrainingArguments
+from .trainer import Eagle3Trainer
 
 __all__ = [
     "Eagle3Trainer",

@@ -1,0 +1,91 @@
+"""Models for the trainer: by name or as they are, new drafters, adapters."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from ..modeling import Eagle3DrafterModel
+from .arguments import Eagle3TrainingArguments
+from .data import choose_draft_vocabulary, count_supervised_tokens
+from .new import new_drafter
+
+
+def load_target(target: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
+    """`target`, loaded with `options` if it is a name."""
+    _refuse_options("target_model", target, options)
+    if not isinstance(target, str):
+        return target
+    return AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **(options or {})})
+
+
+def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
+    """`drafter`, loaded in float32 with `options` if it is a name."""
+    _refuse_options("model", drafter, options)
+    if not isinstance(drafter, str):
+        return drafter
+    return AutoModel.from_pretrained(drafter, **{"dtype": torch.float32, **(options or {})})
+
+
+def _refuse_options(name: str, model: Any, options: dict[str, Any] | None) -> None:
+    if options and not isinstance(model, str):
+        raise ValueError(
+            f"{name}_init_kwargs {options} say how to load {name}, which is {'None' if model is None else 'loaded already'}."
+            f" Give {name} by name, or leave them out."
+        )
+
+
+def make_drafter(target: Any, args: Eagle3TrainingArguments, rows: Any) -> Eagle3DrafterModel:
+    """A new drafter for `target`, with the most frequent supervised tokens of `rows` as its vocabulary."""
+    if rows is None:
+        raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    settings = getattr(target, "generation_config", None) or target.config
+    ends = getattr(settings, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    counts = count_supervised_tokens(rows, vocab_size)
+    ids = choose_draft_vocabulary(counts, min(args.draft_vocab_size, vocab_size), always=ends)
+    coverage = counts[ids].sum().item() / max(counts.sum().item(), 1)
+    if coverage < args.min_coverage:
+        raise ValueError(
+            f"The draft vocabulary of {len(ids)} tokens covers {coverage:.2%} of the supervised tokens, less than "
+            f"min_coverage={args.min_coverage}. Raise draft_vocab_size."
+        )
+    return new_drafter(target, ids, **args.drafter_fields())
+
+
+def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:
+    """Freeze `target`, and move it to this process's device unless it was placed by who loaded it.
+
+    Raises:
+        ValueError: Several processes would share its devices.
+    """
+    target.eval().requires_grad_(False)
+    if (getattr(target, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            "The target is split by tensor parallelism, so its processes would all have to train on the same rows. Load "
+            "it whole in each process, quantised if it is too large."
+        )
+    devices = set((getattr(target, "hf_device_map", None) or {}).values())
+    if args.world_size > 1 and len(devices) > 1:
+        raise ValueError(
+            f"The target lies on the devices {sorted(map(str, devices))}, and each of {args.world_size} processes would "
+            "put it there. Start one process (python ...), or load the target on one device in each."
+        )
+    if not devices and not getattr(target, "is_quantized", False):
+        target.to(args.device)
+
+
+def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
+    """`drafter` with adapters of `peft_config`, which alone train.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs PEFT: pip install 'hf-eagle3[peft]'.") from error
+    if peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
+    return get_peft_model(drafter, peft_config)
