@@ -1,7 +1,7 @@
 """`Eagle3TrainingArguments`: the host's training arguments, and what training a drafter adds."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -26,7 +26,11 @@ class Eagle3TrainingArguments(TrainingArguments):
     for unused parameters nor sends buffers around; a loss of NaN is not hidden from the log.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "target_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "target_model_init_kwargs",
+    ]
 
     ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
     loss_type: str = field(default="forward_kl", metadata={"help": f"How a step is taught: {', '.join(LOSSES)}."})
@@ -103,14 +107,15 @@ class Eagle3TrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+        given: Any = self  # the host's fields, whose types are not read here
+        if given.torch_compile or given.torch_compile_backend or given.torch_compile_mode:
             logger.warning(
                 "torch_compile is ignored: a drafter's training compiles by itself what pays, and its forward is not "
                 "one that could be compiled as a whole."
             )
-            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_acceptance_length"
+            given.torch_compile, given.torch_compile_backend, given.torch_compile_mode = False, None, None
+        if given.load_best_model_at_end and given.metric_for_best_model is None:
+            given.metric_for_best_model = "eval_acceptance_length"
         super().__post_init__()
         for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):
             if getattr(self, name) < 1:
@@ -129,10 +134,16 @@ class Eagle3TrainingArguments(TrainingArguments):
 
     def drafter_fields(self) -> dict[str, Any]:
         """Fields of a new drafter's config that these arguments settle."""
-        given = {
-            name: getattr(self, name) for name in (*NORMS, "aux_layer_ids", "num_hidden_layers", "intermediate_size")
-        }
-        return {
-            **VERSIONS[self.drafter_version],
-            **{name: value for name, value in given.items() if value is not None},
-        }
+        fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
+        if self.norm_before_fc:  # in place of a norm for each state
+            fields["fc_norm"] = False
+        if self.aux_layer_ids is not None:
+            fields["num_aux_hidden_states"] = len(self.aux_layer_ids)
+        names = (*NORMS, "aux_layer_ids", "num_hidden_layers", "intermediate_size")
+        return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def recomputes_activations(self) -> bool:
+        """What the host calls activation checkpointing; up to Transformers 5.22, gradient checkpointing."""
+        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        return bool(getattr(self, name))

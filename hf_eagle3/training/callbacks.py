@@ -115,7 +115,7 @@ class FiniteGuard:
         """
         seen, self._seen = self._seen, []
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()  # type: ignore[arg-type]  # a tuple
+        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         losses = torch.stack([is_finite for is_finite, _ in seen])
         bad = torch.stack([~losses.all(), ~finite]).to(torch.int64)
         bad_loss, bad_gradient = sum_over_processes(self._accelerator, bad).tolist()

@@ -49,7 +49,7 @@ def base_drafter(model: nn.Module) -> Eagle3DrafterModel:
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     """`values` summed over all processes; each must call with the same shape."""
-    return accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]  # one tensor, as given
+    return accelerator.reduce(values, reduction="sum")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _served_tensor(module: nn.Module, kind: str) -> Tensor:
     if (
         trained := getattr(module, "modules_to_save", None)
     ) is not None:  # PEFT's copy of a module, trained as a whole
-        return getattr(trained[module.active_adapters[0]], kind)  # type: ignore[index, operator]
+        return getattr(trained[module.active_adapters[0]], kind)  # type: ignore[index]
     if hasattr(module, "get_delta_weight") and kind == "weight":
         return merged_weight(module)
     return getattr(getattr(module, "base_layer", module), kind)

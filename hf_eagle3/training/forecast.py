@@ -119,7 +119,7 @@ def forward_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0) -> 
 def backward_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0, *, recomputed: bool = False) -> float:
     """The backward part of `drafter_flops`."""
     attention = T * shape.heads_width * shape.num_layers
-    step = 4 * (shape.qkv + shape.rest + shape.head) - shape.qkv_embeddings + 5 * attention
+    step = 4 * (shape.qkv + shape.rest + shape.head) - 2 * shape.qkv_embeddings + 5 * attention
     if recomputed:
         step += 2 * shape.rest
     return 2 * shape.fc + share * k * step + (1 - share) * 3 * shape.kv

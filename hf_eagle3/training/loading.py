@@ -11,12 +11,15 @@ from .data import choose_draft_vocabulary, count_supervised_tokens
 from .new import new_drafter
 
 
-def load_target(target: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
-    """`target`, loaded with `options` if it is a name."""
+def load_target(target: Any, options: dict[str, Any] | None, device: torch.device) -> Any:  # a model, a name or None
+    """`target`, loaded to `device` with `options` if it is a name."""
     _refuse_options("target_model", target, options)
     if not isinstance(target, str):
         return target
-    return AutoModelForCausalLM.from_pretrained(target, **{"dtype": "auto", **(options or {})})
+    defaults: dict[str, Any] = {"dtype": "auto"}
+    if device.type != "cpu":  # what is quantised could not be moved later
+        defaults["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **(options or {})})
 
 
 def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None

@@ -111,7 +111,7 @@ class Eagle3Trainer(Trainer):
         _refuse_settings(args)
         if processing_class is None and isinstance(target_model, str):
             processing_class = AutoTokenizer.from_pretrained(target_model)
-        target = load_target(target_model, args.target_model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
+        target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
         drafter = load_drafter(model, args.model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
         if target is not None:
             place_target(target, args)
@@ -254,9 +254,7 @@ class Eagle3Trainer(Trainer):
         lengths = inputs["lengths"]
         tokens = sum(lengths)
         T, share = sum(n * n for n in lengths) / tokens, len(inputs["rows"]) / tokens
-        flops = drafter_flops(
-            self._shape, T, self.args.ttt_steps, share, recomputed=self.drafter.layers[0].gradient_checkpointing
-        )
+        flops = drafter_flops(self._shape, T, self.args.ttt_steps, share, recomputed=self.args.recomputes_activations)
         flops += 0 if self._target_shape is None else target_flops(self._target_shape, T)
         return round(tokens * flops)
 
@@ -341,7 +339,7 @@ class Eagle3Trainer(Trainer):
             num_rows=num_rows * per_row,
             share=float(depth.mean() / args.ttt_steps),
             ttt_steps=args.ttt_steps,
-            recomputed=bool(args.gradient_checkpointing),
+            recomputed=args.recomputes_activations,
             has_average=args.ema_decay > 0,
             num_devices=args.world_size,
             device_name=torch.cuda.get_device_name(args.device) if cuda else None,
@@ -367,6 +365,7 @@ class Eagle3Trainer(Trainer):
             ProcessRows(rows, self.accelerator.process_index, self.accelerator.num_processes),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
+            generator=torch.Generator(),  # or the loader would draw from the random numbers of training
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
@@ -394,7 +393,7 @@ class Eagle3Trainer(Trainer):
     ) -> EvalLoopOutput:
         """Loss and accuracy by step, and acceptance lengths: decoded, walked along the answers, and simulated."""
         del prediction_loss_only, ignore_keys
-        args, rows = self.args, dataloader.dataset.rows
+        args, rows = self.args, dataloader.dataset.rows  # type: ignore[attr-defined]  # of `get_eval_dataloader`
         was_training = self.model.training
         self.model.eval()
         k, depth = args.ttt_steps, args.eval_depth
