@@ -68,6 +68,7 @@ def test_the_command_trains_by_a_recipe_and_what_is_typed_counts_more(recipe, tm
     assert parse(["--config", str(recipe)])[2].learning_rate == 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by it
 def test_adapters_are_trained_from_the_command_line(recipe, tmp_path):
     pytest.importorskip("peft")
     main(["--config", str(recipe)])

@@ -504,15 +504,18 @@ class Eagle3Trainer(Trainer):
             self._average.load(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            folder = Path(checkpoint)
-            load_optimizer_state(
-                self.optimizer, torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-            )
-            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
+        """As any number of processes wrote them, replicated or sharded."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / OPTIMIZER_FILE).exists():
+            logger.warning(f"{folder} has no {OPTIMIZER_FILE}: the optimizer and the schedule start anew.")
+            return
+        load_optimizer_state(
+            self.optimizer, torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        if self.lr_scheduler.last_epoch != self.state.global_step:
             # Other updates than before: the schedule goes on where the data does.
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
