@@ -1,5 +1,6 @@
 """One of several processes that train; started by `test_distributed_training.py`, not a test by itself."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -59,7 +60,7 @@ def make_rows(count, silent=()):
     return Rows([{"input_ids": i, "loss_mask": m} for i, m in zip(ids, masks, strict=True)])
 
 
-def make_trainer(folder, rows=None, **changes):
+def make_trainer(folder, rows=None, lora=None, **changes):
     """A trainer whose runs can be compared: rows in order, an optimizer that forgives no wrong scale."""
     target = make_target()
     torch.manual_seed(5)
@@ -84,8 +85,14 @@ def make_trainer(folder, rows=None, **changes):
     }
     args = Eagle3TrainingArguments(**{**settings, **changes})
     eval_rows = make_rows(7)
+    peft_config = None
+    if lora is not None:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=lora, target_modules=["q_proj", "down_proj", "lm_head"])
     return CpuTrainer(
         model=drafter,
+        peft_config=peft_config,
         target_model=target,
         args=args,
         train_dataset=make_rows(40) if rows is None else rows,
@@ -131,6 +138,9 @@ def main():
     averaged["metric_for_best_model"] = "eval_loss"
     run("ddp_average", folder, **two, **averaged)
     run("ddp_hybrid", folder, loss_type="lk_hybrid", **two)
+
+    if importlib.util.find_spec("peft") is not None:
+        run("ddp_adapted", folder, lora=4, **two)
 
     sharded = {**two, "fsdp": True}
     trainer = run("fsdp", folder, fsdp_config=dict(FSDP), **sharded)

@@ -113,6 +113,12 @@ def test_acceptance_that_steers_a_loss_is_that_of_all_processes(folder, tmp_path
     assert_same_run(read(folder, "ddp_hybrid"), read(tmp_path, "hybrid"))
 
 
+def test_adapters_train_in_two_processes_as_in_one(folder, tmp_path):
+    pytest.importorskip("peft")
+    run("adapted", tmp_path, lora=4, **ALONE)
+    assert_same_run(read(folder, "ddp_adapted"), read(tmp_path, "adapted"))
+
+
 def test_sharded_training_in_half_precision_arithmetic_comes_near(folder):
     half, one = read(folder, "fsdp_bf16"), read(folder, "one")
     assert [log["loss"] for log in half["curve"]] == pytest.approx([log["loss"] for log in one["curve"]], rel=0.05)

@@ -230,6 +230,12 @@ def test_settings_are_checked(tmp_path, changes, message):
         make_args(tmp_path, **changes)
 
 
+def test_the_best_checkpoint_is_by_default_the_best_accepted(tmp_path):
+    args = make_args(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    assert args.metric_for_best_model == "eval_acceptance_length"
+    assert args.greater_is_better
+
+
 def test_compiling_the_whole_is_left_out(tmp_path):
     args = make_args(tmp_path, torch_compile=True)
     assert not args.torch_compile

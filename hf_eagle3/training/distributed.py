@@ -44,7 +44,8 @@ def sharded_units(module: nn.Module) -> Iterator[FSDPModule]:
 
 def base_drafter(model: nn.Module) -> Eagle3DrafterModel:
     """The drafter in an unwrapped `model`: itself, or what adapters adapt."""
-    return model if isinstance(model, Eagle3DrafterModel) else model.get_base_model()  # type: ignore[operator]  # PEFT's
+    get_base: Any = getattr(model, "get_base_model", None)  # PEFT's
+    return model if get_base is None else get_base()  # type: ignore[return-value]  # a drafter then
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

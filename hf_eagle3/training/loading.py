@@ -1,5 +1,6 @@
 """Models for the trainer: by name or as they are, new drafters, adapters."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -91,4 +92,6 @@ def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, whi
         raise ImportError("peft_config needs PEFT: pip install 'hf-eagle3[peft]'.") from error
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
-    return get_peft_model(drafter, peft_config)
+    with warnings.catch_warnings():  # PEFT 0.21 asks by a name that is deprecated from Transformers 5.23 on
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(drafter, peft_config)

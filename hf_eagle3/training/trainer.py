@@ -119,7 +119,8 @@ class Eagle3Trainer(Trainer):
         vocab_size = bound_to.config.get_text_config(decoder=True).vocab_size
 
         def read(rows: Any) -> Any:  # by index, of whatever class
-            return _tokenize(rows, processing_class, args.max_length, vocab_size)
+            is_quiet = args.disable_tqdm or args.local_process_index > 0
+            return _tokenize(rows, processing_class, args.max_length, vocab_size, is_quiet=is_quiet)
 
         train_rows = read(train_dataset)
         eval_rows: Any  # one set, several by name, or None
@@ -292,6 +293,7 @@ class Eagle3Trainer(Trainer):
             self._mean_alpha.copy_(torch.tensor(json.loads(path.read_text(encoding="utf-8"))))
         self._alphas.zero_()
         self._log = TrainLog()
+        self._guard = FiniteGuard(self.accelerator, Path(self.args.output_dir))
         if self.is_world_process_zero():
             logger.info(f"Forecast: {self.forecast()}")
 
@@ -404,7 +406,8 @@ class Eagle3Trainer(Trainer):
         def teach() -> Iterator[StepSums]:
             nonlocal walked
             scale = torch.ones(steps, device=args.device)
-            for inputs in tqdm(dataloader, desc=description, disable=args.disable_tqdm, leave=False):
+            is_quiet = args.disable_tqdm or args.local_process_index > 0
+            for inputs in tqdm(dataloader, desc=description, disable=is_quiet, leave=False):
                 inputs = self._place(inputs)
                 _, sums = self._run(self.model, inputs, scale)
                 walked += walk_batch(sums.hits[:depth], inputs)
@@ -442,7 +445,8 @@ class Eagle3Trainer(Trainer):
         served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
         prompts = list(prompts_of(rows, args.eval_generate_prompts))
         mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        bar = tqdm(mine, desc="Generating", disable=args.disable_tqdm, leave=False)
+        is_quiet = args.disable_tqdm or args.local_process_index > 0
+        bar = tqdm(mine, desc="Generating", disable=is_quiet, leave=False)
         return add_walks(
             generate_and_count(target, served, bar, args.eval_depth, args.eval_max_new_tokens), self.accelerator
         )
@@ -651,6 +655,8 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
+    *,
+    is_quiet: bool,
 ) -> Any:  # rows by index, of whatever class
     if rows is None:
         return None
@@ -658,6 +664,6 @@ def _tokenize(
         raise ValueError("Rows must have a number and come by index: give a list, or a Dataset that is not a stream.")
     dataset: Any = rows
     if not isinstance(rows, Dataset):
-        dataset = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+        dataset = TokenDataset(tqdm(rows, desc="Tokenizing", disable=is_quiet, leave=False), tokenizer, max_length)
     check_token_ids(dataset, vocab_size)
     return dataset
