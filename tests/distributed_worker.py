@@ -36,7 +36,7 @@ class CpuTrainer(Eagle3Trainer):
     """Lets accelerate take CPUs for GPUs: it has FSDP2 for accelerators only, PyTorch has it for CPUs as well."""
 
     def create_accelerator_and_postprocess(self):
-        if self.args.fsdp:
+        if self.args.fsdp and self.args.use_cpu:
             AcceleratorState._reset_state()
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -60,9 +60,9 @@ def make_rows(count, silent=()):
     return Rows([{"input_ids": i, "loss_mask": m} for i, m in zip(ids, masks, strict=True)])
 
 
-def make_trainer(folder, rows=None, lora=None, **changes):
+def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, **changes):
     """A trainer whose runs can be compared: rows in order, an optimizer that forgives no wrong scale."""
-    target = make_target()
+    target = make_target().to(target_dtype)
     torch.manual_seed(5)
     drafter = new_drafter(target, torch.arange(2, 42))
     settings = {
@@ -122,9 +122,19 @@ def run(name, folder, resume=None, **changes):
     return trainer
 
 
-def main():
-    logging.set_verbosity_error()
-    folder = Path(sys.argv[1])
+def main_on_gpus(folder):
+    """The same on the GPUs that are there, one or more; in float32 and with bf16 arithmetic and target."""
+    world = int(os.environ["WORLD_SIZE"])
+    settings = {"use_cpu": False, "per_device_train_batch_size": 8 // world, "eval_strategy": "steps", "eval_steps": 2}
+    kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": dict(FSDP)}}
+    for name, more in kinds.items():
+        AcceleratorState._reset_state()
+        run(name, folder, **settings, **more)
+        AcceleratorState._reset_state()
+        run(f"{name}_bf16", folder, bf16=True, target_dtype=torch.bfloat16, **settings, **more)
+
+
+def main_on_cpus(folder):
     torch.set_num_threads(1)
     two = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     run("ddp", folder, **two)
@@ -150,9 +160,9 @@ def main():
     run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": dict(FSDP)})
     run("fsdp_average", folder, fsdp_config=dict(FSDP), **sharded, **averaged)
     run("fsdp_bf16", folder, fsdp_config=dict(FSDP), bf16=True, **sharded)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    main()
+    logging.set_verbosity_error()
+    (main_on_gpus if sys.argv[2:] == ["gpu"] else main_on_cpus)(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

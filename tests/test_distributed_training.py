@@ -28,17 +28,21 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run("one", folder, **ALONE)
     run("small", folder, per_device_train_batch_size=4)
+    launch(2, folder)
+    return folder
+
+
+def launch(num_processes, *arguments):
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     done = subprocess.run(
-        [*command, str(folder)],
+        [*command, str(worker), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=worker.parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
 
 
 def read(folder, name):
@@ -123,3 +127,17 @@ def test_sharded_training_in_half_precision_arithmetic_comes_near(folder):
     half, one = read(folder, "fsdp_bf16"), read(folder, "one")
     assert [log["loss"] for log in half["curve"]] == pytest.approx([log["loss"] for log in one["curve"]], rel=0.05)
     assert AutoModel.from_pretrained(folder / "fsdp_bf16").dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    """Replicated and sharded, evaluations with generated answers in between."""
+    launch(1, tmp_path, "gpu")
+    launch(2, tmp_path, "gpu")
+    for name in ("ddp", "fsdp"):
+        assert_same_run(read(tmp_path, name), read(tmp_path, "one"), 1e-3)
+        ours, theirs = read(tmp_path, f"{name}_bf16"), read(tmp_path, "one_bf16")
+        assert [log["loss"] for log in ours["curve"]] == pytest.approx(
+            [log["loss"] for log in theirs["curve"]], rel=0.02
+        )
