@@ -123,9 +123,11 @@ def test_adapters_train_in_two_processes_as_in_one(folder, tmp_path):
     assert_same_run(read(folder, "ddp_adapted"), read(tmp_path, "adapted"))
 
 
-def test_sharded_training_in_half_precision_arithmetic_comes_near(folder):
-    half, one = read(folder, "fsdp_bf16"), read(folder, "one")
-    assert [log["loss"] for log in half["curve"]] == pytest.approx([log["loss"] for log in one["curve"]], rel=0.05)
+def test_sharded_training_in_half_precision_arithmetic_comes_near(folder, tmp_path):
+    """Sums stay in float32, of losses and of gradients."""
+    alone = run("half", tmp_path, bf16=True, **ALONE)
+    losses = [log["loss"] for log in read(folder, "fsdp_bf16")["curve"]]
+    assert losses == pytest.approx([log["loss"] for log in curve(alone)], rel=2e-3)
     assert AutoModel.from_pretrained(folder / "fsdp_bf16").dtype == torch.float32
 
 

@@ -5,12 +5,13 @@ import importlib.util
 import json
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from test_training import TINY, V, make_args, make_drafter, make_tokenizer, progressions, weights_of
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from hf_eagle3.training.forecast import (
     forward_flops,
     target_flops,
 )
+from hf_eagle3.training.loading import place_target
 from hf_eagle3.training.packing import pack
 from hf_eagle3.training.recipe import read_recipe
 from hf_eagle3.training.states import OnlineStates
@@ -61,7 +63,7 @@ def train(target, rows, tmp_path, drafter=None, **changes):
     trainer = Eagle3Trainer(
         model=make_drafter(target) if drafter is None else drafter,
         target_model=target,
-        args=make_args(tmp_path, **{"eval_generate_prompts": 3, "eval_max_new_tokens": 8, **changes}),
+        args=make_args(tmp_path, **changes),
         train_dataset=rows,
         eval_dataset=rows[:5],
         **options,
@@ -170,6 +172,37 @@ def test_models_are_given_by_name(target, rows, tmp_path):
         train(target, rows, tmp_path, target_model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match=r"model_init_kwargs .* which is None"):
         Eagle3Trainer(target_model=target, args=make_args(tmp_path, model_init_kwargs={"a": 1}), train_dataset=rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tp_size", 2, "split by tensor parallelism"),
+        ("hf_device_map", {"model": 0, "lm_head": 1}, r"devices \['0', '1'\], and each of 2 processes"),
+    ],
+)
+def test_targets_that_processes_cannot_share_are_refused(target, tmp_path, name, value, message):
+    spread = copy.deepcopy(target)
+    setattr(spread, f"_{name}" if name == "tp_size" else name, value)
+    args = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        place_target(spread, args)
+
+
+def test_a_target_that_was_placed_stays_where_it_is(target):
+    placed = copy.deepcopy(target)
+    placed.hf_device_map = {"": "cpu"}
+    place_target(placed, types.SimpleNamespace(world_size=1, device=torch.device("meta")))
+    assert placed.device.type == "cpu"
+
+
+def test_a_stream_is_no_data_set(target, tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    with pytest.raises(ValueError, match="not a stream"):
+        Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=Stream())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

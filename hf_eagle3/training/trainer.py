@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,12 @@ class Eagle3Trainer(Trainer):
             )
         if peft_config is not None:
             raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
+        if (
+            plugin.mixed_precision_policy is not None
+        ):  # else gradients are summed, and sums of losses kept, in bfloat16
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
         if not plugin.transformer_cls_names_to_wrap:  # those of the class, else, of which a drafter may lack one
             plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in self.drafter.layers})
 
@@ -215,11 +222,11 @@ class Eagle3Trainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[k] slots that train at each step, over all batches of one update and all processes."""
-        steps = torch.arange(self.args.ttt_steps)[:, None]
-        counts = torch.zeros(self.args.ttt_steps, dtype=torch.int64)
+        steps = torch.arange(self.args.ttt_steps, device=device)[:, None]
+        counts = torch.zeros(self.args.ttt_steps, dtype=torch.int64, device=device)
         for batch in batch_samples:
-            counts += (batch["depth"].cpu() > steps).sum(1)
-        return sum_over_processes(self.accelerator, counts.to(device))
+            counts += (batch["depth"].to(device) > steps).sum(1)
+        return sum_over_processes(self.accelerator, counts)
 
     def compute_loss(
         self,
