@@ -145,3 +145,12 @@ def test_shipped_launch_files_are_those_that_the_trainer_takes():
         assert config.num_processes == 8
     assert config.fsdp_config["fsdp_version"] == 2
     assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+
+
+def test_help_lists_what_there_is_to_set(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for name in ("--config", "--target_model_name_or_path", "--ttt_steps", "--use_peft", "--learning_rate"):
+        assert name in said
