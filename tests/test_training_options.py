@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_eagle3 import Eagle3Trainer
 from hf_eagle3.training import new_drafter
+from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.distributed import served_copy
 from hf_eagle3.training.forecast import (
     DrafterShape,
@@ -322,9 +323,7 @@ class RecordedStates:
     def __init__(self, target, boundaries, rows):
         source = OnlineStates(target, boundaries)
         self.head, self.target = source.head, target
-        self._kept = [
-            source.states({"input_ids": torch.tensor(r["input_ids"]), "lengths": [len(r["input_ids"])]}) for r in rows
-        ]
+        self._kept = [source.states(Collator(3)([r])) for r in rows]
         self.asked = []
 
     def states(self, batch):

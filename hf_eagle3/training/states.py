@@ -1,7 +1,7 @@
 """The target's hidden states of a batch: what a drafter reads, and what the target's head reads."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ class StateSource(Protocol):
     """Where hidden states come from."""
 
     head: TargetHead
-    target: Any  # what a drafter binds to: `config`, `get_input_embeddings()`, `get_output_embeddings()`
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """What a drafter binds to: `config`, `get_input_embeddings()`, `get_output_embeddings()`."""
+        ...
 
     def states(self, batch: Batch) -> States:
         """The hidden states of `batch`, on its device."""
@@ -49,9 +53,14 @@ class OnlineStates:
     """
 
     def __init__(self, target: PreTrainedModel, aux_layer_ids: Sequence[int], max_tokens: int = 16384):
-        self.target, self._boundaries, self._max_tokens = target, tuple(aux_layer_ids), max_tokens
+        self._target, self._boundaries, self._max_tokens = target, tuple(aux_layer_ids), max_tokens
         self.head = TargetHead.of(target)
         self._is_checked = False
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The target that runs."""
+        return self._target
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
@@ -71,12 +80,12 @@ class OnlineStates:
 
     def _run(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Aux and last hidden states [b, T, ...] of `rows` [b, T]."""
-        rows = rows.to(self.target.device)
-        with StateRecorder(self.target, self._boundaries) as recorder, attention_kernels():
+        rows = rows.to(self._target.device)
+        with StateRecorder(self._target, self._boundaries) as recorder, attention_kernels():
             if self.head.weight is None:
-                last = self.target(input_ids=rows, use_cache=False).logits
+                last = self._target(input_ids=rows, use_cache=False).logits
             else:
-                last = find_layers(self.target)[0](input_ids=rows, use_cache=False).last_hidden_state
+                last = find_layers(self._target)[0](input_ids=rows, use_cache=False).last_hidden_state
             return recorder.take(device), last.to(device)
 
     def _check_head(self, row: Tensor) -> None:
@@ -84,13 +93,13 @@ class OnlineStates:
         self._is_checked = True
         if self.head.weight is None:
             return
-        row = row[:, :64].to(self.target.device)
+        row = row[:, :64].to(self._target.device)
         with attention_kernels():
-            last = find_layers(self.target)[0](input_ids=row, use_cache=False).last_hidden_state
-            logits = self.target(input_ids=row, use_cache=False).logits
+            last = find_layers(self._target)[0](input_ids=row, use_cache=False).last_hidden_state
+            logits = self._target(input_ids=row, use_cache=False).logits
         if not self.head.check(last[0], logits[0]):
             logger.warning(
-                f"{type(self.target).__name__} does more than a linear layer to its last hidden states, so all of its "
+                f"{type(self._target).__name__} does more than a linear layer to its last hidden states, so all of its "
                 "logits are kept in memory while training: correct, but larger and slower."
             )
             self.head = TargetHead(None, None, self.head.vocab_size)
