@@ -355,6 +355,17 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+# ---- training ----
+
+
+def run_train_command(arguments: Sequence[str]) -> int:
+    """`hf-eagle3 train`: exit status 0."""
+    from .training.script import main as train
+
+    train(arguments)
+    return 0
+
+
 # ---- env ----
 
 
@@ -487,6 +498,8 @@ def make_parser() -> argparse.ArgumentParser:
     export_parser.add_argument("--repo-id", metavar="OWNER/NAME", help="where it will be published, for the card")
     export_parser.set_defaults(run=run_export_command)
 
+    # Its options are those of training, which takes seconds to import: `main` hands them over before they are parsed.
+    commands.add_parser("train", help="train a drafter; `hf-eagle3 train --help` lists the options", add_help=False)
     add_bench_parser(commands)
     add_data_parsers(commands)
 
@@ -537,7 +550,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a failed comparison, 2 for an error."""
-    args = make_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    is_training = given[:1] == ["train"]
+    args = (
+        argparse.Namespace(run=lambda _: run_train_command(given[1:]))
+        if is_training
+        else make_parser().parse_args(given)
+    )
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
     try:

@@ -334,6 +334,7 @@ def test_options_change_on_purpose():
             *("-h", "--help", "--prompt", "--max-new-tokens", "--repeats", "--dtype", "--device", "--drafter"),
             *("--num-draft-tokens", "--source"),
         },
+        "train": set(),  # its options are the training arguments
         "inspect": {"-h", "--help", "--revision", "--subfolder"},
         "doctor": {
             *("-h", "--help", "--target", "--drafter", "--prompt", "--max-new-tokens", "--depth", "--dtype"),

@@ -64,6 +64,7 @@ def test_regenerate_then_finetune(folder, tmp_path):
     arguments += ["--eval_file", str(tmp_path / "answers.jsonl.gz"), "--output_dir", str(tmp_path / "drafter")]
     arguments += ["--draft_vocab_size", "32", "--ttt_steps", "2", "--max_steps", "2", "--report_to", "none"]
     arguments += ["--per_device_train_batch_size", "4", "--save_strategy", "no", "--use_cpu", "--disable_tqdm", "True"]
+    arguments += ["--eval_max_new_tokens", "8"]
     load_example("finetune").main(arguments)
     drafter = AutoModel.from_pretrained(tmp_path / "drafter")
     assert drafter.config.draft_vocab_size == 32

@@ -26,9 +26,16 @@ from hf_eagle3.training import (
     count_supervised_tokens,
     new_drafter,
 )
-from hf_eagle3.training.acceptance import Walk, walk
-from hf_eagle3.training.data import collate
-from hf_eagle3.training.ttt import teach, ttt
+from hf_eagle3.training.acceptance import Walk
+from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.evaluation import walk_batch
+from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.states import OnlineStates
+from hf_eagle3.training.target_head import DraftVocabulary
+from hf_eagle3.training.ttt import Lessons, ttt
+
+# Of the drafter, where the training arguments do not say otherwise.
+SHAPE = {"aux_layer_ids": [2, 15, 27], "num_aux_hidden_states": 3, "intermediate_size": 1536, "num_hidden_layers": 1}
 
 
 @dataclass
@@ -46,9 +53,6 @@ class RecipeArguments:
     capacity: int = field(default=704, metadata={"help": "KV slots a row while answering: prompt and answer."})
     rows: int = field(default=2048, metadata={"help": "Rows answered side by side."})
     limit: int = field(default=0, metadata={"help": "Only the first so many prompts; 0 means all."})
-    aux_layer_ids: list[int] = field(default_factory=lambda: [2, 15, 27], metadata={"help": "Boundaries."})
-    intermediate_size: int = field(default=1536, metadata={"help": "Width of the drafter's MLP."})
-    num_layers: int = field(default=1, metadata={"help": "Layers of the drafter."})
     answers_only: bool = field(default=False, metadata={"help": "Stop once the answers are there."})
 
 
@@ -100,19 +104,21 @@ def joined(prompt: np.ndarray, answer: np.ndarray) -> dict[str, np.ndarray]:
 
 def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Path) -> dict:
     """Acceptance of greedy chain drafting along the target's greedy answers, by eval set, category and depth."""
+    device, collate = trainer.args.device, Collator(7)
+    source = OnlineStates(trainer.target_model, trainer.model.bound_aux_layer_ids)
+    vocabulary = DraftVocabulary(trainer.model.draft_to_target_ids, trainer.model.config.vocab_size)
+    lessons = Lessons(LOSSES["forward_kl"], torch.ones(7, device=device), torch.zeros(7, device=device))
     result: dict = {}
     for name in EVAL_SETS:
         prompts, texts = unpack(arrays, name), unpack(dict(np.load(answers / f"eval_{name}.npz")), "answer")
         categories = arrays[f"{name}_category"]
         rows = [joined(p, a) for p, a in zip(prompts, texts, strict=True)]
         walks: list[dict[int, Walk]] = []
-        for start in range(0, len(rows), 16):
-            batch = {k: v.cuda() for k, v in collate(rows[start : start + 16]).items()}
-            lesson = teach(trainer.target_model, trainer.model, batch)
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                hits = ttt(trainer.model, batch, lesson, 7).hits.cpu().numpy()
-            masks = batch["loss_mask"].cpu().numpy()
-            walks += [{k: walk(hits[:k, i], masks[i]) for k in (3, 5, 7)} for i in range(len(masks))]
+        for row in rows:
+            batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                _, sums = ttt(trainer.model, batch, source.states(batch), source.head, vocabulary, lessons)
+            walks.append({k: walk_batch(sums.hits[:k], batch) for k in (3, 5, 7)})
         loops = np.array([is_repetitive(a) for a in texts])
         groups = {"all": np.ones(len(rows), bool), "loops": loops, "no loops": ~loops}
         groups |= {str(c): categories == c for c in np.unique(categories)} if len(np.unique(categories)) > 1 else {}
@@ -148,14 +154,8 @@ def main() -> None:
         kept = counts[choose_draft_vocabulary(counts, size)].sum() / counts.sum()
         print(f"draft vocabulary of {size}: {kept:.4f} of the supervised tokens")
     vocabulary = choose_draft_vocabulary(counts, training.draft_vocab_size, always=[target.config.eos_token_id])
-    drafter = new_drafter(
-        target,
-        vocabulary,
-        aux_layer_ids=args.aux_layer_ids,
-        num_aux_hidden_states=len(args.aux_layer_ids),
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.num_layers,
-    )
+    shape = {**SHAPE, **training.drafter_fields()}
+    drafter = new_drafter(target, vocabulary, **shape)
     print(
         f"{len(dataset)} rows, {int(counts.sum())} supervised tokens, {drafter.num_parameters()} weights", flush=True
     )
@@ -169,7 +169,7 @@ def main() -> None:
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "arguments": {**vars(args), "draft_vocab_size": training.draft_vocab_size},
+        "arguments": {**vars(args), **shape, "draft_vocab_size": training.draft_vocab_size},
         "rows": len(dataset),
         "supervised_tokens": int(counts.sum()),
         "steps": trainer.state.global_step,

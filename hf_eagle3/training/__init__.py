@@ -1,11 +1,12 @@
-"""Training a drafter by training-time test (TTT), online, against a frozen target."""
+"""Training a drafter by training-time test (TTT) against a frozen target."""
 
+from .arguments import Eagle3TrainingArguments
 from .data import TokenDataset
 from .new import new_drafter
 from .rendering import ChatRenderer, tokenize_conversation
 from .state_writer import StateWriter, store_states
 from .stored_states import StoredStates, StoredStatesError
-from .trainer import Eagle3Trainer, Eagle3TrainingArguments
+from .trainer import Eagle3Trainer
 from .vocabulary import (
     choose_draft_vocabulary,
     count_supervised_tokens,

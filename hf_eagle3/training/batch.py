@@ -57,10 +57,10 @@ class Collator:
 
         Returns:
             `input_ids` [N] int64, `loss_mask` [N] bool, `position_ids` [N] int64; `lengths`, the documents' as a list, and
-            `tokens`, the ids once more, which stay on the host; `documents`, as the rows name theirs, which those of
-            stored states do;
+            `tokens`, the ids once more, which stay on the host;
             `rows` [R] int64, the slots that run, `depth` [R] int64, at how many steps each trains; `trained` [L] int64,
-            the rows with a depth above 0, None if all; `spans`.
+            the rows with a depth above 0, None if all; `spans`; `documents`, what the rows say of where theirs are
+            stored, as a list.
         """
         ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
         mask = np.concatenate([np.asarray(row["loss_mask"], dtype=bool) for row in rows])

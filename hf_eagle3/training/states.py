@@ -37,6 +37,11 @@ class StateSource(Protocol):
 
     head: TargetHead
 
+    @property
+    def target(self) -> PreTrainedModel:
+        """What a drafter binds to: `config`, `get_input_embeddings()`, `get_output_embeddings()`."""
+        ...
+
     def states(self, batch: Batch) -> States:
         """The hidden states of `batch`, on its device."""
         ...
@@ -72,6 +77,11 @@ class OnlineStates:
         self._is_checked, self._packs = False, packs
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def target(self) -> PreTrainedModel:
+        """The target that runs."""
+        return self._target
+
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
         """Run the target over the documents of `batch`.
@@ -92,7 +102,8 @@ class OnlineStates:
         return states
 
     def _runs_beside(self, device: torch.device) -> bool:
-        return device.type == "cuda" and self._target.device == device and not hasattr(self._target, "hf_device_map")
+        devices = set(getattr(self._target, "hf_device_map", {}).values())
+        return device.type == "cuda" and self._target.device == device and len(devices) <= 1
 
     def _states(self, batch: Batch, device: torch.device) -> States:
         lengths = batch["lengths"]

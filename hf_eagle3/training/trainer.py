@@ -1,84 +1,94 @@
 """`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
 
 from ..checkpoints.card import write_card
 from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
-from .acceptance import Walk, walk
-from .batch import Batch, Collator
+from .acceptance import Walk
+from .arguments import Eagle3TrainingArguments
+from .batch import Batch, Collator, live_steps
+from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
 from .data import TokenDataset, check_token_ids
+from .distributed import (
+    base_drafter,
+    call_as_forward,
+    load_optimizer_state,
+    load_whole_weights,
+    served_copy,
+    sum_over_processes,
+    whole_optimizer_state,
+    whole_weights,
+)
+from .evaluation import (
+    ProcessRows,
+    add_sums,
+    add_walks,
+    by_step,
+    generate_and_count,
+    prompts_of,
+    simulated_acceptance_length,
+    walk_batch,
+)
+from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, make_forecast, target_flops
+from .loading import adapt, end_tokens, load_drafter, load_target, make_drafter, place_target
 from .losses import LOSSES
-from .new import new_drafter
+from .packing import PackedDataset
+from .recipe import check_recipe, describe_recipe, write_recipe
 from .states import OnlineStates, StateSource
+from .stored_states import StoredStates
 from .target_head import DraftVocabulary
 from .ttt import Lessons, StepSums, ttt
-from .vocabulary import choose_draft_vocabulary, count_supervised_tokens
 
-# What the host's Trainer writes into the configs of the model it trains.
-HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+logger = logging.get_logger(__name__)
 
-
-@dataclass
-class Eagle3TrainingArguments(TrainingArguments):
-    """The host's training arguments, and what TTT adds. Changed defaults: learning rate, schedule, clipping, betas."""
-
-    ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
-    loss_type: str = field(default="forward_kl", metadata={"help": f"How a step is taught: {', '.join(LOSSES)}."})
-    ttt_decay: float = field(default=0.8, metadata={"help": "Step t weighs ttt_decay to the power t in the loss."})
-    draft_vocab_size: int = field(
-        default=32000, metadata={"help": "Tokens a new drafter can propose; ignored when a drafter is given."}
-    )
-    max_length: int = field(default=2048, metadata={"help": "Longer training rows are cut on the right, in tokens."})
-    eval_depth: int = field(default=3, metadata={"help": "Draft depth K of eval_acceptance_length."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate for AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm is clipped to this."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the rows."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ttt_steps < 1:
-            raise ValueError(f"ttt_steps must be at least 1, got {self.ttt_steps}.")
-        if not 0 < self.ttt_decay <= 1:
-            raise ValueError(f"ttt_decay must lie in (0, 1], got {self.ttt_decay}.")
-        if self.eval_depth < 1:
-            raise ValueError(f"eval_depth must be at least 1, got {self.eval_depth}.")
+POSITION_FILE = "hf_eagle3_position.json"  # where in the data a checkpoint stands
+OPTIMIZER_FILE, SCHEDULER_FILE, WEIGHTS_FILE = "optimizer.pt", "scheduler.pt", "model.safetensors"  # as the host's
+ALPHA_FILE = "mean_alpha.json"
+FORECAST_ROWS = 1000  # looked at for a forecast
 
 
 class Eagle3Trainer(Trainer):
     """Train a drafter for a frozen target by training-time test (arXiv:2503.01840).
 
     The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
-    of optimiser and checkpoints, and is never written to.
+    of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, each
+    have a target and share the rows; the drafter is replicated (DDP) or sharded (FSDP2).
 
     Args:
-        model: The drafter to go on with, or None: a new EAGLE-3.1 drafter sized after the target, with the
+        model: The drafter to go on with, or its name; None: a new EAGLE-3.1 drafter sized after the target, with the
             `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
-        target_model: The target; any decoder of the host.
+        target_model: The target, any decoder of the host, or its name.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
-            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. For
-            `eval_acceptance_length` to be exact, the eval answers must be the target's own greedy ones.
+            tokens); any iterable of mappings. Several eval sets: a dict of them, by name. A torch `Dataset` of rows
+            with `input_ids` and `loss_mask` is taken as it is.
         processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
+        peft_config: Train adapters of the drafter instead of its weights; of PEFT, such as `LoraConfig`.
+        states: Where hidden states come from, instead of the target run over each batch. `target_model` may then be
+            None, and nothing is generated in evaluation.
+        compute_metrics: Called with the `StepSums` of an evaluation, summed over all processes; gives more metrics.
         kwargs: As for the host's Trainer.
 
     Raises:
         ValueError: Data without supervision, a drafter that does not fit the target, half-precision weights, several
-            processes.
+            GPUs in one process.
     """
 
     # The loss is normed over the whole accumulated batch. Read from Transformers 5.23 on; `__init__` says it to older.
@@ -86,98 +96,128 @@ class Eagle3Trainer(Trainer):
 
     def __init__(
         self,
-        model: Eagle3DrafterModel | None = None,
-        target_model: PreTrainedModel | None = None,
+        model: Eagle3DrafterModel | str | None = None,
+        target_model: PreTrainedModel | str | None = None,
         args: Eagle3TrainingArguments | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,  # of PEFT, which is optional
+        states: StateSource | None = None,
+        compute_metrics: Callable[[StepSums], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
-        if target_model is None:
+        if target_model is None and states is None:
             raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
         args = Eagle3TrainingArguments() if args is None else args
-        if model is not None and model.config.is_parallel:
-            raise ValueError(
-                f"mask_token_id={model.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
-                "trained here."
+        _refuse_settings(args)
+        if processing_class is None and isinstance(target_model, str):
+            processing_class = AutoTokenizer.from_pretrained(target_model)
+        target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
+        drafter = load_drafter(model, args.model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
+        if target is not None:
+            place_target(target, args)
+        bound_to = target if target is not None else states.target  # type: ignore[union-attr]  # one of the two
+        vocab_size = bound_to.config.get_text_config(decoder=True).vocab_size
+
+        def read(rows: Any) -> Any:  # by index, of whatever class
+            is_quiet = args.disable_tqdm or args.local_process_index > 0
+            return _tokenize(
+                rows, processing_class, args.max_length, vocab_size, end_tokens(bound_to), is_quiet=is_quiet
             )
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(
-                f"Eagle3Trainer trains in one process on one device, and found {args.world_size} processes and "
-                f"{args.n_gpu} GPUs. Set CUDA_VISIBLE_DEVICES to one GPU."
-            )
-        vocab_size = target_model.config.get_text_config(decoder=True).vocab_size
-        train_rows = _tokenize(train_dataset, processing_class, args.max_length, vocab_size)
+
+        train_rows = read(train_dataset)
         eval_rows: Any  # one set, several by name, or None
         if isinstance(eval_dataset, dict):
-            eval_rows = {
-                name: _tokenize(rows, processing_class, args.max_length, vocab_size)
-                for name, rows in eval_dataset.items()
-            }
+            eval_rows = {name: read(rows) for name, rows in eval_dataset.items()}
         else:
-            eval_rows = _tokenize(eval_dataset, processing_class, args.max_length, vocab_size)
-        if model is None:
-            model = self._new_drafter(target_model, args, train_rows)
-        if model.dtype != torch.float32:
-            raise ValueError(
-                f"Train the drafter in float32 (load it with dtype=torch.float32), got {model.dtype}: half precision "
-                "rounds small updates away. Use bf16=True for fast arithmetic."
-            )
-        if model.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                "TTT needs an attention that takes its mask: load the drafter with attn_implementation='sdpa', got "
-                f"{model.config._attn_implementation!r}."
-            )
-        target_model.eval().requires_grad_(False)
-        if not getattr(target_model, "hf_device_map", None) and not getattr(target_model, "is_quantized", False):
-            target_model.to(args.device)
-        model.bind(target_model)
+            eval_rows = read(eval_dataset)
+        if drafter is None:
+            drafter = make_drafter(bound_to, args, train_rows, processing_class)
+        _check_drafter(drafter)
+        if isinstance(states, StoredStates):
+            states.check(drafter)
+        drafter.bind(bound_to)
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
-        self._target = (target_model,)
-        self._source: StateSource = OnlineStates(target_model, model.bound_aux_layer_ids or ())
-        self._vocabulary = DraftVocabulary(model.draft_to_target_ids.to(args.device), model.config.vocab_size)
-        self._train_sums: list[tuple[Tensor, ...]] = []
-        own_configs = KeepOwnConfigs(model)
+        self._target = (target,)
+        self._source: StateSource = states or OnlineStates(
+            target, drafter.bound_aux_layer_ids or (), args.target_batch_tokens
+        )
+        self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
+        self._shape = DrafterShape.of(drafter.config)
+        self._target_shape = None if target is None or states is not None else TargetShape.of(target)
+        self._read = read
+        self._own_metrics = compute_metrics
+        self._rows = train_rows
+        own_configs = KeepOwnConfigs(drafter)
         super().__init__(
-            model=model,
+            model=drafter if peft_config is None else adapt(drafter, peft_config),
             args=args,
-            train_dataset=train_rows,
+            train_dataset=PackedDataset(train_rows, args.max_length) if args.packing and train_rows else train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
             data_collator=Collator(
-                max(args.ttt_steps, args.eval_depth), every_slot=model.config.num_hidden_layers > 1
+                max(args.ttt_steps, args.eval_depth), every_slot=drafter.config.num_hidden_layers > 1
             ),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
+        self._settle_wrapping(peft_config)
+        self._loss = LOSSES[args.loss_type]
+        self._mean_alpha = torch.zeros(args.ttt_steps, device=args.device)
+        self._guard = FiniteGuard(self.accelerator, Path(args.output_dir))
+        self._average: Average | None = None
+        self._resumed: Path | None = None  # the checkpoint that training goes on from
+        self._log = TrainLog()
+        self._alphas = torch.zeros(2, args.ttt_steps, device=args.device)  # alpha and live slots of this update
         own_configs.restore()
         self.add_callback(own_configs)
+        self.add_callback(AroundUpdates(self))
 
-    @staticmethod
-    def _new_drafter(
-        target: PreTrainedModel, args: Eagle3TrainingArguments, dataset: TokenDataset | None
-    ) -> Eagle3DrafterModel:
-        if dataset is None:
-            raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
-        vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        ends = target.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        counts = count_supervised_tokens(dataset, vocab_size)
-        return new_drafter(
-            target, choose_draft_vocabulary(counts, min(args.draft_vocab_size, vocab_size), always=ends)
-        )
+    def _settle_wrapping(self, peft_config: Any) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError("Eagle3Trainer trains with DDP or FSDP2, not with DeepSpeed: a drafter needs no more.")
+        if self.get_cp_size() * self.get_sp_size() * self.get_tp_size() > 1:
+            raise ValueError("Eagle3Trainer splits rows over processes, and no row: leave out parallelism_config.")
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            raise ValueError("Eagle3Trainer needs version 2 of FSDP: set fsdp_version: 2 (accelerate) or drop --fsdp.")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading loads models in the first process only, and every process needs its own "
+                "target: set it to false."
+            )
+        if peft_config is not None:
+            raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
+        if (
+            plugin.mixed_precision_policy is not None
+        ):  # else gradients are summed, and sums of losses kept, in bfloat16
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+        if not plugin.transformer_cls_names_to_wrap:  # those of the class, else, of which a drafter may lack one
+            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in self.drafter.layers})
 
     @property
-    def target_model(self) -> PreTrainedModel:
-        """The frozen target."""
+    def target_model(self) -> PreTrainedModel | None:
+        """The frozen target; None where `states` come from elsewhere."""
         return self._target[0]
+
+    @property
+    def drafter(self) -> Eagle3DrafterModel:
+        """The drafter that is trained, or whose adapters are."""
+        return base_drafter(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
+
+    # ---- one batch ----
 
     def _run(self, model: torch.nn.Module, inputs: Batch, scale: Tensor) -> tuple[Tensor, StepSums]:
         """The loss of `inputs` and its sums, with `scale` [k] on the loss of each step."""
         states = self._source.states(inputs)
-        drafter = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        lessons = Lessons(LOSSES[self.args.loss_type], scale, torch.zeros_like(scale))
+        drafter = base_drafter(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+        last = self._mean_alpha[-1:].expand(max(0, len(scale) - len(self._mean_alpha)))
+        lessons = Lessons(self._loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
 
         def forward() -> tuple[Tensor, StepSums]:
             with self.accelerator.autocast():
@@ -185,18 +225,13 @@ class Eagle3Trainer(Trainer):
 
         return call_as_forward(model, drafter, forward)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
-        """Batches of `eval_dataset`, whose rows may be as they are given to the constructor."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            vocab_size = self.model.config.vocab_size
-            eval_dataset = _tokenize(eval_dataset, self.processing_class, self.args.max_length, vocab_size)
-        return super().get_eval_dataloader(eval_dataset)
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """[k] slots that train at each step, over all batches of one update."""
-        steps = torch.arange(self.args.ttt_steps)[:, None]
-        counts = [(batch["depth"].cpu() > steps).sum(1) for batch in batch_samples]
-        return torch.stack(counts).sum(0).to(device)
+        """[k] slots that train at each step, over all batches of one update and all processes."""
+        steps = torch.arange(self.args.ttt_steps, device=device)[:, None]
+        counts = torch.zeros(self.args.ttt_steps, dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            counts += (batch["depth"].to(device) > steps).sum(1)
+        return sum_over_processes(self.accelerator, counts)
 
     def compute_loss(
         self,
@@ -205,27 +240,161 @@ class Eagle3Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StepSums]:
-        """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update."""
+        """Sum over steps of `ttt_decay`^t times the mean loss of step t over the supervised slots of the update.
+
+        Gradients are averaged over processes, so each process's share is multiplied by their number.
+        """
         counts = (
             self._get_num_items_in_batch([inputs], self.args.device)
             if num_items_in_batch is None
             else num_items_in_batch
         )
-        loss, sums = self._run(model, inputs, self._step_weights(counts) / counts.clamp_min(1))
+        loss, sums = self._run(model, inputs, self._step_scale(counts) * self.accelerator.num_processes)
         if model.training:
-            self._train_sums.append((sums.loss, sums.correct, sums.num_live))
+            self._log.add(sums, len(inputs["input_ids"]))
+            self._guard.watch(loss, inputs)
+            self._alphas += torch.stack([sums.alpha, sums.num_live])
         return (loss, sums) if return_outputs else loss
 
-    def _step_weights(self, counts: Tensor) -> Tensor:
-        return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device)  # [k]
+    def _step_scale(self, counts: Tensor) -> Tensor:
+        """[k] what the sum of each step's losses is multiplied by, given the slots that train at each."""
+        if self._loss.weighs_steps:
+            return 1 / counts[:1].clamp_min(1).expand_as(counts)
+        return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device) / counts.clamp_min(1)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Operations of one micro-batch, the target's forward included."""
+        lengths = inputs["lengths"]
+        tokens = sum(lengths)
+        T, share = sum(n * n for n in lengths) / tokens, len(inputs["rows"]) / tokens
+        flops = drafter_flops(self._shape, T, self.args.ttt_steps, share, recomputed=self.args.recomputes_activations)
+        flops += 0 if self._target_shape is None else target_flops(self._target_shape, T)
+        return round(tokens * flops)
+
+    # ---- training ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,  # the host's
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As the host's, after a look whether a checkpoint to resume from was trained in this way.
+
+        Raises:
+            ValueError: It was not.
+            FloatingPointError: The loss became NaN or infinite; its batch is in `output_dir`.
+        """
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+            if folder is None:
+                raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
+        self._resumed = Path(folder) if folder else None
+        if self._resumed is not None and not self.args.ignore_recipe_mismatch:
+            check_recipe(self._resumed, self._recipe())
+        return super().train(resume_from_checkpoint=folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def begin(self) -> None:
+        """Before the first update, when weights are wrapped and loaded."""
+        if self.args.ema_decay:
+            self._average = Average(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
+            if self._resumed is not None:
+                self._average.load(self._resumed)
+        if self._resumed is not None and (path := self._resumed / ALPHA_FILE).exists():
+            self._mean_alpha.copy_(torch.tensor(json.loads(path.read_text(encoding="utf-8"))))
+        self._alphas.zero_()
+        self._log = TrainLog()
+        self._guard = FiniteGuard(self.accelerator, Path(self.args.output_dir))
+        if self.is_world_process_zero():
+            logger.info(f"Forecast: {self.forecast()}")
+
+    def before_update(self) -> None:
+        """Gradients are ready, the weights are not yet touched."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._guard.check(parameters, self.state.global_step + 1)
+
+    def after_update(self) -> None:
+        """The optimizer has taken its step."""
+        if self.args.loss_type == "lk_hybrid":
+            alpha, count = sum_over_processes(self.accelerator, self._alphas)
+            self._mean_alpha = alpha / count.clamp_min(1)
+        self._alphas.zero_()
+        if self._average is not None:
+            self._average.update()
+
+    def finish(self) -> None:
+        """After the last update: the average of the weights takes their place."""
+        if self._average is not None:
+            self._average.settle()
+            self._average = None
+
+    def forecast(self) -> Forecast:
+        """What this training will cost. Of the target, as much as lies in this process."""
+        if self._rows is None:
+            raise ValueError("A forecast needs train_dataset.")
+        args, rows = self.args, self.train_dataset
+        some = [rows[i] for i in range(min(FORECAST_ROWS, len(rows)))]
+        lengths = [int(n) for row in some for n in row.get("lengths", [len(row["input_ids"])])]
+        depth = np.concatenate(
+            [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], args.ttt_steps) for r in some]
+        )
+        update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        num_rows = args.max_steps * update if args.max_steps > 0 else args.num_train_epochs * len(rows)
+        per_row = len(lengths) / len(some)
+        target, cuda = self.target_model, args.device.type == "cuda"
+        return make_forecast(
+            self._shape,
+            self._target_shape,
+            trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            target_bytes=0 if target is None else target.get_memory_footprint(),
+            lengths=lengths,
+            rows_at_once=round(args.per_device_train_batch_size * per_row),
+            num_rows=num_rows * per_row,
+            share=float(depth.mean() / args.ttt_steps),
+            ttt_steps=args.ttt_steps,
+            recomputed=args.recomputes_activations,
+            has_average=args.ema_decay > 0,
+            num_devices=args.world_size,
+            device_name=torch.cuda.get_device_name(args.device) if cuda else None,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each step's loss and accuracy since the last training log."""
-        if "loss" in logs and self._train_sums:
-            loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*self._train_sums, strict=True))
-            self._train_sums.clear()
-            logs |= _by_step("", loss, correct, count)
+        """Add each step's loss and accuracy, and tokens a second, since the last training log."""
+        if "loss" in logs:
+            logs |= self._log.take(self.args.ttt_steps, self.accelerator)
         super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
+        """Batches of this process's part of `eval_dataset`, whose rows may be as they are given to the constructor."""
+        if isinstance(eval_dataset, str):
+            rows = self.eval_dataset[eval_dataset]
+        else:
+            rows = self.eval_dataset if eval_dataset is None else self._read(eval_dataset)
+        if rows is None:
+            raise ValueError("Evaluation needs eval_dataset.")
+        return DataLoader(
+            ProcessRows(rows, self.accelerator.process_index, self.accelerator.num_processes),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # or the loader would draw from the random numbers of training
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the host's, with the average of the weights where there is one."""
+        start = time.perf_counter()
+        if self._average is not None:
+            self._average.swap()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self._average is not None:
+                self._average.swap()
+            self._log.pause(time.perf_counter() - start)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -236,25 +405,168 @@ class Eagle3Trainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss and accuracy by step, and the acceptance length of greedy chain drafting along the eval answers."""
+        """Loss and accuracy by step, and acceptance lengths: decoded, walked along the answers, and simulated."""
         del prediction_loss_only, ignore_keys
+        args, rows = self.args, dataloader.dataset.rows  # type: ignore[attr-defined]  # of `get_eval_dataloader`
+        was_training = self.model.training
         self.model.eval()
-        steps, depth = max(self.args.ttt_steps, self.args.eval_depth), self.args.eval_depth
-        scale = torch.ones(steps, device=self.args.device)
-        sums, walked, num_rows = [], Walk(0, np.zeros(depth, dtype=np.int64)), 0
-        for inputs in tqdm(dataloader, desc=description, disable=self.args.disable_tqdm, leave=False):
-            inputs = self._prepare_inputs(inputs)
-            _, batch = self._run(self.model, inputs, scale)
-            sums.append((batch.loss, batch.correct, batch.num_live))
-            walked += walk_batch(batch.hits[:depth], inputs)
-            num_rows += len(inputs["lengths"])
-        loss, correct, count = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-        weights = self.args.ttt_decay ** torch.arange(self.args.ttt_steps, device=loss.device)
-        k = self.args.ttt_steps
-        metrics = _by_step(f"{metric_key_prefix}_", loss, correct, count)
-        metrics[f"{metric_key_prefix}_loss"] = float((weights * loss[:k] / count[:k].clamp_min(1)).sum())
-        metrics[f"{metric_key_prefix}_acceptance_length"] = float(walked.acceptance_length)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+        k, depth = args.ttt_steps, args.eval_depth
+        steps = max(k, depth)
+        walked = Walk(0, np.zeros(depth, dtype=np.int64))
+        proposable = torch.zeros(2, dtype=torch.int64, device=args.device)  # tokens of answers; that can be proposed
+
+        def teach() -> Iterator[StepSums]:
+            nonlocal walked
+            scale = torch.ones(steps, device=args.device)
+            is_quiet = args.disable_tqdm or args.local_process_index > 0
+            for inputs in tqdm(dataloader, desc=description, disable=is_quiet, leave=False):
+                inputs = self._place(inputs)
+                _, sums = self._run(self.model, inputs, scale)
+                walked += walk_batch(sums.hits[:depth], inputs)
+                answers = inputs["input_ids"][inputs["loss_mask"]]
+                proposable.add_(torch.stack([(x := self._vocabulary.to_draft[answers]).ge(-1).sum(), x.ge(0).sum()]))
+                yield sums
+
+        sums = add_sums(teach(), steps, self.accelerator)
+        walked = add_walks(walked, self.accelerator)
+        tokens, can = sum_over_processes(self.accelerator, proposable).tolist()
+        losses = sums.loss[:k] * self._step_scale(sums.num_live[:k])
+        metrics = {
+            **by_step("", sums),
+            "loss": float(losses.sum()),
+            "oov_rate": 1 - can / max(tokens, 1),
+            "walked_acceptance_length": float(walked.acceptance_length),
+            "simulated_acceptance_length": simulated_acceptance_length(sums, depth),
+        }
+        metrics["acceptance_length"] = metrics["walked_acceptance_length"]
+        if self.target_model is not None and args.eval_generate_prompts:
+            metrics["acceptance_length"] = float(self._generate(rows).acceptance_length)
+        if self._own_metrics is not None:
+            metrics |= self._own_metrics(sums)
+        self.model.train(was_training)
+        prefix = f"{metric_key_prefix}_"
+        metrics = {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _generate(self, rows: Any) -> Walk:  # Any: by index, of whatever class
+        """Rounds of greedy decoding from the prompts of the first of `rows`, by all processes together."""
+        args, target = self.args, self.target_model
+        assert target is not None  # asked before
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
+        served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
+        prompts = list(prompts_of(rows, args.eval_generate_prompts))
+        mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        is_quiet = args.disable_tqdm or args.local_process_index > 0
+        bar = tqdm(mine, desc="Generating", disable=is_quiet, leave=False)
+        return add_walks(
+            generate_and_count(target, served, bar, args.eval_depth, args.eval_max_new_tokens), self.accelerator
+        )
+
+    def _place(self, inputs: Batch) -> Batch:
+        """`inputs` on this process's device."""
+        return {name: x.to(self.args.device) if hasattr(x, "to") else x for name, x in inputs.items()}
+
+    # ---- checkpoints ----
+
+    def _recipe(self) -> dict[str, Any]:
+        return describe_recipe(self.drafter, self.args, self._rows)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the host's; of a sharded drafter, the whole."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        weights = whole_weights(self.model)  # by all processes
+        self._save(folder, state_dict={name: value.cpu() for name, value in weights.items()})
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_recipe(Path(output_dir or self.args.output_dir), self._recipe())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
+        if self.is_fsdp_enabled:
+            state = whole_optimizer_state(self.optimizer)  # by all processes
+            if self.args.should_save:
+                torch.save(state, folder / OPTIMIZER_FILE)
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None:
+            self._average.save(folder, is_writer=self.args.should_save)
+        if self.args.should_save:
+            position = {"rows_per_update": self._rows_per_update, "updates_per_epoch": self._updates_per_epoch}
+            (folder / POSITION_FILE).write_text(json.dumps(position) + "\n", encoding="utf-8")
+            if self.args.loss_type == "lk_hybrid":
+                (folder / ALPHA_FILE).write_text(json.dumps(self._mean_alpha.tolist()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            load_whole_weights(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            load_whole_weights(self.model, load_file(Path(self.state.best_model_checkpoint) / WEIGHTS_FILE))
+        else:
+            super()._load_best_model()
+        if self._average is not None:
+            self._average.load(Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As any number of processes wrote them, replicated or sharded."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / OPTIMIZER_FILE).exists():
+            logger.warning(f"{folder} has no {OPTIMIZER_FILE}: the optimizer and the schedule start anew.")
+            return
+        load_optimizer_state(
+            self.optimizer, torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        if self.lr_scheduler.last_epoch != self.state.global_step:
+            # Other updates than before: the schedule goes on where the data does.
+            self.lr_scheduler.last_epoch = self.state.global_step - 1
+            self.lr_scheduler.step()
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,  # the host's
+    ) -> tuple[int, int]:
+        """As the host's; when an update has other rows than before, go on at the same row, not the same update."""
+        args = self.args
+        self._updates_per_epoch = num_update_steps_per_epoch
+        self._rows_per_update = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        path = Path(resume_from_checkpoint or "") / POSITION_FILE
+        if resume_from_checkpoint is None or not path.exists():
+            return epochs, batches
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["rows_per_update"] == self._rows_per_update:
+            return epochs, batches
+        epochs, updates = divmod(self.state.global_step, before["updates_per_epoch"])
+        updates = min(updates * before["rows_per_update"] // self._rows_per_update, num_update_steps_per_epoch)
+        self.state.global_step = epochs * num_update_steps_per_epoch + updates
+        logger.warning(
+            f"An update has {self._rows_per_update} rows now and had {before['rows_per_update']}: going on at the same row, "
+            f"as update {self.state.global_step}."
+        )
+        return epochs, 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
+
+    # ---- the Hub ----
 
     def create_model_card(
         self,
@@ -273,7 +585,8 @@ class Eagle3Trainer(Trainer):
             raise ValueError(f"A drafter's card has no {', '.join(sorted([*others, *(['tags'] if tags else [])]))}.")
         if not self.is_world_process_zero():
             return
-        target = describe_target(None, self.model)
+        drafter = self.drafter
+        target = describe_target(None, drafter)
         if target.name is None:
             raise ValueError(
                 "A model card names the target the drafter is for: set trainer.model.config.target_name_or_path."
@@ -283,7 +596,7 @@ class Eagle3Trainer(Trainer):
         )
         metrics = {"Acceptance length": last["eval_acceptance_length"]} if last else {}
         write_card(
-            self.model,
+            drafter,
             Path(self.args.output_dir),
             target=target,
             metrics=metrics,
@@ -292,48 +605,61 @@ class Eagle3Trainer(Trainer):
         )
 
 
-class KeepOwnConfigs(TrainerCallback):
-    """Takes back what the host's Trainer writes into a drafter's configs: `use_cache`, and the tokenizer's tokens.
+class TrainLog:
+    """What there is to say of the updates since the last log."""
 
-    A drafter's special tokens are its target's, and its generation config says how to draft and nothing else.
-    """
+    def __init__(self) -> None:
+        self._sums: list[StepSums] = []
+        self._tokens = 0
+        self._since = time.perf_counter()
 
-    def __init__(self, drafter: Eagle3DrafterModel):
-        configs = [drafter.config.__dict__, drafter.generation_config.__dict__]
-        self._before = [(config, {name: config[name] for name in HOST_WRITES if name in config}) for config in configs]
+    def add(self, sums: StepSums, num_tokens: int) -> None:
+        """One micro-batch."""
+        self._sums.append(sums._replace(hits=sums.hits[:, :0]))
+        self._tokens += num_tokens
 
-    def restore(self) -> None:
-        """Give `HOST_WRITES` the values they had, or none."""
-        for config, values in self._before:
-            for name in HOST_WRITES:
-                config.pop(name, None)
-            config.update(values)
+    def pause(self, seconds: float) -> None:
+        """Time that was not training."""
+        self._since += seconds
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:  # the host's arguments
-        """The host has just written the tokenizer's special tokens."""
-        self.restore()
-
-
-def call_as_forward(model: torch.nn.Module, drafter: torch.nn.Module, function: Callable[[], Any]) -> Any:
-    """Run `function` as the forward of `drafter`, through all that wraps it: gradients are synchronised there."""
-    drafter.forward = function
-    try:
-        return model()
-    finally:
-        del drafter.forward
+    def take(self, steps: int, accelerator: Any) -> dict[str, float]:  # an Accelerator
+        """Loss and accuracy by step, tokens and supervised tokens a second; and start anew. All processes must call."""
+        sums = add_sums(self._sums, steps, accelerator)
+        tokens = int(sum_over_processes(accelerator, torch.tensor([self._tokens], device=accelerator.device)))
+        seconds = time.perf_counter() - self._since
+        self._sums, self._tokens, self._since = [], 0, time.perf_counter()
+        return {
+            **by_step("", sums),
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": float(sums.num_live[0]) / seconds,
+        }
 
 
-def walk_batch(hits: Tensor, batch: Batch) -> Walk:
-    """`walk` over each document of a batch; `hits` [K, L] as in `StepSums`."""
-    rows, trained = batch["rows"].cpu(), batch["trained"]
-    mask = batch["loss_mask"].cpu().numpy()
-    whole = np.zeros((len(hits), len(mask)), dtype=bool)
-    whole[:, (rows if trained is None else rows[trained.cpu()]).numpy()] = hits.cpu().numpy()
-    total, start = Walk(0, np.zeros(len(hits), dtype=np.int64)), 0
-    for length in batch["lengths"]:
-        total += walk(whole[:, start : start + length], mask[start : start + length])
-        start += length
-    return total
+def _refuse_settings(args: Eagle3TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs and would use them all by DataParallel, which cannot train a drafter. "
+            f"Start a process for each: accelerate launch --num_processes {args.n_gpu} {Path(sys.argv[0]).name} ...; or "
+            "set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+
+
+def _check_drafter(drafter: Eagle3DrafterModel) -> None:
+    if drafter.config.is_parallel:
+        raise ValueError(
+            f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
+            "trained here."
+        )
+    if drafter.dtype != torch.float32:
+        raise ValueError(
+            f"Train the drafter in float32 (load it with dtype=torch.float32), got {drafter.dtype}: half precision "
+            "rounds small updates away. Use bf16=True for fast arithmetic."
+        )
+    if drafter.config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            "TTT needs an attention that takes its mask: load the drafter with attn_implementation='sdpa', got "
+            f"{drafter.config._attn_implementation!r}."
+        )
 
 
 def _tokenize(
@@ -341,19 +667,17 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
-) -> TokenDataset | None:
+    ends: Sequence[int],
+    *,
+    is_quiet: bool,
+) -> Any:  # rows by index, of whatever class
     if rows is None:
         return None
-    dataset: TokenDataset
-    if isinstance(rows, TokenDataset):
-        dataset = rows
-    else:
-        dataset = TokenDataset(tqdm(rows, desc="Tokenizing", leave=False), tokenizer, max_length)
+    if isinstance(rows, IterableDataset):
+        raise ValueError("Rows must have a number and come by index: give a list, or a Dataset that is not a stream.")
+    dataset: Any = rows
+    if not isinstance(rows, Dataset):
+        rows = tqdm(rows, desc="Tokenizing", disable=is_quiet, leave=False)
+        dataset = TokenDataset(rows, tokenizer, max_length, eos_token_ids=ends)
     check_token_ids(dataset, vocab_size)
     return dataset
-
-
-def _by_step(prefix: str, loss: Tensor, correct: Tensor, count: Tensor) -> dict[str, float]:
-    count = count.clamp_min(1)
-    means = {"loss": (loss / count).tolist(), "accuracy": (correct / count).tolist()}
-    return {f"{prefix}{name}_{t}": value for name, values in means.items() for t, value in enumerate(values)}

@@ -1,0 +1,149 @@
+"""`Eagle3TrainingArguments`: the host's training arguments, and what training a drafter adds."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .losses import LOSSES
+
+logger = logging.get_logger(__name__)
+
+# What the two generations of drafters differ in, as fields of a drafter's config.
+VERSIONS: dict[str, dict[str, bool]] = {
+    "3": {"fc_norm": False, "norm_output": False},
+    "3.1": {"fc_norm": True, "norm_output": True},
+}
+NORMS = ("fc_norm", "norm_output", "norm_before_fc")
+
+
+@dataclass
+class Eagle3TrainingArguments(TrainingArguments):
+    """The host's training arguments, and what TTT adds.
+
+    Changed defaults: learning rate, schedule, warm-up, clipping, second beta; columns are left alone; DDP neither looks
+    for unused parameters nor sends buffers around; a loss of NaN is not hidden from the log.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "target_model_init_kwargs",
+    ]
+
+    ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
+    loss_type: str = field(default="forward_kl", metadata={"help": f"How a step is taught: {', '.join(LOSSES)}."})
+    ttt_decay: float = field(
+        default=0.8,
+        metadata={"help": "Step t weighs ttt_decay to the power t in the loss; ignored by losses that weigh steps."},
+    )
+    draft_vocab_size: int = field(
+        default=32000, metadata={"help": "Tokens a new drafter can propose; ignored when a drafter is given."}
+    )
+    min_coverage: float = field(
+        default=0.9,
+        metadata={"help": "Refuse a new draft vocabulary that covers less of the supervised tokens than this share."},
+    )
+    drafter_version: str = field(default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3."})
+    aux_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Boundaries of the target that a new drafter reads; by default three of them."}
+    )
+    fc_norm: bool | None = field(
+        default=None,
+        metadata={"help": "New drafter: norm each aux hidden state. By default, as drafter_version says."},
+    )
+    norm_output: bool | None = field(
+        default=None, metadata={"help": "New drafter: feed back normed states. By default, as drafter_version says."}
+    )
+    norm_before_fc: bool | None = field(
+        default=None, metadata={"help": "New drafter: one norm over all aux hidden states. By default not."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new drafter; by default 1."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "MLP width of a new drafter; by default the target's."}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Longer training rows are cut on the right, in tokens."})
+    packing: bool = field(
+        default=False, metadata={"help": "Put several documents into one row of at most max_length tokens."}
+    )
+    eval_depth: int = field(default=3, metadata={"help": "Draft depth K of the acceptance lengths."})
+    eval_generate_prompts: int = field(
+        default=16,
+        metadata={
+            "help": "eval_acceptance_length is measured by generating greedily from the prompts of so many eval rows; "
+            "0 walks along the eval answers instead."
+        },
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer generated in evaluation."})
+    target_batch_tokens: int = field(default=16384, metadata={"help": "Most tokens of one target forward."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Evaluate and keep an exponential average of the weights; 0 for none."}
+    )
+    ignore_recipe_mismatch: bool = field(
+        default=False, metadata={"help": "Resume from a checkpoint that was trained in another way."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of from_pretrained, where the drafter is given by name; a dict or JSON."}
+    )
+    target_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of from_pretrained, where the target is given by name; a dict or JSON."}
+    )
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm is clipped to this."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the rows."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave off: it waits for the device each micro-batch, only to hide a NaN."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Leave off: every weight takes part in every step."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Leave off: a drafter's buffers do not change."}
+    )
+
+    def __post_init__(self) -> None:
+        given: Any = self  # the host's fields, whose types are not read here
+        if given.torch_compile or given.torch_compile_backend or given.torch_compile_mode:
+            logger.warning(
+                "torch_compile is ignored: a drafter's training compiles by itself what pays, and its forward is not "
+                "one that could be compiled as a whole."
+            )
+            given.torch_compile, given.torch_compile_backend, given.torch_compile_mode = False, None, None
+        if given.load_best_model_at_end and given.metric_for_best_model is None:
+            given.metric_for_best_model = "eval_acceptance_length"
+        super().__post_init__()
+        for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.eval_generate_prompts < 0:
+            raise ValueError(f"eval_generate_prompts must be at least 0, got {self.eval_generate_prompts}.")
+        if not 0 < self.ttt_decay <= 1:
+            raise ValueError(f"ttt_decay must lie in (0, 1], got {self.ttt_decay}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}; 0 keeps no average.")
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"min_coverage is a share and must lie in [0, 1], got {self.min_coverage}.")
+        for name, table in (("loss_type", LOSSES), ("drafter_version", VERSIONS)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name} must be one of {', '.join(table)}; got {getattr(self, name)!r}.")
+
+    def drafter_fields(self) -> dict[str, Any]:
+        """Fields of a new drafter's config that these arguments settle."""
+        fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
+        if self.norm_before_fc:  # in place of a norm for each state
+            fields["fc_norm"] = False
+        if self.aux_layer_ids is not None:
+            fields["num_aux_hidden_states"] = len(self.aux_layer_ids)
+        names = (*NORMS, "aux_layer_ids", "num_hidden_layers", "intermediate_size")
+        return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def recomputes_activations(self) -> bool:
+        """What the host calls activation checkpointing; up to Transformers 5.22, gradient checkpointing."""
+        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        return bool(getattr(self, name))

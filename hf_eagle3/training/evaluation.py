@@ -1,0 +1,124 @@
+"""What an evaluation measures: sums over teaching, rounds walked along the answers, and rounds really decoded."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ..graphs import release_graphs
+from ..modeling import Eagle3DrafterModel
+from .acceptance import Walk, walk
+from .batch import Batch
+from .distributed import sum_over_processes
+from .ttt import StepSums
+
+
+class ProcessRows(Dataset):
+    """The rows of one process of several: each row is some process's, and all have as many.
+
+    Where rows run out, a row of one token fills up, which trains nothing and counts nowhere.
+    """
+
+    FILLER: Mapping[str, Any] = {"input_ids": np.zeros(1, dtype=np.int64), "loss_mask": np.zeros(1, dtype=bool)}
+
+    def __init__(self, rows: Any, index: int, count: int):  # Any: rows by index, of whatever class
+        self.rows, self._index, self._count = rows, index, count
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self._count)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        at = index * self._count + self._index
+        return self.rows[at] if at < len(self.rows) else self.FILLER
+
+
+def add_sums(parts: Iterable[StepSums], steps: int, accelerator: Accelerator) -> StepSums:
+    """`parts` summed over batches and processes, without `hits`. All processes must call, with any number of parts."""
+    device = accelerator.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(5 * steps + 1, dtype=wide, device=device)
+    for part in parts:
+        total += torch.cat(
+            [x.to(wide).reshape(-1) for x in (part.loss, part.correct, part.alpha, part.num_live, part.path)]
+            + [part.num_whole.to(wide).reshape(1)]
+        )
+    loss, correct, alpha, num_live, path = (total := sum_over_processes(accelerator, total))[:-1].view(5, steps)
+    whole = total[-1]
+    return StepSums(loss, correct, alpha, num_live, path, whole, torch.empty(steps, 0, dtype=torch.bool))
+
+
+def add_walks(walked: Walk, accelerator: Accelerator) -> Walk:
+    """`walked` summed over processes."""
+    counts = torch.tensor([walked.rounds, *walked.accepted.tolist()], device=accelerator.device)
+    rounds, *accepted = sum_over_processes(accelerator, counts).tolist()
+    return Walk(rounds, np.array(accepted, dtype=np.int64))
+
+
+def walk_batch(hits: Tensor, batch: Batch) -> Walk:
+    """`walk` over each document of a batch; `hits` [K, L] as in `StepSums`."""
+    rows, trained = batch["rows"].cpu(), batch["trained"]
+    mask = batch["loss_mask"].cpu().numpy()
+    whole = np.zeros((len(hits), len(mask)), dtype=bool)
+    whole[:, (rows if trained is None else rows[trained.cpu()]).numpy()] = hits.cpu().numpy()
+    total, start = Walk(0, np.zeros(len(hits), dtype=np.int64)), 0
+    for length in batch["lengths"]:
+        total += walk(whole[:, start : start + length], mask[start : start + length])
+        start += length
+    return total
+
+
+def by_step(prefix: str, sums: StepSums) -> dict[str, float]:
+    """Mean loss and accuracy of each step."""
+    count = sums.num_live.clamp_min(1)
+    means = {"loss": (sums.loss / count).tolist(), "accuracy": (sums.correct / count).tolist()}
+    return {f"{prefix}{name}_{t}": value for name, values in means.items() for t, value in enumerate(values)}
+
+
+def simulated_acceptance_length(sums: StepSums, depth: int) -> float:
+    """1 + the sum over t of the mean over the data of the products of min(1, q/p) up to step t.
+
+    What speculative sampling gains a round, without bias if the data were sampled from the target at the temperature
+    they will be decoded with. NaN if no slot has as many steps.
+    """
+    return float(1 + (sums.path[:depth] / sums.num_whole).sum())
+
+
+def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index, of whatever class
+    """[T] int64 of the first `count` rows: what stands before the first token that the target generated."""
+    for i in range(min(count, len(rows))):
+        ids, mask = np.asarray(rows[i]["input_ids"]), np.asarray(rows[i]["loss_mask"], dtype=bool)
+        if (length := int(mask.argmax())) > 0:
+            yield torch.from_numpy(ids[:length].astype(np.int64))
+
+
+@torch.no_grad()
+def generate_and_count(
+    target: PreTrainedModel, drafter: Eagle3DrafterModel, prompts: Sequence[Tensor], depth: int, max_new_tokens: int
+) -> Walk:
+    """Decode greedily from each of `prompts` [T] with the real loop, and count its rounds."""
+    total = Walk(0, np.zeros(depth, dtype=np.int64))
+    for prompt in prompts:
+        ids = prompt[None].to(target.device)
+        out = target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            assistant_model=drafter,
+            num_assistant_tokens=depth,
+            return_dict_in_generate=True,
+        )
+        accepted = np.zeros(depth, dtype=np.int64)
+        counts = out.speculation.rounds_accepting[:depth]
+        accepted[: len(counts)] = counts
+        total += Walk(out.speculation.rounds, accepted)
+    if target.device.type == "cuda":
+        release_graphs()  # training needs the memory
+        torch.cuda.empty_cache()
+    return total

@@ -1,0 +1,99 @@
+"""Models for the trainer: by name or as they are, new drafters, adapters."""
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling import Eagle3DrafterModel
+from .arguments import Eagle3TrainingArguments
+from .new import new_drafter
+from .vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+
+
+def load_target(target: Any, options: dict[str, Any] | None, device: torch.device) -> Any:  # a model, a name or None
+    """`target`, loaded to `device` with `options` if it is a name."""
+    _refuse_options("target_model", target, options)
+    if not isinstance(target, str):
+        return target
+    defaults: dict[str, Any] = {"dtype": "auto"}
+    if device.type != "cpu":  # what is quantised could not be moved later
+        defaults["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **(options or {})})
+
+
+def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
+    """`drafter`, loaded in float32 with `options` if it is a name."""
+    _refuse_options("model", drafter, options)
+    if not isinstance(drafter, str):
+        return drafter
+    return AutoModel.from_pretrained(drafter, **{"dtype": torch.float32, **(options or {})})
+
+
+def _refuse_options(name: str, model: Any, options: dict[str, Any] | None) -> None:
+    if options and not isinstance(model, str):
+        raise ValueError(
+            f"{name}_init_kwargs {options} say how to load {name}, which is {'None' if model is None else 'loaded already'}."
+            f" Give {name} by name, or leave them out."
+        )
+
+
+def make_drafter(
+    target: Any, args: Eagle3TrainingArguments, rows: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> Eagle3DrafterModel:
+    """A new drafter for `target`: the most frequent supervised tokens of `rows`, and special ones, as its vocabulary."""
+    if rows is None:
+        raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    counts = count_supervised_tokens(rows, vocab_size)
+    always = end_tokens(target) + ([] if tokenizer is None else find_special_tokens(counts, tokenizer))
+    size = min(args.draft_vocab_size, vocab_size)
+    ids = choose_draft_vocabulary(counts, size, always=always, min_coverage=args.min_coverage)
+    return new_drafter(target, ids, **args.drafter_fields())
+
+
+def end_tokens(target: Any) -> list[int]:
+    """What `target` ends a text with."""
+    settings = getattr(target, "generation_config", None) or target.config
+    ends = getattr(settings, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:
+    """Freeze `target`, and move it to this process's device unless it was placed by who loaded it.
+
+    Raises:
+        ValueError: Several processes would share its devices.
+    """
+    target.eval().requires_grad_(False)
+    if (getattr(target, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            "The target is split by tensor parallelism, so its processes would all have to train on the same rows. Load "
+            "it whole in each process, quantised if it is too large."
+        )
+    devices = set((getattr(target, "hf_device_map", None) or {}).values())
+    if args.world_size > 1 and len(devices) > 1:
+        raise ValueError(
+            f"The target lies on the devices {sorted(map(str, devices))}, and each of {args.world_size} processes would "
+            "put it there. Start one process (python ...), or load the target on one device in each."
+        )
+    if not devices and not getattr(target, "is_quantized", False):
+        target.to(args.device)
+
+
+def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
+    """`drafter` with adapters of `peft_config`, which alone train.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs PEFT: pip install 'hf-eagle3[peft]'.") from error
+    if peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"
+    with warnings.catch_warnings():  # PEFT 0.21 asks by a name that is deprecated from Transformers 5.23 on
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(drafter, peft_config)

@@ -1,0 +1,220 @@
+"""Training from the command line: `hf-eagle3 train` and `examples/finetune.py`."""
+
+import difflib
+import gzip
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
+
+from .arguments import Eagle3TrainingArguments
+from .trainer import Eagle3Trainer
+
+DESCRIPTION = """Train an EAGLE-3 drafter for a target, from scratch or from a drafter you have. Any option can also be
+a line of a YAML file, given by --config; what is typed counts more."""
+
+
+@dataclass
+class ScriptArguments:
+    """Which models, which data."""
+
+    target_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model whose output the drafter learns to propose."}
+    )
+    drafter_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this drafter."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The same as drafter_name_or_path."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL, also .gz: rows with `messages`, or with `input_ids` and `loss_mask`. Or the name of a "
+            "dataset on the Hub with such columns (needs the `datasets` package)."
+        },
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "The same, for evaluation; greedy answers."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, in place of train_file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
+
+
+@dataclass
+class ModelArguments:
+    """How the models are loaded, and what of the drafter trains."""
+
+    target_dtype: str = field(default="auto", metadata={"help": "The target's dtype: auto, float32, bfloat16, ..."})
+    target_revision: str | None = field(default=None, metadata={"help": "The target's branch, tag or commit."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the target's repository."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "How the target attends."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to 4 bits by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the target to 8 bits by bitsandbytes."})
+    use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters of the drafter (LoRA)."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "They are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "What they adapt; by default every linear layer but the head."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are two ways to load one target: give one of them.")
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, ModelArguments, Eagle3TrainingArguments]:
+    """Options from the file of `--config`, then from `arguments`, which count more.
+
+    Raises:
+        ValueError: An option is not known; the message names the nearest that are.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser: Any = HfArgumentParser((ScriptArguments, ModelArguments, Eagle3TrainingArguments), description=DESCRIPTION)
+    parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    path, given = take_option(given, "config")
+    settings = read_settings(Path(path), known) if path is not None else {}
+    for action in parser._actions:
+        if action.dest in settings:
+            action.default, action.required = settings[action.dest], False
+    *parsed, rest = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    if rest:
+        refuse_unknown([name.lstrip("-").split("=")[0] for name in rest if name.startswith("--")] or rest, known, "--")
+    return tuple(x for x in parsed if hasattr(x, "__dataclass_fields__"))
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
+        if argument == f"--{name}":
+            if i + 1 == len(arguments):
+                raise ValueError(f"--{name} needs a value.")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def read_settings(path: Path, known: set[str]) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ValueError: It is not a table of options, or has one that is not known.
+    """
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be lines of `option: value`, got {type(settings).__name__}.")
+    refuse_unknown([name for name in settings if name not in known], known, f"{path}: ")
+    return settings
+
+
+def refuse_unknown(names: Sequence[str], known: set[str], prefix: str) -> None:
+    """Raise ValueError for `names`, if there are any, with what they may have meant."""
+    if not names:
+        return
+    parts = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=2)
+        parts.append(f"{prefix}{name} is no option" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    raise ValueError(f"{'; '.join(parts)}. --help lists them all.")
+
+
+def read_rows(name: str, split: str = "train", config: str | None = None) -> Iterable[Mapping[str, Any]]:
+    """The rows of a JSONL file, or of a dataset on the Hub."""
+    path = Path(name)
+    if path.exists():
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is not a file. If it is a dataset on the Hub, install datasets: pip install datasets."
+        ) from error
+    return load_dataset(name, config, split=split)
+
+
+def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict[str, Any]:
+    """What `from_pretrained` of the target is given."""
+    options: dict[str, Any] = {"dtype": model.target_dtype}
+    if model.target_revision is not None:
+        options["revision"] = model.target_revision
+    if model.trust_remote_code:
+        options["trust_remote_code"] = True
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if model.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    if model.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    return {**options, **(args.target_model_init_kwargs or {})}  # type: ignore[dict-item]  # a dict by now
+
+
+def lora(model: ModelArguments) -> Any:  # of PEFT, which is optional
+    """The adapters that were asked for, if any."""
+    if not model.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("--use_peft needs PEFT: pip install 'hf-eagle3[peft]'.") from error
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
+    """Train, evaluate, save; returns the trainer. What is to come is told on stderr, what came out on stdout."""
+    script, model, args = parse(arguments)
+    if script.target_model_name_or_path is None:
+        raise ValueError("Which model is the drafter for? Give --target_model_name_or_path.")
+    drafter = script.drafter_name_or_path or script.model_name_or_path
+    if script.model_name_or_path not in (None, drafter):
+        raise ValueError("drafter_name_or_path and model_name_or_path are two names for one thing, and differ.")
+    data = script.train_file or script.dataset_name
+    if data is None:
+        raise ValueError("What shall the drafter learn from? Give --train_file or --dataset_name.")
+    if script.train_file and script.dataset_name:
+        raise ValueError("train_file and dataset_name both say what to train on: give one of them.")
+    train_rows = read_rows(data, script.dataset_train_split, script.dataset_config)
+    eval_rows = read_rows(script.eval_file) if script.eval_file else None
+    if eval_rows is None and script.dataset_test_split:
+        eval_rows = read_rows(data, script.dataset_test_split, script.dataset_config)
+    args.target_model_init_kwargs = target_options(model, args)
+    trainer = Eagle3Trainer(
+        model=drafter,
+        target_model=script.target_model_name_or_path,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=AutoTokenizer.from_pretrained(
+            script.target_model_name_or_path, trust_remote_code=model.trust_remote_code
+        ),
+        peft_config=lora(model),
+    )
+    is_first = trainer.is_world_process_zero()
+    if is_first:
+        sys.stderr.write(f"{trainer.forecast()}\n")
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    if metrics:
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    if is_first:
+        if metrics:
+            sys.stdout.write(
+                f"acceptance length at depth {args.eval_depth}: {metrics['eval_acceptance_length']:.2f}\n"
+            )
+        sys.stdout.write(f"saved to {args.output_dir}\n")
+    return trainer

@@ -1,0 +1,168 @@
+"""One of several processes that train; started by `test_distributed_training.py`, not a test by itself."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
+from hf_eagle3.training import new_drafter
+
+V = 48
+FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
+
+
+class Rows(Dataset):
+    """Rows as they are, also those that teach nothing."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class CpuTrainer(Eagle3Trainer):
+    """Lets accelerate take CPUs for GPUs: it has FSDP2 for accelerators only, PyTorch has it for CPUs as well."""
+
+    def create_accelerator_and_postprocess(self):
+        if self.args.fsdp and self.args.use_cpu:
+            AcceleratorState._reset_state()
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+def make_target():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        **sizes, vocab_size=V, num_hidden_layers=8, initializer_range=0.3, eos_token_id=None, bos_token_id=None
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_rows(count, silent=()):
+    """Rows of 10 to 15 tokens, generated from the fifth on; of those in `silent`, nothing is."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [10 + i % 6 for i in range(count)]
+    ids = [torch.randint(0, V, (n,), generator=generator).numpy() for n in lengths]
+    masks = [torch.arange(n).numpy() >= (99 if i in silent else 4) for i, n in enumerate(lengths)]
+    return Rows([{"input_ids": i, "loss_mask": m} for i, m in zip(ids, masks, strict=True)])
+
+
+def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, **changes):
+    """A trainer whose runs can be compared: rows in order, an optimizer that forgives no wrong scale."""
+    target = make_target().to(target_dtype)
+    torch.manual_seed(5)
+    drafter = new_drafter(target, torch.arange(2, 42))
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "ttt_steps": 3,
+        "train_sampling_strategy": "sequential",
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-2,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "eval_generate_prompts": 3,
+        "eval_max_new_tokens": 8,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = Eagle3TrainingArguments(**{**settings, **changes})
+    eval_rows = make_rows(7)
+    peft_config = None
+    if lora is not None:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=lora, target_modules=["q_proj", "down_proj", "lm_head"])
+    return CpuTrainer(
+        model=drafter,
+        peft_config=peft_config,
+        target_model=target,
+        args=args,
+        train_dataset=make_rows(40) if rows is None else rows,
+        eval_dataset=eval_rows,
+    )
+
+
+def curve(trainer):
+    """What was logged at each update, without the clock's."""
+    names = ("loss", "grad_norm", "learning_rate", "loss_2", "accuracy_0")
+    return [{name: log[name] for name in names} for log in trainer.state.log_history if "loss" in log]
+
+
+def evaluate(trainer):
+    metrics = trainer.evaluate()
+    return {name: value for name, value in metrics.items() if "per_second" not in name and "runtime" not in name}
+
+
+def run(name, folder, resume=None, **changes):
+    """Train, evaluate, save; the first process writes down what came out."""
+    trainer = make_trainer(folder / name, **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    result = {"curve": curve(trainer), "metrics": evaluate(trainer), "step": trainer.state.global_step}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    return trainer
+
+
+def main_on_gpus(folder):
+    """The same on the GPUs that are there, one or more; in float32 and with bf16 arithmetic and target."""
+    world = int(os.environ["WORLD_SIZE"])
+    settings = {"use_cpu": False, "per_device_train_batch_size": 8 // world, "eval_strategy": "steps", "eval_steps": 2}
+    kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": dict(FSDP)}}
+    for name, more in kinds.items():
+        AcceleratorState._reset_state()
+        run(name, folder, **settings, **more)
+        AcceleratorState._reset_state()
+        run(f"{name}_bf16", folder, bf16=True, target_dtype=torch.bfloat16, **settings, **more)
+
+
+def main_on_cpus(folder):
+    torch.set_num_threads(1)
+    two = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    run("ddp", folder, **two)
+    run("ddp_accumulated", folder, **{**two, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    run("ddp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), **two)
+    run("ddp_moved", folder, resume=str(folder / "small" / "checkpoint-2"), **two)
+    silent = set(range(1, 40, 2))  # each second row, so one process has nothing to learn from
+    quiet = {**two, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"}
+    run("ddp_silent", folder, rows=make_rows(40, silent), **quiet)
+    averaged = {"ema_decay": 0.5, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    averaged["metric_for_best_model"] = "eval_loss"
+    run("ddp_average", folder, **two, **averaged)
+    run("ddp_hybrid", folder, loss_type="lk_hybrid", **two)
+
+    if importlib.util.find_spec("peft") is not None:
+        run("ddp_adapted", folder, lora=4, **two)
+
+    sharded = {**two, "fsdp": True}
+    trainer = run("fsdp", folder, fsdp_config=dict(FSDP), **sharded)
+    assert type(trainer.model.fc.weight).__name__ == "DTensor"
+    run("fsdp_by_layer", folder, fsdp_config={**FSDP, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}, **sharded)
+    run("fsdp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), fsdp_config=dict(FSDP), **sharded)
+    run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": dict(FSDP)})
+    run("fsdp_average", folder, fsdp_config=dict(FSDP), **sharded, **averaged)
+    run("fsdp_bf16", folder, fsdp_config=dict(FSDP), bf16=True, **sharded)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    (main_on_gpus if sys.argv[2:] == ["gpu"] else main_on_cpus)(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

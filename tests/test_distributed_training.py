@@ -1,0 +1,145 @@
+"""Two processes train as one does: replicated, sharded, resumed in another number."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import curve, make_rows, make_trainer, run
+from transformers import AutoModel
+
+ALONE = {"per_device_train_batch_size": 8}
+SILENT = set(range(1, 40, 2))
+AVERAGED = {
+    "ema_decay": 0.5,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process makes, then what two make, which go on from some of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    run("one", folder, **ALONE)
+    run("small", folder, per_device_train_batch_size=4)
+    launch(2, folder)
+    return folder
+
+
+def launch(num_processes, *arguments):
+    worker = Path(__file__).with_name("distributed_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [*command, str(worker), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=worker.parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def assert_same_run(ours, theirs, tolerance=1e-5):
+    assert len(ours["curve"]) == len(theirs["curve"])
+    for a, b in zip(ours["curve"], theirs["curve"], strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=tolerance, abs=tolerance)
+
+
+def assert_same_weights(a, b):
+    a, b = AutoModel.from_pretrained(a).state_dict(), AutoModel.from_pretrained(b).state_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer"])
+def test_two_processes_train_as_one(folder, name):
+    """Losses, gradients and metrics at each update, and the weights in the end, which any process can load."""
+    assert_same_run(read(folder, name), read(folder, "one"))
+    assert_same_weights(folder / name, folder / "one")
+    names = {path.name for path in (folder / name / "checkpoint-4").iterdir()}
+    assert {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "hf_eagle3_recipe.json"} <= names
+    assert "pytorch_model_fsdp.bin" not in names
+
+
+@pytest.mark.parametrize("name", ["ddp_resumed", "fsdp_resumed"])
+def test_what_one_process_began_two_go_on_with(folder, name):
+    assert_same_run(read(folder, name), read(folder, "one"))
+    assert_same_weights(folder / name, folder / "one")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_what_two_processes_began_one_goes_on_with(folder, tmp_path, name):
+    run("again", tmp_path, resume=str(folder / name / "checkpoint-2"), **ALONE)
+    assert_same_run(read(tmp_path, "again"), read(folder, "one"))
+    assert_same_weights(tmp_path / "again", folder / "one")
+
+
+def test_resuming_with_larger_updates_goes_on_at_the_same_row(folder):
+    """Two updates of four rows were one update of eight: three are left, with the rows and the rates they have there."""
+    moved, one = read(folder, "ddp_moved"), read(folder, "one")
+    assert moved["step"] == 4
+    left = moved["curve"][2:]  # after those of the first run
+    assert [log["learning_rate"] for log in left] == pytest.approx([log["learning_rate"] for log in one["curve"][1:]])
+    trainer = make_trainer(folder / "unused", per_device_train_batch_size=8)
+    epochs, batches = trainer._init_training_state(4, 5, 1, str(folder / "small" / "checkpoint-2"), None)
+    assert (epochs, batches, trainer.state.global_step) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["ddp_silent", "fsdp_silent"])
+def test_a_process_without_anything_to_learn_holds_up_no_other(folder, tmp_path, name):
+    alone = run("silent", tmp_path, rows=make_rows(40, SILENT), per_device_train_batch_size=2, max_steps=2)
+    ours = read(folder, name)["curve"]
+    for a, b in zip(ours, curve(alone), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp_average", "fsdp_average"])
+def test_the_average_of_the_weights_is_one_over_all_processes(folder, tmp_path, name):
+    run("average", tmp_path, **ALONE, **AVERAGED)
+    assert_same_run(read(folder, name), read(tmp_path, "average"))
+    assert_same_weights(folder / name, tmp_path / "average")
+
+
+def test_acceptance_that_steers_a_loss_is_that_of_all_processes(folder, tmp_path):
+    run("hybrid", tmp_path, loss_type="lk_hybrid", **ALONE)
+    assert_same_run(read(folder, "ddp_hybrid"), read(tmp_path, "hybrid"))
+
+
+def test_adapters_train_in_two_processes_as_in_one(folder, tmp_path):
+    pytest.importorskip("peft")
+    run("adapted", tmp_path, lora=4, **ALONE)
+    assert_same_run(read(folder, "ddp_adapted"), read(tmp_path, "adapted"))
+
+
+def test_sharded_training_in_half_precision_arithmetic_comes_near(folder, tmp_path):
+    """Sums stay in float32, of losses and of gradients."""
+    alone = run("half", tmp_path, bf16=True, **ALONE)
+    losses = [log["loss"] for log in read(folder, "fsdp_bf16")["curve"]]
+    assert losses == pytest.approx([log["loss"] for log in curve(alone)], rel=2e-3)
+    assert AutoModel.from_pretrained(folder / "fsdp_bf16").dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    """Replicated and sharded, evaluations with generated answers in between."""
+    launch(1, tmp_path, "gpu")
+    launch(2, tmp_path, "gpu")
+    for name in ("ddp", "fsdp"):
+        assert_same_run(read(tmp_path, name), read(tmp_path, "one"), 1e-3)
+        ours, theirs = read(tmp_path, f"{name}_bf16"), read(tmp_path, "one_bf16")
+        assert [log["loss"] for log in ours["curve"]] == pytest.approx(
+            [log["loss"] for log in theirs["curve"]], rel=0.02
+        )
