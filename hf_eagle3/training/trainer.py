@@ -347,7 +347,7 @@ class Eagle3Trainer(Trainer):
             self._shape,
             self._target_shape,
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            target_bytes=0 if target is None else target.get_memory_footprint(),
+            target_bytes=0 if target is None else sum(p.numel() * p.element_size() for p in target.parameters()),
             lengths=lengths,
             rows_at_once=round(args.per_device_train_batch_size * per_row),
             num_rows=num_rows * per_row,
@@ -439,7 +439,7 @@ class Eagle3Trainer(Trainer):
             "simulated_acceptance_length": simulated_acceptance_length(sums, depth),
         }
         metrics["acceptance_length"] = metrics["walked_acceptance_length"]
-        if self.target_model is not None and args.eval_generate_prompts:
+        if hasattr(self.target_model, "generate") and args.eval_generate_prompts:
             metrics["acceptance_length"] = float(self._generate(rows).acceptance_length)
         if self._own_metrics is not None:
             metrics |= self._own_metrics(sums)
