@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DRAFTERS, NUM_LAYERS, TARGETS, V, make_drafter, make_target
@@ -15,7 +16,11 @@ import hf_eagle3
 from hf_eagle3 import doctor
 from hf_eagle3.diagnosis import Score, reread
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.training.ttt import teach, ttt
+from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.states import OnlineStates
+from hf_eagle3.training.target_head import DraftVocabulary
+from hf_eagle3.training.ttt import Lessons, ttt
 
 BOUNDARIES = [2, 4, NUM_LAYERS]
 NEW_TOKENS, NUM_PROMPTS = 40, 10
@@ -37,15 +42,18 @@ def trained(target, prompts) -> Eagle3DrafterModel:
     """A drafter that knows by heart what the target writes after `prompts`: EAGLE-3, so un-normed feedback."""
     drafter = make_drafter(target, draft_vocab_size=V, aux_layer_ids=BOUNDARIES, initializer_range=0.05).train()
     ids = torch.cat([target.generate(p[None], max_new_tokens=NEW_TOKENS, do_sample=False) for p in prompts])
-    loss_mask = torch.ones_like(ids, dtype=torch.bool)
-    loss_mask[:, : len(prompts[0])] = False
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "loss_mask": loss_mask}
-    lesson = teach(target, drafter, batch)
+    batch = Collator(4)(
+        [{"input_ids": row, "loss_mask": np.arange(len(row)) >= len(prompts[0])} for row in ids.numpy()]
+    )
+    source = OnlineStates(target, drafter.bound_aux_layer_ids)
+    states, vocabulary = source.states(batch), DraftVocabulary(drafter.draft_to_target_ids, V)
+    live = (batch["depth"] > torch.arange(4)[:, None]).sum(1)
+    lessons = Lessons(LOSSES["forward_kl"], 1 / (4 * live), torch.zeros(4))
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(250):
         optimizer.zero_grad()
-        sums = ttt(drafter, batch, lesson, 4)
-        (sums.loss / sums.num_live).mean().backward()
+        loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+        loss.backward()
         optimizer.step()
     return drafter.eval()
 
