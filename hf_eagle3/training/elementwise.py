@@ -15,14 +15,19 @@ from torch.nn import functional as F
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def fuse_on_gpu(function: Function, like: Tensor) -> Function:
-    """`function`, compiled if `like` is in half precision on a GPU."""
-    return _compiled(function) if like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) else function
+def fuse_on_gpu(function: Function, like: Tensor, any_size: bool = False) -> Function:
+    """`function`, compiled if `like` is in half precision on a GPU.
+
+    Args:
+        any_size: Compile for all sizes at once; else for the first, and for all that differ from it at the second.
+    """
+    is_half = like.dtype in (torch.bfloat16, torch.float16)
+    return _compiled(function, any_size) if like.is_cuda and is_half else function
 
 
 @cache
-def _compiled(function: Function) -> Function:
-    return torch.compile(function)  # type: ignore[return-value]
+def _compiled(function: Function, any_size: bool) -> Function:
+    return torch.compile(function, dynamic=True if any_size else None)  # type: ignore[return-value]
 
 
 def working_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:

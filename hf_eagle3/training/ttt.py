@@ -347,7 +347,9 @@ def teach_in_chunks(
             *sums, hits[:, first:end], grad = _teach_by_kernel(*chunk, room.depth[first:end], step_scale)
         else:
             live = steps < room.depth[first:end]
-            *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits)(*chunk, live, lessons, step_scale)
+            *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits, any_size=True)(
+                *chunk, live, lessons, step_scale
+            )
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
             normed_grad[:, first:end] = grad @ cast
