@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_eagle3.training import ChatRenderer, TokenDataset, tokenize_conversation
 from hf_eagle3.training.conversations import ROLES, Conversation, find_conversation
-from hf_eagle3.training.data import collate, trains_something
+from hf_eagle3.training.data import trains_something
 from hf_eagle3.training.rendering import find_turns, merge_turns
 
 TWO_TURNS = [user("hi"), assistant("yes, no"), user("and?"), assistant("no")]
@@ -488,12 +488,5 @@ def test_rows_of_one_conversation_are_counted():
     assert (counts.num_read, counts.num_made, counts.num_turns, counts.num_unterminated) == (1, 2, 2, 0)
 
 
-def test_collate_pads_on_the_right():
-    dataset = TokenDataset(
-        [{"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]}, {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}]
-    )
-    batch = collate([dataset[0], dataset[1]])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch["loss_mask"].tolist() == [[False, False, True, True], [False, True, True, False]]
+def test_a_first_token_and_one_alone_train_nothing():
     assert not trains_something(np.array([True, True, False, True]))

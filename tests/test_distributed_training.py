@@ -11,6 +11,8 @@ import torch
 from distributed_worker import curve, make_rows, make_trainer, run
 from transformers import AutoModel
 
+from hf_eagle3.training.distributed import call_as_forward
+
 ALONE = {"per_device_train_batch_size": 8}
 SILENT = set(range(1, 40, 2))
 AVERAGED = {
@@ -143,3 +145,20 @@ def test_two_gpus_train_as_one(tmp_path):
         assert [log["loss"] for log in ours["curve"]] == pytest.approx(
             [log["loss"] for log in theirs["curve"]], rel=0.02
         )
+
+
+def test_what_wraps_the_drafter_finds_an_input_to_move():
+    """DDP on a GPU takes the first of its inputs, once they are moved, and fails without any."""
+    from torch.distributed.utils import _to_kwargs
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs, **kwargs):
+            moved, moved_kwargs = _to_kwargs(inputs, kwargs, torch.device("cpu"), False)
+            return self.module(*moved[0], **moved_kwargs[0])
+
+    drafter = torch.nn.Linear(1, 1)
+    assert call_as_forward(Wrapper(drafter), drafter, lambda: 7) == 7

@@ -4,13 +4,11 @@ The best rows are token-native: the prompt's ids and the very ids the target sam
 by the target's own chat template, and their assistant turns found by comparing renderings.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -177,19 +175,3 @@ def check_token_ids(dataset: TokenDataset, vocab_size: int) -> None:
 def trains_something(loss_mask: np.ndarray) -> bool:
     """Whether any draft step is supervised: two generated tokens in a row, after at least one other."""
     return bool((loss_mask[1:-1] & loss_mask[2:]).any())
-
-
-def collate(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Pad `rows` on the right: `input_ids` [B, T] int64, `attention_mask` [B, T] int64, `loss_mask` [B, T] bool."""
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.zeros(len(rows), length, dtype=torch.int64),
-        "attention_mask": torch.zeros(len(rows), length, dtype=torch.int64),
-        "loss_mask": torch.zeros(len(rows), length, dtype=torch.bool),
-    }
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        batch["input_ids"][i, :n] = torch.from_numpy(np.asarray(row["input_ids"], dtype=np.int64))
-        batch["attention_mask"][i, :n] = 1
-        batch["loss_mask"][i, :n] = torch.from_numpy(np.asarray(row["loss_mask"], dtype=bool))
-    return batch

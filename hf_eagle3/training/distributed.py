@@ -22,14 +22,14 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
     their gradients are scattered when the backward pass of the whole ends.
     """
 
-    def forward() -> Any:
+    def forward(_nothing: None) -> Any:
         for unit in sharded_units(drafter):
             unit.unshard()
         return function()
 
     drafter.forward = forward
     try:
-        return model()
+        return model(None)  # DDP on a GPU looks for an input to move
     finally:
         del drafter.forward
         if not torch.is_grad_enabled():  # else the backward pass does it

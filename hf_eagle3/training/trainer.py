@@ -115,6 +115,8 @@ class Eagle3Trainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(target_model)
         target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
         drafter = load_drafter(model, args.model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
+        if drafter is not None:
+            _check_drafter(drafter)
         if target is not None:
             place_target(target, args)
         bound_to = target if target is not None else states.target  # type: ignore[union-attr]  # one of the two
@@ -134,7 +136,6 @@ class Eagle3Trainer(Trainer):
             eval_rows = read(eval_dataset)
         if drafter is None:
             drafter = make_drafter(bound_to, args, train_rows, processing_class)
-        _check_drafter(drafter)
         if isinstance(states, StoredStates):
             states.check(drafter)
         drafter.bind(bound_to)
