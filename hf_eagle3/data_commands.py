@@ -150,7 +150,7 @@ def add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
     add("self-temperature", type=float, default=1.0, metavar="T", help="of the prompts it makes up")
     add("exclude-file", type=Path, nargs="+", default=[], metavar="JSONL", help="prompts to leave out: eval prompts")
     add("dedupe", action="store_true", help="leave out prompts that say the same")
-    add("dtype", default="auto", help="the target's")
+    add("dtype", help="the target's; by default as stored, float32 on a CPU")
     add("device", default="auto", help="cuda where there is one, else cpu")
     add("seed", type=int, default=0, metavar="N", help="of the sampling")
 
@@ -185,7 +185,8 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(device).eval()
+    dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # few CPUs have fast half precision
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
     drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(device).eval() if args.drafter else None
     renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
     if num_made_up:

@@ -17,9 +17,10 @@ def load_target(target: Any, options: dict[str, Any] | None, device: torch.devic
     _refuse_options("target_model", target, options)
     if not isinstance(target, str):
         return target
-    defaults: dict[str, Any] = {"dtype": "auto"}
-    if device.type != "cpu":  # what is quantised could not be moved later
-        defaults["device_map"] = {"": device}
+    if device.type == "cpu":  # few have fast half precision
+        defaults: dict[str, Any] = {"dtype": torch.float32}
+    else:  # what is quantised could not be moved later
+        defaults = {"dtype": "auto", "device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **(options or {})})
 
 

@@ -47,7 +47,10 @@ class ScriptArguments:
 class ModelArguments:
     """How the models are loaded, and what of the drafter trains."""
 
-    target_dtype: str = field(default="auto", metadata={"help": "The target's dtype: auto, float32, bfloat16, ..."})
+    target_dtype: str | None = field(
+        default=None,
+        metadata={"help": "The target's dtype: auto, float32, bfloat16, ...; by default as stored, float32 on a CPU."},
+    )
     target_revision: str | None = field(default=None, metadata={"help": "The target's branch, tag or commit."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the target's repository."})
     attn_implementation: str | None = field(default=None, metadata={"help": "How the target attends."})
@@ -141,7 +144,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Ite
 
 def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict[str, Any]:
     """What `from_pretrained` of the target is given."""
-    options: dict[str, Any] = {"dtype": model.target_dtype}
+    options: dict[str, Any] = {} if model.target_dtype is None else {"dtype": model.target_dtype}
     if model.target_revision is not None:
         options["revision"] = model.target_revision
     if model.trust_remote_code:
