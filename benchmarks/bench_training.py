@@ -23,7 +23,7 @@ from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.new import new_drafter
 from hf_eagle3.training.states import OnlineStates, States
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt, unroll_rows
+from hf_eagle3.training.ttt import Method, ttt, unroll_rows
 
 SHAPE_8B = {
     "vocab_size": 128256,
@@ -71,12 +71,12 @@ def measure(name: str, source: OnlineStates, drafter, optimizer, vocabulary, voc
     batch = make_batch(steps, documents, length, share, vocab_size, device)
     depth = batch["depth"].cpu()
     scale = torch.tensor([0.8**t / max(1, int((depth > t).sum())) for t in range(steps)], device=device)
-    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    method = Method(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
     sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
 
     def learn(states: States) -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, method)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 0.5)
         optimizer.step()
@@ -134,14 +134,14 @@ def measure_long(
         torch.randn(length, H, device=device, dtype=torch.bfloat16),
     )
     scale = torch.full((steps,), 1 / length, device=device)
-    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    method = Method(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(3):
         began = time.perf_counter()
         with torch.autocast(device, torch.bfloat16):
-            loss, _ = ttt(drafter, batch, states, head, vocabulary, lessons)
+            loss, _ = ttt(drafter, batch, states, head, vocabulary, method)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -218,12 +218,12 @@ def profile(source, drafter, optimizer, vocabulary, vocab_size: int, device: str
     """Kernels of one step by time."""
     batch = make_batch(4, 1, 4096 if device == "cuda" else 48, 1.0, vocab_size, device)
     scale = torch.full((4,), 1 / 4096, device=device)
-    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    method = Method(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
 
     def step() -> None:
         states = source.states(batch)
         with torch.autocast(device, torch.bfloat16):
-            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, method)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -244,7 +244,7 @@ def profile(source, drafter, optimizer, vocabulary, vocab_size: int, device: str
         with torch.autocast(device, torch.bfloat16):
             unroll_rows(drafter, batch, states.aux_hidden_states, 4)
             mark("steps alone")
-            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+            loss, _ = ttt(drafter, batch, states, source.head, vocabulary, method)
         mark("steps, heads and loss")
         loss.backward()
         mark("backward")

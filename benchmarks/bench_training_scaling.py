@@ -23,7 +23,7 @@ from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.new import new_drafter
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Method, ttt
 
 
 def main() -> None:
@@ -55,14 +55,14 @@ def main() -> None:
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     batch = make_batch(args.ttt_steps, 1, args.length, 1.0, config.vocab_size, str(device))
     scale = 0.8 ** torch.arange(args.ttt_steps, device=device) / (args.length * args.accumulation)
-    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
+    method = Method(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
 
     def micro_step() -> None:
         states = source.states(batch)
 
         def forward():
             with torch.autocast(device.type, torch.bfloat16):
-                return ttt(drafter, batch, states, source.head, vocabulary, lessons)
+                return ttt(drafter, batch, states, source.head, vocabulary, method)
 
         loss, _ = call_as_forward(model, drafter, forward)
         loss.backward()

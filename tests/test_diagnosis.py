@@ -20,7 +20,7 @@ from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Method, ttt
 
 BOUNDARIES = [2, 4, NUM_LAYERS]
 NEW_TOKENS, NUM_PROMPTS = 40, 10
@@ -48,11 +48,11 @@ def trained(target, prompts) -> Eagle3DrafterModel:
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     states, vocabulary = source.states(batch), DraftVocabulary(drafter.draft_to_target_ids, V)
     live = (batch["depth"] > torch.arange(4)[:, None]).sum(1)
-    lessons = Lessons(LOSSES["forward_kl"], 1 / (4 * live), torch.zeros(4))
+    method = Method(LOSSES["forward_kl"], 1 / (4 * live), torch.zeros(4))
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(250):
         optimizer.zero_grad()
-        loss, _ = ttt(drafter, batch, states, source.head, vocabulary, lessons)
+        loss, _ = ttt(drafter, batch, states, source.head, vocabulary, method)
         loss.backward()
         optimizer.step()
     return drafter.eval()

@@ -32,7 +32,7 @@ from hf_eagle3.training.state_writer import default_aux_layer_ids, plan_shards
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.stored_states import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Method, ttt
 
 V, EOS, STEPS = 64, 1, 3
 TINY = {
@@ -107,7 +107,7 @@ def lesson(drafter, batch, source, steps=STEPS):
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
     scale = torch.tensor([0.8**t for t in range(steps)], device=batch["rows"].device) / len(batch["rows"])
     states = source.states(batch)
-    loss, sums = ttt(drafter, batch, states, source.head, vocabulary, Lessons(LOSSES["forward_kl"], scale, scale * 0))
+    loss, sums = ttt(drafter, batch, states, source.head, vocabulary, Method(LOSSES["forward_kl"], scale, scale * 0))
     loss.backward()
     return loss, sums, {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
 

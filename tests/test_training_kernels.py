@@ -5,7 +5,7 @@ import torch
 
 from hf_eagle3.kernels import language, teaching
 from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.ttt import Lessons, _teach_by_kernel, teach_chunk
+from hf_eagle3.training.ttt import Method, _teach_by_kernel, teach_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = pytest.mark.skipif(
@@ -44,8 +44,8 @@ def test_teaching_is_the_eager_chunk(k, C, V):
     depth[0], depth[-1] = k, 0
     scale = 0.8 ** torch.arange(k, device=DEVICE)
     live = depth > torch.arange(k, device=DEVICE)[:, None]
-    lessons = Lessons(LOSSES["forward_kl"], scale, torch.zeros(k, device=DEVICE))
-    *theirs, their_hits, their_grad = teach_chunk(logits, kept, lse, best, token, live, lessons, scale)
+    method = Method(LOSSES["forward_kl"], scale, torch.zeros(k, device=DEVICE))
+    *theirs, their_hits, their_grad = teach_chunk(logits, kept, lse, best, token, live, method, scale)
     *ours, hits, grad = _teach_by_kernel(logits.clone(), kept, lse, best, token, depth, scale)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=1e-4, rtol=1e-4)

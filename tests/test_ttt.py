@@ -29,7 +29,7 @@ from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.packed_target import UnfitError
 from hf_eagle3.training.states import OnlineStates, States, group_by_length
 from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.ttt import Lessons, ttt, unroll_rows
+from hf_eagle3.training.ttt import Method, ttt, unroll_rows
 from hf_eagle3.unroll import live_slots, shift, unroll
 
 V, V_D, K = 60, 32, 4
@@ -271,9 +271,9 @@ def test_checkpointed_layers_have_the_same_gradients(target, exact_norms):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-def lessons(loss="forward_kl", steps=K, dtype=torch.float64):
+def method(loss="forward_kl", steps=K, dtype=torch.float64):
     decay = 1.0 if LOSSES[loss].weighs_steps else 0.8
-    return Lessons(LOSSES[loss], decay ** torch.arange(steps, dtype=dtype), torch.full((steps,), 0.3, dtype=dtype))
+    return Method(LOSSES[loss], decay ** torch.arange(steps, dtype=dtype), torch.full((steps,), 0.3, dtype=dtype))
 
 
 def run(drafter, target, batch, loss="forward_kl", steps=K, dtype=torch.float64, states=None):
@@ -281,7 +281,7 @@ def run(drafter, target, batch, loss="forward_kl", steps=K, dtype=torch.float64,
     states = source.states(batch) if states is None else states
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
     states = States(*(x.to(dtype) for x in states))
-    return ttt(drafter, batch, states, source.head, vocabulary, lessons(loss, steps, dtype))
+    return ttt(drafter, batch, states, source.head, vocabulary, method(loss, steps, dtype))
 
 
 def by_definition(loss, q, alpha, kl, best):

@@ -27,7 +27,7 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Method, ttt
 
 DEPTH = 8
 AUX_LAYER_IDS = [2, 9, 16, 23, 29]
@@ -46,7 +46,7 @@ def evaluate(drafter, target, arrays: dict[str, np.ndarray], answers: Path) -> d
     device, collate = target.device, Collator(DEPTH)
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, drafter.config.vocab_size)
-    lessons = Lessons(LOSSES["forward_kl"], torch.ones(DEPTH, device=device), torch.zeros(DEPTH, device=device))
+    method = Method(LOSSES["forward_kl"], torch.ones(DEPTH, device=device), torch.zeros(DEPTH, device=device))
     result = {}
     for name in EVAL_SETS:
         prompts, texts = unpack(arrays, name), unpack(dict(np.load(answers / f"eval_{name}.npz")), "answer")
@@ -57,7 +57,7 @@ def evaluate(drafter, target, arrays: dict[str, np.ndarray], answers: Path) -> d
             batch = collate([joined(prompt, text)])
             batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                _, sums = ttt(drafter, batch, source.states(batch), source.head, vocabulary, lessons)
+                _, sums = ttt(drafter, batch, source.states(batch), source.head, vocabulary, method)
             for k in range(1, DEPTH + 1):
                 walked = walk_batch(sums.hits[:k], batch)
                 totals["all"][k - 1] += walked

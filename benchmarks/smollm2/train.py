@@ -32,7 +32,7 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Lessons, ttt
+from hf_eagle3.training.ttt import Method, ttt
 
 # Of the drafter, where the training arguments do not say otherwise.
 SHAPE = {"aux_layer_ids": [2, 15, 27], "num_aux_hidden_states": 3, "intermediate_size": 1536, "num_hidden_layers": 1}
@@ -107,7 +107,7 @@ def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Pat
     device, collate = trainer.args.device, Collator(7)
     source = OnlineStates(trainer.target_model, trainer.model.bound_aux_layer_ids)
     vocabulary = DraftVocabulary(trainer.model.draft_to_target_ids, trainer.model.config.vocab_size)
-    lessons = Lessons(LOSSES["forward_kl"], torch.ones(7, device=device), torch.zeros(7, device=device))
+    method = Method(LOSSES["forward_kl"], torch.ones(7, device=device), torch.zeros(7, device=device))
     result: dict = {}
     for name in EVAL_SETS:
         prompts, texts = unpack(arrays, name), unpack(dict(np.load(answers / f"eval_{name}.npz")), "answer")
@@ -117,7 +117,7 @@ def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Pat
         for row in rows:
             batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                _, sums = ttt(trainer.model, batch, source.states(batch), source.head, vocabulary, lessons)
+                _, sums = ttt(trainer.model, batch, source.states(batch), source.head, vocabulary, method)
             walks.append({k: walk_batch(sums.hits[:k], batch) for k in (3, 5, 7)})
         loops = np.array([is_repetitive(a) for a in texts])
         groups = {"all": np.ones(len(rows), bool), "loops": loops, "no loops": ~loops}

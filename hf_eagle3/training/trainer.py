@@ -54,7 +54,7 @@ from .recipe import check_recipe, describe_recipe, write_recipe
 from .states import OnlineStates, StateSource
 from .stored_states import StoredStates
 from .target_head import DraftVocabulary
-from .ttt import Lessons, StepSums, ttt
+from .ttt import Method, StepSums, ttt
 
 logger = logging.get_logger(__name__)
 
@@ -218,11 +218,11 @@ class Eagle3Trainer(Trainer):
         states = self._source.states(inputs)
         drafter = base_drafter(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
         last = self._mean_alpha[-1:].expand(max(0, len(scale) - len(self._mean_alpha)))
-        lessons = Lessons(self._loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
+        method = Method(self._loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
 
         def forward() -> tuple[Tensor, StepSums]:
             with self.accelerator.autocast():
-                return ttt(drafter, inputs, states, self._source.head, self._vocabulary, lessons)
+                return ttt(drafter, inputs, states, self._source.head, self._vocabulary, method)
 
         return call_as_forward(model, drafter, forward)
 

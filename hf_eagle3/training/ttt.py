@@ -46,7 +46,7 @@ class StepSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lessons:
+class Method:
     """How a batch is taught.
 
     Args:
@@ -66,14 +66,14 @@ def ttt(
     states: States,
     head: TargetHead,
     vocabulary: DraftVocabulary,
-    lessons: Lessons,
+    method: Method,
 ) -> tuple[Tensor, StepSums]:
-    """Unroll `drafter` over `batch` for as many steps as `lessons.scale` has, and teach it.
+    """Unroll `drafter` over `batch` for as many steps as `method.scale` has, and teach it.
 
     Returns:
         The loss [], the sum over steps of scale times loss, and what happened.
     """
-    steps = len(lessons.scale)
+    steps = len(method.scale)
     if len(batch["rows"]):
         normed = unroll_rows(drafter, batch, states.aux_hidden_states, steps)  # [k, R, H]
     else:
@@ -84,7 +84,7 @@ def ttt(
     last = states.last_hidden_states[rows + 1]  # [L, Ht]
     ahead = torch.arange(2, steps + 2, device=rows.device)[:, None]
     token = batch["input_ids"][(rows + ahead).clamp_max(len(batch["input_ids"]) - 1)]  # [k, L]
-    room = Classroom(head, vocabulary, lessons, last, depth, vocabulary.to_draft[token])
+    room = Classroom(head, vocabulary, method, last, depth, vocabulary.to_draft[token])
     loss, *sums = _Teach.apply(room, torch.is_grad_enabled(), normed, head_weight(drafter))
     if not len(rows):  # every weight takes part in every step, or other processes would wait for its gradient
         loss = loss + sum(p.flatten()[:1].sum() * 0 for p in drafter.parameters() if p.requires_grad)
@@ -287,7 +287,7 @@ class Classroom:
 
     head: TargetHead
     vocabulary: DraftVocabulary
-    lessons: Lessons
+    method: Method
     last: Tensor  # [L, Ht], the target's last hidden states one after each slot
     depth: Tensor  # [L] int64, at how many steps each slot trains
     token: Tensor  # [k, L] int64, draft id of what the data has where each step proposes; -1 outside the vocabulary
@@ -301,9 +301,9 @@ class _Teach(torch.autograd.Function):
         dtype = working_dtype(normed.device, normed.dtype)
         with torch.autocast(normed.device.type, enabled=False):
             sums, *ctx.grads = teach_in_chunks(room, normed, weight, dtype, grads, grads and ctx.needs_input_grad[3])
-        ctx.largest = room.lessons.scale.max()
+        ctx.largest = room.method.scale.max()
         ctx.mark_non_differentiable(*sums)
-        return (room.lessons.scale * sums[0]).sum(), *sums
+        return (room.method.scale * sums[0]).sum(), *sums
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[no-untyped-def]
@@ -323,9 +323,9 @@ def teach_in_chunks(
     """
     k, L, _ = normed.shape
     wide, device = torch.promote_types(normed.dtype, torch.float32), normed.device
-    lessons, vocabulary = room.lessons, room.vocabulary
+    method, vocabulary = room.method, room.vocabulary
     size = max(1, CHUNK_ELEMENTS // (k * len(weight)))
-    step_scale = (lessons.scale / lessons.scale.max()).to(wide)  # half precision takes gradients of order one
+    step_scale = (method.scale / method.scale.max()).to(wide)  # half precision takes gradients of order one
     cast = weight.to(dtype)
     normed_grad = torch.zeros_like(normed) if grads else None
     weight_grad = torch.zeros(weight.shape, dtype=weight.dtype, device=device) if weight_grads else None
@@ -343,12 +343,12 @@ def teach_in_chunks(
         )
         logits = F.linear(normed[:, first:end].to(dtype), cast)  # [k, C, V_d]
         chunk = (logits, kept, lse, vocabulary.to_draft[best], room.token[:, first:end])
-        if lessons.loss.has_kernel and logits.is_cuda and logits.element_size() == 2 and language.is_available(device):
+        if method.loss.has_kernel and logits.is_cuda and logits.element_size() == 2 and language.is_available(device):
             *sums, hits[:, first:end], grad = _teach_by_kernel(*chunk, room.depth[first:end], step_scale)
         else:
             live = steps < room.depth[first:end]
             *sums, hits[:, first:end], grad = fuse_on_gpu(teach_chunk, logits, any_size=True)(
-                *chunk, live, lessons, step_scale
+                *chunk, live, method, step_scale
             )
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
@@ -369,14 +369,14 @@ def teach_chunk(
     best: Tensor,  # [C+k-1]
     token: Tensor,  # [k, C]
     live: Tensor,  # [k, C]
-    lessons: Lessons,
+    method: Method,
     step_scale: Tensor,  # [k]
 ) -> tuple[Tensor, ...]:
     """Sums and hits as in `StepSums`, and the gradient of the scaled loss for `logits`."""
     C, wide, dtype = logits.shape[1], lse.dtype, logits.dtype
     logits, log_p = logits.to(wide), kept.to(wide) - lse[:, None]
     log_p, best = log_p.unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)  # [k, C, V_d], [k, C]
-    loss, grad = lessons.loss.function(logits, Lesson(log_p, best, live, lessons.mean_alpha))
+    loss, grad = method.loss.function(logits, Lesson(log_p, best, live, method.mean_alpha))
     grad = (grad * step_scale[:, None, None]).where(live[..., None], 0).to(dtype)
 
     guess, total = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
