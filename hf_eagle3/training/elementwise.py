@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import language
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fuse_on_gpu(function: Function, like: Tensor, any_size: bool = False) -> Function:
-    """`function`, compiled if `like` is in half precision on a GPU.
+    """`function`, compiled if `like` is in half precision on a GPU with Triton.
 
     Args:
         any_size: Compile for all sizes at once; else for the first, and for all that differ from it at the second.
     """
-    is_half = like.dtype in (torch.bfloat16, torch.float16)
-    return _compiled(function, any_size) if like.is_cuda and is_half else function
+    fuses = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and language.is_available(like.device)
+    return _compiled(function, any_size) if fuses else function
 
 
 @cache
