@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +31,8 @@ from .losses import Lesson, Loss
 from .states import States
 from .target_head import DraftVocabulary, TargetHead
 
+# From torch 2.8 on, products of half precision can be summed into float32.
+SUMS_WIDE = version.parse(torch.__version__) >= version.parse("2.8")
 CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d
 
 
@@ -419,7 +422,7 @@ def _teach_by_kernel(
 
 def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Total += a.T @ b, summed in the dtype of `total`."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)  # torch 2.8's
+    if a.is_cuda and a.dtype != total.dtype and SUMS_WIDE:
+        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)
     else:
         total += a.T @ b
