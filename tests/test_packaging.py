@@ -49,7 +49,9 @@ def test_ci_runs_the_readmes_test_command():
     assert run_tests == "pytest"
     assert ".venv" in install
     assert "pip install" in install
-    assert script.rstrip().endswith("\n$run_tests"), "pytest's summary must be the last thing CI prints"
+    summary = 'tail -n 1 "$environments/newest.log"'
+    assert '\n$run_tests | tee "$environments/newest.log"\n' in script
+    assert script.rstrip().endswith(f"\n{summary}"), "pytest's summary must be the last thing CI prints"
     newest = re.search(r"^NEWEST_TRANSFORMERS=([\d.]+)", script, re.MULTILINE)[1]
     assert f" transformers=={newest} " in command
 
