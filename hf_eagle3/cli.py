@@ -4,7 +4,6 @@ Answers and results go to stdout, progress and errors to stderr.
 """
 
 import argparse
-import gzip
 import json
 import logging
 import math
@@ -302,10 +301,11 @@ def run_export_command(args: argparse.Namespace) -> int:
 
 def run_states_command(args: argparse.Namespace) -> int:
     """`hf-eagle3 states`: exit status 0, or 1 if the user does not want so much written."""
+    from .training.files import read_rows
     from .training.state_writer import StateWriter, format_bytes, free_bytes  # importing training costs seconds
 
     host_logging.disable_progress_bar()
-    rows = read_jsonl(args.train_file)
+    rows = list(read_rows(args.train_file))
     note(f"Loading {args.target_model_name_or_path} ...")
     tokenizer = AutoTokenizer.from_pretrained(args.target_model_name_or_path)
     target = AutoModelForCausalLM.from_pretrained(
@@ -336,23 +336,6 @@ def run_states_command(args: argparse.Namespace) -> int:
             return 1
     print(f"The states are in {writer.run()}.")
     return 0
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file, also .gz.
-
-    Raises:
-        ValueError: A line is not JSON; the message names it.
-    """
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: expected a row of JSON ({error}).") from error
-    return rows
 
 
 # ---- training ----

@@ -17,7 +17,7 @@ from .rows import BY_ROWS, WRITING
 
 
 class UnfitError(RuntimeError):
-    """A layer attends in a way that row attention does not know."""
+    """A layer attends in a way that an attention of ours does not know."""
 
 
 def row_attention(

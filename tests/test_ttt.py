@@ -22,11 +22,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.row_attention import UnfitError
 from hf_eagle3.training import ttt as ttt_module
 from hf_eagle3.training.acceptance import walk
 from hf_eagle3.training.batch import Collator, live_steps
 from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.packed_target import UnfitError
 from hf_eagle3.training.states import OnlineStates, States, group_by_length
 from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
 from hf_eagle3.training.ttt import Method, ttt, unroll_rows

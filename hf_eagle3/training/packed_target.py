@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..row_attention import UnfitError
+
 BY_DOCUMENTS = "eagle3_documents"
-
-
-class UnfitError(RuntimeError):
-    """A layer attends in a way that this attention does not know."""
 
 
 @dataclass(frozen=True)

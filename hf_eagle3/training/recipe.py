@@ -10,6 +10,7 @@ import numpy as np
 
 from ..modeling import Eagle3DrafterModel
 from .arguments import Eagle3TrainingArguments
+from .vocabulary import vocabulary_fingerprint
 
 FILE_NAME = "hf_eagle3_recipe.json"
 SHAPE = (
@@ -29,7 +30,7 @@ def describe_recipe(drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, 
     return {
         "target": drafter.config.target_name_or_path or drafter.bound_target_name,
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
-        "draft_vocabulary": fingerprint(drafter.draft_to_target_ids.cpu().numpy()),
+        "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
         **{name: getattr(drafter.config, name) for name in SHAPE},
         **{name: getattr(args, name) for name in ("ttt_steps", "ttt_decay", "loss_type", "packing")},
         "data": None if rows is None else fingerprint(np.array([len(rows[i]["input_ids"]) for i in range(len(rows))])),

@@ -1,8 +1,6 @@
 """Training from the command line: `hf-eagle3 train` and `examples/finetune.py`."""
 
 import difflib
-import gzip
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
+from . import files
 from .arguments import Eagle3TrainingArguments
 from .trainer import Eagle3Trainer
 
@@ -130,9 +129,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Ite
     """The rows of a JSONL file, or of a dataset on the Hub."""
     path = Path(name)
     if path.exists():
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+        return list(files.read_rows(path))
     try:
         from datasets import load_dataset
     except ImportError as error:

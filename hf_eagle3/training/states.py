@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from ..features import StateRecorder, find_layers
 from ..kernels.fusion import FusedElements
+from ..row_attention import UnfitError
 from .batch import Batch
-from .packed_target import UnfitError, attending_by_documents
+from .packed_target import attending_by_documents
 from .target_head import TargetHead
 
 logger = logging.get_logger(__name__)
