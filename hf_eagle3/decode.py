@@ -21,7 +21,7 @@ from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
 from .features import StateRecorder
-from .prefill import LONG_PROMPT, Prompt
+from .prefill import Prompt, is_by_rows
 from .rows import RowCache, make_masks
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
@@ -82,16 +82,19 @@ def prepare(
     if cache is None:
         # As long as the target's, since a row that is done may run on to the end of that.
         cache = RowCache(drafter.config.num_hidden_layers, prompt.cache.capacity)
-    at_once = 1 if M >= LONG_PROMPT else B
-    for start in range(0, B if M > 1 and depth else 0, at_once):
-        # Behind a row's last state but one comes junk, which later writes cover.
-        part = slice(start, start + at_once)
-        slots = torch.arange(M - 1, device=drafter.device).expand(at_once, M - 1)
-        view = cache if at_once == B else cache.view(start, at_once, of=B)
+    if is_by_rows(prompt.num_states, M):
+        parts = [(slice(b, b + 1), num_states - 1) for b, num_states in enumerate(prompt.num_states.tolist())]
+    else:
+        parts = [(slice(0, B), M - 1)]  # behind a row's last state but one comes junk, which later writes cover
+    for part, num_slots in parts if depth else []:
+        if not num_slots:
+            continue
+        slots = torch.arange(num_slots, device=drafter.device).expand(part.stop - part.start, num_slots)
+        view = cache if len(parts) == 1 else cache.view(part.start, 1, of=B)
         with view.writing(slots, is_first=True):
             drafter(
-                input_ids=prompt.tokens[part, 1:].to(drafter.device),
-                aux_hidden_states=prompt.states[part, :-1],
+                input_ids=prompt.tokens[part, 1 : num_slots + 1].to(drafter.device),
+                aux_hidden_states=prompt.states[part, :num_slots],
                 position_ids=slots + first[part, None].to(drafter.device),
                 past_key_values=view,
                 logits_to_keep=1,

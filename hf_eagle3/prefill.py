@@ -19,8 +19,8 @@ from .rows import RowCache
 # What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
-
 LONG_PROMPT = 2048  # columns from which on rows are run one by one
+MANY_PADS = 32  # a row, from which on a CPU does so too: reading the weights once more costs less than computing them
 
 
 class Prompt(NamedTuple):
@@ -96,6 +96,13 @@ def is_text_only(model_kwargs: dict[str, Any], generation_config: GenerationConf
     )
 
 
+def is_by_rows(lengths: Tensor, width: int) -> bool:
+    """Whether rows of `lengths` [B], padded to `width`, are better run one by one: long, or a CPU would compute pads."""
+    B = len(lengths)
+    num_pads = int(B * width - lengths.sum()) if lengths.device.type == "cpu" else 0
+    return B > 1 and (width >= LONG_PROMPT or num_pads >= MANY_PADS * B)
+
+
 def prefill_by_rows(
     target: PreTrainedModel,
     recorder: StateRecorder,
@@ -107,7 +114,7 @@ def prefill_by_rows(
     device: torch.device,
     cache: RowCache,
 ) -> Prompt:
-    """As `prefill`, one long prompt after the other: without pads no [T, S] mask is made, and less lives at once."""
+    """As `prefill`, one prompt after the other: no pads are computed, no [T, S] mask is made, and less lives at once."""
     B, _ = mask.shape
     lengths = mask.sum(-1)  # [B]
     columns = real_first(mask)  # [B, P]
@@ -164,7 +171,7 @@ def prefill(
         move: Leave nothing in the host's.
     """
     B, S = mask.shape
-    if B > 1 and S >= LONG_PROMPT and is_text_only(model_kwargs, generation_config):
+    if is_by_rows(mask.sum(-1), S) and is_text_only(model_kwargs, generation_config):
         models = (target, recorder)
         return prefill_by_rows(*models, input_ids, mask, model_kwargs, generation_config, device=device, cache=cache)
     host_cache = model_kwargs[CACHE_NAME]

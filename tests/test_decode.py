@@ -40,7 +40,7 @@ from transformers import (
 )
 
 import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import decode, prefill
+from hf_eagle3 import prefill
 from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.choice import has_holes
 from hf_eagle3.features import StateRecorder
@@ -433,7 +433,6 @@ def test_long_prompts_run_one_by_one(family, side, monkeypatch):
     options = {"max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY}
     plain = target.generate(**left, **options)
     monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
-    monkeypatch.setattr(decode, "LONG_PROMPT", 3)
     shapes = []
     handle = target.register_forward_pre_hook(lambda _m, _a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
     oracle = make_oracle(target, plain.sequences, left)
@@ -450,6 +449,23 @@ def test_long_prompts_run_one_by_one(family, side, monkeypatch):
             target.generate(ids, attention_mask=mask, **{CACHE_NAME: o[CACHE_NAME]}, **options) for o in (plain, out)
         ]
         assert again[0].sequences.tolist() == again[1].sequences.tolist()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [((70, 3, 4), [(1, 70), (1, 3), (1, 4)]), ((34, 3, 4), [(3, 34)]), ((120,), [(1, 120)])],
+    ids=["many_pads", "few_pads", "one_row"],
+)
+def test_a_cpu_computes_few_pads(target, lengths, shapes):
+    seen = []
+    handle = target.register_forward_pre_hook(lambda _m, _a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
+    try:
+        target.generate(**pad(prompts_of(*lengths)), assistant_model=make_drafter(target), max_new_tokens=5, **GREEDY)
+    finally:
+        handle.remove()
+    assert seen[: len(shapes)] == shapes
+    assert all(shape[1] < 10 for shape in seen[len(shapes) :])
+    assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=15)
 
 
 # ---- where rows end ----

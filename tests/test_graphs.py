@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import decode, graphs, prefill
+from hf_eagle3 import graphs, prefill
 from hf_eagle3.decode import Phases
 from hf_eagle3.features import StateRecorder
 
@@ -125,8 +125,7 @@ def test_larger_calls_get_more_memory(target, counts):
 
 
 def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
-    for module in (decode, prefill):
-        monkeypatch.setattr(module, "LONG_PROMPT", 3)
+    monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
     drafter = make_drafter(target)
     for lengths in ((19, 4, 13), (5, 9), (7, 8, 30)):
         batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}

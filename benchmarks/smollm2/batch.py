@@ -19,7 +19,9 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_eagle3
-from hf_eagle3.bench import acceptance, read_prompts, run
+from hf_eagle3.bench.processes import Team
+from hf_eagle3.bench.prompts import read_prompts
+from hf_eagle3.bench.ways import KINDS, make_ways
 
 ASSET = Path(hf_eagle3.__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"
 
@@ -49,37 +51,38 @@ def main() -> None:
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
     drafter = AutoModel.from_pretrained(args.drafter, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         chosen = Path(folder) / "chosen.jsonl"
         chosen.write_text("\n".join(choose(args.prompts, args.rows)), encoding="utf-8")
-        (batch,) = read_prompts(chosen, tokenizer, args.rows, device, limit=None)
-        singles = read_prompts(chosen, tokenizer, 1, device, limit=None)
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    alone = [run(target, single, drafter=None, **options).rows[0] for single in singles]
+        team = Team(torch.device("cpu"))
+        (batch,) = read_prompts(chosen, tokenizer, args.rows, team.device, team, limit=None)
+        singles = read_prompts(chosen, tokenizer, 1, team.device, team, limit=None)
+    ways = make_ways(target, drafter, temperature=0.0)
+    plain, drafted = ways[KINDS["stock"]], ways[KINDS["drafted"]]
+    alone = [plain(single, args.max_new_tokens).rows[0] for single in singles]
 
-    kinds = {"plain": {"drafter": None}} | {
-        f"K={k}": {"drafter": drafter, "num_assistant_tokens": k} for k in args.depth
-    }
-    speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    depths = {"plain": None} | {f"K={k}": k for k in args.depth}
+    speeds: dict[str, list[float]] = {kind: [] for kind in depths}
     lengths = {}
     for repeat in range(args.repeats + 1):
-        for kind, extra in kinds.items():
-            call = run(target, batch, **extra, **options)
+        for kind, depth in depths.items():
+            drafter.generation_config.num_assistant_tokens = depth
+            call = (plain if depth is None else drafted)(batch, args.max_new_tokens)
             if call.rows != alone:
                 raise SystemExit(f"{kind}: rows of the batch are not those of their prompts alone")
             if call.told is not None:
-                lengths[kind] = acceptance(call.told.rows)
+                lengths[kind] = call.told.acceptance_length
+                print(kind, repeat, call.told)
             if repeat:  # the first is a warm-up
                 speeds[kind].append(sum(map(len, call.rows)) / call.seconds)
-    plain = statistics.median(speeds["plain"])
+    base = statistics.median(speeds["plain"])
     result = {
         "rows": args.rows,
         "prompt_lengths": batch.inputs["attention_mask"].sum(-1).tolist(),
         "tokens": [len(row) for row in alone],
         "identical": True,
         "tokens_per_second": {k: [round(x, 1) for x in v] for k, v in speeds.items()},
-        "speed_up": {k: round(statistics.median(v) / plain, 3) for k, v in speeds.items()},
+        "speed_up": {k: round(statistics.median(v) / base, 3) for k, v in speeds.items()},
         "acceptance_length": {k: round(v, 3) for k, v in lengths.items()},
         "threads": torch.get_num_threads(),
         "versions": {
