@@ -3,7 +3,8 @@
     python benchmarks/bench_training.py --output results/training_h100.json
 
 Random weights, AdamW, float32 masters under bf16 autocast. The peer's figures beside ours are quoted from a run of its
-own step on one H100 (SpecForge 0.2, flex attention, bf16 weights, target by sdpa).
+own step on one H100 (SpecForge 0.2, flex attention, bf16 weights, target by sdpa). With `--peer` it is measured in turn
+with ours, on the same device (`peer_training.py`).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from peer_training import Peer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3.training.batch import Collator
@@ -62,8 +64,16 @@ def make_batch(steps: int, documents: int, length: int, share: float, vocab_size
     return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
-def measure(name: str, source: OnlineStates, drafter, optimizer, vocabulary, vocab_size: int, repeats: int) -> dict:
-    """Times of whole steps, and of their parts, medians in ms."""
+def num_bytes(drafter, optimizer) -> int:
+    """What we keep on the device between steps, without the target."""
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return sum(x.nbytes for x in [*drafter.parameters(), *moments])
+
+
+def measure(
+    name: str, source: OnlineStates, drafter, optimizer, vocabulary, vocab_size: int, repeats: int, make_peer=None
+) -> dict:
+    """Times of whole steps, and of their parts, medians in ms; of ours and, if it is there, the peer's, in turn."""
     steps, documents, length, share, peer, peer_drafter, peer_memory = WORK[name]
     device = vocabulary.to_draft.device.type
     if device == "cpu":
@@ -89,36 +99,62 @@ def measure(name: str, source: OnlineStates, drafter, optimizer, vocabulary, voc
         sync()
         return (time.perf_counter() - began) * 1e3, out
 
+    ours = [lambda: source.states(batch), learn]
+    kinds = {"ours": ours}
+    if make_peer is not None:
+        peer_model = make_peer(steps)
+        ids = batch["input_ids"].reshape(documents, -1)  # equally long, without gaps
+        mask = torch.ones_like(ids)
+        kinds["peer"] = [lambda: peer_model.states(ids), lambda states: peer_model.learn(ids, mask, *states)]
+
     began = time.perf_counter()
-    for _ in range(2):
-        learn(source.states(batch))
+    for get_states, teach in kinds.values():
+        for _ in range(2):
+            teach(get_states())
     sync()
     warm_up = time.perf_counter() - began
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    whole, target, alone = [], [], []
+    resident = {"ours": num_bytes(drafter, optimizer)} | ({"peer": peer_model.num_bytes()} if make_peer else {})
+    whole: dict[str, list[float]] = {kind: [] for kind in kinds}
+    target: dict[str, list[float]] = {kind: [] for kind in kinds}
+    alone: dict[str, list[float]] = {kind: [] for kind in kinds}
+    peak = {}
     for _ in range(repeats):  # as in training, the host looks at nothing between steps
-        whole.append(timed(lambda: [learn(source.states(batch)) for _ in range(STEPS)])[0] / STEPS)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+        for kind, (get_states, teach) in kinds.items():
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            whole[kind].append(timed(lambda: [teach(get_states()) for _ in range(STEPS)])[0] / STEPS)  # noqa: B023
+            if device == "cuda":
+                others = sum(resident.values()) - resident[kind]
+                peak[kind] = (torch.cuda.max_memory_allocated() - others) / 2**30
     for _ in range(repeats):
-        spent, states = timed(lambda: source.states(batch))
-        target.append(spent)
-        alone.append(timed(lambda: learn(states))[0])  # noqa: B023  called at once
-    tokens, median = documents * length, statistics.median(whole)
-    return {
-        "work": name,
-        "step_ms": median,
-        "step_ms_min_max": [min(whole), max(whole)],
-        "target_ms": statistics.median(target),
-        "drafter_ms": statistics.median(alone),
-        "tokens_per_second": tokens / median * 1e3,
-        "drafter_tokens_per_second": tokens / statistics.median(alone) * 1e3,
-        "peak_gib": peak,
-        "warm_up_s": warm_up,
+        for kind, (get_states, teach) in kinds.items():
+            spent, states = timed(get_states)
+            target[kind].append(spent)
+            alone[kind].append(timed(lambda: teach(states))[0])  # noqa: B023  called at once
+            states = None  # not beside those of the other
+    tokens = documents * length
+
+    def account(kind: str) -> dict:
+        median = statistics.median(whole[kind])
+        return {
+            "step_ms": median,
+            "step_ms_min_max": [min(whole[kind]), max(whole[kind])],
+            "target_ms": statistics.median(target[kind]),
+            "drafter_ms": statistics.median(alone[kind]),
+            "tokens_per_second": tokens / median * 1e3,
+            "drafter_tokens_per_second": tokens / statistics.median(alone[kind]) * 1e3,
+            "peak_gib": peak.get(kind, float("nan")),
+        }
+
+    row = {"work": name, **account("ours"), "warm_up_s": warm_up}
+    if make_peer is not None:
+        row["peer"] = account("peer")
+        row["ratio_here"] = row["tokens_per_second"] / row["peer"]["tokens_per_second"]
+    return row | {
         "peer_tokens_per_second": peer,
         "peer_drafter_tokens_per_second": peer_drafter,
         "peer_peak_gib": peer_memory,
-        "ratio": tokens / median * 1e3 / peer if peer else None,
+        "ratio": row["tokens_per_second"] / peer if peer else None,
     }
 
 
@@ -161,6 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
     parser.add_argument("--stock-target", action="store_true", help="the target's own norms and rotary, no kernels")
+    parser.add_argument("--peer", action="store_true", help="run the peer's step too, where it is installed")
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and stop")
     parser.add_argument("--long", type=int, default=32768, help="tokens of the long document; 0 leaves it out")
     args = parser.parse_args()
@@ -184,7 +221,9 @@ def main() -> None:
         profile(source, drafter, optimizer, vocabulary, V, device)
         return
     for name in WORK:
-        row = measure(name, source, drafter, optimizer, vocabulary, V, args.repeats)
+        has_peer = args.peer and WORK[name][4] is not None
+        make_peer = (lambda steps: Peer(target, kept, steps)) if has_peer else None
+        row = measure(name, source, drafter, optimizer, vocabulary, V, args.repeats, make_peer)
         results.append(row)
         print(json.dumps(row), flush=True)
     if args.long:
@@ -208,7 +247,8 @@ def main() -> None:
     for row in results:
         print(
             f"{row['work']:42} {row['tokens_per_second']:9.0f} tok/s  "
-            + (f"{row['ratio']:.2f} x peer  " if row.get("ratio") else "")
+            + (f"{row['ratio']:.2f} x peer as quoted  " if row.get("ratio") else "")
+            + (f"{row['ratio_here']:.2f} x peer here  " if "ratio_here" in row else "")
             + (f"target {row['target_ms']:.0f} ms  drafter {row['drafter_ms']:.0f} ms  " if "target_ms" in row else "")
             + f"peak {row['peak_gib']:.1f} GiB"
         )

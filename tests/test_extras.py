@@ -6,9 +6,18 @@ import json
 
 import pytest
 import torch
-from conftest import V, make_drafter, make_prompt, make_target
-from test_decode import assert_same, pad, prompts_of
-from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, TorchAoConfig
+from conftest import TEXT, V, make_drafter, make_prompt, make_target
+from test_decode import assert_same, make_oracle, pad, prompts_of
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 
 from hf_eagle3.choice import ASKED
 
@@ -120,6 +129,43 @@ def test_quantised_target_in_either_loop(tmp_path_factory, loop):
     plain = target.generate(make_prompt(9), max_new_tokens=20, do_sample=False)
     options = {"max_new_tokens": 20, "do_sample": False, "decode_loop": loop}
     assert target.generate(make_prompt(9), assistant_model=make_drafter(target), **options).tolist() == plain.tolist()
+
+
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "initializer_range": 0.15,
+}  # blocks of 64 weights share a scale
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+EIGHT_BITS = {"load_in_8bit": True, "llm_int8_threshold": 0.0}  # with outliers, a token would depend on the others
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(9,), (9, 4, 12)], ids=["one_row", "ragged"])
+@pytest.mark.parametrize("bits", [FOUR_BITS, EIGHT_BITS], ids=["4", "8"])
+def test_bitsandbytes_target_keeps_its_text(tmp_path, bits, lengths):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(LlamaConfig(**{**TEXT, **WIDE})).eval()
+    whole.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**bits)
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.float32, device_map="cuda"
+    )
+    assert "bitsandbytes" in type(target.model.layers[0].mlp.up_proj).__module__
+    batch = {name: x.to(target.device) for name, x in pad(prompts_of(*lengths)).items()}
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(**batch, **options)
+    drafters = [make_drafter(target, **WIDE), make_oracle(target, plain, batch, **WIDE)]
+    for drafter in drafters:
+        drafter.to(target.device)
+        out = target.generate(**batch, assistant_model=drafter, return_dict_in_generate=True, **options)
+        assert out.sequences.tolist() == plain.tolist()
+        assert out.speculation.loop == "own decode loop"
+    assert out.speculation.acceptance_length > 1
+    exact = whole.generate(**pad(prompts_of(*lengths)), **options)
+    assert exact.tolist() != plain.tolist()  # so the weights are others indeed
 
 
 # ---- quantised drafters ----
