@@ -34,8 +34,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(num_processes, *arguments):
-    worker = Path(__file__).with_name("distributed_worker.py")
+def launch(num_processes, *arguments, worker="distributed_worker.py"):
+    worker = Path(__file__).with_name(worker)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     done = subprocess.run(
         [*command, str(worker), *map(str, arguments)],
