@@ -19,15 +19,33 @@ def is_spread(model: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # a DTensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may have a shard. All processes must call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+
 def find_peers(target: PreTrainedModel) -> ProcessGroup | None:
     """The processes that run `target` together; None if this one has it for itself."""
     if (getattr(target, "tp_size", None) or 1) == 1:
         return None
-    meshes = (p.device_mesh for p in target.parameters() if hasattr(p, "full_tensor"))
-    mesh = next(meshes, None)
-    if mesh is None:
-        return None
-    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    for mesh in (p.device_mesh for p in target.parameters() if hasattr(p, "full_tensor")):
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return mesh.get_group("tp")
+    return None
+
+
+def is_spread_further(model: PreTrainedModel, peers: ProcessGroup) -> bool:
+    """Whether others than `peers` have shards of the weights of `model`, too."""
+    ours = set(torch.distributed.get_process_group_ranks(peers))
+    return any(
+        not placement.is_replicate()
+        and not ours.issuperset(torch.distributed.get_process_group_ranks(p.device_mesh.get_group(axis)))
+        for p in model.parameters()
+        if hasattr(p, "full_tensor")
+        for axis, placement in enumerate(p.placements)
+    )
 
 
 def make_agree(target: PreTrainedModel) -> Agree:
