@@ -5,11 +5,14 @@ one's choices are everybody's.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # some builds of PyTorch are for one process only
 
 Agree = Callable[[Tensor], Tensor]  # of a tensor that each process has: the first one's
 
@@ -24,7 +27,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
 
 
-def find_peers(target: PreTrainedModel) -> ProcessGroup | None:
+def find_peers(target: PreTrainedModel) -> "ProcessGroup | None":
     """The processes that run `target` together; None if this one has it for itself."""
     if (getattr(target, "tp_size", None) or 1) == 1:
         return None
@@ -36,7 +39,7 @@ def find_peers(target: PreTrainedModel) -> ProcessGroup | None:
     return None
 
 
-def is_spread_further(model: PreTrainedModel, peers: ProcessGroup) -> bool:
+def is_spread_further(model: PreTrainedModel, peers: "ProcessGroup") -> bool:
     """Whether others than `peers` have shards of the weights of `model`, too."""
     ours = set(torch.distributed.get_process_group_ranks(peers))
     return any(

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import new_drafter
+from hf_eagle3.training.distributed import number_targets
 from hf_eagle3.training.shared_states import SharedStates
 
 V = 48
@@ -172,6 +173,16 @@ def main_on_cpus(folder):
     run("fsdp_bf16", folder, fsdp_config=dict(FSDP), bf16=True, **sharded)
 
 
+def main_with_two_targets(folder):
+    """Four processes, of which each two share a target."""
+    torch.set_num_threads(1)
+    config = DistributedConfig(tp_size=2, dp_replicate_size=2)
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", distributed_config=config)
+    trainer = run("tp_of_four", folder, target=target, per_device_train_batch_size=2, ddp_backend="gloo")
+    rank = trainer.accelerator.process_index
+    assert number_targets(target, trainer.accelerator) == (rank // 2, 2)
+
+
 def run_split(folder, two, sharded):
     """With a target that the processes share."""
 
@@ -190,5 +201,6 @@ def run_split(folder, two, sharded):
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    (main_on_gpus if sys.argv[2:] == ["gpu"] else main_on_cpus)(Path(sys.argv[1]))
+    main = {"gpu": main_on_gpus, "two targets": main_with_two_targets}.get("".join(sys.argv[2:]), main_on_cpus)
+    main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

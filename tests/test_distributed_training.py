@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed_worker import curve, make_rows, make_target, make_trainer, make_uneven_rows, run
 from transformers import AutoModel
+from transformers.distributed import DistributedConfig
 
 from hf_eagle3.training.distributed import call_as_forward
 
@@ -119,6 +120,12 @@ def test_processes_that_share_a_target_may_have_documents_of_other_lengths(folde
     """Of one, each update has several forwards of the target, of the other a single one."""
     run("uneven", tmp_path, rows=make_uneven_rows(), **ALONE, target_batch_tokens=40)
     assert_same_run(read(folder, "tp_uneven"), read(tmp_path, "uneven"))
+
+
+@pytest.mark.skipif(not hasattr(DistributedConfig(), "dp_replicate_size"), reason="Transformers has one axis only")
+def test_processes_may_have_a_target_for_each_two(folder):
+    launch(4, folder, "two targets")
+    assert_same_run(read(folder, "tp_of_four"), read(folder, "one"))
 
 
 def test_acceptance_that_steers_a_loss_is_that_of_all_processes(folder, tmp_path):

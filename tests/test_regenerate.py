@@ -4,6 +4,8 @@ import errno
 import gzip
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -626,6 +628,31 @@ def test_the_command_starts_processes_that_write_one_file(folder, monkeypatch, c
     assert os.environ.get("WORLD_SIZE") is None
     assert cli.main([*arguments, "--output-file", str(two), "--dp-size", "0"]) == 2
     assert "--dp-size is a number of processes, at least 1; got 0" in capfd.readouterr().err
+
+
+def test_when_a_process_is_killed_the_others_end_and_what_they_wrote_is_kept(folder, tmp_path):
+    write_rows(prompts := tmp_path / "many.jsonl", [{"prompt": letter} for letter in "abcdefgh"])
+    arguments = ["--target", str(folder / "target"), "--prompt_file", str(prompts), "--temperature", "0"]
+    arguments = ["regenerate", *arguments, "--max-new-tokens", "8", "--batch-size", "1", "--device", "cpu"]
+    out, one = tmp_path / "out.jsonl", tmp_path / "one.jsonl"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    worker = str(Path(__file__).with_name("regenerate_worker.py"))
+    done = subprocess.run(
+        [*launcher, worker, *arguments, "--output-file", str(out)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "exitcode  : 9" in done.stderr
+    kept = [[row["prompt_id"] for row in read_rows(share)] for share in find_shares(out)]
+    assert kept == [[0, 2], [1]]
+    assert cli.main([*arguments, "--output-file", str(out)]) == 0
+    assert cli.main([*arguments, "--output-file", str(one)]) == 0
+    assert out.read_text() == one.read_text()
+    assert not find_shares(out)
 
 
 def test_the_command_needs_prompts(folder, capsys):
