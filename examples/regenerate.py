@@ -7,8 +7,8 @@
 It is `hf-eagle3 regenerate`, in a script to start from. A prompt is a line of JSON with `messages`, `prompt`, or `turns`
 (each is asked after the answer to the one before). A row of the output has `input_ids` and `loss_mask`, 1 on what the
 target generated. `--num_return_sequences 2` answers each prompt twice, `--temperature 0 0.7` greedily and sampled. Eval rows
-should be greedy, from other prompts: `--exclude_file eval_prompts.jsonl` keeps them apart. A run that was interrupted goes
-on where it stopped.
+should be greedy, from other prompts: `--exclude_file eval_prompts.jsonl` keeps them apart. `--dp-size 8`
+starts a process for each GPU. A run that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description="Let the target answer prompts.")
     add_regenerate_arguments(parser)
     args = parser.parse_args(arguments)
-    run_regenerate_command(args)
+    if status := run_regenerate_command(args):
+        raise SystemExit(status)
     return args.output_file
 
 

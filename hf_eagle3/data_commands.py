@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from .processes import Team, launch, list_arguments, must_launch
+
 
 def add_data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """`hf-eagle3 data preview` and `hf-eagle3 regenerate`."""
@@ -31,7 +33,7 @@ def add_data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     regenerate = commands.add_parser(
         "regenerate",
         help="let a target answer prompts, and keep the very tokens it wrote: training data",
-        description="An interrupted run goes on where it stopped when the same command is run again.",
+        description="An interrupted run goes on where it stopped when the same command is run again, with any --dp-size.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_regenerate_arguments(regenerate)
@@ -153,16 +155,37 @@ def add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
     add("dtype", help="the target's; by default as stored, float32 on a CPU")
     add("device", default="auto", help="cuda where there is one, else cpu")
     add("seed", type=int, default=0, metavar="N", help="of the sampling")
+    add(
+        "dp-size",
+        type=int,
+        metavar="N",
+        help="processes, each with a target of its own and its share of the prompts; not needed under accelerate launch "
+        "and torchrun (1, or what they started)",
+    )
 
 
 def run_regenerate_command(args: argparse.Namespace) -> int:
     """Answer what is not answered yet; exit status 0."""
+    if args.prompt_file is None and not args.self_prompts:
+        raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
+    if must_launch(args.dp_size):
+        return launch(args.dp_size, ["regenerate", *list_arguments(args)])
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with Team(torch.device(device)) as team:
+        answer_all(args, team)
+    return 0
+
+
+def answer_all(args: argparse.Namespace, team: Team) -> None:
+    """What `regenerate` does, in one process of `team`."""
     from .training.prompts import Prompt, exclude, limit_share, make_prompts, read_prompts
     from .training.regenerate import Sampling, regenerate
     from .training.rendering import ChatRenderer
 
-    if args.prompt_file is None and not args.self_prompts:
-        raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
+    def note(text: str) -> None:  # progress, for whoever waits
+        if team.rank == 0:
+            sys.stderr.write(text + "\n")
+
     sampling = Sampling(
         temperatures=tuple(args.temperature),
         top_p=args.top_p,
@@ -183,11 +206,12 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
     if num_made_up < args.self_prompts:
         note(f"{num_made_up} prompts are made up, a share of {args.self_share:g}.")
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # few CPUs have fast half precision
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
-    drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(device).eval() if args.drafter else None
+    dtype = args.dtype or ("float32" if team.device.type == "cpu" else "auto")  # few CPUs have fast half precision
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(team.device).eval()
+    drafter = None
+    if args.drafter:
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(team.device).eval()
     renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
     if num_made_up:
         kept += make_prompts(
@@ -199,11 +223,7 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
             temperature=args.self_temperature,
             batch_size=args.batch_size,
             seed=args.seed,
+            team=team,
         )
-    regenerate(target, renderer, kept, args.output_file, sampling, drafter=drafter, target_name=args.target)
-    return 0
-
-
-def note(text: str) -> None:
-    """Progress, for whoever waits."""
-    sys.stderr.write(text + "\n")
+    options = {"drafter": drafter, "target_name": args.target, "team": team}
+    regenerate(target, renderer, kept, args.output_file, sampling, **options)

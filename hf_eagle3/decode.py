@@ -21,6 +21,7 @@ from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
 from .features import StateRecorder
+from .peers import Agree, make_agree
 from .prefill import Prompt, is_by_rows
 from .rows import RowCache, make_masks
 from .sampling import make_to_probs, stateless_warpers
@@ -257,6 +258,7 @@ def accept_in_order(
     transcript: Transcript,
     processors: list[LogitsProcessorList],
     do_sample: bool,
+    agree: Agree,
 ) -> Verdict:
     """Accept token by token in Python, for processors that look at the text.
 
@@ -277,6 +279,7 @@ def accept_in_order(
                 verdict = accept_sampled(proposed, q_here, p.expand(1, 1 + proposed.shape[1], -1))
             else:
                 verdict = accept_greedy(proposed, scores[:, None].expand(1, 1 + proposed.shape[1], -1))
+            verdict = Verdict(*map(agree, verdict))
             is_accepted = bool(verdict.num_accepted)  # a wait for each token: the next prefix depends on it
             token = int(proposed) if is_accepted else int(verdict.next_token)
             is_done = transcript.append(row, token, scores[0], logits[b, k])
@@ -354,6 +357,7 @@ class Phases:
         self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
         self.warpers = stateless_warpers(config.processors)
         self.in_order = len(self.warpers) < len(config.processors)  # whether some processor looks at the text
+        self.agree = make_agree(target)
         self.choose: Choose = make_choose_sampled(make_to_probs(self.warpers)) if config.do_sample else choose_greedy
 
     def draft(self) -> Drafted:
@@ -362,10 +366,11 @@ class Phases:
             return Drafted(self.state.block[:, :0], None)
         tokens, probs = draft(self.drafter, self.state, depth=self.config.depth, choose=self.choose)
         device = self.state.root.device
+        tokens = self.agree(tokens.to(device))
         if probs is None:
-            return Drafted(tokens.to(device), None)
+            return Drafted(tokens, None)
         V = self.target.config.get_text_config(decoder=True).vocab_size
-        return Drafted(tokens.to(device), scatter_probs(self.drafter, probs, V).to(device))
+        return Drafted(tokens, scatter_probs(self.drafter, probs, V).to(device))
 
     def verify(self, drafted: Drafted) -> Verified:
         """Run the target over the root and the draft."""
@@ -385,6 +390,7 @@ class Phases:
             verdict = accept_sampled(tokens, scores[:, :0] if q is None else q, scores.softmax(-1))
         else:
             verdict = accept_greedy(tokens, scores)
+        verdict = Verdict(*map(self.agree, verdict))
         commit(self.state, tokens, verdict, verified.states)
         block = self.state.block[:, : tokens.shape[1] + 1]
         is_nan = verified.logits[:, 0].isnan().any()
@@ -441,6 +447,7 @@ def decode(
                     transcript=transcript,
                     processors=processors,
                     do_sample=config.do_sample,
+                    agree=phases.agree,
                 )
             commit(phases.state, drafted.tokens, verdict, verified.states)
         else:

@@ -22,6 +22,7 @@ from .decode import DecodeConfig, DecodeState, Drafted, Phases, Settled, Verifie
 from .features import StateRecorder
 from .kernels.fusion import fused
 from .kernels.language import is_available
+from .peers import is_spread
 from .row_attention import attending_by_rows
 from .rows import RowCache, to_bucket
 
@@ -94,6 +95,8 @@ def release_graphs() -> None:
 
 def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
     """What about the models keeps rounds from being captured; None if nothing does."""
+    if is_spread(target):
+        return "processes have shards of the target"
     devices = {p.device for model in (target, drafter) for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):
         return f"the models are on {', '.join(sorted({d.type for d in devices}))}"

@@ -38,6 +38,7 @@ from .choice import HOST_LOOP, OWN_LOOP, choose_loop, take_choice
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .own_loop import run_own_loop
+from .peers import find_peers, make_agree
 from .refusals import is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
 from .stats import Speculation, Stopwatch
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
@@ -222,8 +223,9 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         refuse_static_cache(None, arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None
-        if needs_tokenwise_stop(criteria, streamer):
-            stop = TokenwiseStop(criteria, input_ids.shape[1], streamer)
+        agree = make_agree(self)
+        if needs_tokenwise_stop(criteria, streamer) or find_peers(self) is not None:
+            stop = TokenwiseStop(criteria, input_ids.shape[1], streamer, agree)
             arguments["stopping_criteria"] = stop
             arguments["streamer"] = None if streamer is None else Muted(streamer)
         is_greedy = not arguments["generation_config"].do_sample

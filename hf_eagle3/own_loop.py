@@ -18,6 +18,7 @@ from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, 
 from .features import StateRecorder
 from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
 from .kernels.language import KERNEL_ERRORS
+from .peers import make_agree
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
 from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
@@ -75,6 +76,7 @@ def run_own_loop(
         streamer=streamer,
         keep_scores=bool(is_dict and generation_config.output_scores),
         keep_logits=bool(is_dict and generation_config.output_logits),
+        agree=make_agree(target),
     )
     keeps_cache = bool(is_dict or choice.has_cache)
     config = DecodeConfig(

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache import CACHE_NAME, rewind
+from .peers import Agree, keep
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,14 @@ class TokenwiseStop(StoppingCriteriaList):
         criteria: The call's.
         prompt_length: Tokens before the first new one.
         streamer: The call's; gets each new token once it is known not to lie behind the end.
+        agree: Makes one of what several processes of a target would say.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, prompt_length: int, streamer: BaseStreamer | None):
+    def __init__(
+        self, criteria: StoppingCriteriaList, prompt_length: int, streamer: BaseStreamer | None, agree: Agree = keep
+    ):
         super().__init__(criteria)
-        self.streamer = streamer
+        self.streamer, self.agree = streamer, agree
         self.length = prompt_length  # tokens looked at so far; in the end, where to cut
         self.verified_length = prompt_length  # tokens verified so far, as the candidate generator hears it
 
@@ -48,7 +52,7 @@ class TokenwiseStop(StoppingCriteriaList):
             if self.streamer is not None:
                 self.streamer.put(input_ids[0, self.length - 1 : self.length].cpu())
             known = scores[: len(scores) + self.length - self.verified_length] if scores else scores
-            is_done = super().__call__(input_ids[:, : self.length], known, **kwargs)
+            is_done = self.agree(super().__call__(input_ids[:, : self.length], known, **kwargs).long()).bool()
         return is_done
 
     @property

@@ -17,6 +17,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .peers import Agree, keep
+
 
 class Transcript:
     """The new tokens of B rows.
@@ -27,6 +29,7 @@ class Transcript:
         criteria: The call's.
         pad_token_id: For rows that end before others.
         streamer: The call's; gets a column [B] once all rows have it.
+        agree: Makes one of what several processes of a target would say of an end.
     """
 
     def __init__(
@@ -39,10 +42,11 @@ class Transcript:
         streamer: BaseStreamer | None,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        agree: Agree = keep,
     ):
         B, T = prompt.shape
         self.prompt, self.streamer, self.pad_token_id = prompt, streamer, pad_token_id
-        self.num_hidden = num_hidden
+        self.num_hidden, self.agree = num_hidden, agree
         self.texts: list[list[int]] = [[] for _ in range(B)]
         self.finish: list[int | None] = [None] * B  # new tokens at which a row's criteria first agreed
         self.num_streamed = 0
@@ -78,7 +82,7 @@ class Transcript:
             known = tuple(s[None] for s in self.scores[row]) if self.scores is not None else None
             # Each is asked, as by the host: some count their calls.
             answers = [bool(torch.as_tensor(criterion(prefix, known)).all()) for criterion in self.criteria]
-            is_done = is_done or any(answers)
+            is_done = is_done or bool(self.agree(torch.tensor(answers, device=prefix.device).long()).any())
         if is_done and self.finish[row] is None:
             self.finish[row] = len(text)
         return not self.is_live(row)

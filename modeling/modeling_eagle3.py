@@ -159,6 +159,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         # The target's own tensors and the boundaries to read it at, once bound. Plain attributes: what is borrowed is
         # neither saved, nor trained, nor moved.
         self._borrowed: dict[str, Tensor] = {}
+        self._shards: dict[str, Tensor] = {}  # what was gathered from the processes of a tensor-parallel target
         self.bound_aux_layer_ids: tuple[int, ...] | None = None
         self.bound_target_name: str | None = None  # of its repository, for the model card
         self.post_init()
@@ -175,7 +176,8 @@ class Eagle3DrafterModel(PreTrainedModel):
     def bind(self, target: PreTrainedModel) -> "Eagle3DrafterModel":
         """Borrow from `target` what this drafter lacks, after checking that the two fit. Returns the drafter.
 
-        May be called again, with this or another target. Nothing changes when it raises.
+        May be called again, with this or another target. Nothing changes when it raises. Of a target that processes
+        share by tensor parallelism, what is borrowed is gathered, the first time: all of them must bind.
 
         Raises:
             ValueError: `target` is an encoder-decoder, or its sizes, vocabulary or layers are not those this drafter
@@ -214,7 +216,11 @@ class Eagle3DrafterModel(PreTrainedModel):
                     f"This drafter of width {config.hidden_size} has no {name} of its own and cannot borrow the "
                     f"target's, whose width is {weight.shape[-1]}. The checkpoint is incomplete."
                 )
-        self._borrowed, self.bound_aux_layer_ids = borrowed, aux_layer_ids
+        shards = {name: weight for name, weight in borrowed.items() if hasattr(weight, "full_tensor")}
+        for name, shard in shards.items():
+            is_gathered = self._shards.get(name) is shard
+            borrowed[name] = self._borrowed[name] if is_gathered else shard.detach().full_tensor()  # type: ignore[attr-defined]
+        self._shards, self._borrowed, self.bound_aux_layer_ids = shards, borrowed, aux_layer_ids
         name = target.config.name_or_path
         self.bound_target_name = name if name and not Path(name).exists() else None
         return self

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import new_drafter
+from hf_eagle3.training.distributed import number_targets
+from hf_eagle3.training.shared_states import SharedStates
 
 V = 48
 FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
@@ -60,9 +63,16 @@ def make_rows(count, silent=()):
     return Rows([{"input_ids": i, "loss_mask": m} for i, m in zip(ids, masks, strict=True)])
 
 
-def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, **changes):
+def make_uneven_rows():
+    """Rows of which one process's take many forwards of the target, and the other's few."""
+    rows = make_rows(40).rows
+    short = {"input_ids": rows[0]["input_ids"][:7], "loss_mask": rows[0]["loss_mask"][:7]}
+    return Rows([row if i // 4 % 2 else short for i, row in enumerate(rows)])
+
+
+def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, target=None, **changes):
     """A trainer whose runs can be compared: rows in order, an optimizer that forgives no wrong scale."""
-    target = make_target().to(target_dtype)
+    target = make_target().to(target_dtype) if target is None else target
     torch.manual_seed(5)
     drafter = new_drafter(target, torch.arange(2, 42))
     settings = {
@@ -159,10 +169,38 @@ def main_on_cpus(folder):
     run("fsdp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), fsdp_config=dict(FSDP), **sharded)
     run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": dict(FSDP)})
     run("fsdp_average", folder, fsdp_config=dict(FSDP), **sharded, **averaged)
+    run_split(folder, two, sharded)
     run("fsdp_bf16", folder, fsdp_config=dict(FSDP), bf16=True, **sharded)
+
+
+def main_with_two_targets(folder):
+    """Four processes, of which each two share a target."""
+    torch.set_num_threads(1)
+    config = DistributedConfig(tp_size=2, dp_replicate_size=2)
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", distributed_config=config)
+    trainer = run("tp_of_four", folder, target=target, per_device_train_batch_size=2, ddp_backend="gloo")
+    rank = trainer.accelerator.process_index
+    assert number_targets(target, trainer.accelerator) == (rank // 2, 2)
+
+
+def run_split(folder, two, sharded):
+    """With a target that the processes share."""
+
+    def load():
+        config = DistributedConfig(tp_plan="auto")
+        return AutoModelForCausalLM.from_pretrained(folder / "target", distributed_config=config)
+
+    trainer = run("tp", folder, target=load(), **two)
+    assert isinstance(trainer._source, SharedStates)
+    weight = trainer.target_model.model.layers[0].self_attn.q_proj.weight
+    assert weight.to_local().shape[0] == weight.shape[0] // 2
+    run("tp_uneven", folder, target=load(), rows=make_uneven_rows(), **two, target_batch_tokens=40)
+    run("tp_resumed", folder, target=load(), resume=str(folder / "one" / "checkpoint-2"), **two)
+    run("tp_fsdp", folder, target=load(), fsdp_config=dict(FSDP), **sharded)
 
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    (main_on_gpus if sys.argv[2:] == ["gpu"] else main_on_cpus)(Path(sys.argv[1]))
+    main = {"gpu": main_on_gpus, "two targets": main_with_two_targets}.get("".join(sys.argv[2:]), main_on_cpus)
+    main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -18,8 +18,8 @@ from hf_eagle3.accept import Verdict
 from hf_eagle3.bench import command, dflash, equality, experts, measure, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
-from hf_eagle3.bench.processes import Team
 from hf_eagle3.bench.prompts import Prompts
+from hf_eagle3.processes import Team
 
 ROOT = Path(__file__).parent.parent
 ON_CPU = ("--dtype", "float32", "--device", "cpu", "--repeats", "1")

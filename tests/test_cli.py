@@ -360,6 +360,7 @@ def test_options_change_on_purpose():
             *("--batch-size", "--batch_size", "--drafter", "--chat-template-kwargs", "--chat_template_kwargs"),
             *("--self-prompts", "--self_prompts", "--self-share", "--self_share", "--self-temperature"),
             *("--self_temperature", "--exclude-file", "--exclude_file", "--dedupe", "--dtype", "--device", "--seed"),
+            *("--dp-size", "--dp_size"),
         },
         "env": {"-h", "--help"},
     }

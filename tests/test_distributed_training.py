@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import curve, make_rows, make_trainer, run
+from distributed_worker import curve, make_rows, make_target, make_trainer, make_uneven_rows, run
 from transformers import AutoModel
+from transformers.distributed import DistributedConfig
 
 from hf_eagle3.training.distributed import call_as_forward
 
@@ -30,19 +31,20 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run("one", folder, **ALONE)
     run("small", folder, per_device_train_batch_size=4)
+    make_target().save_pretrained(folder / "target")
     launch(2, folder)
     return folder
 
 
-def launch(num_processes, *arguments):
-    worker = Path(__file__).with_name("distributed_worker.py")
+def launch(num_processes, *arguments, worker="distributed_worker.py"):
+    worker = Path(__file__).with_name(worker)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     done = subprocess.run(
         [*command, str(worker), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=worker.parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if "gpu" in arguments else {"CUDA_VISIBLE_DEVICES": ""})},
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -65,7 +67,7 @@ def assert_same_weights(a, b):
         torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer"])
+@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "tp", "tp_fsdp"])
 def test_two_processes_train_as_one(folder, name):
     """Losses, gradients and metrics at each update, and the weights in the end, which any process can load."""
     assert_same_run(read(folder, name), read(folder, "one"))
@@ -75,13 +77,13 @@ def test_two_processes_train_as_one(folder, name):
     assert "pytorch_model_fsdp.bin" not in names
 
 
-@pytest.mark.parametrize("name", ["ddp_resumed", "fsdp_resumed"])
+@pytest.mark.parametrize("name", ["ddp_resumed", "fsdp_resumed", "tp_resumed"])
 def test_what_one_process_began_two_go_on_with(folder, name):
     assert_same_run(read(folder, name), read(folder, "one"))
     assert_same_weights(folder / name, folder / "one")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
 def test_what_two_processes_began_one_goes_on_with(folder, tmp_path, name):
     run("again", tmp_path, resume=str(folder / name / "checkpoint-2"), **ALONE)
     assert_same_run(read(tmp_path, "again"), read(folder, "one"))
@@ -112,6 +114,18 @@ def test_the_average_of_the_weights_is_one_over_all_processes(folder, tmp_path, 
     run("average", tmp_path, **ALONE, **AVERAGED)
     assert_same_run(read(folder, name), read(tmp_path, "average"))
     assert_same_weights(folder / name, tmp_path / "average")
+
+
+def test_processes_that_share_a_target_may_have_documents_of_other_lengths(folder, tmp_path):
+    """Of one, each update has several forwards of the target, of the other a single one."""
+    run("uneven", tmp_path, rows=make_uneven_rows(), **ALONE, target_batch_tokens=40)
+    assert_same_run(read(folder, "tp_uneven"), read(tmp_path, "uneven"))
+
+
+@pytest.mark.skipif(not hasattr(DistributedConfig(), "dp_replicate_size"), reason="Transformers has one axis only")
+def test_processes_may_have_a_target_for_each_two(folder):
+    launch(4, folder, "two targets")
+    assert_same_run(read(folder, "tp_of_four"), read(folder, "one"))
 
 
 def test_acceptance_that_steers_a_loss_is_that_of_all_processes(folder, tmp_path):

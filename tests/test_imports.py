@@ -24,7 +24,7 @@ LAYERS = [
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],
     ["accept", "features", "stopping", "unroll"],
-    ["cache", "rows"],
+    ["cache", "peers", "processes", "rows"],
     ["sampling", "tree", "kernels"],
     ["modeling"],
 ]

@@ -3,6 +3,10 @@
 import errno
 import gzip
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_eagle3 import cli
+from hf_eagle3.processes import Team
 from hf_eagle3.training import ChatRenderer, TokenDataset, new_drafter
 from hf_eagle3.training.files import append_rows, keep_lines, read_rows, read_whole_lines
 from hf_eagle3.training.prompts import (
@@ -26,6 +31,7 @@ from hf_eagle3.training.prompts import (
     read_prompts,
 )
 from hf_eagle3.training.regenerate import Sampling, regenerate
+from hf_eagle3.training.shares import find_shares, name_share
 
 GREEDY = Sampling(temperatures=(0,), max_new_tokens=12, batch_size=2)
 
@@ -281,6 +287,152 @@ def test_lines_are_cut_only_where_something_is_cut_off(tmp_path):
     assert path.read_text() == '{"a": 1}\n'
 
 
+# ---- several processes ----
+
+
+class Thread(Team):
+    """One of several members of a team that are threads."""
+
+    def __init__(self, rank, size, barrier, table):
+        self.rank, self.size, self.device, self._state = rank, size, torch.device("cpu"), None
+        self._barrier, self._table = barrier, table
+
+    def wait(self):
+        self._barrier.wait(timeout=60)
+
+    def gather(self, item):
+        self._table[self.rank] = item
+        self.wait()
+        items = [self._table[rank] for rank in range(self.size)]
+        self.wait()
+        return items
+
+
+def together(size, work):
+    """`work(team)` by all members of a team; when one fails, those that wait for it do too, as under a launcher."""
+    barrier, table, errors = threading.Barrier(size), {}, []
+
+    def run(rank):
+        try:
+            work(Thread(rank, size, barrier, table))
+        except Exception as error:  # noqa: BLE001  whatever it is, it is raised below
+            barrier.abort()
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=[rank]) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+
+
+def answer_together(size, target, tokenizer, prompts, path, sampling=GREEDY):
+    together(size, lambda team: regenerate(target, ChatRenderer(tokenizer), prompts, path, sampling, team=team))
+    return list(read_rows(path))
+
+
+class DiedError(Exception):
+    """What a process dies of."""
+
+
+def dying(monkeypatch, name, count):
+    """Let whoever writes to a file whose name ends in `name` die in its write number `count`."""
+    num_calls = 0
+
+    def append(place, rows):
+        nonlocal num_calls
+        num_calls += place.name.endswith(name)
+        if place.name.endswith(name) and num_calls == count:
+            place.write_text((place.read_text() if place.exists() else "") + json.dumps(next(iter(rows)))[:30])
+            raise DiedError
+        append_rows(place, rows)
+
+    for module in ("regenerate", "shares"):
+        monkeypatch.setattr(f"hf_eagle3.training.{module}.append_rows", append)
+    monkeypatch.setattr("hf_eagle3.training.regenerate.WINDOW", 1)  # a write for each batch
+
+
+PROMPTS = [ask("a", "b"), *(ask(letter) for letter in "cdefgh"), ask("d", "e", "f"), *(ask(x * 3) for x in "ghijk")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("size", [2, 3, 20], ids="{} processes".format)
+def test_several_processes_write_what_one_writes(random_target, tmp_path, suffix, size):
+    tokenizer, path = make_tokenizer(), tmp_path / f"team{suffix}"
+    wanted = answers(random_target, tokenizer, PROMPTS, tmp_path / "one.jsonl")
+    assert answer_together(size, random_target, tokenizer, PROMPTS, path) == wanted
+    assert not find_shares(path)
+    more = [*PROMPTS, ask("more")]  # is gone on with, in another number
+    assert answers(random_target, tokenizer, more, path)[:-1] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("share0.jsonl", 2), ("share1.jsonl", 1), ("share1.jsonl", 3), ("out.jsonl", 1)]
+)
+@pytest.mark.parametrize("then", [1, 2, 3], ids="then {}".format)
+def test_when_a_process_dies_nothing_is_lost_and_nothing_doubled(
+    random_target, tmp_path, monkeypatch, name, count, then
+):
+    tokenizer, path = make_tokenizer(), tmp_path / "out.jsonl"
+    wanted = answers(random_target, tokenizer, PROMPTS, tmp_path / "one.jsonl")
+    with monkeypatch.context() as patch:
+        dying(patch, name, count)
+        with pytest.raises(DiedError):
+            answer_together(2, random_target, tokenizer, PROMPTS, path)
+    kept = {json.loads(line)["prompt_id"] for share in find_shares(path) for line in read_whole_lines(share)}
+    assert kept  # of both processes, in most of these
+    asked_again = []
+    original = random_target.generate
+    monkeypatch.setattr(
+        random_target, "generate", lambda **call: asked_again.append(len(call["input_ids"])) or original(**call)
+    )
+    assert answer_together(then, random_target, tokenizer, PROMPTS, path) == wanted
+    assert not find_shares(path)
+    turns = sum(1 + len(PROMPTS[i].later) for i in range(len(PROMPTS)) if i not in kept)
+    assert sum(asked_again) <= turns  # an answer that is there is not asked for again
+
+
+def test_sampled_answers_of_several_processes_are_several(tmp_path):
+    """Where all prompts are one, processes that drew the same numbers would give the same answers."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    target = make_chain(tokenizer)
+    target.lm_head.weight.zero_()  # anything
+    sampling, path = Sampling((1.0,), max_new_tokens=8, batch_size=1), tmp_path / "out.jsonl"
+    for num_prompts in (2, 4):  # the second run goes on
+        rows = answer_together(2, target, tokenizer, [ask("a")] * num_prompts, path, sampling)
+    assert len({tuple(row["input_ids"]) for row in rows}) == len(rows) == 4
+
+
+def test_shares_of_other_prompts_or_settings_are_refused(random_target, tmp_path):
+    tokenizer, path = make_tokenizer(), tmp_path / "out.jsonl"
+    answers(random_target, tokenizer, [ask("a"), ask("b")], path)
+    path.rename(name_share(path, 3))
+    with pytest.raises(ValueError, match=r"share3\.jsonl has an answer in line 2 to another prompt than number 1"):
+        answers(random_target, tokenizer, [ask("a"), ask("c")], path)
+    path.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="begun with max_new_tokens 12; now it is max_new_tokens 13"):
+        answers(random_target, tokenizer, [ask("a"), ask("b")], path, Sampling((0,), max_new_tokens=13))
+    assert len(answers(random_target, tokenizer, [ask("a"), ask("b")], path)) == 2
+    assert not find_shares(path)
+
+
+def test_several_processes_make_up_prompts_together(random_target, tmp_path):
+    renderer, path, made = ChatRenderer(make_tokenizer()), tmp_path / "made.jsonl", {}
+
+    def work(team):
+        made[team.rank] = make_prompts(random_target, renderer, 5, path, batch_size=2, seed=1, team=team)
+
+    together(2, work)
+    texts = [prompt.user_texts[0] for prompt in made[0]]
+    assert made[0] == made[1]
+    assert len(set(texts)) == 5
+    assert [row["prompt"] for row in read_rows(path)] == texts
+
+
 # ---- prompts ----
 
 
@@ -455,6 +607,52 @@ def test_the_command_answers_files_and_what_the_target_makes_up(folder, capsys):
     assert out.stat().st_size == size
     assert cli.main([*arguments, "--max-new-tokens", "9"]) == 2
     assert "was begun with max_new_tokens 8" in capsys.readouterr().err
+
+
+def test_the_command_starts_processes_that_write_one_file(folder, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    arguments = ["regenerate", "--target", str(folder / "target"), "--prompt_file", str(folder / "prompts.jsonl")]
+    arguments += ["--temperature", "0", "--max-new-tokens", "8", "--device", "cpu", "--dedupe"]
+    arguments += ["--chat-template-kwargs", '{"a": "b c"}', "--exclude_file", str(folder / "eval.jsonl")]
+    one, two = folder / "one.jsonl", folder / "two.jsonl"
+    status = cli.main([*arguments, "--output-file", str(two), "--dp-size", "2"])
+    said = capfd.readouterr().err
+    assert status == 0, said
+    assert said.count("2 of 4 prompts are left out") == 1  # by one of them
+    assert "answers of process 1 of 2" in said
+    assert cli.main([*arguments, "--output-file", str(one)]) == 0
+    assert two.read_text() == one.read_text()
+    assert not find_shares(two)
+    assert os.environ.get("WORLD_SIZE") is None
+    assert cli.main([*arguments, "--output-file", str(two), "--dp-size", "0"]) == 2
+    assert "--dp-size is a number of processes, at least 1; got 0" in capfd.readouterr().err
+
+
+def test_when_a_process_is_killed_the_others_end_and_what_they_wrote_is_kept(folder, tmp_path):
+    write_rows(prompts := tmp_path / "many.jsonl", [{"prompt": letter} for letter in "abcdefgh"])
+    arguments = ["--target", str(folder / "target"), "--prompt_file", str(prompts), "--temperature", "0"]
+    arguments = ["regenerate", *arguments, "--max-new-tokens", "8", "--batch-size", "1", "--device", "cpu"]
+    out, one = tmp_path / "out.jsonl", tmp_path / "one.jsonl"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    worker = str(Path(__file__).with_name("regenerate_worker.py"))
+    done = subprocess.run(
+        [*launcher, worker, *arguments, "--output-file", str(out)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "exitcode  : 9" in done.stderr
+    kept = [[row["prompt_id"] for row in read_rows(share)] for share in find_shares(out)]
+    assert kept == [[0, 2], [1]]
+    assert cli.main([*arguments, "--output-file", str(out)]) == 0
+    assert cli.main([*arguments, "--output-file", str(one)]) == 0
+    assert out.read_text() == one.read_text()
+    assert not find_shares(out)
 
 
 def test_the_command_needs_prompts(folder, capsys):

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from test_training import TINY, V, make_args, make_drafter, make_tokenizer, progressions, weights_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModel,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from hf_eagle3 import Eagle3Trainer
+from hf_eagle3.peers import find_peers
 from hf_eagle3.training import new_drafter
 from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.distributed import served_copy
@@ -176,17 +180,38 @@ def test_models_are_given_by_name(target, rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("axes", "placements", "message"),
     [
-        ("tp_size", 2, "split by tensor parallelism"),
-        ("hf_device_map", {"model": 0, "lm_head": 1}, r"devices \['0', '1'\], and each of 2 processes"),
+        (("dp_replicate", "fsdp"), (Replicate(), Shard(0)), "otherwise than by tensor parallelism"),
+        (("fsdp", "tp"), (Shard(0), Shard(1)), "otherwise than by tensor parallelism"),
+        (("fsdp", "tp"), (Replicate(), Shard(0)), None),  # a target for each two processes
     ],
 )
-def test_targets_that_processes_cannot_share_are_refused(target, tmp_path, name, value, message):
+def test_only_by_tensor_parallelism_processes_may_share_a_target(target, axes, placements, message):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        spread = copy.deepcopy(target)
+        spread._tp_size = 2 if "tp" in axes else None
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
+        weight = spread.model.layers[0].mlp.up_proj.weight
+        shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None)
+        spread.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(shard)
+        args = types.SimpleNamespace(world_size=4, device=torch.device("cpu"))
+        if message is None:
+            place_target(spread, args)
+            assert torch.distributed.get_process_group_ranks(find_peers(spread)) == [0, 1]
+        else:
+            with pytest.raises(ValueError, match=message):
+                place_target(spread, args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_target_on_devices_that_each_process_would_use_is_refused(target):
     spread = copy.deepcopy(target)
-    setattr(spread, f"_{name}" if name == "tp_size" else name, value)
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
     args = types.SimpleNamespace(world_size=2, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"devices \['0', '1'\], and each of 2 processes"):
         place_target(spread, args)
 
 

@@ -10,6 +10,7 @@ from test_training import TINY, make_tokenizer
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import cli
+from hf_eagle3.processes import launch
 from hf_eagle3.training.script import lora, main, parse, target_options
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -68,6 +69,28 @@ def test_the_command_trains_by_a_recipe_and_what_is_typed_counts_more(recipe, tm
     assert parse(["--config", str(recipe)])[2].learning_rate == 1e-3
 
 
+def test_processes_share_a_target_by_a_recipe(recipe, tmp_path, monkeypatch, capfd):
+    """From one drafter, two processes with half the rows each come to where one comes."""
+    main(["--config", str(recipe)])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    more = ["--config", str(recipe), "--drafter_name_or_path", str(tmp_path / "drafter"), "--adam_epsilon", "1e-2"]
+    trainer = main([*more, "--output_dir", str(tmp_path / "one")])
+    two = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
+    assert launch(2, ["train", *more, *two, "--target_tp"]) == 0, capfd.readouterr().err
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(read_loss(tmp_path / "two"), rel=1e-5)
+    before = AutoModel.from_pretrained(tmp_path / "drafter").state_dict()
+    ours, theirs = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one"))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-6, rtol=1e-4, msg=name)
+    assert any(not torch.equal(weight, before[name]) for name, weight in ours.items())
+
+
+def read_loss(folder):
+    return json.loads((folder / "eval_results.json").read_text())["eval_loss"]
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by it
 def test_adapters_are_trained_from_the_command_line(recipe, tmp_path):
     pytest.importorskip("peft")
@@ -121,6 +144,8 @@ def test_the_target_is_loaded_as_asked(recipe):
     assert options["attn_implementation"] == "eager"
     assert options["dtype"] == "float32"  # of target_model_init_kwargs
     assert lora(model) is None
+    _, model, args = parse(["--config", str(recipe), "--target_tp", "True"])
+    assert target_options(model, args)["tp_plan"] == "auto"
 
 
 @pytest.mark.parametrize("name", ["gpt_oss_120b", "smollm2"])

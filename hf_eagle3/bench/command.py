@@ -9,11 +9,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ..processes import Team, launch, list_arguments, must_launch
 from .dflash import load_dflash
 from .equality import OutputDiffersError
 from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
 from .measure import Measured, Skipped, measure
-from .processes import Team, is_launched, launch
 from .prompts import batch_random_prompts, read_prompts
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
@@ -81,13 +81,9 @@ def run_bench_command(args: argparse.Namespace) -> int:
         raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
     if args.drafter is None and args.simulate_acceptance_length is None:
         raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
-    if args.dp_size is not None and args.dp_size < 1:
-        raise ValueError(f"--dp-size is a number of processes, at least 1; got {args.dp_size}.")
-    if args.dp_size not in (None, 1) and not is_launched():
+    if must_launch(args.dp_size):
         return launch(args.dp_size, ["bench", *list_arguments(args)])
     with Team(torch.device(args.device)) as team:
-        if args.dp_size not in (None, team.size):
-            raise ValueError(f"--dp-size {args.dp_size}, but {team.size} processes were launched: leave it out.")
         try:
             measure_all(args, team)
         except OutputDiffersError as error:
@@ -137,7 +133,7 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
         f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
         + (f", acceptance length simulated at {simulated}" if simulated else "")
         + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
-        "`hf-eagle3 bench " + " ".join(list_arguments(args, for_report=True)) + "`",
+        "`hf-eagle3 bench " + " ".join(list_arguments(for_report(args))) + "`",
     ]
     if team.size > 1:
         notes.insert(
@@ -214,13 +210,8 @@ def account_for(
     return reads
 
 
-def list_arguments(args: argparse.Namespace, *, for_report: bool = False) -> list[str]:
-    """The command's arguments as they would be typed again; for a report, of paths the last part, and not --out."""
-    words = []
-    for name, value in vars(args).items():
-        if name in ("command", "run") or value is None or (for_report and name == "out"):
-            continue
-        values = value if isinstance(value, list) else [value]
-        is_path = for_report and name in ("target", "drafter", "prompts", "dflash_drafter")
-        words += [f"--{name.replace('_', '-')}", *(Path(v).name if is_path else str(v) for v in values)]
-    return words
+def for_report(args: argparse.Namespace) -> argparse.Namespace:
+    """The command's arguments without --out, and of paths the last part."""
+    paths = ("target", "drafter", "prompts", "dflash_drafter")
+    shown = {n: Path(v).name if n in paths and v is not None else v for n, v in vars(args).items() if n != "out"}
+    return argparse.Namespace(**shown)

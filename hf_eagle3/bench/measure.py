@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..graphs import release_graphs
+from ..processes import Team
 from . import dflash
 from .equality import Agreement, OutputDiffersError, Text, compare
-from .processes import Team
 from .prompts import Prompts
 from .ways import DFLASH, DRAFTED, PLAIN, STOCK, Call, Way
 

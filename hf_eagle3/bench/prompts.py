@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .processes import Team
+from ..processes import Team
 
 
 class Prompts(NamedTuple):

@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..modeling import Eagle3DrafterModel
+from ..peers import whole
 from .batch import Batch
-from .distributed import local, shard_like, sum_over_processes, whole
+from .distributed import local, shard_like, sum_over_processes
 
 logger = logging.get_logger(__name__)
 

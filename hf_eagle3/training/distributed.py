@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
+from ..peers import find_peers, whole
 from .ttt import merged_weight
 
 
@@ -53,9 +55,12 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values, reduction="sum")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may have a shard. All processes must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def number_targets(target: PreTrainedModel, accelerator: Accelerator) -> tuple[int, int]:
+    """The number of this process's target among all, and how many there are. All processes must call."""
+    peers = find_peers(target)
+    first = accelerator.process_index if peers is None else torch.distributed.get_global_rank(peers, 0)
+    firsts = accelerator.gather(torch.tensor([first], device=accelerator.device)).unique().tolist()
+    return firsts.index(first), len(firsts)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,23 +5,30 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from ..modeling import Eagle3DrafterModel
+from ..peers import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .new import new_drafter
 from .vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
 
 
 def load_target(target: Any, options: dict[str, Any] | None, device: torch.device) -> Any:  # a model, a name or None
-    """`target`, loaded to `device` with `options` if it is a name."""
+    """`target`, loaded to `device` with `options` if it is a name; by tensor parallelism, a part in each process."""
     _refuse_options("target_model", target, options)
     if not isinstance(target, str):
         return target
-    if device.type == "cpu":  # few have fast half precision
-        defaults: dict[str, Any] = {"dtype": torch.float32}
-    else:  # what is quantised could not be moved later
-        defaults = {"dtype": "auto", "device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **(options or {})})
+    options = dict(options or {})
+    split = {name: options.pop(name) for name in ("tp_plan", "tp_size") if name in options}
+    if split:
+        options["distributed_config"] = DistributedConfig(**split)
+    defaults: dict[str, Any] = {
+        "dtype": torch.float32 if device.type == "cpu" else "auto"
+    }  # few have fast half precision
+    if device.type != "cpu" and "distributed_config" not in options:  # what is quantised could not be moved later
+        defaults["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **options})
 
 
 def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
@@ -65,19 +72,23 @@ def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None
     """Freeze `target`, and move it to this process's device unless it was placed by who loaded it.
 
     Raises:
-        ValueError: Several processes would share its devices.
+        ValueError: Several processes would share its devices, or share it otherwise than by tensor parallelism.
     """
     target.eval().requires_grad_(False)
-    if (getattr(target, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            "The target is split by tensor parallelism, so its processes would all have to train on the same rows. Load "
-            "it whole in each process, quantised if it is too large."
-        )
+    if is_spread(target):
+        peers = find_peers(target)
+        if peers is None or is_spread_further(target, peers):
+            raise ValueError(
+                "Processes have shards of the target otherwise than by tensor parallelism (FSDP?), and would wait for one "
+                "another. Load it with tp_plan='auto' (--target_tp), or whole in each process."
+            )
+        return
     devices = set((getattr(target, "hf_device_map", None) or {}).values())
     if args.world_size > 1 and len(devices) > 1:
         raise ValueError(
             f"The target lies on the devices {sorted(map(str, devices))}, and each of {args.world_size} processes would "
-            "put it there. Start one process (python ...), or load the target on one device in each."
+            "put it there. Start one process (python ...), load the target on one device in each, or "
+            "split it by tensor parallelism (tp_plan='auto', --target_tp)."
         )
     if not devices and not getattr(target, "is_quantized", False):
         target.to(args.device)

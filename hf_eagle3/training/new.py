@@ -7,10 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..peers import whole
 
 
 def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: Any) -> Eagle3DrafterModel:
     """An EAGLE-3.1 drafter (fc_norm, norm_output) for `target`, float32, bound to it.
+
+    Where processes share the target, all must call.
 
     Width, heads, MLP and rotary positions are the target's; the head starts as the target's rows, the rest at random.
 
@@ -42,7 +45,7 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
     }
     drafter = Eagle3DrafterModel(Eagle3DrafterConfig(**{**fields, **overrides}))
     drafter.set_draft_to_target_ids(draft_vocabulary)
-    rows = target.get_output_embeddings().weight
+    rows = whole(target.get_output_embeddings().weight.detach())
     if not drafter.config.share_lm_head and rows.shape[-1] == drafter.config.hidden_size:
         with torch.no_grad():
             drafter.lm_head.weight.copy_(rows[draft_vocabulary.to(rows.device)])

@@ -1,8 +1,10 @@
 """The prompts a target is to answer: read from files, kept apart from eval prompts, or written by the target itself."""
 
 import hashlib
+import itertools
 import json
 import math
+import random
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..processes import Team
 from .conversations import Message, read_messages
 from .files import append_rows, keep_lines, read_rows, read_whole_lines
 from .rendering import MARKER, ChatRenderer, find_end
@@ -163,6 +166,7 @@ def make_prompts(
     temperature: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
+    team: Team | None = None,
 ) -> list[Prompt]:
     """`count` prompts that the target writes where the template puts the user's (arXiv:2406.08464, Magpie).
 
@@ -175,31 +179,39 @@ def make_prompts(
         temperature: Above 0, or all would be the same.
         batch_size: Written side by side.
         seed: Of the sampling.
+        team: Processes that write side by side, with a target each. All must call, and get the same prompts.
     """
     if temperature <= 0:
         raise ValueError(f"--self-temperature must be above 0, or every prompt is the same; got {temperature:g}.")
+    team = team or Team(target.device, is_alone=True)
     slot = find_user_slot(renderer)
     texts = [json.loads(line)["prompt"] for line in read_whole_lines(path)]
-    keep_lines(path, len(texts))
+    if team.rank == 0:
+        keep_lines(path, len(texts))
     texts = texts[:count]
     seen = {hash_text(text) for prompt in known for text in prompt.user_texts} | {hash_text(text) for text in texts}
     num_drawn, most = 0, TRIES * (count - len(texts)) + batch_size
+    own_seed = seed + len(texts)
+    if team.rank > 0:
+        own_seed = random.Random(f"{own_seed} {team.rank}").getrandbits(63)
     with (
-        tqdm(total=count, initial=len(texts), desc="made-up prompts") as progress,
-        seeded(target, seed + len(texts)),
+        tqdm(total=count, initial=len(texts), desc="made-up prompts", disable=team.rank > 0) as progress,
+        seeded(target, own_seed),
     ):
         while len(texts) < count and num_drawn < most:
             new: list[str] = []
-            num_rows = min(batch_size, count - len(texts))
-            for text in _draw_prompts(target, renderer, slot, num_rows, temperature):
-                if text and hash_text(text) not in seen:
+            num_rows = min(batch_size, -(-(count - len(texts)) // team.size))
+            drawn = team.gather(_draw_prompts(target, renderer, slot, num_rows, temperature))
+            for text in itertools.chain.from_iterable(drawn):
+                if text and hash_text(text) not in seen and len(texts) + len(new) < count:
                     seen.add(hash_text(text))
                     new.append(text)
-            num_drawn += num_rows
-            append_rows(path, ({"prompt": text, "source": "self"} for text in new))
+            num_drawn += num_rows * team.size
+            if team.rank == 0:
+                append_rows(path, ({"prompt": text, "source": "self"} for text in new))
             texts += new
             progress.update(len(new))
-    if len(texts) < count:
+    if len(texts) < count and team.rank == 0:
         logger.warning(
             f"Of {num_drawn} prompts that the target made up, only {len(texts)} are new and complete ({count} were asked "
             "for). Raise --self-temperature, or take these."

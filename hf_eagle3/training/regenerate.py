@@ -7,6 +7,7 @@ followed by the next question; where the template shows earlier answers as they 
 import hashlib
 import itertools
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..processes import Team
 from .conversations import Message
-from .files import append_rows, keep_lines, read_whole_lines
+from .files import append_rows, keep_lines
 from .prompts import Prompt, eos_token_ids, seeded
 from .rendering import ChatRenderer, Turn, find_end, merge_turns
+from .shares import count_answered, find_shares, gather_shares, name_share, next_share
 
 logger = logging.get_logger(__name__)
 
@@ -117,8 +120,9 @@ def regenerate(
     *,
     drafter: PreTrainedModel | None = None,
     target_name: str = "",
+    team: Team | None = None,
 ) -> None:
-    """Answer `prompts` into the JSONL file `path`, in their order; what it answers already is left as it is.
+    """Answer `prompts` into the JSONL file `path`, in their order; what is answered already is left as it is.
 
     Args:
         target: The model that answers.
@@ -128,6 +132,7 @@ def regenerate(
         sampling: How to answer.
         drafter: Drafts for `target`: the same distribution, sooner.
         target_name: For the record.
+        team: Processes that answer each a share of the prompts, with a target each. All must call.
 
     Raises:
         ValueError: `path` holds answers to other prompts, or made otherwise.
@@ -135,24 +140,60 @@ def regenerate(
     """
     if not prompts:
         raise ValueError("Nothing to answer: no prompt is left.")
+    team = team or Team(target.device, is_alone=True)
+    begun = _go_on(path, prompts, renderer, sampling, target_name) if team.rank == 0 else None
+    asked, first_share = team.gather(begun)[0]  # after this, nobody reads what another writes
+    num_done, title, seed = len(prompts) - len(asked), "answers", sampling.seed + len(prompts) - len(asked)
+    is_shared = team.size > 1 or bool(find_shares(path))
+    place = path
+    if is_shared:  # as nobody waits for another, answers come out of order
+        place = name_share(path, first_share + team.rank)
+        title = f"answers of process 1 of {team.size}"
+        seed = random.Random(f"{sampling.seed} {num_done} {first_share + team.rank}").getrandbits(63)
+    own = asked[team.rank :: team.size]
+    with (
+        tqdm(total=len(own), desc=title, unit=" prompts", disable=team.rank > 0) as progress,
+        seeded(target, seed),
+    ):
+        _answer(target, renderer, prompts, own, place, sampling, drafter, progress)
+    team.wait()
+    if is_shared and team.rank == 0:
+        gather_shares(path, prompts, count_answered(path, prompts)[1])
+
+
+def _go_on(
+    path: Path, prompts: Sequence[Prompt], renderer: ChatRenderer, sampling: Sampling, target_name: str
+) -> tuple[list[int], int]:
+    """Put what was written before in order: the numbers of `prompts` that are left, and of the first new share."""
     _keep_record(path, renderer, sampling, target_name)
     num_lines, num_done = count_answered(path, prompts)
     if keep_lines(path, num_lines):
         logger.warning(f"{path} ends in the middle of a prompt's rows; going on before them.")
+    left = gather_shares(path, prompts, num_done)
+    return left, next_share(path)
+
+
+def _answer(
+    target: PreTrainedModel,
+    renderer: ChatRenderer,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    path: Path,
+    sampling: Sampling,
+    drafter: PreTrainedModel | None,
+    progress: tqdm,
+) -> None:
+    """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
     num_tokens, start, size = 0, time.perf_counter(), WINDOW * sampling.batch_size
-    with (
-        tqdm(total=len(prompts), initial=num_done, desc="answers", unit=" prompts") as progress,
-        seeded(target, sampling.seed + num_done),
-    ):
-        number = num_done
-        for first in range(num_done, len(prompts), size):
-            for groups in _answer_in_order(target, renderer, prompts[first : first + size], sampling, drafter):
-                rows = [row for i, group in enumerate(groups, number) for row in _make_rows(i, group)]
-                append_rows(path, rows)
-                number += len(groups)
-                num_tokens += sum(sum(row["loss_mask"]) for row in rows)
-                progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-                progress.update(len(groups))
+    for first in range(0, len(numbers), size):
+        window = list(numbers[first : first + size])
+        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, drafter):
+            answered, window = window[: len(groups)], window[len(groups) :]
+            rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
+            append_rows(path, rows)
+            num_tokens += sum(sum(row["loss_mask"]) for row in rows)
+            progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            progress.update(len(groups))
 
 
 def _answer_in_order(
@@ -246,28 +287,6 @@ def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any
     return [{**row, "num_rows": len(rows)} for row in rows]
 
 
-def count_answered(path: Path, prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """How many lines of `path` are whole answers, and to how many of `prompts`.
-
-    Raises:
-        ValueError: They answer other prompts, or another program wrote them.
-    """
-    num_lines = num_done = num_of_group = 0
-    for line in read_whole_lines(path):
-        row = json.loads(line)
-        if "prompt_fingerprint" not in row:
-            raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
-        if num_done >= len(prompts) or row["prompt_fingerprint"] != prompts[num_done].fingerprint:
-            raise ValueError(
-                f"{path} has an answer in line {num_lines + num_of_group + 1} to another prompt than number {num_done} of "
-                "these. Give the prompts it was begun with (more may follow them), or a new file."
-            )
-        num_of_group += 1
-        if num_of_group == row["num_rows"]:
-            num_lines, num_done, num_of_group = num_lines + num_of_group, num_done + 1, 0
-    return num_lines, num_done
-
-
 def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_name: str) -> None:
     """Write how the rows of `path` are made beside it, or compare with what is written there.
 
@@ -284,7 +303,7 @@ def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_
     }
     decisive = json.loads(json.dumps(decisive))
     record = path.with_name(path.name + ".meta.json")
-    if record.exists() and path.exists():
+    if record.exists() and (path.exists() or find_shares(path)):
         begun = json.loads(record.read_text(encoding="utf-8"))
         if other := [name for name, value in decisive.items() if begun.get(name) != value]:
             raise ValueError(

@@ -55,6 +55,9 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "How the target attends."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the target to 4 bits by bitsandbytes."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the target to 8 bits by bitsandbytes."})
+    target_tp: bool = field(
+        default=False, metadata={"help": "Split the target over all processes by tensor parallelism."}
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train low-rank adapters of the drafter (LoRA)."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "They are scaled by lora_alpha / lora_r."})
@@ -154,6 +157,8 @@ def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict
         )
     if model.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if model.target_tp:
+        options["tp_plan"] = "auto"
     return {**options, **(args.target_model_init_kwargs or {})}  # type: ignore[dict-item]  # a dict by now
 
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..features import StateRecorder, find_layers
 from ..kernels.fusion import FusedElements
+from ..peers import is_spread
 from ..row_attention import UnfitError
 from .batch import Batch
 from .packed_target import attending_by_documents
@@ -36,7 +37,10 @@ class States(NamedTuple):
 class StateSource(Protocol):
     """Where hidden states come from."""
 
-    head: TargetHead
+    @property
+    def head(self) -> TargetHead:
+        """What reads the last hidden states."""
+        ...
 
     @property
     def target(self) -> PreTrainedModel:
@@ -59,7 +63,7 @@ class OnlineStates:
         aux_layer_ids: Boundaries, as the bound drafter has them.
         max_tokens: Of one forward, padding included; a longer document runs alone.
         use_kernels: Norms, rotary embeddings and gated MLPs of a 16-bit target on a GPU as kernels of ours, where they
-            agree with its own.
+            agree with its own. Not of a target that processes share.
         packs: Whether documents go end to end through the target; by default where its attention is plain, on a GPU in 16
             bits, and a trial gives the same states.
     """
@@ -73,7 +77,9 @@ class OnlineStates:
         packs: bool | None = None,
     ):
         self._target, self._boundaries, self._max_tokens = target, tuple(aux_layer_ids), max_tokens
-        self._kernels: AbstractContextManager[None] = FusedElements(target) if use_kernels else nullcontext()
+        self._is_shared = is_spread(target)
+        has_kernels = use_kernels and not self._is_shared
+        self._kernels: AbstractContextManager[None] = FusedElements(target) if has_kernels else nullcontext()
         self.head = TargetHead.of(target)
         self._is_checked, self._packs = False, packs
         self._stream: torch.cuda.Stream | None = None
@@ -104,7 +110,9 @@ class OnlineStates:
 
     def _runs_beside(self, device: torch.device) -> bool:
         devices = set(getattr(self._target, "hf_device_map", {}).values())
-        return device.type == "cuda" and self._target.device == device and len(devices) <= 1
+        # On two streams, what processes that share the target send one another could go out in different orders.
+        is_here = self._target.device == device and len(devices) <= 1
+        return device.type == "cuda" and is_here and not self._is_shared
 
     def _states(self, batch: Batch, device: torch.device) -> States:
         lengths = batch["lengths"]

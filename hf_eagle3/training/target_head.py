@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..kernels import language, teaching
+from ..peers import whole
 
 TILE = 16384  # columns of the head at a time
 
@@ -76,6 +77,8 @@ class TargetHead:
     def of(cls, target: PreTrainedModel) -> "TargetHead":
         """The head of `target`, or one that takes logits if its own is not a plain linear layer.
 
+        Of a target that processes share, each has the whole head: what it is applied to differs. All must call.
+
         Whether it really gives the target's logits is for `check` to say.
         """
         config = target.config.get_text_config(decoder=True)
@@ -86,7 +89,8 @@ class TargetHead:
         factor = 1.0
         for name, power in FACTORS.items():
             factor *= (getattr(config, name, None) or 1.0) ** power
-        return cls(head.weight.detach(), head.bias, config.vocab_size, getattr(config, SOFT_CAP, None), factor)
+        weight, bias = whole(head.weight.detach()), None if head.bias is None else whole(head.bias.detach())
+        return cls(weight, bias, config.vocab_size, getattr(config, SOFT_CAP, None), factor)
 
     def tiles(self, last: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First column and logits [n, <= TILE] of one tile after another.

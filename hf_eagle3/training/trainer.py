@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..checkpoints.card import write_card
 from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
+from ..peers import find_peers
 from .acceptance import Walk
 from .arguments import Eagle3TrainingArguments
 from .batch import Batch, Collator, live_steps
@@ -31,6 +32,8 @@ from .distributed import (
     call_as_forward,
     load_optimizer_state,
     load_whole_weights,
+    local,
+    number_targets,
     served_copy,
     sum_over_processes,
     whole_optimizer_state,
@@ -51,6 +54,7 @@ from .loading import adapt, end_tokens, load_drafter, load_target, make_drafter,
 from .losses import LOSSES
 from .packing import PackedDataset
 from .recipe import check_recipe, describe_recipe, write_recipe
+from .shared_states import SharedStates
 from .states import OnlineStates, StateSource
 from .stored_states import StoredStates
 from .target_head import DraftVocabulary
@@ -68,8 +72,9 @@ class Eagle3Trainer(Trainer):
     """Train a drafter for a frozen target by training-time test (arXiv:2503.01840).
 
     The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
-    of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, each
-    have a target and share the rows; the drafter is replicated (DDP) or sharded (FSDP2).
+    of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, share
+    the rows, and each has a target, or a part of one (tensor parallelism); the drafter is replicated (DDP) or sharded
+    (FSDP2).
 
     Args:
         model: The drafter to go on with, or its name; None: a new EAGLE-3.1 drafter sized after the target, with the
@@ -141,9 +146,13 @@ class Eagle3Trainer(Trainer):
         drafter.bind(bound_to)
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
         self._target = (target,)
-        self._source: StateSource = states or OnlineStates(
-            target, drafter.bound_aux_layer_ids or (), args.target_batch_tokens
-        )
+        self._source: StateSource
+        if states is not None:
+            self._source = states
+        else:
+            self._source = OnlineStates(target, drafter.bound_aux_layer_ids or (), args.target_batch_tokens)
+            if (peers := find_peers(target)) is not None:
+                self._source = SharedStates(self._source, peers)
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
         self._shape = DrafterShape.of(drafter.config)
         self._target_shape = None if target is None or states is not None else TargetShape.of(target)
@@ -348,7 +357,7 @@ class Eagle3Trainer(Trainer):
             self._shape,
             self._target_shape,
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            target_bytes=0 if target is None else sum(p.numel() * p.element_size() for p in target.parameters()),
+            target_bytes=0 if target is None else sum(local(p).nbytes for p in target.parameters()),
             lengths=lengths,
             rows_at_once=round(args.per_device_train_batch_size * per_row),
             num_rows=num_rows * per_row,
@@ -457,7 +466,8 @@ class Eagle3Trainer(Trainer):
         on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
         served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
         prompts = list(prompts_of(rows, args.eval_generate_prompts))
-        mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        index, count = number_targets(target, self.accelerator)
+        mine = prompts[index::count]  # where processes share a target, each counts the same rounds
         is_quiet = args.disable_tqdm or args.local_process_index > 0
         bar = tqdm(mine, desc="Generating", disable=is_quiet, leave=False)
         return add_walks(

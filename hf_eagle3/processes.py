@@ -1,23 +1,34 @@
 """Several processes, each with its share of the prompts on a device of its own, as accelerate or torchrun starts them."""
 
+import argparse
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 
+# Shares of the work differ, and a launcher ends all processes when one of them fails.
+PATIENCE = timedelta(days=7)
+
 
 class Team:
-    """The processes that take part; one, unless a launcher started several."""
+    """The processes that take part; one, unless a launcher started several.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: For one process, or its kind for several.
+        is_alone: Take no notice of the launcher.
+    """
+
+    def __init__(self, device: torch.device, *, is_alone: bool = False):
         self.size, self.rank, self.device, self._state = 1, 0, device, None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_alone:
             from accelerate import PartialState  # heavy, and of use to launched processes only
 
-            self._state = PartialState(cpu=device.type == "cpu")
+            self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
             self.size, self.rank = self._state.num_processes, self._state.process_index
             self.device = self._state.device
 
@@ -54,7 +65,37 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def must_launch(num_processes: int | None) -> bool:
+    """Whether `--dp-size` asks for processes that nobody has started yet.
+
+    Raises:
+        ValueError: It is no number of processes, or others were started.
+    """
+    if num_processes is None:
+        return False
+    if num_processes < 1:
+        raise ValueError(f"--dp-size is a number of processes, at least 1; got {num_processes}.")
+    if not is_launched():
+        return num_processes > 1
+    launched = int(os.environ["WORLD_SIZE"])
+    if num_processes != launched:
+        raise ValueError(f"--dp-size {num_processes}, but {launched} processes were launched: leave it out.")
+    return False
+
+
 def launch(num_processes: int, arguments: Sequence[str]) -> int:
     """Start this command in `num_processes` processes on this machine; their exit status."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     return subprocess.run([*launcher, "-m", "hf_eagle3.cli", *arguments], check=False).returncode
+
+
+def list_arguments(args: argparse.Namespace) -> list[str]:
+    """A command's arguments as they would be typed again."""
+    words = []
+    for name, value in vars(args).items():
+        if name in ("command", "run") or value is None or value is False or value == []:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words.append(f"--{name.replace('_', '-')}")
+        words += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+    return words

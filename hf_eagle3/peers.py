@@ -1,0 +1,71 @@
+"""One target in several processes, by tensor parallelism: each runs every forward, so all must say the same tokens.
+
+What is chosen by chance or by the clock would differ, and processes that part wait for one another forever. So the first
+one's choices are everybody's.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # some builds of PyTorch are for one process only
+
+Agree = Callable[[Tensor], Tensor]  # of a tensor that each process has: the first one's
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether processes have shards of the weights of `model`."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # a DTensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may have a shard. All processes must call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+
+def find_peers(target: PreTrainedModel) -> "ProcessGroup | None":
+    """The processes that run `target` together; None if this one has it for itself."""
+    if (getattr(target, "tp_size", None) or 1) == 1:
+        return None
+    for mesh in (p.device_mesh for p in target.parameters() if hasattr(p, "full_tensor")):
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return mesh.get_group("tp")
+    return None
+
+
+def is_spread_further(model: PreTrainedModel, peers: "ProcessGroup") -> bool:
+    """Whether others than `peers` have shards of the weights of `model`, too."""
+    ours = set(torch.distributed.get_process_group_ranks(peers))
+    return any(
+        not placement.is_replicate()
+        and not ours.issuperset(torch.distributed.get_process_group_ranks(p.device_mesh.get_group(axis)))
+        for p in model.parameters()
+        if hasattr(p, "full_tensor")
+        for axis, placement in enumerate(p.placements)
+    )
+
+
+def make_agree(target: PreTrainedModel) -> Agree:
+    """How the processes that run `target` agree; all must call with the same shape."""
+    peers = find_peers(target)
+    if peers is None:
+        return keep
+    first = torch.distributed.get_global_rank(peers, 0)
+
+    def agree(values: Tensor) -> Tensor:
+        values = values.contiguous()
+        torch.distributed.broadcast(values, src=first, group=peers)
+        return values
+
+    return agree
+
+
+def keep(values: Tensor) -> Tensor:
+    """`values`, where nobody else has any."""
+    return values
