@@ -26,7 +26,8 @@ from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-FEW_TOKENS = 8
+# Experts that copy the weights they choose: at 8 tokens GptOss-20b's take 34 ms a forward, grouped ones 18 at 32 tokens.
+FEW_TOKENS = 4
 # Of a model that attends otherwise or waits for the device, or a card that cannot run a kernel.
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, *KERNEL_ERRORS)
 

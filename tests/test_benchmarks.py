@@ -1,6 +1,8 @@
-"""`benchmarks/bench_alternatives.py`: it runs on toy sizes, and a way that fails costs its own row only."""
+"""What `benchmarks/` imports from us is there; `bench_alternatives.py` runs on toy sizes, each way for itself."""
 
+import ast
 import gc
+import importlib
 import json
 import sys
 import time
@@ -11,6 +13,17 @@ import torch
 from conftest import make_target
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_is_imported_is_there(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ours = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("hf_eagle3")]
+    for node in ours:
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            if not hasattr(module, alias.name):  # then a module of its own
+                importlib.import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.fixture

@@ -319,7 +319,10 @@ def test_captured_rounds_on_a_gpu(family, lengths):
     for loop in ("own", "own", "eager"):
         out = target.generate(**batch, assistant_model=drafter, decode_loop=loop, **options)
         assert out.sequences.tolist() == plain.sequences.tolist()
-        assert out.speculation.graphs.startswith("none (asked" if loop == "eager" else ("captured", "replayed"))
+        # Torch's grouped product of float32 counts each expert's tokens on the host.
+        waits = len(lengths) > 1 and family in ("gpt_oss", "mixtral")
+        captured = "none (RuntimeError" if waits else ("captured", "replayed")
+        assert out.speculation.graphs.startswith("none (asked" if loop == "eager" else captured)
 
 
 @pytest.mark.gpu
