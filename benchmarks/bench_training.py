@@ -8,6 +8,7 @@ with ours, on the same device (`peer_training.py`).
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -133,6 +134,9 @@ def measure(
             alone[kind].append(timed(lambda: teach(states))[0])  # noqa: B023  called at once
             states = None  # not beside those of the other
     tokens = documents * length
+    if make_peer is not None:
+        kinds, peer_model = {}, None
+        gc.collect()
 
     def account(kind: str) -> dict:
         median = statistics.median(whole[kind])

@@ -33,7 +33,7 @@ from .target_head import DraftVocabulary, TargetHead
 
 # From torch 2.8 on, products of half precision can be summed into float32.
 SUMS_WIDE = version.parse(torch.__version__) >= version.parse("2.8")
-CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d
+CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d; twice as many where a kernel works in place
 
 
 class StepSums(NamedTuple):
@@ -327,11 +327,14 @@ def teach_in_chunks(
     k, L, _ = normed.shape
     wide, device = torch.promote_types(normed.dtype, torch.float32), normed.device
     method, vocabulary = room.method, room.vocabulary
-    size = max(1, CHUNK_ELEMENTS // (k * len(weight)))
+    by_kernel = (
+        method.loss.has_kernel and normed.is_cuda and dtype.itemsize == 2 and language.is_available(normed.device)
+    )
+    size = max(1, CHUNK_ELEMENTS * (1 + by_kernel) // (k * len(weight)))
     step_scale = (method.scale / method.scale.max()).to(wide)  # half precision takes gradients of order one
     cast = weight.to(dtype)
-    normed_grad = torch.zeros_like(normed) if grads else None
-    weight_grad = torch.zeros(weight.shape, dtype=weight.dtype, device=device) if weight_grads else None
+    normed_grad = torch.empty_like(normed) if grads else None
+    weight_grad = None
     totals: list[Tensor] = []
     hits = torch.zeros(k, L, dtype=torch.bool, device=device)
     steps = torch.arange(k, device=device)[:, None]
@@ -346,7 +349,7 @@ def teach_in_chunks(
         )
         logits = F.linear(normed[:, first:end].to(dtype), cast)  # [k, C, V_d]
         chunk = (logits, kept, lse, vocabulary.to_draft[best], room.token[:, first:end])
-        if method.loss.has_kernel and logits.is_cuda and logits.element_size() == 2 and language.is_available(device):
+        if by_kernel:
             *sums, hits[:, first:end], grad = _teach_by_kernel(*chunk, room.depth[first:end], step_scale)
         else:
             live = steps < room.depth[first:end]
@@ -356,8 +359,11 @@ def teach_in_chunks(
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
             normed_grad[:, first:end] = grad @ cast
-        if weight_grad is not None:
-            _add_outer(weight_grad, grad.flatten(0, 1), normed[:, first:end].flatten(0, 1).to(dtype))
+        if weight_grads:
+            outer = (grad.flatten(0, 1), normed[:, first:end].flatten(0, 1).to(dtype))
+            weight_grad = _add_outer(weight_grad, *outer, weight.dtype)
+    if weight_grads and weight_grad is None:
+        weight_grad = torch.zeros_like(weight)
     if not totals:
         nothing = torch.zeros(k, dtype=wide, device=device)
         counts = torch.zeros(k, dtype=torch.int64, device=device)
@@ -420,9 +426,11 @@ def _teach_by_kernel(
     )
 
 
-def _add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Total += a.T @ b, summed in the dtype of `total`."""
-    if a.is_cuda and a.dtype != total.dtype and SUMS_WIDE:
-        torch.addmm(total, a.T, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a.T @ b
+def _add_outer(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Total, if there is one, + a.T @ b, summed in `dtype`."""
+    if a.is_cuda and a.dtype != dtype and SUMS_WIDE:
+        if total is None:
+            return torch.mm(a.T, b, out_dtype=dtype)
+        return torch.addmm(total, a.T, b, out_dtype=dtype, out=total)
+    outer = a.T @ b
+    return outer.to(dtype) if total is None else total.add_(outer)
