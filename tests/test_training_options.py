@@ -1,5 +1,6 @@
 """What can be asked of the trainer: adapters, averages, packing, other targets, guards, and what it forecasts."""
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -229,6 +230,18 @@ def test_a_stream_is_no_data_set(target, tmp_path):
 
     with pytest.raises(ValueError, match="not a stream"):
         Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=Stream())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_liger_kernels_are_for_the_target_in_place_of_ours(target, rows, tmp_path, monkeypatch, asked):
+    given, ours = [], []
+    monkeypatch.setattr("hf_eagle3.training.trainer.apply_liger_kernel", lambda *args: given.append(args))
+    fused = type("Fused", (contextlib.nullcontext,), {"__init__": lambda self, target: ours.append(target)})
+    monkeypatch.setattr("hf_eagle3.training.states.FusedElements", fused)
+    options = {"use_liger_kernel": asked, "liger_kernel_config": {"rope": False}}
+    Eagle3Trainer(make_drafter(target), target, args=make_args(tmp_path, **options), train_dataset=rows)
+    assert [(model is target, config) for model, config in given] == [(True, {"rope": False})] * asked
+    assert [model is target for model in ours] == [True] * (not asked)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
@@ -150,7 +151,11 @@ class Eagle3Trainer(Trainer):
         if states is not None:
             self._source = states
         else:
-            self._source = OnlineStates(target, drafter.bound_aux_layer_ids or (), args.target_batch_tokens)
+            if args.use_liger_kernel:
+                apply_liger_kernel(target, args.liger_kernel_config)
+            boundaries = drafter.bound_aux_layer_ids or ()
+            use_kernels = not args.use_liger_kernel
+            self._source = OnlineStates(target, boundaries, args.target_batch_tokens, use_kernels=use_kernels)
             if (peers := find_peers(target)) is not None:
                 self._source = SharedStates(self._source, peers)
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
