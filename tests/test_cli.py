@@ -1,8 +1,11 @@
 """The command line, on tiny models."""
 
 import argparse
+import importlib
+import itertools
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from test_checkpoints import LAYOUTS, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
-from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, __version__, cli
+from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, __version__, cli, measure_depths
 from hf_eagle3.checkpoints import describe_drafter
 from hf_eagle3.smollm2 import LoadedTarget, TargetUnavailableError
 
@@ -127,11 +130,55 @@ def test_demo_has_prompts_of_its_own(demo, capsys):
     assert all(f"=== {prompt}" in out for prompt in cli.PROMPTS)
 
 
-def test_draft_depth_and_dtype_reach_the_drafter(target, drafter, tmp_path):
+def test_dtype_reaches_the_drafter(target, drafter, tmp_path):
     drafter.save_pretrained(tmp_path)
-    loaded = cli.load_drafter(tmp_path, target.to(torch.bfloat16), 5)
-    assert loaded.generation_config.num_assistant_tokens == 5
-    assert loaded.dtype == torch.bfloat16
+    assert cli.load_drafter(tmp_path, target.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("asked", [[], ["--num-draft-tokens", "5"]], ids=["measured", "given"])
+def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, monkeypatch, capsys, asked):
+    measured, used = [], []
+    honest = cli.run_demo
+
+    def measure(target, drafter, prompts, *, depths, repeats):
+        measured.append((len(prompts), list(depths)))
+        return {1: 20.0, 2: 28.4, 3: 31.2, 4: 25.0}
+
+    def run(target, drafter, *args, **kwargs):
+        used.append(drafter.generation_config.num_assistant_tokens)
+        return honest(target, drafter, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "measure_depths", measure)
+    monkeypatch.setattr(cli, "run_demo", run)
+    assert demo("--prompt", "abc", "--prompt", "xyz", "--max-new-tokens", "2", "--repeats", "1", *asked) == 0
+    out = capsys.readouterr().out
+    if asked:
+        assert (measured, used) == ([], [5, 5])
+        assert "Depth    5 draft tokens a round\n" in out
+    else:
+        assert (measured, used) == ([(2, [1, 2, 3, 4])], [3, 3])
+        assert "Depth    3 draft tokens a round, the fastest here (tok/s by depth: 1: 20, 2: 28, 3: 31, 4: 25)" in out
+
+
+def test_depths_are_measured_by_turns(target, drafter, tokenizer, monkeypatch):
+    prompts = [dict(tokenizer(text, return_tensors="pt")) for text in ("abc", "xyzxyz")]
+    depths_module = importlib.import_module("hf_eagle3.depths")
+    before, depths, clock = drafter.generation_config.num_assistant_tokens, [], itertools.count()
+    generate = type(target).generate
+
+    def listen(self, **kwargs):
+        depths.append(kwargs["num_assistant_tokens"])
+        for _ in range(10 * kwargs["num_assistant_tokens"]):
+            next(clock)
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(type(target), "generate", listen)
+    monkeypatch.setattr(depths_module, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    speeds = measure_depths(target, drafter, prompts, depths=(1, 3), max_new_tokens=6, repeats=2)
+    assert depths == [1, 1, 3, 3] + 2 * [1, 1, 3, 3]  # a warm-up each, then turns; two prompts
+    assert list(speeds) == [1, 3]
+    assert speeds[1] > 1.5 * speeds[3] > 0
+    assert drafter.generation_config.num_assistant_tokens == before
 
 
 def test_differing_answers_are_said_and_fail(demo, monkeypatch, capsys):

@@ -19,6 +19,7 @@ LAYERS = [
     ["__init__", "__main__"],
     ["integration"],
     ["own_loop"],
+    ["depths"],
     ["candidates", "choice", "diagnosis", "graphs", "refusals", "training"],
     ["row_attention"],
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
