@@ -11,10 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import make_drafter, make_target
+from conftest import TEXT, make_drafter, make_target
 from torch import nn
 from torch.nn import functional as F
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
@@ -29,6 +29,7 @@ from hf_eagle3.kernels.attention import (
     write_rows,
     write_rows_eager,
 )
+from hf_eagle3.kernels.experts import expert_linear, expert_linear_eager
 from hf_eagle3.kernels.fusion import Swaps, fused
 from hf_eagle3.kernels.linear import (
     ROWS,
@@ -335,6 +336,46 @@ def test_a_rows_linear_result_depends_on_no_other(blocks):
 
 
 @pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["N, K", "K, N"])
+@pytest.mark.parametrize(("R", "each", "E"), [(1, 4, 4), (4, 2, 7), (60, 4, 5), (33, 1, 2)])
+def test_experts_equal_their_twin(R, each, E, is_transposed, dtype):
+    K, N = 100, 70
+    x, bias = random(R, K, dtype=dtype), random(E, N, dtype=dtype)
+    weight = random(*((E, K, N) if is_transposed else (E, N, K)), dtype=dtype) / 10
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.stack([torch.randperm(E, generator=generator)[:each] for _ in range(R)]).flatten().to(x.device)
+    for b, choices in ((None, chosen), (bias, chosen), (bias, torch.full_like(chosen, E - 1))):
+        out = expert_linear(x, weight, b, choices, is_transposed=is_transposed)
+        twin = expert_linear_eager(x, weight, b, choices, is_transposed=is_transposed)
+        truth = expert_linear_eager(*in_double(x, weight, b), choices, is_transposed=is_transposed)
+        assert_as_good(out, twin, truth)
+
+
+@pytest.mark.gpu
+def test_second_linear_layer_of_experts_has_a_row_for_each_choice():
+    y, weight = random(6, 32, dtype=HALF), random(3, 32, 16, dtype=HALF)
+    chosen = torch.tensor([2, 0, 1, 2, 2, 0], device=y.device)
+    out = expert_linear(y, weight, None, chosen, is_transposed=True)
+    alone = torch.cat(
+        [expert_linear(y[i : i + 1], weight, None, chosen[i : i + 1], is_transposed=True) for i in range(6)]
+    )
+    assert torch.equal(out, alone)  # and no row's result depends on the others
+    with pytest.raises(ValueError, match="1 to 1024 choices"):
+        expert_linear(y, weight, None, chosen[:4], is_transposed=True)
+
+
+@pytest.mark.gpu
+def test_experts_that_do_something_else_are_left_alone(monkeypatch):
+    model = make_target("gpt_oss").to(DEVICE, HALF).eval()
+    experts = type(model.model.layers[0].mlp.experts)
+    theirs = experts.forward
+    monkeypatch.setattr(experts, "forward", lambda self, *args: 1.1 * theirs(self, *args))
+    with torch.no_grad(), fused(model) as swaps:
+        assert swaps.experts == []
+
+
+@pytest.mark.gpu
 def test_linear_refuses_what_it_is_not_for():
     weight = random(4, 16)
     with pytest.raises(ValueError, match=r"1 to 64 rows, got 65"):
@@ -387,6 +428,10 @@ TINY = {
 }
 
 
+def make_mixtral():
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
+
+
 def is_untouched(model):
     return not any("forward" in vars(module) for module in model.modules())
 
@@ -396,9 +441,9 @@ def is_close(a, b):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt_oss", "mixtral"])
 def test_fused_targets_compute_the_same_and_are_restored(kind):
-    model = make_target(kind).to(DEVICE, HALF).eval()
+    model = (make_mixtral() if kind == "mixtral" else make_target(kind)).to(DEVICE, HALF).eval()
     home = sys.modules[type(model).__module__]
     rotate = home.apply_rotary_pos_emb
     ids = torch.randint(2, 64, (2, 4), device=DEVICE)
@@ -410,7 +455,8 @@ def test_fused_targets_compute_the_same_and_are_restored(kind):
             during = model(ids).logits
         after = model(ids).logits
     assert set(swaps.norms.values()) == {{"gpt_oss": "wide", "gemma3": "shifted"}.get(kind, "llama")}
-    assert list(swaps.mlps.values()) == {"gpt_oss": [], "gemma3": ["gelu_tanh"]}.get(kind, ["silu"])
+    assert list(swaps.mlps.values()) == {"gpt_oss": [], "mixtral": [], "gemma3": ["gelu_tanh"]}.get(kind, ["silu"])
+    assert swaps.experts == {"gpt_oss": ["GptOssExperts"], "mixtral": ["MixtralExperts"]}.get(kind, [])
     assert swaps.rotaries == [home.__name__]
     assert swaps.num_groups == len(model.model.layers)
     assert is_close(during, before)

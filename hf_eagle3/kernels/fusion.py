@@ -1,7 +1,7 @@
 """Our kernels in place of stock layers, while a CUDA graph is captured.
 
-No class of the host's is edited, and nothing is taken on faith: what looks like an RMSNorm, a rotary embedding or a
-gated MLP is first run on random numbers beside its kernel, and left alone unless the two agree. Whatever a kernel cannot
+No class of the host's is edited, and nothing is taken on faith: what looks like an RMSNorm, a rotary embedding, a gated
+MLP or the experts of a mixture is first run on random numbers beside its kernel, and left alone unless the two agree. Whatever a kernel cannot
 take at run time (other dtypes, many rows, a gradient to keep) goes to the host's own code.
 """
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import language
+from .experts import MAX_CHOICES, expert_linear
 from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
@@ -36,6 +37,8 @@ NORM_SUFFIX = "RMSNorm"
 ROTARY_NAME = "apply_rotary_pos_emb"
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16)
+# Of experts that are called otherwise, or a card that cannot run the kernel.
+UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, *language.KERNEL_ERRORS)
 
 
 @dataclass(slots=True)
@@ -45,12 +48,13 @@ class Swaps:
     norms: dict[str, str] = field(default_factory=dict)  # class -> variant
     rotaries: list[str] = field(default_factory=list)  # modules of the host's
     mlps: dict[str, str] = field(default_factory=dict)  # class -> activation
+    experts: list[str] = field(default_factory=list)  # classes
     num_groups: int = 0  # query, key and value projections that became one launch
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[Swaps]:
-    """Run `model`'s linear layers over few rows, norms, rotary embeddings and gated MLPs as kernels.
+    """Run `model`'s linear layers and experts over few rows, norms, rotary embeddings and gated MLPs as kernels.
 
     For capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
     """
@@ -64,6 +68,7 @@ def fused(model: nn.Module) -> Iterator[Swaps]:
             _swap_norms(model, swaps, stack)
             _swap_rotaries(model, swaps, stack)
             _swap_mlps(model, swaps, stack)
+            _swap_experts(model, swaps, stack)
             _group_projections(model, swaps, stack)
         logger.info("Fused %s: %s", type(model).__name__, swaps)
         stack.enter_context(_SmallLinears())
@@ -310,6 +315,88 @@ def _make_mlp(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
         if are_bare and 1 <= num_rows <= MAX_ROWS:
             return down(linear_gated(x, gate.weight, up.weight, activation=activation))
         return down(gate_kernel(gate(x), up(x), activation=activation))
+
+    return forward
+
+
+# ---- experts ----
+
+
+def _swap_experts(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
+    """Let experts as the host's `use_experts_implementation` describes them run as two kernels a layer."""
+    known: dict[type, bool] = {}
+    for module in model.modules():
+        weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+        if not all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights) or not _is_plain(module):
+            continue
+        is_known_kind = all(hasattr(module, name) for name in ("is_transposed", "has_bias", "_apply_gate"))
+        if (
+            not is_known_kind
+            or not getattr(module, "has_gate", False)
+            or getattr(module, "has_post_expert_norm", False)
+        ):
+            continue
+        if not _can_run(*weights):  # type: ignore[arg-type]  # parameters, as asked above
+            continue
+        kind, forward = type(module), _make_experts(module)
+        if kind not in known:
+            known[kind] = _experts_agree(module, forward)
+        if known[kind]:
+            if kind.__name__ not in swaps.experts:
+                swaps.experts.append(kind.__name__)
+            _set(stack, vars(module), "forward", forward)
+
+
+def _experts_agree(module: Any, forward: Callable[..., Tensor]) -> bool:
+    """Whether `forward` computes what `module` does: tried with its own weights.
+
+    Two tokens beside the host's way, which may copy the weights of each choice; many beside two at a time.
+    """
+    E, K, _ = module.gate_up_proj.shape if module.is_transposed else module.gate_up_proj.transpose(1, 2).shape
+    generator = torch.Generator().manual_seed(0)
+
+    def some(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = _random(n, K, like=module.gate_up_proj, seed=n)
+        chosen = torch.randint(E, (n, 2), generator=generator).to(x.device)
+        return x, chosen, torch.rand(n, 2, generator=generator).to(x.device, x.dtype)
+
+    def are_near(ours: Tensor, theirs: Tensor) -> bool:
+        return ours.shape == theirs.shape and bool((ours - theirs).float().norm() <= 0.01 * theirs.float().norm())
+
+    try:
+        few = some(2)
+        if not are_near(forward(*few), module(*few)):
+            return False
+        for n in (min(9 * E, MAX_CHOICES // 2), MAX_CHOICES // 2):
+            many = some(n)
+            pairs = [forward(*(value[i : i + 2] for value in many)) for i in range(0, 8, 2)]
+            if not are_near(forward(*many)[:8], torch.cat(pairs)):
+                return False
+    except UNFIT:
+        return False
+    return True
+
+
+def _make_experts(module: Any) -> Callable[..., Tensor]:
+    original = module.forward
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        gate_up, down = module.gate_up_proj, module.down_proj
+        biases = [module.gate_up_proj_bias, module.down_proj_bias] if module.has_bias else [None, None]
+        fits = (
+            _can_run(x, gate_up, down, *(b for b in biases if b is not None))
+            and x.dim() == chosen.dim() == 2
+            and chosen.shape == weights.shape
+            and 0 < chosen.numel() <= MAX_CHOICES
+            and not getattr(module, "_is_expert_parallel", False)
+        )
+        if not fits:
+            return original(x, chosen, weights)
+        flat = chosen.reshape(-1)
+        y = expert_linear(x, gate_up, biases[0], flat, is_transposed=module.is_transposed)
+        y = expert_linear(module._apply_gate(y), down, biases[1], flat, is_transposed=module.is_transposed)
+        y = y * weights.reshape(-1, 1)
+        return y.view(*chosen.shape, -1).sum(dim=1).to(x.dtype)
 
     return forward
 
