@@ -26,7 +26,8 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, GptOssConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from hf_eagle3.kernels import attention
@@ -55,7 +56,7 @@ from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
 from hf_eagle3.rows import RowCache
 
-PARTS = ["correct", "attention", "linear", "default", "small", "stack", "compiled"]
+PARTS = ["correct", "attention", "linear", "default", "experts", "small", "stack", "compiled"]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter has no bfloat16 products
@@ -742,6 +743,42 @@ def time_defaults(report: Report, tiny: bool) -> None:
     report.table("Gated pairs of other models, by default: us", head, rows)
 
 
+# ---- experts ----
+
+
+def time_experts(report: Report, tiny: bool, bandwidth: float) -> None:
+    """One layer's experts of the GptOss-20b shape: ours, the host's grouped products, and its copies of weights."""
+    H, width, E, each = (64, 96, 4, 2) if tiny else (2880, 2880, 32, 4)
+    shape = {"hidden_size": H, "intermediate_size": width, "num_local_experts": E, "num_experts_per_tok": each}
+    layers = []
+    for _ in range(2 if ON_GPU else 1):  # 1.6 GB each
+        with torch.device(DEVICE):
+            layers.append(GptOssExperts(GptOssConfig(**shape)).to(DTYPE).requires_grad_(False))
+        for parameter in layers[-1].parameters():
+            parameter.normal_(std=0.02)
+    rows: list[list[Any]] = []
+    for M in [3] if tiny else [1, 4, 8, 32, 64, 128, 256]:
+        x = random(M, H)
+        chosen = torch.stack([torch.randperm(E, device=DEVICE)[:each] for _ in range(M)])
+        weights = torch.full((M, each), 1 / each, device=DEVICE, dtype=DTYPE)
+
+        def run(how: str, x=x, chosen=chosen, weights=weights) -> float | str:
+            for layer in layers:
+                layer.config._experts_implementation = how
+            return attempt(lambda: microseconds([lambda e=e: e(x, chosen, weights) for e in layers]), how)
+
+        copied = run("batched_mm") if M <= 32 else "-"
+        grouped = run("grouped_mm")
+        with fused(torch.nn.ModuleList(layers)) as swaps:
+            is_ours = bool(swaps.experts)
+            ours = run("grouped_mm")
+        hit = len(chosen.unique())
+        floor = hit * 3 * H * width * x.element_size() / bandwidth / 1e3
+        rows.append([M, hit, ours if is_ours else "refused", grouped, copied, floor])
+    head = ["tokens", "experts hit", "ours", "grouped_mm", "batched_mm", "to read their weights"]
+    report.table("Experts of a GptOss-20b layer: us", head, rows)
+
+
 # ---- norms, rotary, gate ----
 
 
@@ -996,6 +1033,7 @@ def main() -> None:
         "small": lambda: time_small(report, args.tiny, with_compiled=False),
         "linear": lambda: time_linear(report, args.tiny, args.sweep_until),
         "default": lambda: time_defaults(report, args.tiny),
+        "experts": lambda: time_experts(report, args.tiny, bandwidth),
         "stack": lambda: time_stack(report, args.tiny, bandwidth),
         "compiled": lambda: time_small(report, args.tiny, with_compiled=True),
     }
