@@ -93,6 +93,13 @@ def release_graphs() -> None:
     _arenas.clear()
 
 
+def count_cache_bytes(target: PreTrainedModel) -> int:
+    """Bytes of keys and values, the drafter's too, that are kept for `target` between calls."""
+    arena = _arenas.get(target)
+    layers = [layer for cache in arena.caches for layer in cache.layers] if arena is not None else []
+    return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+
+
 def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
     """What about the models keeps rounds from being captured; None if nothing does."""
     if is_spread(target):

@@ -124,6 +124,21 @@ def test_larger_calls_get_more_memory(target, counts):
     assert graphs._arenas[target].num_rows == 3
 
 
+def test_kept_caches_are_counted(target, counts):
+    graphs.release_graphs()
+    assert graphs.count_cache_bytes(target) == 0
+    drafter = make_drafter(target)
+    target.generate(**pad(prompts_of(9, 4)), assistant_model=drafter, max_new_tokens=8, **GREEDY)
+    capacity, layers = (
+        graphs._arenas[target].capacity,
+        target.config.num_hidden_layers + drafter.config.num_hidden_layers,
+    )
+    per_slot = (
+        2 * target.config.num_key_value_heads * target.config.head_dim * 4
+    )  # keys and values, float32; alike here
+    assert graphs.count_cache_bytes(target) == 2 * capacity * layers * per_slot
+
+
 def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
     monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
     drafter = make_drafter(target)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..graphs import release_graphs
+from ..graphs import count_cache_bytes, release_graphs
 from ..processes import Team
 from . import dflash
 from .equality import Agreement, OutputDiffersError, Text, compare
@@ -33,6 +33,7 @@ class Measured:
     fastest: float
     acceptance_length: float | None = None
     peak_gib: float | None = None  # beyond the weights; of the process that needed most
+    cache_gib: float | None = None  # of that, keys and values; where our loop keeps them
     by_category: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds_in: dict[str, float] = field(default_factory=dict)  # of a drafted call
     graphs: str = ""
@@ -88,6 +89,7 @@ def measure(
 
     firsts: dict[str, list[Call]] = {}
     peaks: dict[str, float | None] = {}
+    caches: dict[str, float | None] = {}
     skipped: list[Skipped] = []
     for kind in ways:
         if target.device.type == "cuda":
@@ -104,6 +106,7 @@ def measure(
             reason = str(error) if str(error) == dflash.ONE_ROW else f"{type(error).__name__}: {error}"
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if target.device.type == "cuda" else None
         peaks[kind] = None if peak is None else max(team.gather(peak))
+        caches[kind] = max(team.gather(count_cache_bytes(target))) / 2**30 or None
         if kind == DFLASH and (reasons := [r for r in team.gather(reason) if r]):
             firsts.pop(kind, None)
             skipped.append(Skipped(kind, batch_size, reasons[0]))
@@ -138,6 +141,7 @@ def measure(
             min(speeds[kind]),
             max(speeds[kind]),
             peak_gib=peaks[kind],
+            cache_gib=caches[kind],
             num_rows=sum(team.gather(sum(len(call.rows) for call in calls[kind]))),
             agreement=agreements.get(kind),
         )

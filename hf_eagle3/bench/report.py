@@ -82,6 +82,7 @@ def to_markdown(
             lambda r: "-" if r.num_identical is None else f"{r.num_identical} of {r.num_rows}",
         ),
         ("memory beyond weights, GiB", drafted, lambda r: "-" if r.peak_gib is None else f"{r.peak_gib:.2f}"),
+        ("of which keys and values, GiB", drafted, lambda r: "-" if r.cache_gib is None else f"{r.cache_gib:.2f}"),
         ("a round, ms", drafted, lambda r: f"{1000 * r.seconds_in['seconds'] / max(r.seconds_in['rounds'], 1):.2f}"),
         (
             "of which draft, ms",
