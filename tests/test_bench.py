@@ -338,6 +338,7 @@ def test_what_is_no_dflash_drafter_is_refused(folders):  # noqa: F811
 # ---- several processes ----
 
 
+@pytest.mark.any_release
 def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

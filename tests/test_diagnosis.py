@@ -118,6 +118,7 @@ def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3Drafte
     return AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.any_release
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found_and_named(fault, trained, target, prompts, tmp_path):
     trained.bind(target)
