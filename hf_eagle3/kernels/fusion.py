@@ -380,7 +380,10 @@ def _experts_agree(module: Any, forward: Callable[..., Tensor]) -> bool:
 def _make_experts(module: Any) -> Callable[..., Tensor]:
     original = module.forward
 
-    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or len(args) != 3:
+            return original(*args, **kwargs)
+        x, chosen, weights = args
         gate_up, down = module.gate_up_proj, module.down_proj
         biases = [module.gate_up_proj_bias, module.down_proj_bias] if module.has_bias else [None, None]
         fits = (
