@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from .processes import Team, launch, list_arguments, must_launch
+from .refusals import refuse_other_models
 
 
 def add_data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -168,6 +169,8 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
     """Answer what is not answered yet; exit status 0."""
     if args.prompt_file is None and not args.self_prompts:
         raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
+    if args.prompt_file is not None and not args.prompt_file.is_file():
+        raise FileNotFoundError(f"There is no file {args.prompt_file}.")
     if must_launch(args.dp_size):
         return launch(args.dp_size, ["regenerate", *list_arguments(args)])
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,6 +215,7 @@ def answer_all(args: argparse.Namespace, team: Team) -> None:
     drafter = None
     if args.drafter:
         drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(team.device).eval()
+        refuse_other_models(drafter, args.drafter)
     renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
     if num_made_up:
         kept += make_prompts(

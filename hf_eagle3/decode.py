@@ -429,7 +429,7 @@ def decode(
     """
     config = phases.config
     rows = list(range(len(prompt.lengths)))
-    processors = processors_for_rows(config.processors, transcript.num_hidden)
+    processors = processors_for_rows(config.processors, transcript.num_hidden, transcript.prompt)
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
     longest_prompt = prompt.columns.shape[1]
     launched: deque[Launched] = deque()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .cache import CACHE_NAME
 from .features import StateRecorder
@@ -96,6 +97,22 @@ def is_text_only(model_kwargs: dict[str, Any], generation_config: GenerationConf
     )
 
 
+def counts_from_zero(model_kwargs: dict[str, Any], mask: Tensor) -> bool:
+    """Whether the position ids of real columns are 0, 1, 2, ... in each row, so that nobody gave others."""
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is None:
+        return True
+    counted = mask.long().cumsum(-1) - 1  # [B, S]
+    return bool(((position_ids.to(mask.device) == counted) | ~mask).all())
+
+
+def keeps_what_rows_keep(target: PreTrainedModel, cache: Cache) -> bool:
+    """Whether `cache`, still empty, would forget what the cache of a row alone forgets: the same windows."""
+    kinds = [type(layer) for layer in DynamicCache(config=target.config.get_text_config(decoder=True)).layers]
+    theirs = [type(layer) for layer in cache.layers] or [DynamicLayer] * len(kinds)
+    return type(cache) is DynamicCache and theirs == kinds
+
+
 def is_by_rows(lengths: Tensor, width: int) -> bool:
     """Whether rows of `lengths` [B], padded to `width`, are better run one by one: long, or a CPU would compute pads."""
     B = len(lengths)
@@ -171,7 +188,8 @@ def prefill(
         move: Leave nothing in the host's.
     """
     B, S = mask.shape
-    if is_by_rows(mask.sum(-1), S) and is_text_only(model_kwargs, generation_config):
+    can_part = is_by_rows(mask.sum(-1), S) and is_text_only(model_kwargs, generation_config)
+    if can_part and counts_from_zero(model_kwargs, mask) and keeps_what_rows_keep(target, model_kwargs[CACHE_NAME]):
         models = (target, recorder)
         return prefill_by_rows(*models, input_ids, mask, model_kwargs, generation_config, device=device, cache=cache)
     host_cache = model_kwargs[CACHE_NAME]

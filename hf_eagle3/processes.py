@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -84,9 +86,23 @@ def must_launch(num_processes: int | None) -> bool:
 
 
 def launch(num_processes: int, arguments: Sequence[str]) -> int:
-    """Start this command in `num_processes` processes on this machine; their exit status."""
+    """Start this command in `num_processes` processes on this machine; their exit status.
+
+    Who ends this process by SIGTERM ends them too.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return subprocess.run([*launcher, "-m", "hf_eagle3.cli", *arguments], check=False).returncode
+    process = subprocess.Popen([*launcher, "-m", "hf_eagle3.cli", *arguments])
+    is_main = threading.current_thread() is threading.main_thread()  # only there signals can be heard
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if is_main else None
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def list_arguments(args: argparse.Namespace) -> list[str]:

@@ -17,6 +17,15 @@ def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_mod
     return getattr(getattr(model, "config", None), "model_type", None) == Eagle3DrafterConfig.model_type
 
 
+def refuse_other_models(model: Any, source: str) -> None:  # Any: whatever was loaded
+    """Raise if `model`, from `source`, is no drafter."""
+    refuse_mistaken_llama(model)
+    if not is_drafter(model):
+        raise ValueError(
+            f"{source} is a {type(model).__name__}, and no EAGLE-3 drafter. Give one made for the target."
+        )
+
+
 def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as assistant_model
     """Raise if `model` is a published drafter that was loaded as a stock model, with random layers."""
     config = getattr(model, "config", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
     EosTokenCriteria,
     MaxLengthCriteria,
     MinNewTokensLengthLogitsProcessor,
@@ -159,8 +160,10 @@ def is_sized(value: Any) -> bool:  # Any: whatever a processor keeps by that nam
     return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
 
 
-def processors_for_rows(processors: LogitsProcessorList, num_hidden: list[int]) -> list[LogitsProcessorList]:
-    """For each row the processors that see it alone, in calls of one row and without its `num_hidden` pads.
+def processors_for_rows(
+    processors: LogitsProcessorList, num_hidden: list[int], prompt: Tensor
+) -> list[LogitsProcessorList]:
+    """For each row the processors that see it alone, in calls of one row and without the `num_hidden` pads of `prompt`.
 
     In a batch, a processor of somebody's own gets a shallow copy for each row, so that what it keeps between calls
     belongs to one text. A host processor that asks for the row's number is told it.
@@ -186,12 +189,20 @@ def processors_for_rows(processors: LogitsProcessorList, num_hidden: list[int]) 
         if counts:
             processor = copy.copy(processor)
             vars(processor).update(counts)
+        text = prompt[row : row + 1, num_hidden[row] :]
+        if num_hidden[row] and type(processor) is EncoderNoRepeatNGramLogitsProcessor:
+            return EncoderNoRepeatNGramLogitsProcessor(processor.ngram_size, text)
         by_row = {name: value for name, value in vars(processor).items() if name in HOLDS_ROWS and is_sized(value)}
         if by_row:
             processor = copy.copy(processor)
             for name, value in by_row.items():
-                prompt = row * len(value) // num_rows  # several rows may answer one prompt
-                setattr(processor, name, value[prompt : prompt + 1])
+                number = row * len(value) // num_rows  # several rows may answer one prompt
+                own = value[number : number + 1]
+                if num_hidden[row] and is_hosts and name == "prompt_ignore_length":
+                    own = (own - num_hidden[row]).clamp(min=0)
+                if num_hidden[row] and is_hosts and name == "encoder_input_ids":
+                    own = text
+                setattr(processor, name, own)
             if hasattr(processor, "batch_size"):
                 processor.batch_size = 1
             return processor

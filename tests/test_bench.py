@@ -3,7 +3,11 @@
 import copy
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,12 +17,12 @@ from conftest import TEXT, make_prompt, make_target
 from test_cli import drafter, folders, target, tokenizer  # noqa: F401  fixtures
 from transformers import AutoModelForCausalLM
 
-from hf_eagle3 import cli, decode
+from hf_eagle3 import cli, decode, processes
 from hf_eagle3.accept import Verdict
 from hf_eagle3.bench import command, dflash, equality, experts, measure, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
-from hf_eagle3.bench.prompts import Prompts
+from hf_eagle3.bench.prompts import Prompts, read_prompts
 from hf_eagle3.processes import Team
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +63,7 @@ def test_tables_of_a_shape(tmp_path, capsys):
         (["bench", "--shape", "tiny"], "give --simulate-acceptance-length too"),
         (["bench", "--shape", "tiny", "--prompts", "x.jsonl"], "--prompts needs a tokenizer"),
         ([*TINY, "--simulate-acceptance-length", "2", "--dp-size", "0"], "at least 1; got 0"),
+        ([*TINY, "--simulate-acceptance-length", "2", "--batch-sizes", "1", "0"], "--batch-sizes must be at least 1"),
     ],
 )
 def test_refusals_say_what_to_give(arguments, says, capsys):
@@ -76,6 +81,33 @@ def real(folders):  # noqa: F811  the fixture
     (folders / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     models = ["--target", str(folders / "target"), "--drafter", str(folders / "drafter")]
     return ["bench", *models, *ON_CPU, "--prompts", str(folders / "prompts.jsonl"), "--max-new-tokens", "12"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "hi"}', r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
+        ('{"turns": []}', r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
+        ("[1]", r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
+        ("{", r"questions.jsonl: expected a JSON object in each line"),
+    ],
+)
+def test_what_is_no_prompt_is_said(line, message, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "questions.jsonl", None, 1, device, Team(device), limit=None)
+
+
+def test_a_model_that_is_no_drafter_is_refused(folders, capsys):  # noqa: F811
+    model = str(folders / "target")
+    assert cli.main(["bench", "--target", model, "--drafter", model, "--device", "cpu", "--batch-sizes", "1"]) == 2
+    assert "is a LlamaModel, and no EAGLE-3 drafter" in capsys.readouterr().err
+    (folders / "p.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ["--target", model, "--drafter", model, "--prompt-file", str(folders / "p.jsonl"), "--device", "cpu"]
+    assert cli.main(["regenerate", *arguments, "--output-file", str(folders / "out.jsonl")]) == 2
+    assert "is a LlamaModel, and no EAGLE-3 drafter" in capsys.readouterr().err
+    assert not (folders / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
@@ -355,6 +387,22 @@ def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
         for name in ("kind", "num_rows", "num_identical", "acceptance_length", "by_category", "agreement"):
             assert a[name] == b[name], name
     assert two["results"][1]["agreement"] == {"num_rows": 5, "num_identical": 5, "largest_gap": 0.0}
+
+
+def test_who_ends_the_command_ends_its_processes(monkeypatch):
+    started = []
+
+    def start(command: list[str]) -> subprocess.Popen:
+        assert command[-2:] == ["bench", "--x"]
+        started.append(real_popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    real_popen, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    assert processes.launch(2, ["bench", "--x"]) == -signal.SIGTERM
+    assert started[0].poll() == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_speed_of_a_team_is_all_tokens_over_the_slowest_time():

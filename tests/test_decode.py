@@ -468,6 +468,55 @@ def test_a_cpu_computes_few_pads(target, lengths, shapes):
     assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=15)
 
 
+def test_position_ids_of_the_users_count_whatever_the_pads(target):
+    batch = pad(prompts_of(90, 20))
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions[:, -10:] += 40
+    plain, _ = assert_same(target, batch, position_ids=positions, max_new_tokens=12)
+    usual = target.generate(**batch, max_new_tokens=12, **GREEDY)
+    assert usual.tolist() != plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_a_cache_of_the_users_keeps_what_it_keeps_without(family):
+    """One without windows forgets nothing, so it can be cut far back."""
+    target, batch = make_target(family), pad(prompts_of(90, 20))
+    texts = []
+    for assistant in ({}, {"assistant_model": make_drafter(target)}):
+        cache = DynamicCache()
+        target.generate(**batch, past_key_values=cache, max_new_tokens=5, **GREEDY, **assistant)
+        cache.crop(70 - cache.get_seq_length())
+        cache.batch_select_indices(torch.tensor([0]))
+        ids = torch.cat([batch["input_ids"][:1, :70], make_prompt(7)], dim=1)
+        out = target.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, **GREEDY
+        )
+        texts.append(out.tolist())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 0.8}, {"encoder_repetition_penalty": 1.4}, {"encoder_no_repeat_ngram_size": 1}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("places", [(0, 0), (2, 3)], ids=["right", "both_sides"])
+def test_pads_are_no_prompt_to_processors(target, options, places):
+    prompts = prompts_of(9, 4)
+    ids = torch.zeros(2, 14, dtype=torch.long)
+    for row, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        ids[row, place : place + prompt.shape[1]] = prompt[0]
+    options = {**options, "max_new_tokens": 40, **GREEDY}
+    drafter, has_effect = make_drafter(target), False
+    both = target.generate(ids, attention_mask=(ids != 0).long(), assistant_model=drafter, **options)
+    for row, prompt in enumerate(prompts):
+        alone = target.generate(prompt, **options)[0, prompt.shape[1] :]
+        assert both[row, 14 : 14 + len(alone)].tolist() == alone.tolist()
+        without = target.generate(prompt, max_new_tokens=40, **GREEDY)[0, prompt.shape[1] :]
+        has_effect |= without.tolist() != alone.tolist()
+    assert has_effect
+
+
 # ---- where rows end ----
 
 

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -211,6 +212,7 @@ def test_a_run_goes_on_where_it_stopped(random_target, tmp_path, suffix, said):
         else:  # a block for each prompt, as they are written, and one that is cut
             blocks = [gzip.compress(line.encode()) for line in lines]
             part.write_bytes(b"".join(blocks[:kept]) + blocks[kept][: len(blocks[kept]) // 2])
+        shutil.copy(f"{whole}.meta.json", f"{part}.meta.json")  # written before any row
         assert answers(random_target, tokenizer, prompts, part) == wanted
     assert "ends in the middle of a prompt's rows" in said.text
     size = whole.stat().st_size
@@ -247,6 +249,26 @@ def test_a_file_that_was_begun_otherwise_is_not_gone_on_with(random_target, tmp_
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("one_line.jsonl", b'{"important": "my only copy"}'),
+        ("no_object.jsonl", b"5\n"),
+        ("no_json.jsonl", b"garbage\n"),
+        ("no_gzip.jsonl.gz", b'{"a": 1}\n'),
+    ],
+)
+@pytest.mark.parametrize("has_record", [False, True])
+def test_a_file_of_somebody_elses_stays(random_target, tmp_path, name, content, has_record):
+    answers(random_target, make_tokenizer(), [ask("a")], tmp_path / "own.jsonl")
+    (path := tmp_path / name).write_bytes(content)
+    if has_record and not name.startswith("one_line"):  # a line that is cut off may be ours
+        (tmp_path / "own.jsonl.meta.json").rename(tmp_path / (name + ".meta.json"))
+    with pytest.raises(ValueError, match=rf"{name} (was not written by regenerate|is named .gz)"):
+        answers(random_target, make_tokenizer(), [ask("a")], path)
+    assert path.read_bytes() == content
+
+
 def test_a_full_disk_is_said():
     with pytest.raises(
         OSError, match=r"/dev/full could not be written to.*The rows before stay usable; make room"

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ..processes import Team, launch, list_arguments, must_launch
+from ..refusals import refuse_other_models
 from .dflash import load_dflash
 from .equality import OutputDiffersError
 from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
@@ -81,6 +82,10 @@ def run_bench_command(args: argparse.Namespace) -> int:
         raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
     if args.drafter is None and args.simulate_acceptance_length is None:
         raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
+    for name in ("batch_sizes", "repeats", "max_new_tokens", "prompt_length"):
+        given = getattr(args, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
     if must_launch(args.dp_size):
         return launch(args.dp_size, ["bench", *list_arguments(args)])
     with Team(torch.device(args.device)) as team:
@@ -107,7 +112,9 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     if args.drafter is None:
         drafter = make_random_drafter(target)
     else:
-        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
+        refuse_other_models(drafter, args.drafter)
+        drafter = drafter.to(device).bind(target)
     if args.num_draft_tokens is not None:
         drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
     simulated = args.simulate_acceptance_length

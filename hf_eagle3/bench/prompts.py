@@ -48,11 +48,18 @@ def read_prompts(
     """Batches of this process's share of a JSON Lines file, with `turns` (the first counts) or `prompt`, and `category`.
 
     Raises:
-        ValueError: There are fewer prompts than processes.
+        ValueError: There are fewer prompts than processes, or a line has no prompt.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    try:
+        lines = [json.loads(text) for text in texts]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: expected a JSON object in each line ({error}).") from error
     if len(lines) < team.size:
         raise ValueError(f"{path.name} has {len(lines)} prompts for {team.size} processes: give each at least one.")
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not (line.get("turns") or line.get("prompt")):
+            raise ValueError(f"{path.name}, prompt {number}: expected `turns` or `prompt`, got {str(line)[:60]!r}.")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # pads are masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -60,7 +67,7 @@ def read_prompts(
     batches = []
     for start in range(0, len(share), batch_size):
         numbers, part = zip(*share[start : start + batch_size], strict=True)
-        turns = [line["turns"][0] if "turns" in line else line["prompt"] for line in part]
+        turns = [line["turns"][0] if line.get("turns") else line["prompt"] for line in part]
         chats = [[{"role": "user", "content": turn}] for turn in turns]
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True

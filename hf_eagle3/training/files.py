@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,13 +17,24 @@ def open_rows(path: Path, mode: str) -> IO[str]:
     return path.open(mode, encoding="utf-8")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read as text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{path} is named .gz, and is no gzip file: {error}.") from error
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file.
 
     Raises:
-        ValueError: A line is no JSON object: the message names it.
+        ValueError: A line is no JSON object, or the file is no text: the message names it.
     """
-    with open_rows(path, "r") as lines:
+    with naming(path), open_rows(path, "r") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -58,7 +70,9 @@ def read_whole_lines(path: Path) -> Iterator[str]:
     """The lines of `path` up to where a stop cut it short, if one did. Nothing if there is no file."""
     if not path.exists():
         return
-    with open_rows(path, "r") as file:
+    if path.suffix == ".gz" and path.stat().st_size and _first_bytes(path) != b"\x1f\x8b":
+        raise ValueError(f"{path} is named .gz, and is no gzip file. Give a new file.")
+    with naming(path), open_rows(path, "r") as file:
         while True:
             try:
                 line = file.readline()
@@ -95,3 +109,8 @@ def _is_cut_short(path: Path) -> bool:
         except (EOFError, zlib.error, gzip.BadGzipFile):
             return True
     return not last.endswith("\n")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)

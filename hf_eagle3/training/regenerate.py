@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..processes import Team
 from .conversations import Message
-from .files import append_rows, keep_lines
+from .files import append_rows, keep_lines, read_whole_lines
 from .prompts import Prompt, eos_token_ids, seeded
 from .rendering import ChatRenderer, Turn, find_end, merge_turns
 from .shares import count_answered, find_shares, gather_shares, name_share, next_share
@@ -303,6 +303,9 @@ def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_
     }
     decisive = json.loads(json.dumps(decisive))
     record = path.with_name(path.name + ".meta.json")
+    is_cut = path.exists() and path.stat().st_size and next(read_whole_lines(path), None) is None
+    if is_cut and not record.exists():  # else it may be a first row of ours
+        raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
     if record.exists() and (path.exists() or find_shares(path)):
         begun = json.loads(record.read_text(encoding="utf-8"))
         if other := [name for name, value in decisive.items() if begun.get(name) != value]:

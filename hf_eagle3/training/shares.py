@@ -24,8 +24,11 @@ def read_answers(path: Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
     """
     rows: Answer = []
     for number, line in enumerate(read_whole_lines(path), start=1):
-        row = json.loads(line)
-        if "prompt_fingerprint" not in row:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or "prompt_fingerprint" not in row:
             raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
         asked = row["prompt_id"]
         if asked >= len(prompts) or row["prompt_fingerprint"] != prompts[asked].fingerprint:
