@@ -23,9 +23,8 @@ def load_target(target: Any, options: dict[str, Any] | None, device: torch.devic
     split = {name: options.pop(name) for name in ("tp_plan", "tp_size") if name in options}
     if split:
         options["distributed_config"] = DistributedConfig(**split)
-    defaults: dict[str, Any] = {
-        "dtype": torch.float32 if device.type == "cpu" else "auto"
-    }  # few have fast half precision
+    # Few CPUs have fast half precision.
+    defaults: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
     if device.type != "cpu" and "distributed_config" not in options:  # what is quantised could not be moved later
         defaults["device_map"] = {"": device}
     return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **options})
