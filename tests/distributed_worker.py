@@ -203,4 +203,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     main = {"gpu": main_on_gpus, "two targets": main_with_two_targets}.get("".join(sys.argv[2:]), main_on_cpus)
     main(Path(sys.argv[1]))
+    torch.distributed.barrier()  # a group that one process leaves early may end the others
     torch.distributed.destroy_process_group()
