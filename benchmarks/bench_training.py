@@ -123,7 +123,7 @@ def measure(
         for kind, (get_states, teach) in kinds.items():
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            whole[kind].append(timed(lambda: [teach(get_states()) for _ in range(STEPS)])[0] / STEPS)  # noqa: B023
+            whole[kind].append(timed(lambda: [teach(get_states()) for _ in range(STEPS)])[0] / STEPS)  # noqa: B023  called at once
             if device == "cuda":
                 others = sum(resident.values()) - resident[kind]
                 peak[kind] = (torch.cuda.max_memory_allocated() - others) / 2**30

@@ -1,6 +1,6 @@
 """A peer's training step, for `bench_training.py --peer`: SpecForge, from its own package, with its online defaults.
 
-    pip install --no-deps specforge==0.2.0 && pip install openai-harmony pydantic yunchang
+    pip install --no-deps specforge==0.2.0
 
 Its model, loss, attention (flex attention, compiled) and teacher (all logits of the target) are its own; bf16 weights and
 a fused AdamW without float32 masters, which is less than its own optimizer does; the target is the host's, by sdpa.

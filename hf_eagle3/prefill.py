@@ -1,7 +1,7 @@
 """The prompt's forward: the host's own, whatever the prompt is made of, then held row by row.
 
 Text, embeddings, images, a cache to go on from, chunks: `GenerationMixin._prefill` knows them all, and so the first
-token's logits are those of plain decoding to the last bit.
+token's logits are those of plain decoding to the last bit; of rows run one by one, those of the row alone.
 
 Shapes: B rows, S columns of the attention mask, N of them new in this call, P positions in the longest row.
 """
@@ -21,7 +21,9 @@ from .rows import RowCache
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 LONG_PROMPT = 2048  # columns from which on rows are run one by one
-MANY_PADS = 32  # a row, from which on a CPU does so too: reading the weights once more costs less than computing them
+MANY_PADS = (
+    32  # a row, from which on a CPU does so too: reading the weights once more should cost less than computing them
+)
 
 
 class Prompt(NamedTuple):

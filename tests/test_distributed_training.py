@@ -122,7 +122,7 @@ def test_processes_that_share_a_target_may_have_documents_of_other_lengths(folde
     assert_same_run(read(folder, "tp_uneven"), read(tmp_path, "uneven"))
 
 
-@pytest.mark.slow  # four processes
+@pytest.mark.slow  # four processes on two cores: most of a minute, and one aborted once as it left
 @pytest.mark.skipif(not hasattr(DistributedConfig(), "dp_replicate_size"), reason="Transformers has one axis only")
 def test_processes_may_have_a_target_for_each_two(folder):
     launch(4, folder, "two targets")
