@@ -22,7 +22,7 @@ from .decode import DecodeConfig, DecodeState, Drafted, Phases, Settled, Verifie
 from .features import StateRecorder
 from .kernels.fusion import fused
 from .kernels.language import is_available
-from .peers import is_spread
+from .peers import find_peers, is_spread, local
 from .row_attention import attending_by_rows
 from .rows import RowCache, to_bucket
 
@@ -102,8 +102,8 @@ def count_cache_bytes(target: PreTrainedModel) -> int:
 
 def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
     """What about the models keeps rounds from being captured; None if nothing does."""
-    if is_spread(target):
-        return "processes have shards of the target"
+    if is_spread(target) and find_peers(target) is None:  # by FSDP, which gathers weights as it goes
+        return "processes have shards of the target's weights"
     devices = {p.device for model in (target, drafter) for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):
         return f"the models are on {', '.join(sorted({d.type for d in devices}))}"
@@ -134,7 +134,7 @@ def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple
             if isinstance(getattr(type(module), "active_adapters", None), property):  # PEFT's layers
                 marks.append((str(module.active_adapters), str(getattr(module, "scaling", None))))
                 marks.append((getattr(module, "disable_adapters", None), getattr(module, "merged", None)))
-        marks.extend((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
+        marks.extend((local(x).data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
     marks.extend(tensor.data_ptr() for tensor in drafter._borrowed.values())
     return tuple(marks)
 

@@ -18,7 +18,7 @@ from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, 
 from .features import StateRecorder
 from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
 from .kernels.language import KERNEL_ERRORS
-from .peers import make_agree
+from .peers import is_true_for_any, make_agree
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
 from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
@@ -126,6 +126,8 @@ def run_own_loop(
                     raise
                 arena.unfit = f"{type(error).__name__}: {error}"
                 logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", arena.unfit)
+            if is_true_for_any(target, arena.unfit is not None) and arena.unfit is None:
+                arena.unfit, phases = "another process could not capture them", Phases(*models)
         why_eager = why_eager or (arena.unfit if arena is not None else None)
         if why_eager is not None:
             told.graphs = f"none ({why_eager})"

@@ -5,7 +5,7 @@ one's choices are everybody's.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ def is_spread(model: PreTrainedModel) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may have a shard. All processes must call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; the tensor itself if it is no DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def find_peers(target: PreTrainedModel) -> "ProcessGroup | None":
@@ -64,6 +69,16 @@ def make_agree(target: PreTrainedModel) -> Agree:
         return values
 
     return agree
+
+
+def is_true_for_any(target: PreTrainedModel, is_true: bool) -> bool:
+    """Whether it is true for any of the processes that run `target`; all must call."""
+    peers = find_peers(target)
+    if peers is None:
+        return is_true
+    answers: list[Any] = [None] * peers.size()
+    torch.distributed.all_gather_object(answers, is_true, group=peers)
+    return any(answers)
 
 
 def keep(values: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .graphs import release_graphs
+
 # Shares of the work differ, and a launcher ends all processes when one of them fails.
 PATIENCE = timedelta(days=7)
 
@@ -23,11 +25,20 @@ class Team:
     Args:
         device: For one process, or its kind for several.
         is_alone: Take no notice of the launcher.
+        is_one: All processes do the same work together, over a target that they share, so that each has all prompts.
     """
 
-    def __init__(self, device: torch.device, *, is_alone: bool = False):
+    def __init__(self, device: torch.device, *, is_alone: bool = False, is_one: bool = False):
         self.size, self.rank, self.device, self._state = 1, 0, device, None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_alone:
+        self._has_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_alone
+        if not self._has_group:
+            return
+        if is_one:
+            self.rank = int(os.environ["RANK"])
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+        else:
             from accelerate import PartialState  # heavy, and of use to launched processes only
 
             self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
@@ -38,7 +49,8 @@ class Team:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._state is not None and kind is None:
+        if self._has_group and kind is None:
+            release_graphs()  # NCCL waits for graphs with messages of its own
             torch.distributed.destroy_process_group()
 
     def split(self, items: Any) -> Any:  # a list or a tensor
@@ -67,8 +79,8 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def must_launch(num_processes: int | None) -> bool:
-    """Whether `--dp-size` asks for processes that nobody has started yet.
+def must_launch(num_processes: int | None, option: str = "--dp-size") -> bool:
+    """Whether `option` asks for processes that nobody has started yet.
 
     Raises:
         ValueError: It is no number of processes, or others were started.
@@ -76,12 +88,12 @@ def must_launch(num_processes: int | None) -> bool:
     if num_processes is None:
         return False
     if num_processes < 1:
-        raise ValueError(f"--dp-size is a number of processes, at least 1; got {num_processes}.")
+        raise ValueError(f"{option} is a number of processes, at least 1; got {num_processes}.")
     if not is_launched():
         return num_processes > 1
     launched = int(os.environ["WORLD_SIZE"])
     if num_processes != launched:
-        raise ValueError(f"--dp-size {num_processes}, but {launched} processes were launched: leave it out.")
+        raise ValueError(f"{option} {num_processes}, but {launched} processes were launched: leave it out.")
     return False
 
 

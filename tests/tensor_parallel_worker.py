@@ -5,13 +5,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from conftest import DRAFTERS, make_drafter, make_prompt, make_target
 from test_decode import make_oracle, pad, prompts_of
+from test_graphs import capture_on_cpus
 from transformers import AutoModelForCausalLM, StoppingCriteria
 from transformers.distributed import DistributedConfig
 from transformers.generation.streamers import BaseStreamer
+
+from hf_eagle3 import graphs, release_graphs
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 BATCH = (30, 7, 1, 18)
@@ -49,6 +53,18 @@ class Collect(BaseStreamer):
         pass
 
 
+def failing(capture):
+    """Fails in the end, when the others have no more messages to wait for: the stand-in for a capture does run."""
+
+    def capture_or_fail(function, *args, pool):
+        if function.__name__ == "settle":
+            function(*args)
+            raise RuntimeError("no graphs here")
+        return capture(function, *args, pool=pool)
+
+    return capture_or_fail
+
+
 def tell(out):
     told = {"sequences": out.sequences.tolist(), "graphs": out.speculation.graphs, "loop": out.speculation.loop}
     return {**told, "acceptance_length": out.speculation.acceptance_length}
@@ -72,6 +88,28 @@ def sampled(target, oracle, batch, seed, **options):
 def stopped(target, drafter, prompt, loop, **options):
     options = {**GREEDY, "max_new_tokens": 250, "decode_loop": loop, **options}
     return tell(target.generate(prompt, assistant_model=drafter, **options))
+
+
+def on_gpus(folder, families):
+    """Captured and eager rounds, greedy and sampled."""
+    results = {"version": transformers.__version__}
+    for family in families:
+        target = load_split(folder / family)
+        batch = {name: value.to(target.device) for name, value in pad(prompts_of(*BATCH)).items()}
+        options = {**GREEDY, "max_new_tokens": 24}
+        plain = target.generate(**batch, **options)
+        oracle = make_oracle(target, plain.sequences, batch).to(target.device)
+        results[f"oracle {family}"] = tell(
+            target.generate(**batch, assistant_model=oracle, decode_loop="eager", **options)
+        )
+        drafter = make_drafter(target).to(target.device)
+        for time in ("first", "second"):
+            results[f"{time} {family}"] = tell(target.generate(**batch, assistant_model=drafter, **options))
+        torch.manual_seed(RANK)
+        more = {**options, "do_sample": True, "top_k": 5}
+        results[f"sampled {family}"] = tell(target.generate(**batch, assistant_model=drafter, **more))
+    (folder / f"{RANK}.json").write_text(json.dumps(results))
+    release_graphs()
 
 
 def main(folder, families):
@@ -110,10 +148,23 @@ def main(folder, families):
         results[f"streamer, {loop}"] = stopped(target, drafter, prompt, loop, **more)
         if streamer is not None:
             results[f"streamed, {loop}"] = [token for column in streamer.columns[1:] for token in column]
+    with pytest.MonkeyPatch.context() as patch:
+        counts = capture_on_cpus(patch)
+        for family, target in targets.items():
+            results[f"captured {family}"] = greedy(target, {"fc_norm": True})
+        results["captured and sampled"] = sampled(targets["llama"], oracle, batch, 5 + RANK)
+        results["replays"] = counts.replayed
+        release_graphs()
+        if RANK == 1:
+            patch.setattr(graphs, "capture", failing(graphs.capture))
+        results["captured by one"] = greedy(targets["llama"], {})
     (folder / f"{RANK}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2] == "gpu":
+        on_gpus(Path(sys.argv[1]), sys.argv[3:])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:])
     torch.distributed.destroy_process_group()

@@ -389,6 +389,37 @@ def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
     assert two["results"][1]["agreement"] == {"num_rows": 5, "num_identical": 5, "largest_gap": 0.0}
 
 
+@pytest.mark.any_release
+def test_two_processes_share_the_target(real, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    further = ["--batch-sizes", "2", "--kinds", "stock", "drafted", "--out"]
+    status = cli.main([*real, "--tp-size", "2", *further, str(tmp_path / "two")])
+    said, errors = capfd.readouterr()
+    assert status == 0, errors
+    assert cli.main([*real, "--device-map", "cpu", *further, str(tmp_path / "one")]) == 0
+    two, one = read(tmp_path / "two"), read(tmp_path / "one")
+    assert said.count("Tokens a second") == 1
+    assert "2 processes share the target by tensor parallelism" in two[0]
+    assert "The target is spread over cpu" in one[0]
+    for a, b in zip(one[1]["results"], two[1]["results"], strict=True):
+        for name in ("kind", "num_rows", "num_identical", "acceptance_length", "agreement"):
+            assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--tp-size", "2"], "--tp-size needs a target that can be loaded in parts: give --target"),
+        (["--device-map", "auto"], "--device-map needs a target that can be loaded in parts"),
+        (["--tp-size", "2", "--dp-size", "2"], "Give one of --dp-size and --tp-size"),
+    ],
+)
+def test_a_target_in_parts_is_loaded(given, says, capsys):
+    assert cli.main([*TINY, "--simulate-acceptance-length", "2", *given]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_who_ends_the_command_ends_its_processes(monkeypatch):
     started = []
 

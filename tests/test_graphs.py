@@ -39,9 +39,8 @@ def move(new, old):
             move(a, b)
 
 
-@pytest.fixture
-def counts(monkeypatch):
-    """Lets rounds be captured on a CPU, and counts it."""
+def capture_on_cpus(monkeypatch):
+    """Let rounds be captured on a CPU, and count it."""
     counts = Counts()
 
     def capture(function, *args, pool):
@@ -74,7 +73,13 @@ def counts(monkeypatch):
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "warm_up", warm_up)
     monkeypatch.setattr(own_loop, "why_not_captured", lambda *_: None)
-    yield counts
+    return counts
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Of rounds captured on a CPU."""
+    yield capture_on_cpus(monkeypatch)
     graphs.release_graphs()
 
 

@@ -1,5 +1,6 @@
 """A target that two processes share by tensor parallelism: the same text as in one, and the same in both."""
 
+import copy
 import json
 
 import pytest
@@ -8,10 +9,24 @@ from conftest import DRAFTERS, make_drafter, make_target
 from tensor_parallel_worker import BATCH, GREEDY, sampled, save_targets
 from test_decode import make_oracle, pad, prompts_of
 from test_distributed_training import launch
+from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import peers
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss"]
+
+
+def two_gpus(test):
+    """A test that needs them."""
+    return pytest.mark.gpu(pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")(test))
+
+
+def halves(target):
+    """A device map: the embeddings and first half of the layers on one GPU, the rest, norm and head on the other."""
+    places = {name: 1 for name, _ in target.named_modules() if name in ("model.norm", "lm_head")}
+    places |= {"model.embed_tokens": 0, "model.rotary_emb": 0}
+    n = target.config.num_hidden_layers
+    return places | {f"model.layers.{i}": int(2 * i >= n) for i in range(n)}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +94,27 @@ def test_where_the_first_process_stops_all_do(both, loop):
     assert both[0][f"streamed, {loop}"] == both[0][f"streamer, {loop}"]["sequences"][0][9:]
 
 
-def test_rounds_of_a_split_target_are_not_captured(both):
-    assert both[0]["greedy llama"]["graphs"] == "none (processes have shards of the target)"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_rounds_say_the_same(both, family):
+    """With the stand-in for graphs of `test_graphs`."""
+    one, other = (result[f"captured {family}"] for result in both)
+    assert all(told["graphs"].startswith("captured") for told in (one, other))
+    assert one["sequences"] == other["sequences"] == one["plain"]
+    assert 1.5 < one["acceptance_length"] < 4
+    assert both[0]["replays"] == both[1]["replays"] > 50
+    sampled, others = (result["captured and sampled"]["sequences"] for result in both)
+    assert sampled == others
+
+
+def test_where_one_process_cannot_capture_none_does(both):
+    one, other = (result["captured by one"] for result in both)
+    assert one["graphs"] == "none (another process could not capture them)"
+    assert other["graphs"] == "none (RuntimeError: no graphs here)"
+    assert one["sequences"] == other["sequences"] == one["plain"]
+
+
+def test_rounds_on_cpus_are_not_captured(both):
+    assert both[0]["greedy llama"]["graphs"] == "none (the models are on cpu)"
 
 
 def test_a_target_of_one_process_has_no_peers(target):
@@ -88,3 +122,42 @@ def test_a_target_of_one_process_has_no_peers(target):
     assert not peers.is_spread(target)
     values = torch.arange(3)
     assert peers.make_agree(target)(values) is values
+
+
+def on_one_gpu(family):
+    """Greedily, on one GPU, in float32."""
+    batch = {name: value.cuda() for name, value in pad(prompts_of(*BATCH)).items()}
+    target = copy.deepcopy(make_target(family)).cuda()
+    return target.generate(**batch, max_new_tokens=24, **GREEDY).sequences.tolist()
+
+
+@two_gpus
+def test_two_gpus_share_a_target(tmp_path):
+    save_targets(tmp_path, FAMILIES)
+    launch(2, tmp_path, "gpu", *FAMILIES, worker="tensor_parallel_worker.py")
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for name in one.keys() - {"version"}:
+        assert one[name]["sequences"] == other[name]["sequences"], name
+    for family in FAMILIES:
+        for name in ("oracle", "first", "second"):
+            assert one[f"{name} {family}"]["sequences"] == on_one_gpu(family), (name, family)
+        assert 1.5 < one[f"oracle {family}"]["acceptance_length"] < 4
+    assert one["first llama"]["graphs"].startswith("captured")
+    assert one["second llama"]["graphs"] == "replayed"
+    assert one["sampled llama"]["graphs"].startswith("captured")
+
+
+@two_gpus
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_target_spread_over_two_gpus(family, tmp_path):
+    make_target(family).save_pretrained(tmp_path)
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=halves(make_target(family)))
+    assert len({p.device for p in spread.parameters()}) == 2
+    batch = {name: value.cuda() for name, value in pad(prompts_of(*BATCH)).items()}
+    options = {"max_new_tokens": 24, **GREEDY}
+    plain = spread.generate(**batch, **options)
+    oracle = make_oracle(spread, plain.sequences, batch).cuda()
+    out = spread.generate(**batch, assistant_model=oracle, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist() == on_one_gpu(family)
+    assert out.speculation.loop == "own decode loop"
+    assert 1.5 < out.speculation.acceptance_length < 4

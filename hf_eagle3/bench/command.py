@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
+from ..peers import is_spread
 from ..processes import Team, launch, list_arguments, must_launch
 from ..refusals import refuse_other_models
 from .dflash import load_dflash
@@ -19,6 +21,8 @@ from .prompts import batch_random_prompts, read_prompts
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
 from .ways import DFLASH, DRAFTED, KINDS, make_ways
+
+PLACES = ("dp_size", "tp_size", "device_map")  # ways to use several devices
 
 
 def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
@@ -63,6 +67,13 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
         "and torchrun (1, or what they started)",
     )
     parser.add_argument(
+        "--tp-size",
+        type=int,
+        metavar="N",
+        help="processes that share one target by tensor parallelism, each with a device of its own",
+    )
+    parser.add_argument("--device-map", metavar="MAP", help="spread the target over the devices of one process: auto, ...")
+    parser.add_argument(
         "--read-bandwidth",
         type=float,
         metavar="TB/s",
@@ -86,9 +97,15 @@ def run_bench_command(args: argparse.Namespace) -> int:
         given = getattr(args, name)
         if min(given if isinstance(given, list) else [given]) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
-    if must_launch(args.dp_size):
-        return launch(args.dp_size, ["bench", *list_arguments(args)])
-    with Team(torch.device(args.device)) as team:
+    placed = [f"--{name.replace('_', '-')}" for name in PLACES if getattr(args, name) is not None]
+    if len(placed) > 1:
+        raise ValueError(f"Give one of {' and '.join(placed)}.")
+    if args.shape and placed and placed != ["--dp-size"]:
+        raise ValueError(f"{placed[0]} needs a target that can be loaded in parts: give --target, not --shape.")
+    for name in ("dp_size", "tp_size"):
+        if must_launch(getattr(args, name), f"--{name.replace('_', '-')}"):
+            return launch(getattr(args, name), ["bench", *list_arguments(args)])
+    with Team(torch.device(args.device), is_one=args.tp_size is not None) as team:
         try:
             measure_all(args, team)
         except OutputDiffersError as error:
@@ -104,11 +121,9 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     Raises:
         OutputDiffersError: What was decoded is not what `generate` says.
     """
-    device, dtype = team.device, getattr(torch, args.dtype)
-    if args.shape:
-        target = make_target(args.shape, device=device, dtype=dtype)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    dtype = getattr(torch, args.dtype)
+    target = load_target(args, team.device, dtype)
+    device = target.device
     if args.drafter is None:
         drafter = make_random_drafter(target)
     else:
@@ -148,9 +163,14 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
             f"{team.size} processes, each with its share of the prompts on its own device, in batches of the size "
             "given; tokens of all over the time of the slowest.",
         )
-    experts = find_experts(target)
+    if args.tp_size is not None:
+        notes.insert(2, f"{args.tp_size} processes share the target by tensor parallelism; memory is that of the first.")
+    if args.device_map is not None:
+        places = sorted(map(str, set(getattr(target, "hf_device_map", {"": device}).values())))
+        notes.insert(2, f"The target is spread over {', '.join(places)}; memory is that of the first.")
+    experts = None if is_spread(target) else find_experts(target)
     if experts is None and has_experts(target):
-        notes.insert(2, "What experts cost to read is left out: their weights are no parameters of the target.")
+        notes.insert(2, "What experts cost to read is left out: their weights are no whole parameters of the target.")
     bandwidth = 0.0
     if experts is not None:
         bandwidth = 1e12 * args.read_bandwidth if args.read_bandwidth else measure_read_bandwidth(device)
@@ -192,6 +212,19 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     if team.rank == 0:
         draw(results, args.out.with_suffix(".png"), title=name)
         print(text)  # noqa: T201  what was asked for
+
+
+def load_target(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The target: on `device`, or in parts on several."""
+    if args.shape:
+        return make_target(args.shape, device=device, dtype=dtype)
+    options: dict[str, Any] = {}
+    if args.tp_size is not None:
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    if args.device_map is not None:
+        options["device_map"] = args.device_map
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, **options).eval()
+    return target if options else target.to(device)
 
 
 def account_for(
