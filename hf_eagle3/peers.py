@@ -28,7 +28,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; the tensor itself if it is no DTensor."""
+    """This process's shard of a tensor, sharing memory with it; the tensor itself if it is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

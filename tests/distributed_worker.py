@@ -132,16 +132,37 @@ def run(name, folder, resume=None, **changes):
     return trainer
 
 
+ON_GPUS = {"use_cpu": False, "eval_strategy": "steps", "eval_steps": 2}
+
+
 def main_on_gpus(folder):
     """The same on the GPUs that are there, one or more; in float32 and with bf16 arithmetic and target."""
     world = int(os.environ["WORLD_SIZE"])
-    settings = {"use_cpu": False, "per_device_train_batch_size": 8 // world, "eval_strategy": "steps", "eval_steps": 2}
+    settings = {**ON_GPUS, "per_device_train_batch_size": 8 // world}
     kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": dict(FSDP)}}
     for name, more in kinds.items():
         AcceleratorState._reset_state()
         run(name, folder, **settings, **more)
         AcceleratorState._reset_state()
         run(f"{name}_bf16", folder, bf16=True, target_dtype=torch.bfloat16, **settings, **more)
+    if world == 1:
+        make_target().save_pretrained(folder / "target")
+        return
+    begun = str(folder / "one" / "checkpoint-2")
+    for name, more in {**kinds, "tp": {}, "tp_fsdp": kinds["fsdp"]}.items():
+        AcceleratorState._reset_state()
+        if "tp" in name:
+            run(name, folder, target=load_split(folder), **settings, **more)
+        else:
+            run(f"{name}_resumed", folder, resume=begun, **settings, **more)
+
+
+def go_on_on_a_gpu(folder):
+    """One process, with what two began."""
+    for name in ("ddp", "fsdp", "tp"):
+        AcceleratorState._reset_state()
+        begun = str(folder / name / "checkpoint-2")
+        run(f"{name}_gone_on", folder, resume=begun, per_device_train_batch_size=8, **ON_GPUS)
 
 
 def main_on_cpus(folder):
@@ -183,25 +204,27 @@ def main_with_two_targets(folder):
     assert number_targets(target, trainer.accelerator) == (rank // 2, 2)
 
 
+def load_split(folder):
+    """The target, of which each process has a part."""
+    config = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(folder / "target", distributed_config=config)
+
+
 def run_split(folder, two, sharded):
     """With a target that the processes share."""
-
-    def load():
-        config = DistributedConfig(tp_plan="auto")
-        return AutoModelForCausalLM.from_pretrained(folder / "target", distributed_config=config)
-
-    trainer = run("tp", folder, target=load(), **two)
+    trainer = run("tp", folder, target=load_split(folder), **two)
     assert isinstance(trainer._source, SharedStates)
     weight = trainer.target_model.model.layers[0].self_attn.q_proj.weight
     assert weight.to_local().shape[0] == weight.shape[0] // 2
-    run("tp_uneven", folder, target=load(), rows=make_uneven_rows(), **two, target_batch_tokens=40)
-    run("tp_resumed", folder, target=load(), resume=str(folder / "one" / "checkpoint-2"), **two)
-    run("tp_fsdp", folder, target=load(), fsdp_config=dict(FSDP), **sharded)
+    run("tp_uneven", folder, target=load_split(folder), rows=make_uneven_rows(), **two, target_batch_tokens=40)
+    run("tp_resumed", folder, target=load_split(folder), resume=str(folder / "one" / "checkpoint-2"), **two)
+    run("tp_fsdp", folder, target=load_split(folder), fsdp_config=dict(FSDP), **sharded)
 
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    main = {"gpu": main_on_gpus, "two targets": main_with_two_targets}.get("".join(sys.argv[2:]), main_on_cpus)
+    mains = {"gpu": main_on_gpus, "gpu again": go_on_on_a_gpu, "two targets": main_with_two_targets}
+    main = mains.get(" ".join(sys.argv[2:]), main_on_cpus)
     main(Path(sys.argv[1]))
     torch.distributed.barrier()  # a group that one process leaves early may end the others
     torch.distributed.destroy_process_group()

@@ -151,11 +151,16 @@ def test_sharded_training_in_half_precision_arithmetic_comes_near(folder, tmp_pa
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path):
-    """Replicated and sharded, evaluations with generated answers in between."""
+    """Replicated, sharded, with a target that they share, and resumed; evaluations with generated answers in between."""
     launch(1, tmp_path, "gpu")
     launch(2, tmp_path, "gpu")
+    launch(1, tmp_path, "gpu", "again")
+    one = read(tmp_path, "one")
+    for name in ("ddp", "fsdp", "tp", "tp_fsdp", "ddp_resumed", "fsdp_resumed"):
+        assert_same_run(read(tmp_path, name), one, 1e-3)
+    for name in ("ddp", "fsdp", "tp"):
+        assert_same_run(read(tmp_path, f"{name}_gone_on"), one, 1e-3)
     for name in ("ddp", "fsdp"):
-        assert_same_run(read(tmp_path, name), read(tmp_path, "one"), 1e-3)
         ours, theirs = read(tmp_path, f"{name}_bf16"), read(tmp_path, "one_bf16")
         assert [log["loss"] for log in ours["curve"]] == pytest.approx(
             [log["loss"] for log in theirs["curve"]], rel=0.02

@@ -72,7 +72,9 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
         metavar="N",
         help="processes that share one target by tensor parallelism, each with a device of its own",
     )
-    parser.add_argument("--device-map", metavar="MAP", help="spread the target over the devices of one process: auto, ...")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="spread the target over the devices of one process: auto, ..."
+    )
     parser.add_argument(
         "--read-bandwidth",
         type=float,
@@ -164,7 +166,9 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
             "given; tokens of all over the time of the slowest.",
         )
     if args.tp_size is not None:
-        notes.insert(2, f"{args.tp_size} processes share the target by tensor parallelism; memory is that of the first.")
+        notes.insert(
+            2, f"{args.tp_size} processes share the target by tensor parallelism; memory is that of the first."
+        )
     if args.device_map is not None:
         places = sorted(map(str, set(getattr(target, "hf_device_map", {"": device}).values())))
         notes.insert(2, f"The target is spread over {', '.join(places)}; memory is that of the first.")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
-from ..peers import find_peers, whole
+from ..peers import find_peers, local, whole
 from .ttt import merged_weight
 
 
@@ -61,11 +61,6 @@ def number_targets(target: PreTrainedModel, accelerator: Accelerator) -> tuple[i
     first = accelerator.process_index if peers is None else torch.distributed.get_global_rank(peers, 0)
     firsts = accelerator.gather(torch.tensor([first], device=accelerator.device)).unique().tolist()
     return firsts.index(first), len(firsts)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, sharing memory with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
