@@ -22,7 +22,7 @@ from .decode import DecodeConfig, DecodeState, Drafted, Phases, Settled, Verifie
 from .features import StateRecorder
 from .kernels.fusion import fused
 from .kernels.language import is_available
-from .peers import find_peers, is_spread, local
+from .peers import call_before_groups_end, find_peers, is_spread, local
 from .row_attention import attending_by_rows
 from .rows import RowCache, to_bucket
 
@@ -288,6 +288,8 @@ class CapturedPhases(Phases):
         return num_rows, *what, *map(describe_warper, self.warpers)
 
     def _capture(self) -> Recorded:
+        if find_peers(self.target) is not None:
+            call_before_groups_end(release_graphs)
         with torch.inference_mode(False), torch.no_grad():
             small = {name: getattr(self.state, name).clone() for name in SMALL}
             # A warm-up must not write over what the caches hold. Before the first token of a call that reaches one

@@ -4,6 +4,7 @@ What is chosen by chance or by the clock would differ, and processes that part w
 one's choices are everybody's.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,31 @@ def is_true_for_any(target: PreTrainedModel, is_true: bool) -> bool:
     answers: list[Any] = [None] * peers.size()
     torch.distributed.all_gather_object(answers, is_true, group=peers)
     return any(answers)
+
+
+_called_before_groups_end: list[Callable[[], None]] = []
+
+
+def call_before_groups_end(function: Callable[[], None]) -> None:
+    """Let `function` be called whenever process groups are about to be destroyed, which waits for graphs with messages."""
+    if not _called_before_groups_end:
+        _wrap_destroy()
+    if function not in _called_before_groups_end:
+        _called_before_groups_end.append(function)
+
+
+# PyTorch 2.13 distributed/distributed_c10d.py:destroy_process_group
+def _wrap_destroy() -> None:
+    original = torch.distributed.destroy_process_group
+
+    @functools.wraps(original)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        for function in _called_before_groups_end:
+            function()
+        original(*args, **kwargs)
+
+    torch.distributed.destroy_process_group = destroy_process_group
+    torch.distributed.distributed_c10d.destroy_process_group = destroy_process_group
 
 
 def keep(values: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from .graphs import release_graphs
-
 # Shares of the work differ, and a launcher ends all processes when one of them fails.
 PATIENCE = timedelta(days=7)
 
@@ -50,7 +48,6 @@ class Team:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._has_group and kind is None:
-            release_graphs()  # NCCL waits for graphs with messages of its own
             torch.distributed.destroy_process_group()
 
     def split(self, items: Any) -> Any:  # a list or a tensor

@@ -123,6 +123,8 @@ def evaluate(trainer):
 
 def run(name, folder, resume=None, **changes):
     """Train, evaluate, save; the first process writes down what came out."""
+    if "fsdp_config" in changes:
+        changes["fsdp_config"] = dict(changes["fsdp_config"])  # the host takes entries out
     trainer = make_trainer(folder / name, **changes)
     trainer.train(resume_from_checkpoint=resume)
     result = {"curve": curve(trainer), "metrics": evaluate(trainer), "step": trainer.state.global_step}
@@ -139,7 +141,7 @@ def main_on_gpus(folder):
     """The same on the GPUs that are there, one or more; in float32 and with bf16 arithmetic and target."""
     world = int(os.environ["WORLD_SIZE"])
     settings = {**ON_GPUS, "per_device_train_batch_size": 8 // world}
-    kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": dict(FSDP)}}
+    kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": FSDP}}
     for name, more in kinds.items():
         AcceleratorState._reset_state()
         run(name, folder, **settings, **more)
@@ -184,14 +186,14 @@ def main_on_cpus(folder):
         run("ddp_adapted", folder, lora=4, **two)
 
     sharded = {**two, "fsdp": True}
-    trainer = run("fsdp", folder, fsdp_config=dict(FSDP), **sharded)
+    trainer = run("fsdp", folder, fsdp_config=FSDP, **sharded)
     assert type(trainer.model.fc.weight).__name__ == "DTensor"
     run("fsdp_by_layer", folder, fsdp_config={**FSDP, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}, **sharded)
-    run("fsdp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), fsdp_config=dict(FSDP), **sharded)
-    run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": dict(FSDP)})
-    run("fsdp_average", folder, fsdp_config=dict(FSDP), **sharded, **averaged)
+    run("fsdp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), fsdp_config=FSDP, **sharded)
+    run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": FSDP})
+    run("fsdp_average", folder, fsdp_config=FSDP, **sharded, **averaged)
     run_split(folder, two, sharded)
-    run("fsdp_bf16", folder, fsdp_config=dict(FSDP), bf16=True, **sharded)
+    run("fsdp_bf16", folder, fsdp_config=FSDP, bf16=True, **sharded)
 
 
 def main_with_two_targets(folder):
@@ -218,7 +220,7 @@ def run_split(folder, two, sharded):
     assert weight.to_local().shape[0] == weight.shape[0] // 2
     run("tp_uneven", folder, target=load_split(folder), rows=make_uneven_rows(), **two, target_batch_tokens=40)
     run("tp_resumed", folder, target=load_split(folder), resume=str(folder / "one" / "checkpoint-2"), **two)
-    run("tp_fsdp", folder, target=load_split(folder), fsdp_config=dict(FSDP), **sharded)
+    run("tp_fsdp", folder, target=load_split(folder), fsdp_config=FSDP, **sharded)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,13 @@ def stopped(target, drafter, prompt, loop, **options):
     return tell(target.generate(prompt, assistant_model=drafter, **options))
 
 
+def leave():
+    """While targets live, and with them graphs that hold messages."""
+    assert graphs._arenas
+    torch.distributed.destroy_process_group()  # NCCL would wait for them
+    assert not graphs._arenas
+
+
 def on_gpus(folder, families):
     """Captured and eager rounds, greedy and sampled."""
     results = {"version": transformers.__version__}
@@ -109,7 +116,7 @@ def on_gpus(folder, families):
         more = {**options, "do_sample": True, "top_k": 5}
         results[f"sampled {family}"] = tell(target.generate(**batch, assistant_model=drafter, **more))
     (folder / f"{RANK}.json").write_text(json.dumps(results))
-    release_graphs()
+    leave()
 
 
 def main(folder, families):
@@ -159,6 +166,7 @@ def main(folder, families):
             patch.setattr(graphs, "capture", failing(graphs.capture))
         results["captured by one"] = greedy(targets["llama"], {})
     (folder / f"{RANK}.json").write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":
@@ -167,4 +175,3 @@ if __name__ == "__main__":
         on_gpus(Path(sys.argv[1]), sys.argv[3:])
     else:
         main(Path(sys.argv[1]), sys.argv[2:])
-    torch.distributed.destroy_process_group()

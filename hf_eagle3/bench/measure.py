@@ -116,6 +116,10 @@ def measure(
         {} if judged is None else assert_equal(target, judged, batches, firsts, max_new_tokens, is_greedy, team)
     )
 
+    for kind in (kind for kind in OURS if kind in kinds):  # graphs went with the memory of each before the next
+        for batch in {len(batch.numbers): batch for batch in batches}.values():
+            ways[kind](batch, max_new_tokens)
+
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
     calls: dict[str, list[Call]] = {}
     for _ in range(repeats):
