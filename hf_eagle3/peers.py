@@ -5,6 +5,7 @@ one's choices are everybody's.
 """
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,7 @@ def _wrap_destroy() -> None:
     def destroy_process_group(*args: Any, **kwargs: Any) -> None:
         for function in _called_before_groups_end:
             function()
+        gc.collect()  # what a traceback still holds, too
         original(*args, **kwargs)
 
     torch.distributed.destroy_process_group = destroy_process_group

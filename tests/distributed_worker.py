@@ -140,23 +140,27 @@ ON_GPUS = {"use_cpu": False, "eval_strategy": "steps", "eval_steps": 2}
 def main_on_gpus(folder):
     """The same on the GPUs that are there, one or more; in float32 and with bf16 arithmetic and target."""
     world = int(os.environ["WORLD_SIZE"])
-    settings = {**ON_GPUS, "per_device_train_batch_size": 8 // world}
-    kinds = {"one": {}} if world == 1 else {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": FSDP}}
-    for name, more in kinds.items():
+
+    def run_afresh(name, **changes):
         AcceleratorState._reset_state()
-        run(name, folder, **settings, **more)
-        AcceleratorState._reset_state()
-        run(f"{name}_bf16", folder, bf16=True, target_dtype=torch.bfloat16, **settings, **more)
+        run(name, folder, per_device_train_batch_size=8 // world, **ON_GPUS, **changes)
+
+    half = {"bf16": True, "target_dtype": torch.bfloat16}
     if world == 1:
+        run_afresh("one")
+        run_afresh("one_bf16", **half)
         make_target().save_pretrained(folder / "target")
         return
     begun = str(folder / "one" / "checkpoint-2")
-    for name, more in {**kinds, "tp": {}, "tp_fsdp": kinds["fsdp"]}.items():
-        AcceleratorState._reset_state()
-        if "tp" in name:
-            run(name, folder, target=load_split(folder), **settings, **more)
-        else:
-            run(f"{name}_resumed", folder, resume=begun, **settings, **more)
+    sharded = {"fsdp": True, "fsdp_config": FSDP}
+    for way, more in {
+        "ddp": {},
+        "fsdp": sharded,
+    }.items():  # accelerate remembers FSDP in the environment, so it is last
+        run_afresh(way, **more)
+        run_afresh(f"{way}_bf16", **half, **more)
+        run_afresh(f"{way}_resumed", resume=begun, **more)
+        run_afresh({"ddp": "tp", "fsdp": "tp_fsdp"}[way], target=load_split(folder), **more)
 
 
 def go_on_on_a_gpu(folder):

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_eagle3 import cli
 from hf_eagle3.processes import Team
 from hf_eagle3.training import ChatRenderer, TokenDataset, new_drafter
+from hf_eagle3.training import regenerate as regenerate_module
 from hf_eagle3.training.files import append_rows, keep_lines, read_rows, read_whole_lines
 from hf_eagle3.training.prompts import (
     Prompt,
@@ -98,6 +99,22 @@ def test_each_row_is_what_the_target_writes_alone_in_the_order_of_the_prompts(ra
         assert row["loss_mask"].index(1) == ids["input_ids"].shape[1]
         assert (row["finish"] == "stop") == (alone[-1] == tokenizer.eos_token_id)
     assert {row["finish"] for row in rows} == {"stop", "length"}  # both occur
+
+
+def test_the_bar_moves_with_answers_that_wait_to_be_written(random_target, tmp_path, monkeypatch):
+    """The longest prompt is answered last, and is the first of the file."""
+    path, seen = tmp_path / "out.jsonl", []
+
+    class Bar(regenerate_module.tqdm):
+        def update(self, n=1):
+            seen.append((n, path.exists()))
+            super().update(n)
+
+    monkeypatch.setattr(regenerate_module, "tqdm", Bar)
+    prompts = [ask("a" * n) for n in (30, 1, 9, 4, 2)]
+    rows = answers(random_target, make_tokenizer(), prompts, path)
+    assert seen == [(2, False), (2, False), (1, False)]
+    assert len(rows) == 5
 
 
 def test_nothing_after_the_end_of_turn_is_kept(tmp_path):

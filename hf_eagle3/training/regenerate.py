@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,15 +185,19 @@ def _answer(
 ) -> None:
     """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
     num_tokens, start, size = 0, time.perf_counter(), WINDOW * sampling.batch_size
+
+    def on_batch(num_new: int, num_done: int) -> None:
+        nonlocal num_tokens
+        num_tokens += num_new
+        progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+        progress.update(num_done)
+
     for first in range(0, len(numbers), size):
         window = list(numbers[first : first + size])
-        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, drafter):
+        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, drafter, on_batch):
             answered, window = window[: len(groups)], window[len(groups) :]
             rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
             append_rows(path, rows)
-            num_tokens += sum(sum(row["loss_mask"]) for row in rows)
-            progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-            progress.update(len(groups))
 
 
 def _answer_in_order(
@@ -202,8 +206,12 @@ def _answer_in_order(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     drafter: PreTrainedModel | None,
+    on_batch: Callable[[int, int], None],
 ) -> Iterator[list[list[Dialogue]]]:
-    """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done."""
+    """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done.
+
+    `on_batch` hears after each batch how many tokens were generated, and how many more prompts are done.
+    """
     groups = [
         [
             Dialogue(prompt, temperature, sample, list(prompt.messages))
@@ -212,7 +220,7 @@ def _answer_in_order(
         ]
         for prompt in prompts
     ]
-    num_given = 0
+    num_given = num_done = 0
     while num_given < len(groups):
         waiting = [dialogue for group in groups[num_given:] for dialogue in group if not dialogue.is_done]
         asked = [(dialogue, dialogue.next_prompt(renderer)) for dialogue in waiting]
@@ -224,7 +232,9 @@ def _answer_in_order(
                 answers = generate_rows(target, [ids for _, ids in batch], sampling, temperature, drafter)
                 for (dialogue, ids), (new_ids, is_ended) in zip(batch, answers, strict=True):
                     dialogue.add(ids, new_ids, is_ended=is_ended, renderer=renderer)
-                is_done = (all(dialogue.is_done for dialogue in group) for group in groups[num_given:])
+                is_done = [all(dialogue.is_done for dialogue in group) for group in groups[num_given:]]
+                newly_done, num_done = num_given + sum(is_done) - num_done, num_given + sum(is_done)
+                on_batch(sum(len(new_ids) for new_ids, _ in answers), newly_done)
                 if num_ready := sum(1 for _ in itertools.takewhile(bool, is_done)):
                     yield groups[num_given : num_given + num_ready]
                     num_given += num_ready
