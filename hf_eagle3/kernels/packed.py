@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # How far two products may be apart, as a share of their size. Other dtypes stay PyTorch's.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 MAX_TOKENS = 256  # M up to which it was measured
-# Packing SmolLM2-135M takes what 15 rounds gain by it.
+# Packing SmolLM2-135M takes about what 15 rounds gain by it.
 PACK_AFTER = 8  # rounds of a call
 MAX_PACKED_BYTES = 2 * 2**30
 
