@@ -10,12 +10,15 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from .row_attention import FOLDED
+
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-MASKED_ATTENTION = ("sdpa", "eager")  # those that take a ready-made mask of any shape
+# Those that take a ready-made mask of any shape; the last is what another thread's rounds may have put there.
+MASKED_ATTENTION = ("sdpa", "eager", FOLDED)
 # Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
 # decoding passes to each forward.
 KNOWN_INPUTS = {

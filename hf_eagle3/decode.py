@@ -8,7 +8,8 @@ Shapes: B rows in the batch, K draft tokens.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
         out = drafter(
             input_ids=state.block.to(device),
             aux_hidden_states=state.states,
-            attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+            attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
             position_ids=slots + first,
             past_key_values=cache,
             logits_to_keep=last,
@@ -150,7 +151,7 @@ def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: C
                 out = drafter(
                     input_ids=tokens[-1][:, None],
                     hidden_states=feedback,
-                    attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+                    attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
                     position_ids=slots + first,
                     past_key_values=cache,
                 )
@@ -180,7 +181,7 @@ def draft_parallel(drafter: PreTrainedModel, state: DecodeState, *, depth: int, 
         out = drafter(
             input_ids=ids,
             aux_hidden_states=states,
-            attention_mask=make_masks(drafter.config, slots, cache.capacity, drafter.dtype),
+            attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
             position_ids=slots + first,
             past_key_values=cache,
             logits_to_keep=num_pending - 1 + torch.arange(depth, device=device),  # [B, K]
@@ -202,7 +203,7 @@ def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> T
     with cache.writing(slots):
         out = target(
             input_ids=tokens,
-            attention_mask=make_masks(text_config, slots, cache.capacity, target.dtype),
+            attention_mask=make_masks(text_config, slots, cache.num_visible, target.dtype),
             position_ids=torch.minimum(slots, state.last_position) + state.shift,
             **{CACHE_NAME: cache},
             use_cache=True,
@@ -344,6 +345,9 @@ class Phases:
     """The phases of a round over one batch, in eager PyTorch: tensors in, tensors out, and no wait for the device.
 
     This defines what a round does; `graphs.CapturedPhases` replays it.
+
+    Args:
+        around: Entered around the forwards of each round, to let the models compute the same in other ways.
     """
 
     def __init__(
@@ -353,7 +357,9 @@ class Phases:
         recorder: StateRecorder,
         state: DecodeState,
         config: DecodeConfig,
+        around: Sequence[AbstractContextManager] = (),
     ):
+        self.around = around
         self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
         self.warpers = stateless_warpers(config.processors)
         self.in_order = len(self.warpers) < len(config.processors)  # whether some processor looks at the text
@@ -482,9 +488,12 @@ def decode(
 
         unseen = len(launched) * (config.depth + 1)
         phases.reserve(longest_prompt + max(transcript.num_tokens) + unseen + 2 * config.depth + 2)
-        with clocks.draft:
-            drafted = phases.draft()
-        verified = phases.verify(drafted)
+        with ExitStack() as stack:
+            for context in phases.around:
+                stack.enter_context(context)
+            with clocks.draft:
+                drafted = phases.draft()
+            verified = phases.verify(drafted)
 
 
 def take_down(

@@ -1,5 +1,6 @@
 """Reading the target's residual stream at the boundaries a drafter asks for, from any host model."""
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class StateRecorder:
 
     Boundary i < n is the input of layer i; boundary n is the output of the last layer, before the final norm, and n + 1
     what leaves that norm. No boundaries at all means n + 1 alone. Use as a context manager: the hooks go when it closes.
+    Forwards of other threads than the one that opened it are theirs.
 
     Args:
         target: Any decoder of the host; a vision-language model is read at its text decoder.
@@ -48,6 +50,7 @@ class StateRecorder:
         self._in_chunks = False
 
     def __enter__(self) -> "StateRecorder":
+        self._thread = threading.get_ident()
         decoder, layers = find_layers(self._target)
         n = len(layers)
         for boundary in self._aux_layer_ids or (n + 1,):
@@ -75,6 +78,8 @@ class StateRecorder:
             self._in_chunks = False
 
     def _keep(self, boundary: int, state: Tensor) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if not self._in_chunks:
             self._states[boundary].clear()
         self._states[boundary].append(state)

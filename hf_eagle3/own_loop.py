@@ -2,7 +2,7 @@
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, 
 from .features import StateRecorder
 from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
 from .kernels.language import KERNEL_ERRORS
+from .kernels.packed import PackedLinears
 from .peers import is_true_for_any, make_agree
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
+from .row_attention import FoldedAttention
 from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
 from .transcript import Transcript
@@ -116,7 +118,12 @@ def run_own_loop(
         with clocks.draft:
             state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length, cache=drafter_cache)
         models = (target, drafter, recorder, state, config)
-        phases = Phases(*models)
+        around: list[AbstractContextManager] = []
+        if why_eager is not None and not choice.is_eager:  # layers on a CPU, if there are any
+            around = [FoldedAttention(target, drafter), PackedLinears(target, drafter)]
+        for context in around:
+            stack.push(context)  # leaves nothing behind, even if the call is interrupted while one is entered
+        phases = Phases(*models, around)
         if arena is not None and arena.unfit is None:
             try:
                 keeps_scores = transcript.scores is not None or transcript.logits is not None

@@ -62,7 +62,7 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
-        """Write T new positions; what to attend to, [B, H_kv, L, D]."""
+        """Write T new positions; what to attend to, [B, H_kv, num_visible, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -72,7 +72,8 @@ class RowLayer(CacheLayerMixin):
         write(self.keys, self.values, key_states, value_states, self.cache.start.to(key_states.device))
         if self.cache.is_first:
             return key_states, value_states
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Asked for the first forward only; all others come with masks."""
@@ -99,13 +100,20 @@ class RowCache(Cache):
         self.capacity = capacity
         self.start: Tensor | None = None  # [B] int64, while a forward runs: the first slot it writes to
         self.is_first = False  # while the first forward runs, over nothing but its own positions
+        self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
 
     @contextmanager
     def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
-        """Let one forward write its T positions to `slots` [B, T], one behind the other in each row."""
+        """Let one forward write its T positions to `slots` [B, T], one behind the other in each row.
+
+        On a CPU it attends to no more slots than the longest row needs; elsewhere to ask would be a wait.
+        """
         self.is_first = is_first
+        self.num_visible = self.capacity
+        if slots.device.type == "cpu":
+            self.num_visible = min(to_bucket(int(slots.max()) + 1), self.capacity)
         self.start = slots[:, 0].contiguous()
         token = WRITING.set(self)
         try:
@@ -192,15 +200,15 @@ class RowCache(Cache):
                 layer.values = layer.values[rows.to(layer.values.device)]
 
 
-def make_mask(slots: Tensor, capacity: int, *, window: int | None) -> Tensor:
-    """[B, 1, T, L] bool: each query at `slots` [B, T] sees its own slot and those before, at most `window` in all."""
-    keys = torch.arange(capacity, device=slots.device)  # [L]
+def make_mask(slots: Tensor, num_slots: int, *, window: int | None) -> Tensor:
+    """[B, 1, T, num_slots] bool: a query at `slots` [B, T] sees its own slot and those before, at most `window` in all."""
+    keys = torch.arange(num_slots, device=slots.device)
     queries = slots[:, None, :, None]  # [B, 1, T, 1]
     mask = keys <= queries
     return mask if window is None else mask & (keys > queries - window)
 
 
-def make_masks(config: PreTrainedConfig, slots: Tensor, capacity: int, dtype: torch.dtype) -> Masks | None:
+def make_masks(config: PreTrainedConfig, slots: Tensor, num_slots: int, dtype: torch.dtype) -> Masks | None:
     """Masks as the host's models take them ready-made: one, or one for each of the config's `layer_types`."""
     if config._attn_implementation == BY_ROWS:
         return None
@@ -213,6 +221,6 @@ def make_masks(config: PreTrainedConfig, slots: Tensor, capacity: int, dtype: to
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        return finish(make_mask(slots, capacity, window=window))
+        return finish(make_mask(slots, num_slots, window=window))
     windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: finish(make_mask(slots, capacity, window=windows[kind])) for kind in set(layer_types)}
+    return {kind: finish(make_mask(slots, num_slots, window=windows[kind])) for kind in set(layer_types)}

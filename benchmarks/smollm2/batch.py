@@ -3,12 +3,13 @@
     python benchmarks/smollm2/batch.py --target TARGET --prompts PROMPTS.jsonl --out OUT.json [--rows 8] [--repeats 5]
 
 Greedy, float32. The first prompts of the file's categories, in turn. Each row of the batch must be the text that its prompt alone gives without a drafter; then batches with
-and without it are timed in turn. A row counts up to its end-of-sequence.
+and without it, and our loop without drafting (K=0), are timed in turn. A row counts up to its end-of-sequence.
 """
 
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -35,6 +36,15 @@ def choose(path: Path, num_rows: int) -> list[str]:
     return [line for lines in rounds for line in lines if line is not None][:num_rows]
 
 
+def read_cpu() -> str:
+    """What the CPU says it is, and what PyTorch makes of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,19 +68,20 @@ def main() -> None:
         (batch,) = read_prompts(chosen, tokenizer, args.rows, team.device, team, limit=None)
         singles = read_prompts(chosen, tokenizer, 1, team.device, team, limit=None)
     ways = make_ways(target, drafter, temperature=0.0)
-    plain, drafted = ways[KINDS["stock"]], ways[KINDS["drafted"]]
+    plain, undrafted, drafted = (ways[KINDS[kind]] for kind in ("stock", "plain", "drafted"))
     alone = [plain(single, args.max_new_tokens).rows[0] for single in singles]
 
-    depths = {"plain": None} | {f"K={k}": k for k in args.depth}
+    depths = {"plain": None} | {f"K={k}": k for k in (0, *args.depth)}  # K=0: our loop alone
     speeds: dict[str, list[float]] = {kind: [] for kind in depths}
     lengths = {}
     for repeat in range(args.repeats + 1):
         for kind, depth in depths.items():
             drafter.generation_config.num_assistant_tokens = depth
-            call = (plain if depth is None else drafted)(batch, args.max_new_tokens)
+            way = plain if depth is None else drafted if depth else undrafted
+            call = way(batch, args.max_new_tokens)
             if call.rows != alone:
                 raise SystemExit(f"{kind}: rows of the batch are not those of their prompts alone")
-            if call.told is not None:
+            if depth:
                 lengths[kind] = call.told.acceptance_length
                 print(kind, repeat, call.told)
             if repeat:  # the first is a warm-up
@@ -85,6 +96,7 @@ def main() -> None:
         "speed_up": {k: round(statistics.median(v) / base, 3) for k, v in speeds.items()},
         "acceptance_length": {k: round(v, 3) for k, v in lengths.items()},
         "threads": torch.get_num_threads(),
+        "cpu": read_cpu(),
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
