@@ -20,7 +20,7 @@ LAYERS = [
     ["integration"],
     ["own_loop"],
     ["depths"],
-    ["candidates", "choice", "diagnosis", "graphs", "refusals", "training"],
+    ["candidates", "choice", "diagnosis", "graphs", "plain", "refusals", "training"],
     ["row_attention"],
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],

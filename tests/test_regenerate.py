@@ -101,6 +101,18 @@ def test_each_row_is_what_the_target_writes_alone_in_the_order_of_the_prompts(ra
     assert {row["finish"] for row in rows} == {"stop", "length"}  # both occur
 
 
+def test_our_loop_answers_without_a_drafter(random_target, tmp_path, monkeypatch):
+    calls, generate = [], random_target.generate
+
+    def spy(**options):
+        calls.append(options.get("num_assistant_tokens"))
+        return generate(**options)
+
+    monkeypatch.setattr(random_target, "generate", spy, raising=False)
+    answers(random_target, make_tokenizer(), [ask("a"), ask("bc"), ask("d")], tmp_path / "out.jsonl")
+    assert calls == [0, 0]
+
+
 def test_the_bar_moves_with_answers_that_wait_to_be_written(random_target, tmp_path, monkeypatch):
     """The longest prompt is answered last, and is the first of the file."""
     path, seen = tmp_path / "out.jsonl", []

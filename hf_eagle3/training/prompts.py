@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..plain import decode_plainly
 from ..processes import Team
 from .conversations import Message, read_messages
 from .files import append_rows, keep_lines, read_rows, read_whole_lines
@@ -198,10 +199,11 @@ def make_prompts(
         tqdm(total=count, initial=len(texts), desc="made-up prompts", disable=team.rank > 0) as progress,
         seeded(target, own_seed),
     ):
+        helped = decode_plainly(target)
         while len(texts) < count and num_drawn < most:
             new: list[str] = []
             num_rows = min(batch_size, -(-(count - len(texts)) // team.size))
-            drawn = team.gather(_draw_prompts(target, renderer, slot, num_rows, temperature))
+            drawn = team.gather(_draw_prompts(target, renderer, slot, num_rows, temperature, helped))
             for text in itertools.chain.from_iterable(drawn):
                 if text and hash_text(text) not in seen and len(texts) + len(new) < count:
                     seen.add(hash_text(text))
@@ -220,7 +222,12 @@ def make_prompts(
 
 
 def _draw_prompts(
-    target: PreTrainedModel, renderer: ChatRenderer, slot: UserSlot, count: int, temperature: float
+    target: PreTrainedModel,
+    renderer: ChatRenderer,
+    slot: UserSlot,
+    count: int,
+    temperature: float,
+    helped: Mapping[str, Any],
 ) -> list[str]:
     """`count` texts; empty ones for what did not end."""
     tokenizer = renderer.tokenizer
@@ -236,6 +243,7 @@ def _draw_prompts(
         max_new_tokens=MAX_PROMPT_TOKENS,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends, default=0),
+        **helped,
     )
     texts = []
     for ids in out[:, input_ids.shape[1] :].tolist():

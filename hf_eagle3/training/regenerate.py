@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..plain import decode_plainly
 from ..processes import Team
 from .conversations import Message
 from .files import append_rows, keep_lines, read_whole_lines
@@ -130,7 +131,7 @@ def regenerate(
         prompts: What to ask.
         path: Gets rows with `input_ids`, `loss_mask` and where they come from; `PATH.meta.json` says how they were made.
         sampling: How to answer.
-        drafter: Drafts for `target`: the same distribution, sooner.
+        drafter: Drafts for `target`: the same distribution, sooner. Without one, our loop decodes plainly where it can.
         target_name: For the record.
         team: Processes that answer each a share of the prompts, with a target each. All must call.
 
@@ -155,7 +156,8 @@ def regenerate(
         tqdm(total=len(own), desc=title, unit=" prompts", disable=team.rank > 0) as progress,
         seeded(target, seed),
     ):
-        _answer(target, renderer, prompts, own, place, sampling, drafter, progress)
+        helped = decode_plainly(target) if drafter is None else {"assistant_model": drafter}
+        _answer(target, renderer, prompts, own, place, sampling, helped, progress)
     team.wait()
     if is_shared and team.rank == 0:
         gather_shares(path, prompts, count_answered(path, prompts)[1])
@@ -180,7 +182,7 @@ def _answer(
     numbers: Sequence[int],
     path: Path,
     sampling: Sampling,
-    drafter: PreTrainedModel | None,
+    helped: Mapping[str, Any],  # what `generate` gets to be faster
     progress: tqdm,
 ) -> None:
     """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
@@ -194,7 +196,7 @@ def _answer(
 
     for first in range(0, len(numbers), size):
         window = list(numbers[first : first + size])
-        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, drafter, on_batch):
+        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, helped, on_batch):
             answered, window = window[: len(groups)], window[len(groups) :]
             rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
             append_rows(path, rows)
@@ -205,7 +207,7 @@ def _answer_in_order(
     renderer: ChatRenderer,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    drafter: PreTrainedModel | None,
+    helped: Mapping[str, Any],
     on_batch: Callable[[int, int], None],
 ) -> Iterator[list[list[Dialogue]]]:
     """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done.
@@ -229,7 +231,7 @@ def _answer_in_order(
             same = list(of_one)
             for i in range(0, len(same), sampling.batch_size):
                 batch = same[i : i + sampling.batch_size]
-                answers = generate_rows(target, [ids for _, ids in batch], sampling, temperature, drafter)
+                answers = generate_rows(target, [ids for _, ids in batch], sampling, temperature, helped)
                 for (dialogue, ids), (new_ids, is_ended) in zip(batch, answers, strict=True):
                     dialogue.add(ids, new_ids, is_ended=is_ended, renderer=renderer)
                 is_done = [all(dialogue.is_done for dialogue in group) for group in groups[num_given:]]
@@ -245,7 +247,7 @@ def generate_rows(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     temperature: float,
-    drafter: PreTrainedModel | None = None,
+    helped: Mapping[str, Any],
 ) -> list[tuple[list[int], bool]]:
     """What `target` adds to each of `prompts`, its end of turn included, and whether it came to one."""
     ends = eos_token_ids(target)
@@ -257,14 +259,13 @@ def generate_rows(
     attention_mask = torch.tensor(
         [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=target.device
     )  # [B, T]
-    others = {} if drafter is None else {"assistant_model": drafter}
     out = target.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
         **sampling.options(temperature),
-        **others,
+        **helped,
     )
     rows = []
     for ids in out[:, width:].tolist():
