@@ -391,7 +391,16 @@ def test_options_change_on_purpose():
         "bench": {
             *("-h", "--help", "--target", "--drafter", "--shape", "--simulate-acceptance-length", "--prompts"),
             *("--limit", "--prompt-length", "--batch-sizes", "--max-new-tokens", "--num-draft-tokens"),
-            *("--temperature", "--repeats", "--kinds", "--dflash-drafter", "--dp-size", "--read-bandwidth"),
+            *(
+                "--temperature",
+                "--repeats",
+                "--kinds",
+                "--dflash-drafter",
+                "--dp-size",
+                "--tp-size",
+                "--device-map",
+                "--read-bandwidth",
+            ),
             *("--dtype", "--device", "--out"),
         },
         "states": {
