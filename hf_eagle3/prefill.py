@@ -78,8 +78,6 @@ def reorder(input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], order
     for name in PER_COLUMN:
         if (given := model_kwargs.get(name)) is not None and given.dim() > 1:
             model_kwargs[name] = take(given.expand(*given.shape[:-2], len(mask), -1))
-    if (position_ids := model_kwargs.get("position_ids")) is not None and position_ids.dim() == 2:
-        model_kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -position_ids.shape[-1] :]
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
         index = (order[:, S - embeds.shape[1] :] - (S - embeds.shape[1])).to(embeds.device)
         model_kwargs["inputs_embeds"] = embeds.gather(1, index[..., None].expand_as(embeds))

@@ -468,6 +468,19 @@ def test_a_cpu_computes_few_pads(target, lengths, shapes):
     assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=15)
 
 
+def test_position_ids_of_the_users_go_with_their_tokens_in_rows_padded_on_the_right(target):
+    lengths, first = (30, 5, 12), 7
+    batch = pad(prompts_of(*lengths), side="right")
+    positions = torch.arange(max(lengths)).expand(len(lengths), -1) * 2 + first  # every second
+    options = {"max_new_tokens": 12, **GREEDY}
+    out = target.generate(**batch, position_ids=positions, assistant_model=make_drafter(target), **options)
+    usual = target.generate(**batch, assistant_model=make_drafter(target), **options)
+    for row, prompt in enumerate(prompts_of(*lengths)):
+        alone = target.generate(prompt, position_ids=positions[:1, : prompt.shape[1]], **options)
+        assert out[row, max(lengths) :].tolist() == alone[0, prompt.shape[1] :].tolist()
+    assert out.tolist() != usual.tolist()
+
+
 def test_position_ids_of_the_users_count_whatever_the_pads(target):
     batch = pad(prompts_of(90, 20))
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
