@@ -33,7 +33,7 @@ from .target_head import DraftVocabulary, TargetHead
 
 # From torch 2.8 on, products of half precision can be summed into float32.
 SUMS_WIDE = version.parse(torch.__version__) >= version.parse("2.8")
-CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d; twice as many where a kernel works in place
+CHUNK_ELEMENTS = 2**27  # logits of one chunk: steps times slots times V_d
 
 
 class StepSums(NamedTuple):
@@ -330,7 +330,7 @@ def teach_in_chunks(
     by_kernel = (
         method.loss.has_kernel and normed.is_cuda and dtype.itemsize == 2 and language.is_available(normed.device)
     )
-    size = max(1, CHUNK_ELEMENTS * (1 + by_kernel) // (k * len(weight)))
+    size = max(1, CHUNK_ELEMENTS // (k * len(weight)))
     step_scale = (method.scale / method.scale.max()).to(wide)  # half precision takes gradients of order one
     cast = weight.to(dtype)
     normed_grad = torch.empty_like(normed) if grads else None
