@@ -136,7 +136,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     config = LlamaConfig(**(TINY if args.tiny else SHAPE_8B), dtype=torch.bfloat16)
     target = None
-    for way in sorted(args.ways, key=["ddp", "fsdp", "tp"].index):
+    for way in sorted(args.ways, key=list(WAYS).index):
         if way == "tp":
             target = None
             target = AutoModelForCausalLM.from_pretrained(

@@ -21,9 +21,8 @@ from .rows import RowCache
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 LONG_PROMPT = 2048  # columns from which on rows are run one by one
-MANY_PADS = (
-    32  # a row, from which on a CPU does so too: reading the weights once more should cost less than computing them
-)
+# Of a row on average, from which on a CPU does so too: to read the weights once more should cost less than to compute them.
+MANY_PADS = 32
 
 
 class Prompt(NamedTuple):

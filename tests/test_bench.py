@@ -99,7 +99,7 @@ def test_what_is_no_prompt_is_said(line, message, tmp_path):
         read_prompts(tmp_path / "questions.jsonl", None, 1, device, Team(device), limit=None)
 
 
-def test_a_model_that_is_no_drafter_is_refused(folders, capsys):  # noqa: F811
+def test_a_model_that_is_no_drafter_is_refused(folders, capsys):  # noqa: F811  a fixture
     model = str(folders / "target")
     assert cli.main(["bench", "--target", model, "--drafter", model, "--device", "cpu", "--batch-sizes", "1"]) == 2
     assert "is a LlamaModel, and no EAGLE-3 drafter" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def are_as_they_were(target) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_are_stock_ones(N, K, bias, dtype, products):
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bfloat16")
+        pytest.skip("oneDNN has no bfloat16 on this CPU, so such layers are left alone")
     module = nn.Linear(K, N, bias=bias, dtype=dtype)
     linears = packed.PackedLinears(nn.Sequential(module))
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_a_short_call_packs_nothing(monkeypatch, products):
 
 def test_bfloat16_agrees_with_stock_layers(products):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bfloat16")
+        pytest.skip("oneDNN has no bfloat16 on this CPU, so such layers are left alone")
     target = LlamaForCausalLM(LlamaConfig(**make_target("llama").config.to_diff_dict())).to(torch.bfloat16).eval()
     x = make_prompt(9)
     linears = packed.PackedLinears(target)
