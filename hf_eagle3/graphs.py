@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -342,11 +342,45 @@ def warm_up(function: Callable[[], None], device: torch.device) -> None:
 
 
 def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
-    """How to replay `function(*args)`, and where its results will lie."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        results = function(*args)
+    """How to replay `function(*args)`, and where its results will lie. A failure leaves PyTorch as it was."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with workspaces_apart():
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                results = function(*args)
+        except BaseException:
+            clean_up_failed_capture(stream, pool)
+            raise
     return graph.replay, results
+
+
+@contextmanager
+def workspaces_apart() -> Iterator[None]:
+    """Let cuBLAS have new workspaces inside, and forget them afterwards.
+
+    PyTorch keeps one for each stream. Captured, it lies in the memory of the graphs that first used it, and would go with
+    them, or whenever somebody clears all workspaces, as `torch.compile` does for graphs of its own: later graphs would
+    write to memory that is gone.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def clean_up_failed_capture(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what PyTorch begins with a capture, and leaves if CUDA refuses to end it.
+
+    The stream of the capture stays current, memory stays reserved for it, and (to 2.11 at least) the device's random
+    numbers wait for its end, so that nothing can be drawn outside of one.
+    """
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # it ended well: the function failed, and CUDA did not mind
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):  # one that ends
+        torch.zeros(1, device=stream.device)
 
 
 def synchronize() -> None:

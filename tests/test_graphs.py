@@ -381,3 +381,58 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     torch.manual_seed(5)
     assert target.generate(**batch, **options).tolist() == captured
     graphs.release_graphs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("breaks_capture", [True, False], ids=["cuda_error", "python_error"])
+def test_a_failed_capture_leaves_pytorch_as_it_was(breaks_capture):
+    pool, x = torch.cuda.graph_pool_handle(), torch.ones(8, device="cuda")
+
+    def fail():
+        y = torch.zeros(2**24, device="cuda")
+        if breaks_capture:
+            y.sum().item()  # waits
+        raise RuntimeError("no graph")
+
+    def draw():
+        return x + torch.rand(8, device="cuda")
+
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            graphs.capture(fail, pool=pool)
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.rand(3, device="cuda").max() < 1
+    torch.cuda.empty_cache()  # fails while memory is set apart for a capture
+    assert torch.cuda.memory_reserved() <= before + 2**21
+    torch.manual_seed(5)
+    drawn = torch.rand(8, device="cuda")
+    replay, out = graphs.capture(draw, pool=pool)
+    torch.manual_seed(5)
+    replay()
+    torch.testing.assert_close(out, 1 + drawn)
+
+
+@pytest.mark.gpu
+def test_graphs_do_without_workspaces_that_others_clear():
+    """As `torch.compile` does where it makes graphs of its own."""
+    x = torch.randn(32, 14336, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16)
+    expected = x @ weight
+
+    def multiply():
+        return x @ weight
+
+    for _ in range(2):  # the second's memory is its own
+        torch._C._cuda_clearCublasWorkspaces()
+        before = torch.cuda.memory_allocated()
+        replay, out = graphs.capture(multiply, pool=torch.cuda.graph_pool_handle())
+        assert torch.cuda.memory_allocated() - before == out.nbytes
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    filler = torch.full((2**26,), float("nan"), device="cuda")
+    for _ in range(3):
+        out.zero_()
+        replay()
+        torch.testing.assert_close(out, expected)
+    assert filler.isnan().all()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_eagle3.training.attention import FLASH, MATH, attend, attend_eagerly, pick_block
+from hf_eagle3.training import attention, batch
+from hf_eagle3.training.attention import FLASH, MATH, SQUARES, attend, attend_eagerly, pick_block
 from hf_eagle3.training.batch import Collator
 
 HQ, HKV, D = 4, 2, 8
@@ -81,21 +82,86 @@ def test_a_log_sum_exp_without_its_gradient_would_be_noticed():
     assert wrong > 0.05
 
 
+def dense_scores(query, key, scale):
+    groups = query.shape[1] // key.shape[1]
+    scores = torch.einsum("shqd,shkd->shqk", query, key.repeat_interleave(groups, 1)) * scale
+    return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+
+
+def dense_forward(query, key, value, scale):
+    """What cuDNN computes, eagerly."""
+    scores = dense_scores(query, key, scale)
+    out = scores.softmax(-1) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return out, scores.logsumexp(-1, keepdim=True)
+
+
+def dense_backward(grad, query, key, value, out, lse, scale):
+    weights, groups = (dense_scores(query, key, scale) - lse).exp(), query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    dscores = weights * (grad @ value.mT - (grad * out).sum(-1, keepdim=True)) * scale
+    narrow = [x.unflatten(1, (-1, groups)).sum(2) for x in (dscores.mT @ query, weights.mT @ grad)]
+    return dscores @ key, *narrow
+
+
+@pytest.mark.parametrize("masks", [MASKS, [[0, 1, 1, 1, 1, 1, 1, 1]], [[0] * 3 + [1] * 6, [0, 1, 1, 1, 1]]])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_squares_are_one_softmax(steps, masks, monkeypatch):
+    """Spans that begin late or end early, places that nobody asks for, squares that are full."""
+    monkeypatch.setattr(batch, "SQUARE_STEP", 4)
+    monkeypatch.setattr(batch, "MAX_SQUARES", 99)
+    monkeypatch.setattr(attention, "pick_block", lambda *_: SQUARES)
+    monkeypatch.setattr(attention, "_dense_forward", dense_forward)
+    monkeypatch.setattr(attention, "_dense_backward", dense_backward)
+    tensors = inputs(steps, masks=masks)
+    ours, our_grads = run(attend, *tensors, None)
+    theirs, their_grads = run(attend_eagerly, *tensors, None)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "shape"),
+    [
+        ([[0] + [1] * 1000], (1, 1024)),
+        ([[0] * 300 + [1] * 700], (1, 1024)),  # the last 70 % ask for 91 % of the scores
+        ([[0] * 700 + [1] * 300], None),
+        ([[0] + [1] * 1000, [0] * 100 + [1] * 850], (2, 1024)),
+        ([[0] + [1] * 1000, [0, 1, 1]], None),
+        ([[0] * 9], None),
+    ],
+)
+def test_squares_are_for_spans_that_fill_them(masks, shape):
+    rows = [{"input_ids": np.zeros(len(m), int), "loss_mask": np.array(m)} for m in masks]
+    squares = Collator(1)(rows)["spans"].squares
+    assert (squares and squares.shape) == shape
+
+
 def test_the_cpu_and_wide_dtypes_take_the_math_kernel():
-    assert pick_block(torch.zeros(1, 1, 8)) is MATH
-    assert pick_block(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is MATH
+    spans = inputs(1)[-1]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 1, 8, dtype=dtype)
+        assert pick_block(x, x, spans, None) is MATH
+
+
+RAGGED = [
+    [0] * int(a) + [1] * int(b) + [0] * int(c) + [1] * int(d)
+    for a, b, c, d in np.random.default_rng(0).integers(1, 400, (6, 4))
+]
+FULL = [[0] + [1] * 1000, [0] * 100 + [1] * 850, [0] * 5 + [1] * 1018]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 40, 300])
 @pytest.mark.parametrize("steps", [0, 1, 6])
-def test_flash_is_as_near_as_half_precision_allows(steps, window):
+@pytest.mark.parametrize("masks", [RAGGED, FULL], ids=["ragged", "full"])
+def test_kernels_are_as_near_as_half_precision_allows(masks, steps, window):
     """Error against float64 at most twice that of the eager form in bfloat16."""
-    rng = np.random.default_rng(0)
-    masks = [[0] * int(a) + [1] * int(b) + [0] * int(c) + [1] * int(d) for a, b, c, d in rng.integers(1, 400, (6, 4))]
     tensors = inputs(steps, torch.bfloat16, "cuda", 64, masks)
-    assert pick_block(tensors[0]) is FLASH
     query, slots, own, spans = tensors
+    is_hopper = torch.cuda.get_device_capability() >= (9, 0)
+    fills = masks is FULL and window is None and is_hopper
+    assert pick_block(query, slots[0], spans, window) is (SQUARES if fills else FLASH)
     exact = (
         query.detach().double().requires_grad_(),
         tuple(x.detach().double().requires_grad_() for x in slots),

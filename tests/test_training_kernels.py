@@ -53,3 +53,15 @@ def test_teaching_is_the_eager_chunk(k, C, V):
     torch.testing.assert_close(grad.float(), their_grad.float(), atol=1e-6, rtol=1e-2)
     assert not grad[~live].any()
     assert hits[0, 0]
+
+
+@kernel
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaling_in_place(factor, dtype):
+    x = torch.randn(3, 5, 1001, device=DEVICE, dtype=dtype)
+    factor = torch.tensor(factor, device=DEVICE)
+    expected = (x.float() * factor).to(dtype)
+    assert teaching.scale_(x, factor) is x
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)

@@ -478,6 +478,37 @@ def test_attention_that_is_not_plain_does_not_pack():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(500, 450), (9, 40, 21)], ids=["squares", "ragged"])
+@pytest.mark.parametrize("variant", ["3", "3.1", "concat norm", "qk norm"])
+def test_a_fused_step_in_half_precision_comes_near(target, variant, lengths):
+    """Kernels, compiled functions and packed matrices of a GPU, against float64: gradients as near as bfloat16 gets."""
+    drafter = make(target, noise=0.1, **VARIANTS[variant])
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, V, n), [0] * 3 + [1] * (n - 3)) for n in lengths]
+    flat = batch_of(*rows)
+    assert (flat["spans"].squares is None) == (len(lengths) == 3)
+    wanted, _ = run(drafter, target, flat)
+    (3 * wanted).backward()
+    grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
+    states = OnlineStates(target, drafter.bound_aux_layer_ids).states(flat)
+    drafter.zero_grad()
+    drafter.float().cuda()
+    there = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in flat.items()}
+    states = States(*(x.to("cuda", torch.bfloat16) for x in states))
+    head = TargetHead(target.lm_head.weight.detach().to("cuda", torch.bfloat16), None, V)
+    vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
+    scale = 0.8 ** torch.arange(K, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = ttt(drafter, there, states, head, vocabulary, Method(LOSSES["forward_kl"], scale, 0 * scale))
+    (3 * loss).backward()  # a gradient that is not 1
+    assert loss.item() == pytest.approx(wanted.item(), rel=0.02)
+    for name, p in drafter.named_parameters():
+        if name in grads:
+            error = (p.grad.cpu().double() - grads[name]).norm() / grads[name].norm()
+            assert error < 0.05, name
+
+
+@pytest.mark.gpu
 def test_packing_is_found_out_on_a_gpu():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, dtype=torch.bfloat16)).to("cuda", torch.bfloat16).eval()
     source = OnlineStates(model, (1, 3, 5))

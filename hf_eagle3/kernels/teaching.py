@@ -1,4 +1,4 @@
-"""What a training step reads rows of logits for, each row from memory once.
+"""What a training step reads rows of logits for, each row from memory once; and gradients that are scaled afterwards.
 
 `summarise` of a tile of the target's logits, and `teach`: softmax of drafter and target, divergence, gradient and all that
 is counted. A row is read twice and is still in the cache the second time; PyTorch's compiler reads it four times.
@@ -167,3 +167,22 @@ def teach(
             num_warps=8,
         )
     return loss, alpha, guess, ratio
+
+
+@jit()
+def _scale(x, factor, n, BLOCK: tl.constexpr):
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < n).to(tl.float32)
+        tl.store(x + at, (value * scale).to(x.dtype.element_ty), mask=at < n)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """`x.mul_(factor)`, without a look at contiguous `x` where the number `factor` [] is 1, as it mostly is."""
+    require(x.device)
+    assert x.is_contiguous()
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _scale[(-(-x.numel() // BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=8)
+    return x

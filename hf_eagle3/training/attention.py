@@ -8,12 +8,16 @@ autograd around a kernel whose log-sum-exp carries no gradient would lose the te
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from .batch import Spans
+from .batch import SQUARE_STEP, Spans, Squares
 from .elementwise import fuse_on_gpu
+
+logger = logging.get_logger(__name__)
 
 # A block's keys and values: [M, Hkv, D] each. Out: [R, Hq, D] and float32 (or wider) log-sum-exp [Hq, R].
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
@@ -85,7 +89,7 @@ def attend(
         own = own[max(0, (step := len(own)) - window) :]
         window = window - step
     branches = [x for pair in own for x in pair]
-    return _Merged.apply(pick_block(query), spans, scale, window, query, *block, *branches)
+    return _Merged.apply(pick_block(query, block[0], spans, window), spans, scale, window, query, *block, *branches)
 
 
 class _Merged(torch.autograd.Function):
@@ -221,11 +225,101 @@ def _flash_backward(grad, query, key, value, out, lse, spans, scale, window):  #
     )  # fmt: skip
 
 
+def _squares_forward(query, key, value, spans, scale, window):  # type: ignore[no-untyped-def]
+    assert window is None
+    shape, at = spans.squares.shape, spans.squares.queries
+    tensors = _to_squares(query, shape, at), *(_to_squares(x, shape, spans.squares.keys) for x in (key, value))
+    out, lse = _dense_forward(*tensors, scale)  # [S, Hq, T, D], [S, Hq, T, 1]
+    return _from_squares(out, at), lse[..., 0].transpose(0, 1).flatten(1).index_select(1, at)
+
+
+def _squares_backward(grad, query, key, value, out, lse, spans, scale, window):  # type: ignore[no-untyped-def]
+    assert window is None
+    # Where nothing asks, query, gradient, output and log-sum-exp are zero, and so is what comes of them.
+    (S, T), at, keys = spans.squares.shape, spans.squares.queries, spans.squares.keys
+    grad, query, out = (_to_squares(x, (S, T), at) for x in (grad, query, out))
+    sums = lse.new_zeros(S * T, len(lse)).index_copy_(0, at, lse.T).view(S, T, -1).transpose(1, 2)
+    key, value = (_to_squares(x, (S, T), keys) for x in (key, value))
+    grads = _dense_backward(grad, query, key, value, out, sums.contiguous()[..., None], scale)
+    return tuple(_from_squares(x, places) for x, places in zip(grads, (at, keys, keys), strict=True))
+
+
+def _to_squares(x: Tensor, shape: tuple[int, int], places: Tensor) -> Tensor:
+    """[n, heads, D] at their places among zeros, as [S, heads, T, D]."""
+    S, T = shape
+    if len(x) < S * T:
+        x = x.new_zeros(S * T, *x.shape[1:]).index_copy_(0, places, x)
+    return x.view(S, T, *x.shape[1:]).transpose(1, 2)
+
+
+def _from_squares(x: Tensor, places: Tensor) -> Tensor:
+    """[n, heads, D], what is at `places` of [S, heads, T, D]."""
+    flat = x.transpose(1, 2).flatten(0, 1)
+    return flat if len(places) == len(flat) else flat.index_select(0, places)
+
+
+def _dense_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of [S, heads, T, D] by cuDNN: its output, and the log-sum-exp [S, Hq, T, 1]."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, True, False, scale=scale
+    )
+    return out, lse.view(*query.shape[:3], 1)
+
+
+def _dense_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    T, nothing = query.shape[2], torch.empty(0, dtype=torch.int64, device=query.device)  # of a dropout there is not
+    grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out, lse, nothing, nothing, None, None, None, T, T, 0.0, True, scale=scale
+    )
+    return grads
+
+
 MATH = Block(_math_forward, _math_backward)  # any device and dtype; scores of one span at a time
 FLASH = Block(_flash_forward, _flash_backward)  # PyTorch's own flash attention, no package needed
+SQUARES = Block(_squares_forward, _squares_backward)  # cuDNN's: twice as fast, but it plans for each shape
+
+MAX_ERROR = 0.02  # of the trial, relative: of bfloat16, far below a wrong formula
 
 
-def pick_block(query: Tensor) -> Block:
-    """FLASH for half precision on CUDA, MATH for the rest."""
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
-    return FLASH if query.is_cuda and is_half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 else MATH
+def pick_block(query: Tensor, key: Tensor, spans: Spans, window: int | None) -> Block:
+    """For half precision on CUDA SQUARES, where spans fill them and cuDNN has what it takes, or FLASH; MATH for the rest."""
+    is_half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    if not (query.is_cuda and is_half and D <= 256 and D % 8 == 0):
+        return MATH
+    fits = spans.squares is not None and window is None
+    return SQUARES if fits and _can_square(query.device, query.dtype, query.shape[1], key.shape[1], D) else FLASH
+
+
+@cache
+def _can_square(device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether cuDNN's attention is there and right, by a trial; and whether it is the faster one: from Hopper on."""
+    if torch.cuda.get_device_capability(device) < (9, 0) or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    n = 200
+    ends = torch.tensor([0, n], dtype=torch.int32)
+    at = torch.arange(n)
+    spans = Spans(None, ends, ends, (n, n), ((0, n, 0, n),), Squares((1, SQUARE_STEP), at, at)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(n, heads, head_dim, generator=generator).to(device, dtype)
+        for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    )
+    scale = head_dim**-0.5
+
+    def run(block: Block, *tensors: Tensor) -> list[Tensor]:
+        *inputs, grad = tensors
+        out, lse = block.forward(*inputs, spans, scale, None)
+        return [out, lse, *block.backward(grad, *inputs, out, lse, spans, scale, None)]
+
+    exact = run(MATH, *(x.double() for x in (query, key, value, grad)))
+    try:
+        found = run(SQUARES, query, key, value, grad)
+    except (RuntimeError, TypeError) as error:  # no cuDNN, no plan, or another signature
+        logger.info(f"Attention goes by flash attention, not by cuDNN: {error}")
+        return False
+    difference = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    if not difference < MAX_ERROR:
+        logger.info(f"Attention goes by flash attention, not by cuDNN, which differs by {difference:.3f}.")
+    return difference < MAX_ERROR

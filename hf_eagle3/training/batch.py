@@ -15,6 +15,18 @@ from torch import Tensor
 
 Batch = dict[str, Any]
 
+SQUARE_STEP = 256  # sides of squares are multiples of it, so that few of them are new to a kernel that plans for each
+MAX_SQUARES = 1.5  # the scores of all squares, to those that are asked for
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Spans side by side, each from the left of a row of its own: key j of a span at place j, its last query at its last."""
+
+    shape: tuple[int, int]  # spans, and places of each
+    queries: Tensor  # [R] int64, where each query lies in the flattened shape
+    keys: Tensor  # [M] int64
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -28,14 +40,21 @@ class Spans:
     key_ends: Tensor  # [S+1] int32
     longest: tuple[int, int]  # queries and keys of the longest span
     bounds: tuple[tuple[int, int, int, int], ...]  # by span: first and end of queries, first and end of keys
+    squares: Squares | None  # None where they would be mostly empty
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Spans":
         """The same, with its tensors on `device`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        squares = self.squares
         return replace(
             self,
-            keys=None if self.keys is None else self.keys.to(device, non_blocking=non_blocking),
-            query_ends=self.query_ends.to(device, non_blocking=non_blocking),
-            key_ends=self.key_ends.to(device, non_blocking=non_blocking),
+            keys=None if self.keys is None else move(self.keys),
+            query_ends=move(self.query_ends),
+            key_ends=move(self.key_ends),
+            squares=squares and replace(squares, queries=move(squares.queries), keys=move(squares.keys)),
         )
 
 
@@ -125,4 +144,21 @@ def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray) -> 
             (int(a), int(b), int(c), int(d))
             for a, b, c, d in zip(first[:-1], first[1:], ends[:-1], ends[1:], strict=True)
         ),
+        squares=_find_squares(np.diff(first), counts),
+    )
+
+
+def _find_squares(num_queries: np.ndarray, num_keys: np.ndarray) -> Squares | None:
+    """Places for spans of so many queries and keys [S], if most of what squares hold is asked for."""
+    if not len(num_keys):
+        return None
+    side = -(-int(num_keys.max()) // SQUARE_STEP) * SQUARE_STEP
+    asked = (num_queries * (2 * num_keys - num_queries)).sum()  # twice the scores; a causal square has half of its own
+    if len(num_keys) * side**2 > MAX_SQUARES * asked:
+        return None
+    starts = np.arange(len(num_keys)) * side
+    queries = [np.arange(s + k - q, s + k) for s, q, k in zip(starts, num_queries, num_keys, strict=True)]
+    keys = [np.arange(s, s + k) for s, k in zip(starts, num_keys, strict=True)]
+    return Squares(
+        (len(num_keys), side), torch.from_numpy(np.concatenate(queries)), torch.from_numpy(np.concatenate(keys))
     )

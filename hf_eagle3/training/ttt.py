@@ -166,17 +166,33 @@ def fuse_states(drafter: Eagle3DrafterModel, aux_hidden_states: Tensor) -> Tenso
     if not config.use_aux_hidden_state or type(drafter.fc) is not nn.Linear:
         return drafter.fuse(aux_hidden_states)
     dtype = working_dtype(aux_hidden_states.device, drafter.fc.weight.dtype)
-    weight = drafter.fc.weight
+    norms: list[Any] = []  # and so their weights
     if config.norm_before_fc:
         aux_hidden_states = bare_norm(drafter.input_norm, aux_hidden_states)
-        weight = weight * drafter.input_norm.weight
+        norms.append(drafter.input_norm.weight)
     if config.fc_norm:
-        chunks = aux_hidden_states.split(config.target_hidden_size, dim=-1)
-        aux_hidden_states = torch.cat([bare_norm(n, c) for n, c in zip(drafter.fc_norm, chunks, strict=True)], dim=-1)
-        norms: list[Any] = list(drafter.fc_norm)
-        weight = weight * torch.cat([n.weight for n in norms])
+        chunks = aux_hidden_states.unflatten(-1, (-1, config.target_hidden_size))
+        aux_hidden_states = bare_norm(drafter.fc_norm[0], chunks).flatten(-2)
+        each: list[Any] = list(drafter.fc_norm)
+        norms.append(torch.cat([n.weight for n in each]))
+    weight = fuse_on_gpu(fold_norms, aux_hidden_states)(drafter.fc.weight, norms, dtype)
     bias = drafter.fc.bias
-    return F.linear(aux_hidden_states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return F.linear(aux_hidden_states.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+
+def fold_norms(weight: Tensor, norms: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """`weight` [H, n] times the weights [n] of norms before it."""
+    for norm_weight in norms:
+        weight = weight * norm_weight
+    return weight.to(dtype)
+
+
+def split_halves(weights: list[Tensor], norm_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of several weights [n_i, 2H], one behind the other, the half for embeddings, with their norm's weight in it, and the
+    half for states: [n, H] each.
+    """
+    weight, H = torch.cat(weights), len(norm_weight)
+    return (weight[:, :H] * norm_weight).to(dtype), weight[:, H:].to(dtype)
 
 
 class FirstInputs:
@@ -200,13 +216,12 @@ class FirstInputs:
             self._every = norm(layer.input_layernorm, embeddings)
             self._ours = take(self._every, rows)  # [R, H]
             return
-        dtype, H = working_dtype(embeddings.device, attention.q_proj.weight.dtype), embeddings.shape[-1]
+        dtype = working_dtype(embeddings.device, attention.q_proj.weight.dtype)
         self._sizes = [p.out_features for p in self._projections]
-        weight = torch.cat([p.weight for p in self._projections])  # [Q+2K, 2H]
-        self._of_state = weight[:, H:].to(dtype)
         # As in `fuse_states`: embeddings are frozen, so nothing wants their gradient.
-        of_embedding = (weight[:, :H] * layer.input_layernorm.weight).to(dtype)
         bare = bare_norm(layer.input_layernorm, embeddings).to(dtype)
+        weights = [p.weight for p in self._projections]
+        of_embedding, self._of_state = fuse_on_gpu(split_halves, bare)(weights, layer.input_layernorm.weight, dtype)
         biases: list[Tensor] = [p.bias for p in self._projections if p.bias is not None]
         bias = torch.cat(biases).to(dtype) if biases else None
         Q = self._sizes[0]
@@ -231,7 +246,20 @@ class FirstInputs:
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows], for rows that are all different; as they are if they are all."""
-    return x if len(rows) == len(x) else x.index_select(0, rows)
+    return x if len(rows) == len(x) else _Take.apply(x, rows)
+
+
+class _Take(torch.autograd.Function):
+    """Rows that are all different: their gradients are copied, not added up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.rows, ctx.num_rows = rows, len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, ctx.rows, grad), None
 
 
 def project(attention: Eagle3Attention, normed: Tensor) -> list[Tensor]:
@@ -304,15 +332,22 @@ class _Teach(torch.autograd.Function):
         dtype = working_dtype(normed.device, normed.dtype)
         with torch.autocast(normed.device.type, enabled=False):
             sums, *ctx.grads = teach_in_chunks(room, normed, weight, dtype, grads, grads and ctx.needs_input_grad[3])
-        ctx.largest = room.method.scale.max()
+        ctx.largest = largest_scale(room.method, dtype)
         ctx.mark_non_differentiable(*sums)
         return (room.method.scale * sums[0]).sum(), *sums
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[no-untyped-def]
         (normed_grad, weight_grad), ctx.grads = ctx.grads, None
-        grad = grad * ctx.largest
-        return None, None, normed_grad.mul_(grad), None if weight_grad is None else weight_grad.mul_(grad)
+        if ctx.largest is not None:
+            grad = grad * ctx.largest
+        scale_ = teaching.scale_ if grad.is_cuda and language.is_available(grad.device) else Tensor.mul_
+        return None, None, scale_(normed_grad, grad), None if weight_grad is None else scale_(weight_grad, grad)
+
+
+def largest_scale(method: Method, dtype: torch.dtype) -> Tensor | None:
+    """What gradients of `dtype` are divided by until the backward pass: float16 takes those of order one."""
+    return method.scale.max() if dtype == torch.float16 else None
 
 
 def teach_in_chunks(
@@ -320,7 +355,7 @@ def teach_in_chunks(
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """What `StepSums` has, and gradients for `normed` [k, L, H] and `weight` [V_d, H].
 
-    They are of the loss with its largest scale at 1.
+    In float16 they are of the loss with its largest scale at 1.
 
     The target row of slot r at step t is that of slot r + t: slots that train lie in unbroken spans.
     """
@@ -331,7 +366,8 @@ def teach_in_chunks(
         method.loss.has_kernel and normed.is_cuda and dtype.itemsize == 2 and language.is_available(normed.device)
     )
     size = max(1, CHUNK_ELEMENTS // (k * len(weight)))
-    step_scale = (method.scale / method.scale.max()).to(wide)  # half precision takes gradients of order one
+    largest = largest_scale(method, dtype)
+    step_scale = (method.scale if largest is None else method.scale / largest).to(wide)
     cast = weight.to(dtype)
     normed_grad = torch.empty_like(normed) if grads else None
     weight_grad = None
