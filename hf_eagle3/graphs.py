@@ -61,7 +61,7 @@ class Arena:
         self.num_rows, self.capacity, self.fingerprint = num_rows, capacity, fingerprint
         self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.pool = new_pool()
         self.is_busy = False
         self.unfit: str | None = None  # why capture failed
 
@@ -78,11 +78,13 @@ class Arena:
         self.capacity = self.caches[0].capacity
 
     def forget(self) -> None:
-        """Drop all graphs."""
+        """Drop all graphs, and what a failed capture left."""
         synchronize()  # one may be running
         self.recorded.clear()
+        self.pool = new_pool()
 
 
+_failed: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking them
 _arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
 
 
@@ -349,7 +351,7 @@ def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], Non
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 results = function(*args)
         except BaseException:
-            clean_up_failed_capture(stream, pool)
+            clean_up_failed_capture(graph, stream, pool)
             raise
     return graph.replay, results
 
@@ -369,18 +371,25 @@ def workspaces_apart() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
-def clean_up_failed_capture(stream: torch.cuda.Stream, pool: Any) -> None:
+def clean_up_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
     """Undo what PyTorch begins with a capture, and leaves if CUDA refuses to end it.
 
-    The stream of the capture stays current, memory stays reserved for it, and (to 2.11 at least) the device's random
-    numbers wait for its end, so that nothing can be drawn outside of one.
+    The stream of the capture stays current, memory is set apart for it, and (to 2.11 at least) the device's random numbers
+    wait for its end, so that nothing can be drawn outside of one. `pool` cannot be captured into again.
     """
     torch.cuda.set_stream(stream)
+    graph.reset()
+    _failed.append(graph)
     with suppress(RuntimeError):  # it ended well: the function failed, and CUDA did not mind
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):  # one that ends
         torch.zeros(1, device=stream.device)
+
+
+def new_pool() -> Any:
+    """Memory for graphs that are replayed in turn."""
+    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
 
 def synchronize() -> None:

@@ -386,7 +386,7 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("breaks_capture", [True, False], ids=["cuda_error", "python_error"])
 def test_a_failed_capture_leaves_pytorch_as_it_was(breaks_capture):
-    pool, x = torch.cuda.graph_pool_handle(), torch.ones(8, device="cuda")
+    x = torch.ones(8, device="cuda")
 
     def fail():
         y = torch.zeros(2**24, device="cuda")
@@ -399,15 +399,15 @@ def test_a_failed_capture_leaves_pytorch_as_it_was(breaks_capture):
 
     before = torch.cuda.memory_reserved()
     for _ in range(2):
-        with pytest.raises(RuntimeError):
-            graphs.capture(fail, pool=pool)
+        with pytest.raises(RuntimeError, match="captur" if breaks_capture else "no graph"):
+            graphs.capture(fail, pool=graphs.new_pool())
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.rand(3, device="cuda").max() < 1
     torch.cuda.empty_cache()  # fails while memory is set apart for a capture
     assert torch.cuda.memory_reserved() <= before + 2**21
     torch.manual_seed(5)
     drawn = torch.rand(8, device="cuda")
-    replay, out = graphs.capture(draw, pool=pool)
+    replay, out = graphs.capture(draw, pool=graphs.new_pool())
     torch.manual_seed(5)
     replay()
     torch.testing.assert_close(out, 1 + drawn)
@@ -426,8 +426,8 @@ def test_graphs_do_without_workspaces_that_others_clear():
     for _ in range(2):  # the second's memory is its own
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
-        replay, out = graphs.capture(multiply, pool=torch.cuda.graph_pool_handle())
-        assert torch.cuda.memory_allocated() - before == out.nbytes
+        replay, out = graphs.capture(multiply, pool=graphs.new_pool())
+        assert torch.cuda.memory_allocated() - before < out.nbytes + 2**20  # a workspace takes 32 MiB
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     filler = torch.full((2**26,), float("nan"), device="cuda")
