@@ -108,6 +108,7 @@ def dense_backward(grad, query, key, value, out, lse, scale):
 def test_squares_are_one_softmax(steps, masks, monkeypatch):
     """Spans that begin late or end early, places that nobody asks for, squares that are full."""
     monkeypatch.setattr(batch, "SQUARE_STEP", 4)
+    monkeypatch.setattr(batch, "MIN_SQUARE", 4)
     monkeypatch.setattr(batch, "MAX_SQUARES", 99)
     monkeypatch.setattr(attention, "pick_block", lambda *_: SQUARES)
     monkeypatch.setattr(attention, "_dense_forward", dense_forward)
@@ -123,11 +124,13 @@ def test_squares_are_one_softmax(steps, masks, monkeypatch):
 @pytest.mark.parametrize(
     ("masks", "shape"),
     [
-        ([[0] + [1] * 1000], (1, 1024)),
-        ([[0] * 300 + [1] * 700], (1, 1024)),  # the last 70 % ask for 91 % of the scores
-        ([[0] * 700 + [1] * 300], None),
-        ([[0] + [1] * 1000, [0] * 100 + [1] * 850], (2, 1024)),
-        ([[0] + [1] * 1000, [0, 1, 1]], None),
+        ([[0] + [1] * 2000], (1, 2048)),
+        ([[0] + [1] * 2100], (1, 2304)),
+        ([[0] + [1] * 1000], None),
+        ([[0] * 600 + [1] * 1400], (1, 2048)),  # the last 70 % ask for 91 % of the scores
+        ([[0] * 1400 + [1] * 600], None),
+        ([[0] + [1] * 2000, [0] * 200 + [1] * 1700], (2, 2048)),
+        ([[0] + [1] * 2000, [0, 1, 1]], None),
         ([[0] * 9], None),
     ],
 )
@@ -148,7 +151,7 @@ RAGGED = [
     [0] * int(a) + [1] * int(b) + [0] * int(c) + [1] * int(d)
     for a, b, c, d in np.random.default_rng(0).integers(1, 400, (6, 4))
 ]
-FULL = [[0] + [1] * 1000, [0] * 100 + [1] * 850, [0] * 5 + [1] * 1018]
+FULL = [[0] + [1] * 2000, [0] * 200 + [1] * 1700, [0] * 10 + [1] * 2036]
 
 
 @pytest.mark.gpu
@@ -160,6 +163,7 @@ def test_kernels_are_as_near_as_half_precision_allows(masks, steps, window):
     tensors = inputs(steps, torch.bfloat16, "cuda", 64, masks)
     query, slots, own, spans = tensors
     is_hopper = torch.cuda.get_device_capability() >= (9, 0)
+    assert (spans.squares is not None) == (masks is FULL)
     fills = masks is FULL and window is None and is_hopper
     assert pick_block(query, slots[0], spans, window) is (SQUARES if fills else FLASH)
     exact = (

@@ -16,6 +16,7 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 SQUARE_STEP = 256  # sides of squares are multiples of it, so that few of them are new to a kernel that plans for each
+MIN_SQUARE = 2048  # places of the smallest side: what faster scores save there pays for the copies
 MAX_SQUARES = 1.5  # the scores of all squares, to those that are asked for
 
 
@@ -40,7 +41,7 @@ class Spans:
     key_ends: Tensor  # [S+1] int32
     longest: tuple[int, int]  # queries and keys of the longest span
     bounds: tuple[tuple[int, int, int, int], ...]  # by span: first and end of queries, first and end of keys
-    squares: Squares | None  # None where they would be mostly empty
+    squares: Squares | None  # None where they would be small or mostly empty
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Spans":
         """The same, with its tensors on `device`."""
@@ -154,7 +155,7 @@ def _find_squares(num_queries: np.ndarray, num_keys: np.ndarray) -> Squares | No
         return None
     side = -(-int(num_keys.max()) // SQUARE_STEP) * SQUARE_STEP
     asked = (num_queries * (2 * num_keys - num_queries)).sum()  # twice the scores; a causal square has half of its own
-    if len(num_keys) * side**2 > MAX_SQUARES * asked:
+    if side < MIN_SQUARE or len(num_keys) * side**2 > MAX_SQUARES * asked:
         return None
     starts = np.arange(len(num_keys)) * side
     queries = [np.arange(s + k - q, s + k) for s, q, k in zip(starts, num_queries, num_keys, strict=True)]
