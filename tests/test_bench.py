@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import cli, decode, processes
 from hf_eagle3.accept import Verdict
-from hf_eagle3.bench import command, dflash, equality, experts, measure, ways
+from hf_eagle3.bench import command, dflash, equality, experts, measure, report, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
 from hf_eagle3.bench.prompts import Prompts, read_prompts
 from hf_eagle3.processes import Team
+from hf_eagle3.stats import Speculation
 
 ROOT = Path(__file__).parent.parent
 ON_CPU = ("--dtype", "float32", "--device", "cpu", "--repeats", "1")
@@ -454,6 +455,24 @@ def test_speed_of_a_team_is_all_tokens_over_the_slowest_time():
             team=team,
         )
     assert found.slowest == found.tokens_per_second == (30 + 70) / 20.0
+
+
+def test_a_round_takes_what_decoding_takes():
+    """Of calls of 2 s for 10 rounds and 7 s for 30, prompts and all, a round takes 0.25 s."""
+
+    def told(seconds, rounds):
+        speculation = Speculation("own", "", 2, seconds=seconds, draft_seconds=seconds / 10)
+        for _ in range(rounds):
+            speculation.count(2, 1)
+        return ways.Call(seconds, [[1]], speculation, None)
+
+    result = measure.Measured(ways.DRAFTED, 1, 1.0, 1.0, 1.0, acceptance_length=2.0)
+    measure.add_times(result, [told(7.0, 30)], [told(2.0, 10)], Team(torch.device("cpu")))
+    text = report.to_markdown([result], title="t", notes=[])
+    assert "| a round, ms | 250.00 |" in text
+    assert "| of which draft, ms | 25.00 |" in text
+    measure.add_times(result, [told(7.0, 28)], [], Team(torch.device("cpu")))
+    assert "| a round, ms | 250.00 |" in report.to_markdown([result], title="t", notes=[])
 
 
 def test_dp_size_must_be_what_was_launched(monkeypatch, capsys):

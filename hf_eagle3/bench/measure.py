@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..graphs import count_cache_bytes, release_graphs
 from ..processes import Team
+from ..stats import Speculation
 from . import dflash
 from .equality import Agreement, OutputDiffersError, Text, compare
 from .prompts import Prompts
@@ -123,6 +124,7 @@ def measure(
 
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
     calls: dict[str, list[Call]] = {}
+    shorter: dict[str, list[Call]] = {}
     for _ in range(repeats):
         for kind in kinds:
             team.wait()
@@ -130,9 +132,9 @@ def measure(
             seconds = sum(call.seconds for call in calls[kind])
             tokens = sum(len(row) for call in calls[kind] for row in call.rows)
             if subtract:
-                shorter = run_all(kind, subtract)
-                seconds -= sum(call.seconds for call in shorter)
-                tokens -= sum(len(row) for call in shorter for row in call.rows)
+                shorter[kind] = run_all(kind, subtract)
+                seconds -= sum(call.seconds for call in shorter[kind])
+                tokens -= sum(len(row) for call in shorter[kind] for row in call.rows)
             every = team.gather((tokens, seconds))
             speeds[kind].append(sum(n for n, _ in every) / max(s for _, s in every))
             on_run()
@@ -156,6 +158,7 @@ def measure(
             same = sum(a == b for x, y in pairs for a, b in zip(x.rows, y.rows, strict=True))
             result.num_identical = sum(team.gather(same))
         add_acceptance(result, calls[kind], firsts[kind], batches, team)
+        add_times(result, calls[kind], shorter.get(kind, []), team)
         measured.append(result)
     return measured, skipped
 
@@ -202,7 +205,7 @@ def assert_equal(
 def add_acceptance(
     result: Measured, calls: list[Call], firsts: list[Call], batches: Sequence[Prompts], team: Team
 ) -> None:
-    """Acceptance length, overall and by category, and where the time of our rounds went."""
+    """Acceptance length, overall and by category."""
     if result.kind == DFLASH:
         own = [(c.num_forwards, len(c.rows[0]), b.categories[0]) for c, b in zip(firsts, batches, strict=True)]
         every = [counts for counts_of_one in team.gather(own) for counts in counts_of_one]
@@ -222,15 +225,24 @@ def add_acceptance(
     result.acceptance_length = mean_gain(gained)
     for category in dict.fromkeys(c for *_, c in gained):
         result.by_category[category] = {"acceptance_length": mean_gain([g for g in gained if g[2] == category])}
-    times = {
-        name: sum(getattr(speculation, name) for speculation in told)
-        for name in ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds")
-    }
-    times["rounds"] = sum(max(r.rounds for r in s.rows or [s]) for s in told)
-    every_time = team.gather(times)
-    result.seconds_in = {name: sum(t[name] for t in every_time) for name in times}
     first = firsts[0].told
     result.graphs = first.graphs if first is not None else ""
+
+
+def add_times(result: Measured, calls: list[Call], shorter: list[Call], team: Team) -> None:
+    """Where the time of our drafted rounds went; that of shorter calls, prompts and all, is taken off."""
+    told = [call.told for call in calls if call.told is not None]
+    if result.kind != DRAFTED or not told:
+        return
+
+    def add(speculations: list[Speculation]) -> dict[str, float]:
+        names = ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds")
+        times: dict[str, float] = {name: sum(getattr(s, name) for s in speculations) for name in names}
+        return times | {"rounds": sum(max(r.rounds for r in s.rows or [s]) for s in speculations)}
+
+    whole, less = add(told), add([call.told for call in shorter if call.told is not None])
+    every_time = team.gather({name: value - less[name] for name, value in whole.items()})
+    result.seconds_in = {name: sum(t[name] for t in every_time) for name in whole}
 
 
 def mean_gain(counts: list[tuple[int, int, str]]) -> float:
