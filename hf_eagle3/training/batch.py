@@ -16,7 +16,7 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 SQUARE_STEP = 256  # sides of squares are multiples of it, so that few of them are new to a kernel that plans for each
-MIN_SQUARE = 2048  # places of the smallest side: what faster scores save there pays for the copies
+MIN_SQUARE = 4096  # places of the smallest side: from there on, what faster scores save pays for the copies
 MAX_SQUARES = 1.5  # the scores of all squares, to those that are asked for
 
 
