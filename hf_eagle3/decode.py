@@ -322,7 +322,7 @@ class Letter:
         self._copy.copy_(report, non_blocking=report.is_cuda)
         self._event = torch.cuda.Event() if report.is_cuda else None
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(report.device))
 
     def read(self) -> list[int]:
         """Wait for it."""

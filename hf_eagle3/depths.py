@@ -45,12 +45,12 @@ def measure_depths(
     def run(depth: int, limit: int) -> float:
         tokens, seconds = 0, 0.0
         for inputs in prompts:
-            synchronize()
+            synchronize(target.device)
             start = time.perf_counter()
             out = target.generate(
                 **inputs, assistant_model=drafter, num_assistant_tokens=depth, max_new_tokens=limit, **options
             )
-            synchronize()
+            synchronize(target.device)
             seconds += time.perf_counter() - start
             tokens += getattr(out, "sequences", out).shape[-1] - inputs["input_ids"].shape[-1]
         return tokens / seconds

@@ -5,7 +5,9 @@ instead of masks) and that kernels stand in for stock layers (`kernels.fusion`).
 graphs between calls.
 """
 
+import functools
 import logging
+import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -57,8 +59,16 @@ class Arena:
     Caches are filled from the front; a smaller batch uses the first rows.
     """
 
-    def __init__(self, num_rows: int, capacity: int, target_layers: int, drafter_layers: int, fingerprint: tuple):
-        self.num_rows, self.capacity, self.fingerprint = num_rows, capacity, fingerprint
+    def __init__(
+        self,
+        num_rows: int,
+        capacity: int,
+        target_layers: int,
+        drafter_layers: int,
+        fingerprint: tuple,
+        device: torch.device,
+    ):
+        self.num_rows, self.capacity, self.fingerprint, self.device = num_rows, capacity, fingerprint, device
         self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self.pool = new_pool()
@@ -79,11 +89,12 @@ class Arena:
 
     def forget(self) -> None:
         """Drop all graphs, and what a failed capture left."""
-        synchronize()  # one may be running
+        synchronize(self.device)  # one may be running
         self.recorded.clear()
         self.pool = new_pool()
 
 
+_one_capture = threading.Lock()  # PyTorch knows one at a time
 _failed: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking them
 _arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
 
@@ -159,7 +170,7 @@ def open_arena(
         arena.fingerprint, arena.unfit = fingerprint, None
     if arena is None:
         layers = target.config.get_text_config(decoder=True).num_hidden_layers, drafter.config.num_hidden_layers
-        arena = Arena(num_rows, num_slots, *layers, fingerprint)
+        arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
         _arenas[target] = arena
     arena.is_busy = True
     try:
@@ -268,14 +279,15 @@ class CapturedPhases(Phases):
         key = self._key(num_rows)
         recorded = self.arena.recorded.pop(key, None)
         if recorded is None:
-            start, before = time.perf_counter(), memory_in_use()
+            device = self.arena.device
+            start, before = time.perf_counter(), memory_in_use(device)
             recorded = self._capture()
-            seconds, size = time.perf_counter() - start, memory_in_use() - before
+            seconds, size = time.perf_counter() - start, memory_in_use(device) - before
             self.told = f"captured in {seconds:.2f} s, {max(size, 0) / 2**20:.0f} MiB"
             logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.depth, self.told)
         self.arena.recorded[key] = recorded  # the newest last
         while len(self.arena.recorded) > MAX_GRAPHS:
-            synchronize()
+            synchronize(self.arena.device)
             self.arena.recorded.popitem(last=False)
         theirs = recorded.phases.state
         for name in SMALL:
@@ -344,16 +356,27 @@ def warm_up(function: Callable[[], None], device: torch.device) -> None:
 
 
 def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
-    """How to replay `function(*args)`, and where its results will lie. A failure leaves PyTorch as it was."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with workspaces_apart():
+    """How to replay `function(*args)` on the current device, and where its results will lie.
+
+    A failure leaves PyTorch as it was.
+    """
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream = stream_of_captures(before.device_index)
+    with _one_capture, workspaces_apart():
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 results = function(*args)
         except BaseException:
+            torch.cuda.set_stream(before)  # PyTorch leaves `stream` the current one
             clean_up_failed_capture(graph, stream, pool)
             raise
     return graph.replay, results
+
+
+@functools.cache
+def stream_of_captures(device_index: int) -> torch.cuda.Stream:
+    """One for each device; PyTorch's own default is on the device that was current when it was first used."""
+    return torch.cuda.Stream(device_index)
 
 
 @contextmanager
@@ -374,16 +397,17 @@ def workspaces_apart() -> Iterator[None]:
 def clean_up_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
     """Undo what PyTorch begins with a capture, and leaves if CUDA refuses to end it.
 
-    The stream of the capture stays current, memory is set apart for it, and (to 2.11 at least) the device's random numbers
-    wait for its end, so that nothing can be drawn outside of one. `pool` cannot be captured into again.
+    Memory stays set apart for it, and (to 2.11 at least) the device's random numbers wait for its end, so that nothing can
+    be drawn outside of one. `pool` cannot be captured into again.
     """
-    torch.cuda.set_stream(stream)
     graph.reset()
     _failed.append(graph)
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # from PyTorch 2.8 on, and before
+    end_allocation = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
     with suppress(RuntimeError):  # it ended well: the function failed, and CUDA did not mind
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        end_allocation(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):  # one that ends
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):  # one that ends
         torch.zeros(1, device=stream.device)
 
 
@@ -392,15 +416,15 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
 
-def synchronize() -> None:
-    """Wait for all that was launched."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was launched on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def memory_in_use() -> int:
-    """Bytes that PyTorch holds on the device."""
-    return torch.cuda.memory_reserved()
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that PyTorch holds on `device`."""
+    return torch.cuda.memory_reserved(device)
 
 
 def describe_warper(warper: Any) -> tuple:  # Any: one of the host's

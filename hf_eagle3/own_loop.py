@@ -100,6 +100,8 @@ def run_own_loop(
         if why_eager is None:
             max_new = FIRST_ROOM if transcript.max_new is None else transcript.max_new
             sizes = {"num_rows": len(given), "prompt_length": longest, "max_new": max_new, "depth": choice.depth}
+            # Graphs are recorded on the current device.
+            stack.enter_context(torch.cuda.device_of(torch.empty(0, device=target.device)))
             arena = stack.enter_context(open_arena(target, drafter, **sizes))
             target_cache, drafter_cache = arena.first_rows(len(given))
         else:

@@ -436,3 +436,21 @@ def test_graphs_do_without_workspaces_that_others_clear():
         replay()
         torch.testing.assert_close(out, expected)
     assert filler.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_rounds_run_on_a_device_that_is_not_the_current_one():
+    for place in ("cuda:1", "cuda:0"):
+        target = copy.deepcopy(make_target("llama")).to(place)
+        drafter = make_drafter(target).to(place)
+        batch = {name: value.to(place) for name, value in pad(prompts_of(9, 30, 4)).items()}
+        options = {"max_new_tokens": 60, "return_dict_in_generate": True, **GREEDY}
+        plain = target.generate(**batch, **options)
+        for loop, told in (("own", "captured"), ("own", "replayed"), ("eager", "none (asked")):
+            out = target.generate(**batch, assistant_model=drafter, decode_loop=loop, **options)
+            assert out.sequences.tolist() == plain.sequences.tolist()
+            assert out.speculation.graphs.startswith(told)
+            assert out.speculation.rounds > 0
+        assert torch.cuda.current_device() == 0
+        graphs.release_graphs()

@@ -96,8 +96,8 @@ def measure(
         if target.device.type == "cuda":
             release_graphs()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats(target.device)
+            before = torch.cuda.memory_allocated(target.device)
         reason = ""
         try:
             firsts[kind] = run_all(kind, max_new_tokens)
@@ -105,7 +105,8 @@ def measure(
             if kind != DFLASH:
                 raise
             reason = str(error) if str(error) == dflash.ONE_ROW else f"{type(error).__name__}: {error}"
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if target.device.type == "cuda" else None
+        is_cuda = target.device.type == "cuda"
+        peak = (torch.cuda.max_memory_allocated(target.device) - before) / 2**30 if is_cuda else None
         peaks[kind] = None if peak is None else max(team.gather(peak))
         caches[kind] = max(team.gather(count_cache_bytes(target))) / 2**30 or None
         if kind == DFLASH and (reasons := [r for r in team.gather(reason) if r]):

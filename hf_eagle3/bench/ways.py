@@ -38,7 +38,7 @@ def list_eos(target: PreTrainedModel) -> list[int]:
 
 def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[float, list[list[int]], Any]:
     """Seconds, new tokens without pads, and what `decode` gave; waits for all of it."""
-    synchronize()
+    synchronize(prompts.inputs["input_ids"].device)
     start = time.perf_counter()
     out = decode()
     sequences = out if isinstance(out, Tensor) else out.sequences
