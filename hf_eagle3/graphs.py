@@ -32,8 +32,13 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8  # sets of graphs that an arena keeps
 FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
+BUSY = "another call of this target is under way"
 WORTH_CAPTURE = 128  # new tokens that a smaller batch must still be good for, to have graphs made for it
 SMALL = ("length", "root", "block", "states", "num_pending", "first", "shift", "last_position")  # of DecodeState
+
+
+class KnownUnfitError(RuntimeError):
+    """These rounds could not be captured before."""
 
 
 class CacheMemoryError(torch.OutOfMemoryError):
@@ -72,8 +77,7 @@ class Arena:
         self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self.pool = new_pool()
-        self.is_busy = False
-        self.unfit: str | None = None  # why capture failed
+        self.unfit: dict[tuple, str] = {}  # why capture failed, by what tells sets of graphs apart
 
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
@@ -94,6 +98,9 @@ class Arena:
         self.pool = new_pool()
 
 
+_lock = threading.Lock()  # of the next two
+_busy: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # targets whose arena a call uses
+_turns: "weakref.WeakKeyDictionary[PreTrainedModel, Turns]" = weakref.WeakKeyDictionary()
 _one_capture = threading.Lock()  # PyTorch knows one at a time
 _failed: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking them
 _arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
@@ -134,8 +141,61 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str |
 
 def why_busy(target: PreTrainedModel) -> str | None:
     """That another call uses the target's arena, if so."""
-    arena = _arenas.get(target)
-    return "another call of this target is under way" if arena is not None and arena.is_busy else None
+    return BUSY if target in _busy else None
+
+
+def take_arena(target: PreTrainedModel) -> bool:
+    """Have the target's arena to oneself, until `give_arena_back`; False if another call has it."""
+    with _lock:
+        is_free = target not in _busy
+        _busy.add(target)
+    return is_free
+
+
+def give_arena_back(target: PreTrainedModel) -> None:
+    """Let other calls have it."""
+    with _lock:
+        _busy.discard(target)
+
+
+class Turns:
+    """Any number of threads run a target's layers, or one records graphs over it, for which they are changed.
+
+    A context: entered around what runs them. `alone` waits until nobody does.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running, self._records = 0, False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records)
+            self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the time of a recording."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records and not self._running)
+            self._records = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._records = False
+                self._changed.notify_all()
+
+
+def turns_of(target: PreTrainedModel) -> Turns:
+    """Of the threads that use `target`."""
+    with _lock:
+        return _turns.setdefault(target, Turns())
 
 
 def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
@@ -167,12 +227,12 @@ def open_arena(
         arena = None
     if arena is not None and arena.fingerprint != fingerprint:
         arena.forget()
-        arena.fingerprint, arena.unfit = fingerprint, None
+        arena.fingerprint = fingerprint
+        arena.unfit.clear()
     if arena is None:
         layers = target.config.get_text_config(decoder=True).num_hidden_layers, drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
         _arenas[target] = arena
-    arena.is_busy = True
     try:
         yield arena
     except torch.OutOfMemoryError as error:
@@ -185,8 +245,6 @@ def open_arena(
             f"{describe_need(target, num_rows, arena.capacity)}: use fewer rows, a shorter prompt or a lower "
             f"max_new_tokens. {error}"
         ) from error
-    finally:
-        arena.is_busy = False
 
 
 def describe_need(target: PreTrainedModel, num_rows: int, num_slots: int) -> str:
@@ -219,6 +277,18 @@ class CapturedPhases(Phases):
         super().__init__(target, drafter, recorder, state, config)
         self.arena, self.keeps_scores = arena, keeps_scores
         self.told = "replayed"
+        self._seconds, self._bytes = 0.0, 0  # of captures
+        self.recorded: Recorded | None = (
+            None  # then rounds run eagerly: one in the middle of a call could not be captured
+        )
+
+    def begin(self) -> None:
+        """Find or record the graphs.
+
+        Raises:
+            KnownUnfitError: That failed before.
+            Exception: Whatever comes of it.
+        """
         self.recorded = self._record()
 
     @property
@@ -228,17 +298,21 @@ class CapturedPhases(Phases):
 
     def draft(self) -> Drafted:
         """Replay."""
+        if self.recorded is None:
+            return super().draft()
         self.recorded.draft()
         return self.recorded.drafted
 
-    def verify(self, drafted: Drafted) -> Verified:  # noqa: ARG002  the graph's own
+    def verify(self, drafted: Drafted) -> Verified:
         """Replay."""
+        if self.recorded is None:
+            return super().verify(drafted)
         self.recorded.verify()
         return self.recorded.verified
 
     def settle(self, drafted: Drafted, verified: Verified) -> Settled:
         """Replay; the prompt's own first tokens are settled eagerly."""
-        if drafted is not self.recorded.drafted:
+        if self.recorded is None or drafted is not self.recorded.drafted:
             return super().settle(drafted, verified)
         assert self.recorded.settle is not None
         assert self.recorded.settled is not None
@@ -252,7 +326,7 @@ class CapturedPhases(Phases):
         num_rows = len(self.state.length)
         self.arena.reserve(num_slots + min(num_slots, 4 * FIRST_ROOM))
         self.state.target_cache, self.state.drafter_cache = self.arena.first_rows(num_rows)
-        self.recorded = self._record()
+        self.recorded = self._record_or_not()
 
     def keep(self, rows: list[int], *, num_left: float) -> list[int]:
         """Once half of the batch is done, go on with a smaller one, if that is worth its graphs."""
@@ -270,8 +344,19 @@ class CapturedPhases(Phases):
         values |= {name: value[index] for name, value in values.items() if name not in ("shift", "last_position")}
         values["shift"] = values["shift"][..., index, :]
         self.state = DecodeState(**values, target_cache=caches[0], drafter_cache=caches[1])
-        self.recorded = self._record()
+        self.recorded = self._record_or_not()
         return rows
+
+    def _record_or_not(self) -> Recorded | None:
+        """As `_record` in the middle of a call, which can go on without."""
+        try:
+            return self._record()
+        except Exception as error:  # noqa: BLE001  whatever it is, the eager phases need none of it
+            self.told = f"none from here on ({type(error).__name__}: {error})"
+            logger.warning(
+                "Rounds of %d rows cannot be captured, so they run eagerly: %s", len(self.state.length), error
+            )
+            return None
 
     def _record(self) -> Recorded:
         """The graphs for this batch: found, or captured. The state goes over to their tensors."""
@@ -279,11 +364,16 @@ class CapturedPhases(Phases):
         key = self._key(num_rows)
         recorded = self.arena.recorded.pop(key, None)
         if recorded is None:
+            if (reason := self.arena.unfit.get(key)) is not None:
+                raise KnownUnfitError(reason)
             device = self.arena.device
+            torch.cuda.empty_cache()  # as a capture does first: what is more afterwards is its own
             start, before = time.perf_counter(), memory_in_use(device)
-            recorded = self._capture()
-            seconds, size = time.perf_counter() - start, memory_in_use(device) - before
-            self.told = f"captured in {seconds:.2f} s, {max(size, 0) / 2**20:.0f} MiB"
+            with turns_of(self.target).alone():
+                recorded = self._capture()
+            self._seconds += time.perf_counter() - start
+            self._bytes += memory_in_use(device) - before
+            self.told = f"captured in {self._seconds:.2f} s, {max(self._bytes, 0) / 2**20:.0f} MiB"
             logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.depth, self.told)
         self.arena.recorded[key] = recorded  # the newest last
         while len(self.arena.recorded) > MAX_GRAPHS:
@@ -294,6 +384,10 @@ class CapturedPhases(Phases):
             getattr(theirs, name).copy_(getattr(self.state, name))
         self.state = theirs
         return recorded
+
+    def give_up(self, reason: str) -> None:
+        """Never capture these rounds again."""
+        self.arena.unfit[self._key(len(self.state.length))] = reason
 
     def _key(self, num_rows: int) -> tuple:
         """What tells sets of graphs apart."""
@@ -348,11 +442,13 @@ def warm_up(function: Callable[[], None], device: torch.device) -> None:
     random_state = torch.cuda.get_rng_state(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.set_rng_state(random_state, device)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.set_rng_state(random_state, device)
 
 
 def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
@@ -407,7 +503,10 @@ def clean_up_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stre
     with suppress(RuntimeError):  # it ended well: the function failed, and CUDA did not mind
         end_allocation(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):  # one that ends
+    with (
+        suppress(torch.OutOfMemoryError),  # the failure to tell of is the first
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),  # one that ends
+    ):
         torch.zeros(1, device=stream.device)
 
 

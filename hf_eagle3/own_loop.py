@@ -16,7 +16,17 @@ from .cache import CACHE_NAME
 from .choice import Choice
 from .decode import Clocks, DecodeConfig, DecodeState, Phases, decode, prepare, run_target
 from .features import StateRecorder
-from .graphs import FIRST_ROOM, CapturedPhases, open_arena, why_not_captured
+from .graphs import (
+    BUSY,
+    FIRST_ROOM,
+    CapturedPhases,
+    KnownUnfitError,
+    give_arena_back,
+    open_arena,
+    take_arena,
+    turns_of,
+    why_not_captured,
+)
 from .kernels.language import KERNEL_ERRORS
 from .kernels.packed import PackedLinears
 from .peers import is_true_for_any, make_agree
@@ -97,6 +107,10 @@ def run_own_loop(
         arena = None
         why_eager = "asked for" if choice.is_eager else why_not_captured(target, drafter)
         longest = int(mask.sum(-1).max())
+        if why_eager is None and not take_arena(target):
+            why_eager = BUSY
+        elif why_eager is None:
+            stack.callback(give_arena_back, target)
         if why_eager is None:
             max_new = FIRST_ROOM if transcript.max_new is None else transcript.max_new
             sizes = {"num_rows": len(given), "prompt_length": longest, "max_new": max_new, "depth": choice.depth}
@@ -108,16 +122,18 @@ def run_own_loop(
             num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
             target_cache, drafter_cache = RowCache(num_layers, to_bucket(longest + 2 * choice.depth + 3)), None
         recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
-        prompt = prefill(
-            *(target, recorder, prompt_ids, mask, model_kwargs, generation_config),
-            device=drafter.device,
-            cache=target_cache,
-            move=not choice.has_cache,
-        )
+        turns = turns_of(target)
+        with turns:
+            prompt = prefill(
+                *(target, recorder, prompt_ids, mask, model_kwargs, generation_config),
+                device=drafter.device,
+                cache=target_cache,
+                move=not choice.has_cache,
+            )
         if len(given) * (choice.depth + 1) <= FEW_TOKENS:
             # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
             stack.enter_context(target._optimize_model_for_decode())
-        with clocks.draft:
+        with turns, clocks.draft:
             state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length, cache=drafter_cache)
         models = (target, drafter, recorder, state, config)
         around: list[AbstractContextManager] = []
@@ -125,19 +141,24 @@ def run_own_loop(
             around = [FoldedAttention(target, drafter), PackedLinears(target, drafter)]
         for context in around:
             stack.push(context)  # leaves nothing behind, even if the call is interrupted while one is entered
-        phases = Phases(*models, around)
-        if arena is not None and arena.unfit is None:
+        phases = Phases(*models, [turns, *around])
+        if arena is not None:
+            keeps_scores = transcript.scores is not None or transcript.logits is not None
+            captured = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
             try:
-                keeps_scores = transcript.scores is not None or transcript.logits is not None
-                phases = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
+                captured.begin()
+                phases = captured
             except CAPTURE_ERRORS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                arena.unfit = f"{type(error).__name__}: {error}"
-                logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", arena.unfit)
-            if is_true_for_any(target, arena.unfit is not None) and arena.unfit is None:
-                arena.unfit, phases = "another process could not capture them", Phases(*models)
-        why_eager = why_eager or (arena.unfit if arena is not None else None)
+                why_eager = str(error)
+                if not isinstance(error, KnownUnfitError):
+                    why_eager = f"{type(error).__name__}: {error}"
+                    logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", why_eager)
+            if is_true_for_any(target, why_eager is not None) and why_eager is None:
+                why_eager, phases = "another process could not capture them", Phases(*models, [turns])
+            if why_eager is not None:
+                captured.give_up(why_eager)
         if why_eager is not None:
             told.graphs = f"none ({why_eager})"
         for _ in decode(phases, prompt, transcript=transcript, told=told, clocks=clocks):
@@ -145,7 +166,8 @@ def run_own_loop(
         if isinstance(phases, CapturedPhases):
             told.graphs = phases.told
         if keeps_cache:
-            fill_pads(target, prompt, phases.state, transcript)
+            with turns:
+                fill_pads(target, prompt, phases.state, transcript)
             assert transcript.length is not None
             slots = slots_of_output(prompt, transcript.length, S, order)
             phases.state.target_cache.to_host(host_cache, slots)

@@ -74,7 +74,8 @@ def attending_by_rows(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
+        if before != BY_ROWS:  # whoever entered first leaves last
+            config._attn_implementation_internal = before
 
 
 def folded_attention(

@@ -5,6 +5,8 @@ them. It shows that phases read and write static memory alone; row attention run
 """
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -236,7 +238,7 @@ def test_interrupted_call_leaves_graphs_usable(target, counts):
         target.generate(**batch, logits_processor=LogitsProcessorList([Raise(10)]), **options)
     assert count_hooks(target) == 0
     assert target.generate(**batch, **options).tolist() == plain.tolist()
-    assert not graphs._arenas[target].is_busy
+    assert graphs.why_busy(target) is None
 
 
 class GenerateInside(torch.nn.Module):
@@ -322,6 +324,92 @@ def test_no_room_for_caches_is_an_error_that_says_how_much(target, counts, monke
 def test_cpu_runs_eagerly_and_says_so(target):
     _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
     assert out.speculation.graphs == "none (the models are on cpu)"
+
+
+def test_threads_take_turns_with_what_records(target, counts, monkeypatch):
+    """One has the graphs, the others run eagerly; while layers are changed, nobody runs them."""
+    capture = graphs.capture
+
+    def slow_capture(function, *args, pool):
+        model = function.__self__.target
+        time.sleep(0.02)  # layers are changed all the while
+        replay, results = capture(function, *args, pool=pool)
+
+        def replay_alone():  # the stand-in runs layers as a recording does; graphs would not
+            with graphs.turns_of(model).alone():
+                replay()
+
+        return replay_alone, results
+
+    monkeypatch.setattr(graphs, "capture", slow_capture)
+    monkeypatch.setattr(own_loop, "why_not_captured", lambda *_: None)
+    drafter = make_drafter(target)
+    prompts = [make_prompt(n) for n in (5, 7, 9)]
+    plain = [target.generate(prompt, max_new_tokens=10, **GREEDY).tolist() for prompt in prompts]
+    found = {}
+
+    def decode(i):
+        for turn in range(4):
+            out = target.generate(
+                *(prompts[i],), assistant_model=drafter, max_new_tokens=10, return_dict_in_generate=True, **GREEDY
+            )
+            found[i, turn] = out.sequences.tolist(), out.speculation.graphs
+
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i, turn][0] for i in range(3) for turn in range(4)] == [text for text in plain for _ in range(4)]
+    told = {graphs_told.split(" in ")[0] for _, graphs_told in found.values()}
+    assert f"none ({graphs.BUSY})" in told
+    assert told & {"captured", "replayed"}
+    assert target.config._attn_implementation == drafter.config._attn_implementation == "sdpa"
+    assert graphs.why_busy(target) is None
+
+
+def test_a_size_that_cannot_be_captured_leaves_the_others_alone(target, counts, monkeypatch):
+    capture = graphs.capture
+
+    def fail_for_two(function, *args, pool):
+        if len(function.__self__.state.length) == 2:
+            raise RuntimeError("waits")
+        return capture(function, *args, pool=pool)
+
+    monkeypatch.setattr(graphs, "capture", fail_for_two)
+    told = []
+    drafter = make_drafter(target)
+    for lengths in ((3, 4, 5), (3, 4), (3, 4), (3, 4, 5)):
+        out = target.generate(
+            **pad(prompts_of(*lengths)),
+            assistant_model=drafter,
+            max_new_tokens=8,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+        told.append(out.speculation.graphs.split(" in ")[0])
+    assert told == ["captured", *["none (RuntimeError: waits)"] * 2, "replayed"]
+
+
+def test_a_batch_that_cannot_shrink_goes_on_eagerly(target, counts, monkeypatch, caplog):
+    capture = graphs.capture
+
+    def fail_for_few(function, *args, pool):
+        if len(function.__self__.state.length) < 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return capture(function, *args, pool=pool)
+
+    monkeypatch.setattr(graphs, "capture", fail_for_few)
+    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+    batch, options = (
+        pad(prompts_of(9, 4, 6, 12, 3, 5, 8)),
+        {"max_new_tokens": 60, "eos_token_id": list(range(3, 60, 3))},
+    )
+    plain = target.generate(**batch, do_sample=False, **options)
+    oracle = make_oracle(target, plain, batch)
+    out = target.generate(**batch, assistant_model=oracle, do_sample=False, **options)
+    assert out.tolist() == plain.tolist()
+    assert "Rounds of 2 rows cannot be captured, so they run eagerly: CUDA out of memory." in caplog.text
 
 
 # ---- on a GPU ----
