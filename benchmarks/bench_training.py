@@ -234,8 +234,8 @@ def main() -> None:
         head, width = source.head, 3 * config.hidden_size
         head.weight = head.weight.clone()
         drafter._borrowed = {k: v.clone() for k, v in drafter._borrowed.items()}
-        source._target = None
-        del target
+        source = target = None
+        gc.collect()
         row = measure_long(head, drafter, optimizer, vocabulary, width, V, 96 if args.tiny else args.long, 4)
         results.append(row)
         print(json.dumps(row), flush=True)

@@ -23,9 +23,12 @@ write the answers first (`examples/regenerate.py`): a drafter must learn what it
 same.
 """
 
+import sys
+
+from hf_eagle3 import cli
 from hf_eagle3.training.script import main, parse, read_rows
 
 __all__ = ["main", "parse", "read_rows"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

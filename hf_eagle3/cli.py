@@ -35,7 +35,7 @@ from transformers.utils import logging as host_logging
 from . import __version__
 from .bench import add_bench_parser
 from .checkpoints import ENGINES, describe_drafter, export
-from .data_commands import add_data_parsers
+from .data_commands import add_data_parsers, json_object
 from .depths import measure_depths
 from .diagnosis import PROMPTS as DOCTOR_PROMPTS
 from .diagnosis import doctor
@@ -337,6 +337,7 @@ def run_states_command(args: argparse.Namespace) -> int:
         drafter or args.aux_layer_ids,
         tokenizer=tokenizer,
         max_length=args.max_length,
+        chat_template_kwargs=args.chat_template_kwargs,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
         shard_size=args.shard_size,
         batch_tokens=args.batch_tokens,
@@ -534,6 +535,12 @@ def make_parser() -> argparse.ArgumentParser:
     states.add_argument(
         "--max_length", type=positive, default=2048, metavar="N", help="longer rows are cut on the right"
     )
+    states.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="what the chat template is given for every row, such as '{\"enable_thinking\": false}'",
+    )
     states.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the states (the target's)")
     states.add_argument("--target_dtype", default="auto", metavar="DTYPE", help="of the target: auto, bfloat16, ...")
     states.add_argument("--device", default="auto", help="cpu, cuda, auto (over all GPUs), ...")
@@ -562,7 +569,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
     try:
         return args.run(args)
-    except (TargetUnavailableError, ValueError, OSError, ImportError) as error:
+    except (
+        TargetUnavailableError,
+        ValueError,
+        FloatingPointError,
+        OSError,
+        ImportError,
+        torch.OutOfMemoryError,
+    ) as error:
         print(f"hf-eagle3: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

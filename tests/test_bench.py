@@ -22,23 +22,25 @@ from hf_eagle3.accept import Verdict
 from hf_eagle3.bench import command, dflash, equality, experts, measure, report, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
-from hf_eagle3.bench.prompts import Prompts, read_prompts
+from hf_eagle3.bench.prompts import Prompts, read_questions
 from hf_eagle3.processes import Team
 from hf_eagle3.stats import Speculation
 
 ROOT = Path(__file__).parent.parent
 ON_CPU = ("--dtype", "float32", "--device", "cpu", "--repeats", "1")
 TINY = ["bench", "--shape", "tiny", "--prompt-length", "9", *ON_CPU]
+SIMULATED = [*TINY, "--simulate-acceptance-length", "2"]
 SMALL = ["--batch-sizes", "1", "2", "--max-new-tokens", "16"]
 KINDS = ["generate()", "our loop, no drafting", "our loop, drafting"]
 
 
 def read(out: Path) -> tuple[str, dict]:
-    return out.with_suffix(".md").read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text())
+    data = json.loads(Path(f"{out}.json").read_text(), parse_constant=pytest.fail)  # of NaN and Infinity
+    return Path(f"{out}.md").read_text(encoding="utf-8"), data
 
 
 def test_tables_of_a_shape(tmp_path, capsys):
-    out = tmp_path / "tables"
+    out = tmp_path / "tables-3.1"  # what follows the dot is no suffix
     assert cli.main([*TINY, *SMALL, "--simulate-acceptance-length", "2.5", "--out", str(out)]) == 0
     text, data = read(out)
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
@@ -54,6 +56,110 @@ def test_tables_of_a_shape(tmp_path, capsys):
         if result["kind"] == KINDS[2]:
             assert result["num_identical"] is None
     assert 1.5 < results[-1]["acceptance_length"] < 3.5
+    rates = [r["acceptance_rate_by_depth"] for r in results]
+    assert rates[:2] == [[], []]
+    assert [rate[0] for rate in rates[2::3]] == [1, 1]  # one draft token always, a second half of the time
+    shown = [" / ".join("-" if rate is None else f"{rate:.2f}" for rate in found) for found in rates[2::3]]
+    assert f"| acceptance rate by depth | {shown[0]} | {shown[1]} |" in text
+
+
+def test_rates_add_up_over_processes():
+    counts = [([4, 2], [2, 1]), ([4, 2, 0], [3, 0, 0]), ([], [])]
+    assert measure.rates_by_depth(counts) == [5 / 8, 1 / 4, None]
+
+
+def test_what_was_not_measured_is_a_dash_and_null():
+    result = measure.Measured(ways.DRAFTED, 1, float("nan"), 1.0, float("inf"), acceptance_rate_by_depth=[0.5, None])
+    text = report.to_markdown([result], title="t", notes=[])
+    assert "| acceptance length | - |" in text
+    assert "| acceptance rate by depth | 0.50 / - |" in text
+    assert "| a round, ms | - |" in text
+    data = json.loads(report.to_json([result], notes=[]), parse_constant=pytest.fail)["results"][0]
+    assert (data["tokens_per_second"], data["fastest"], data["acceptance_rate_by_depth"]) == (None, None, [0.5, None])
+    assert measure.mean_gain([(0, 0, "all")]) is None
+
+
+# ---- out of memory ----
+
+
+def run_out(monkeypatch, kind, *, in_call, at_least=2):
+    """Let a kind of decoding run out of memory in a call, counted from 1, over so many rows."""
+
+    def make_ways(*args, **kwargs):
+        made = ways.make_ways(*args, **kwargs)
+        honest, count = made[kind], itertools.count(1)
+
+        def decode(prompts, limit):
+            if len(prompts.numbers) >= at_least and next(count) == in_call:
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB free. Process 7 has 5 GiB in use."
+                )
+            return honest(prompts, limit)
+
+        return {**made, kind: decode}
+
+    monkeypatch.setattr(command, "make_ways", make_ways)
+
+
+@pytest.mark.parametrize("in_call", [1, 2], ids=["warm-up", "timed"])
+@pytest.mark.parametrize("i", [0, 2], ids=["stock", "drafted"])
+def test_no_room_for_one_kind_leaves_the_others(tmp_path, monkeypatch, i, in_call):
+    run_out(monkeypatch, KINDS[i], in_call=in_call)
+    assert cli.main([*SIMULATED, *SMALL, "--out", str(tmp_path / "out")]) == 0
+    text, data = read(tmp_path / "out")
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB free"
+    assert data["skipped"] == [{"kind": KINDS[i], "batch_size": 2, "reason": reason}]
+    left = [(kind, size) for size in (1, 2) for kind in KINDS if (kind, size) != (KINDS[i], 2)]
+    assert [(r["kind"], r["batch_size"]) for r in data["results"]] == left
+    assert f"[^1]: {reason}." in text
+
+
+def test_no_room_for_anything_is_an_error(tmp_path, monkeypatch, capsys):
+    run_out(monkeypatch, ways.DRAFTED, in_call=1, at_least=1)
+    arguments = ["--kinds", "drafted", "--batch-sizes", "1", "--out", str(tmp_path / "out")]
+    assert cli.main([*SIMULATED, *arguments]) == 1
+    assert "nothing could be measured; the tables say why" in capsys.readouterr().err
+    assert len(read(tmp_path / "out")[1]["skipped"]) == 1
+
+
+def test_ours_is_compared_over_few_rows_where_stock_has_no_room_for_all(real, tmp_path, monkeypatch):
+    run_out(monkeypatch, ways.STOCK, in_call=1, at_least=5)
+    assert cli.main([*real, "--batch-sizes", "5", "--out", str(tmp_path / "out")]) == 0
+    _, data = read(tmp_path / "out")
+    assert [s["kind"] for s in data["skipped"]] == [ways.STOCK]
+    assert [r["agreement"]["num_identical"] for r in data["results"]] == [4, 4]
+    assert [r["num_rows"] for r in data["results"]] == [5, 5]
+
+
+def test_what_cannot_be_compared_is_not_timed(real, tmp_path, monkeypatch):
+    def compare(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "compare", compare)
+    assert cli.main([*real, "--batch-sizes", "2", "--out", str(tmp_path / "out")]) == 0
+    _, data = read(tmp_path / "out")
+    assert [r["kind"] for r in data["results"]] == [ways.STOCK]
+    reason = "could not be compared with generate(): OutOfMemoryError: CUDA out of memory"
+    assert [(s["kind"], s["reason"]) for s in data["skipped"]] == [(kind, reason) for kind in KINDS[1:]]
+
+
+def test_no_room_in_one_process_skips_the_kind_in_all():
+    class Two(Team):
+        def gather(self, item):
+            return [item, "OutOfMemoryError: there"] if item == "" else [item]
+
+    attempts = measure.Attempts(make_target("llama"), Two(torch.device("cpu")), 8)
+    assert attempts.run([ways.PLAIN], lambda: 1) is None
+    assert attempts.skipped == [measure.Skipped(ways.PLAIN, 8, "OutOfMemoryError: there")]
+
+
+def test_no_room_where_processes_share_the_target_ends_all(monkeypatch):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "find_peers", lambda _: object())
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.Attempts(make_target("llama"), Team(torch.device("cpu")), 8).run([ways.PLAIN], work)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +170,33 @@ def test_tables_of_a_shape(tmp_path, capsys):
         (["bench", "--shape", "tiny"], "give --simulate-acceptance-length too"),
         (["bench", "--shape", "tiny", "--prompts", "x.jsonl"], "--prompts needs a tokenizer"),
         ([*TINY, "--simulate-acceptance-length", "2", "--dp-size", "0"], "at least 1; got 0"),
-        ([*TINY, "--simulate-acceptance-length", "2", "--batch-sizes", "1", "0"], "--batch-sizes must be at least 1"),
+        ([*SIMULATED, "--batch-sizes", "1", "0"], "--batch-sizes must be at least 1; got [1, 0]"),
+        ([*SIMULATED, "--repeats", "0"], "--repeats must be at least 1; got 0"),
+        ([*SIMULATED, "--limit", "0"], "--limit must be at least 1; got 0"),
+        ([*SIMULATED, "--max-new-tokens", "1"], "--max-new-tokens must be at least 2; got 1"),
+        ([*SIMULATED, "--temperature", "-1"], "--temperature must be at least 0; got -1.0"),
+        ([*SIMULATED, "--temperature", "nan"], "--temperature must be at least 0; got nan"),
+        ([*SIMULATED, "--num-draft-tokens", "0"], "got 0. Decoding without drafts is --kinds plain"),
+        ([*SIMULATED, "--read-bandwidth", "0"], "--read-bandwidth must be above 0"),
+        ([*SIMULATED, "--device", "banana"], "--device banana is no device that PyTorch knows"),
+        ([*SIMULATED, "--device", "cuda:99"], "--device cuda:99 is not there: PyTorch sees "),
+        ([*SIMULATED, "--device", "meta"], "--device meta cannot be used here"),
+        ([*SIMULATED, "--out", "/nowhere/at/all"], "the folder /nowhere/at does not exist"),
+        ([*SIMULATED, "--out", "."], "--out is the name of the files"),
+        ([*TINY, "--simulate-acceptance-length", "4.5"], "between 1 and 4, the draft depth plus 1; got 4.5"),
+        ([*TINY, "--simulate-acceptance-length", "0.5"], "between 1 and 4, the draft depth plus 1; got 0.5"),
+        ([*TINY, "--simulate-acceptance-length", "nan"], "between 1 and 4, the draft depth plus 1; got nan"),
+        ([*SIMULATED, "--num-draft-tokens", "1", "--simulate-acceptance-length", "2.1"], "between 1 and 2, "),
+        (
+            ["bench", "--target", "x", "--drafter", "y", "--simulate-acceptance-length", "inf"],
+            "at least 1, the target's",
+        ),
+        (["bench", "--target", "x", "--drafter", "y", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_refusals_say_what_to_give(arguments, says, capsys):
+def test_refusals_say_what_to_give(arguments, says, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_target", lambda *_: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
     assert cli.main(arguments) == 2
     assert says in capsys.readouterr().err
 
@@ -85,19 +214,79 @@ def real(folders):  # noqa: F811  the fixture
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "says"),
     [
-        ('{"text": "hi"}', r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
-        ('{"turns": []}', r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
-        ("[1]", r"questions.jsonl, prompt 2: expected `turns` or `prompt`"),
-        ("{", r"questions.jsonl: expected a JSON object in each line"),
+        ('{"text": "hi"}', "expected `turns` or `prompt`, got '{\\\"text"),
+        ('{"turns": []}', "expected `turns` or `prompt`"),
+        ("[1]", "expected `turns` or `prompt`"),
+        ("{", "expected a JSON object, got '{'"),
+        ('{"turns": "hello there"}', "expected `turns` to be a list of texts, none of them empty, got 'hello there'"),
+        ('{"turns": [3]}', r"expected `turns` to be a list of texts, none of them empty, got '\[3\]'"),
+        ('{"turns": [""]}', "expected `turns` to be a list of texts"),
+        ('{"prompt": {"a": 1}}', "expected `prompt` to be a text"),
+        ('{"prompt": "a", "category": ["x"]}', "expected `category` to be a text"),
     ],
 )
-def test_what_is_no_prompt_is_said(line, message, tmp_path):
-    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
-    device = torch.device("cpu")
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / "questions.jsonl", None, 1, device, Team(device), limit=None)
+def test_what_is_no_prompt_is_said(line, says, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match="questions.jsonl, line 3: " + says):
+        read_questions(tmp_path / "questions.jsonl", limit=None)
+    assert len(read_questions(tmp_path / "questions.jsonl", limit=1)) == 1
+
+
+def test_files_that_are_no_prompts_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"p\.jsonl is not UTF-8 text"):
+        read_questions(tmp_path / "p.jsonl", limit=None)
+    with pytest.raises(ValueError, match=r"p\.jsonl\.gz is compressed"):
+        read_questions(tmp_path / "p.jsonl.gz", limit=None)
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl has 0 prompts for 2 processes"):
+        read_questions(tmp_path / "p.jsonl", limit=None, at_least=2)
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n{"prompt": "c", "category": null}\n', encoding="utf-8")
+    found = read_questions(tmp_path / "p.jsonl", limit=None)
+    assert [(q.text, q.category) for q in found] == [("a\u2028b", "all"), ("c", "all")]
+
+
+def test_bad_prompts_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ["bench", "--target", "x", "--drafter", "y", *ON_CPU, "--prompts", str(tmp_path / "p.jsonl")]
+    assert cli.main([*arguments, "--dp-size", "2"]) == 2
+    assert "p.jsonl has 1 prompts for 2 processes" in capsys.readouterr().err
+
+
+def test_the_report_says_that_first_turns_alone_are_asked(real, folders):  # noqa: F811  a fixture
+    path = folders / "prompts.jsonl"
+    lines = [{"turns": ["ab", "c"]}, {"turns": ["a"]}, {"prompt": "abc"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    out = folders / "out"
+    assert cli.main([*real, "--batch-sizes", "3", "--kinds", "drafted", "--out", str(out)]) == 0
+    text, data = read(out)
+    assert "1 of 3 prompts have several turns: the first alone is asked." in text
+    assert any("several turns" in note for note in data["notes"])
+
+
+def test_depth_of_the_drafter_bounds_what_is_simulated(real, folders, drafter, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(command, "load_target", lambda *_: pytest.fail("the target was loaded"))
+    for depth, length, says in (
+        (2, "3.5", "between 1 and 3, the draft depth plus 1"),
+        (0, "1", "num_assistant_tokens=0"),
+    ):
+        drafter.generation_config.num_assistant_tokens = depth
+        drafter.save_pretrained(folders / "drafter")
+        assert cli.main([*real, "--simulate-acceptance-length", length]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "name"), [("3", "num_attention_heads, 4"), ("4", "num_key_value_heads, 2")])
+def test_shares_of_the_target_are_whole_heads(real, monkeypatch, capsys, size, name):
+    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
+    assert cli.main([*real, "--tp-size", size]) == 2
+    assert f"--tp-size {size} does not divide the target's {name}" in capsys.readouterr().err
 
 
 def test_a_model_that_is_no_drafter_is_refused(folders, capsys):  # noqa: F811  a fixture

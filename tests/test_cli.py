@@ -406,7 +406,7 @@ def test_options_change_on_purpose():
         "states": {
             *("-h", "--help", "--target_model_name_or_path", "--train_file", "--output_dir", "--drafter_name_or_path"),
             *("--aux_layer_ids", "--max_length", "--dtype", "--target_dtype", "--device", "--shard_size"),
-            *("--batch_tokens", "--yes"),
+            *("--batch_tokens", "--chat_template_kwargs", "--yes"),
         },
         "data": {"-h", "--help"},
         "regenerate": {

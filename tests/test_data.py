@@ -4,6 +4,7 @@ import datetime
 
 import numpy as np
 import pytest
+import torch
 from tiny_chat import CHANNELS, CHATML, CLOSED, OPENED, REASONING, TRIMMED, assistant, make_tokenizer, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -422,6 +423,23 @@ def test_every_known_role_is_mapped_to_one_that_templates_know():
             r"Row 1: loss_mask must be 1.*got \[-100, 2\] too",
         ),
         ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "Row 1: 3 input_ids but 2"),
+        ({"input_ids": [1, None, 3], "loss_mask": [0, 1, 1]}, "Row 1: input_ids must be.*got None at place 1"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 1, None]}, "Row 1: loss_mask must be.*got None at place 2"),
+        (
+            {"input_ids": [[1, 2, 3]], "loss_mask": [[0, 1, 1]]},
+            r"Row 1: input_ids must be a flat list.*\[\[1, 2, 3\]\]",
+        ),
+        ({"input_ids": [1, [2, 3]], "loss_mask": [0, 1]}, r"Row 1: input_ids must be a flat list.*\[1, \[2, 3\]\]"),
+        ({"input_ids": "123", "loss_mask": [0, 1, 1]}, "Row 1: input_ids must be a flat list.*got '123'"),
+        ({"input_ids": ["1", "2", "3"], "loss_mask": [0, 1, 1]}, "Row 1: input_ids must be.*got '1' at place 0"),
+        ({"input_ids": 7, "loss_mask": 1}, "Row 1: input_ids must be a flat list.*got 7"),
+        ({"input_ids": [1, 2.5, 3], "loss_mask": [0, 1, 1]}, r"Row 1: input_ids must be.*whole.*got 2\.5 at place 1"),
+        ({"input_ids": [True, True], "loss_mask": [0, 1]}, "Row 1: input_ids must be.*got True at place 0"),
+        ({"input_ids": [1, 2**40, 3], "loss_mask": [0, 1, 1]}, "Row 1: input_ids must be.*got 1 to 1099511627776"),
+        ({"input_ids": [1, -100, 3], "loss_mask": [0, 1, 1]}, "Row 1: input_ids must be.*got -100 to 3"),
+        ({"input_ids": [1, 2, 3, 4, 5], "loss_mask": "01111"}, "Row 1: loss_mask must be a flat list.*got '01111'"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 0.5, 1]}, r"Row 1: loss_mask must be 1.*got \[0\.5\] too"),
+        ({"input_ids": [], "loss_mask": []}, "Row 1: it has nothing to learn from.*none of its 0"),
         ({"text": "hello", "source": None}, r"Row 1: it must have messages.*\['text'\]"),
         ({"prompt": "hello"}, r"Row 1: it must have messages.*\['prompt'\]"),
         ({"messages": [user("hi")]}, "Row 1: A training conversation needs an assistant turn"),
@@ -438,6 +456,19 @@ def test_rows_that_cannot_teach_are_named(row, message):
     good = {"input_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1]}
     with pytest.raises(ValueError, match=message):
         TokenDataset([good, row], make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [list, tuple, np.array, torch.tensor, lambda x: np.array(x, dtype=object), lambda x: np.array(x, dtype=np.uint16)],
+    ids=["list", "tuple", "array", "tensor", "objects", "small"],
+)
+def test_ids_and_masks_may_be_any_sequence_of_whole_numbers(of):
+    ids, mask = [1, 2, 3, 40000], [0, 0, 1, 1]
+    for row_mask in (of(mask), [False, False, True, True], [0.0, 0.0, 1.0, 1.0]):
+        row = TokenDataset([{"input_ids": of(ids), "loss_mask": row_mask}])[0]
+        assert (row["input_ids"].tolist(), row["loss_mask"].tolist()) == (ids, [False, False, True, True])
+        assert (row["input_ids"].dtype, row["loss_mask"].dtype) == (np.int32, bool)
 
 
 def test_text_needs_a_tokenizer_and_data_must_not_be_empty():

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import tokenizer  # noqa: F401  a fixture
+from tiny_chat import CHATML, REASONING, assistant, make_tokenizer, user
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -27,6 +29,7 @@ from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments, cli
 from hf_eagle3.features import StateRecorder
 from hf_eagle3.training import StateWriter, StoredStates, StoredStatesError, TokenDataset, new_drafter, store_states
 from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.evaluation import ProcessRows
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.state_writer import default_aux_layer_ids, plan_shards
 from hf_eagle3.training.states import OnlineStates
@@ -339,6 +342,44 @@ def test_a_training_run_from_stored_states_is_the_online_one(target, folder, tmp
     assert workers or losses[0][-1] < 0.8 * losses[0][0]
 
 
+def test_a_row_that_fills_up_has_no_stored_document(folder):
+    """Where rows do not divide by the processes: it adds a token and teaches nothing, alone or beside others."""
+    stored = StoredStates(folder)
+    filler = ProcessRows(stored.dataset, 1, 2 * len(ROWS))[len(stored.dataset)]
+    states = stored.states(Collator(STEPS)([stored.dataset[3], filler, stored.dataset[0]]))
+    expected = stored.states(batch_of(stored.dataset, [3, 0]))
+    at = len(ROWS[3]["input_ids"])
+    for ours, theirs in zip(states, expected, strict=True):
+        assert torch.equal(torch.cat([ours[:at], ours[at + 1 :]]), theirs)
+        assert not ours[at].any()
+    alone = stored.states(Collator(STEPS)([filler]))
+    assert [list(x.shape) for x in alone] == [[1, 3 * 32], [1, 32]]
+    longer = {"input_ids": [0, 0, 0, 0], "loss_mask": [0, 1, 1, 1], "documents": filler["documents"]}
+    with pytest.raises(StoredStatesError, match="has 4 tokens in the batch, and 1 in"):
+        stored.states(Collator(STEPS)([longer]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_evaluation_divides_rows_that_do_not_divide(target, folder, tmp_path, monkeypatch, batch_size):
+    """Process 1 of 2 has the second of three rows and one that fills up."""
+    stored = StoredStates(folder)
+    trainer = Eagle3Trainer(
+        model=make_drafter(target),
+        states=stored,
+        args=make_args(tmp_path, per_device_eval_batch_size=batch_size),
+        train_dataset=stored.dataset,
+        eval_dataset=stored.dataset.select([3, 8, 4]),
+    )
+    expected = trainer.evaluate(stored.dataset.select([8]))
+    monkeypatch.setattr("hf_eagle3.training.trainer.ProcessRows", lambda rows, *_: ProcessRows(rows, 1, 2))
+    metrics = trainer.evaluate()
+    measured = {name for name in expected if "loss" in name or "acc" in name or name == "eval_oov_rate"}
+    assert len(measured) > STEPS
+    assert {name: metrics[name] for name in measured} == pytest.approx(
+        {name: expected[name] for name in measured}, rel=1e-5
+    )
+
+
 def test_a_new_drafter_needs_no_target(target, folder):
     """The stand-in gives what the target would: sizes, rotary positions, special tokens, rows of the head."""
     ours, theirs = make_drafter(StoredStates(folder).target), make_drafter(target)
@@ -363,6 +404,64 @@ def test_the_name_of_the_target_is_kept(target, tmp_path):
     drafter.config.target_name_or_path = "some-owner/another"
     with pytest.raises(StoredStatesError, match=r"states of some-owner/some-target.*made for some-owner/another"):
         stored.check(drafter)
+
+
+def test_another_target_of_the_same_shape_is_refused(target, folder):
+    """Local folders have no name that could differ, but weights do."""
+    stored = StoredStates(folder)
+    stored.check_target(target)
+    stored.check_target(make_target())
+    torch.manual_seed(1)
+    other = TARGETS["llama"]()
+    other.config.name_or_path = "some-owner/another"
+    message = (
+        r"states of a target without a name \(llama, float32, weights (\w{8})\).* is some-owner/another \(llama, float32, "
+        r"weights (?!\1)\w{8}\).*write states anew"
+    )
+    with pytest.raises(StoredStatesError, match=message):
+        stored.check_target(other)
+    half = make_target(dtype=torch.bfloat16)
+    with pytest.raises(StoredStatesError, match=r"llama, float32, .*llama, bfloat16, "):
+        stored.check_target(half)
+
+
+def test_a_target_that_processes_share_is_known_by_its_whole_weights(folder):
+    """As by tensor parallelism, which makes DTensors of weights."""
+    target, stored = make_target(), StoredStates(folder)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in target.model.layers:
+            for part, dim in ((layer.mlp.up_proj, 0), (layer.mlp.down_proj, 1)):
+                part.weight = torch.nn.Parameter(distribute_tensor(part.weight, mesh, [Shard(dim)]))
+        stored.check_target(target)
+        target.model.layers[0].mlp.up_proj.weight.data += 0.01
+        with pytest.raises(StoredStatesError, match="states of a target without a name"):
+            stored.check_target(target)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_states_have_a_fingerprint(target, folder, tmp_path):
+    """Short; the same for the same states, in whatever files; another for other ones."""
+    other = make_target()
+    other.model.layers[3].mlp.up_proj.weight.data += 0.001
+    same = StoredStates(store_states(target, ROWS, tmp_path / "same")).fingerprint
+    assert re.fullmatch(r"[0-9a-f]{16}", same)
+    assert same == StoredStates(folder).fingerprint == StoredStates(folder, max_length=12).fingerprint
+    changes = {
+        "target": {"target": other},
+        "layers": {"drafter_or_aux_layer_ids": [1, 4, 6]},
+        "dtype": {"dtype": torch.bfloat16},
+        "data": {"dataset": ROWS[:-1]},
+    }
+    others = {
+        StoredStates(
+            store_states(**{"target": target, "dataset": ROWS, "folder": tmp_path / name, **change})
+        ).fingerprint
+        for name, change in changes.items()
+    }
+    assert len(others - {same}) == len(changes)
 
 
 def test_the_config_of_remote_code_can_be_read(copied):
@@ -400,6 +499,64 @@ def test_states_go_to_the_device_of_the_batch_and_the_head_with_them(tmp_path):
     with torch.autocast("cuda", torch.bfloat16):
         expected, offline = (lesson(drafter, there, source)[0] for source in (online, stored))
     torch.testing.assert_close(offline, expected, rtol=1e-2, atol=0)
+
+
+# ---- rows of messages ----
+
+
+@pytest.fixture
+def chat_target():
+    """A target for `make_tokenizer`, whose turns end with `#` too, which its tokenizer does not know."""
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 268})).eval()
+    target.generation_config.eos_token_id = make_tokenizer().convert_tokens_to_ids(["<end>", "#"])
+    return target
+
+
+TALK = [{"messages": [user("hi"), assistant("hello"), user("and"), assistant("so on")]}]
+
+
+def test_messages_become_the_rows_that_the_trainer_makes_of_them(chat_target, tmp_path):
+    """Turns end where the target ends them, by its generation config."""
+    chat_tokenizer = make_tokenizer(CHATML.replace("<end>", "#"))
+    folder = store_states(chat_target, TALK, tmp_path / "states", tokenizer=chat_tokenizer)
+    stored = StoredStates(folder, verify=True).dataset
+    trainer = Eagle3Trainer(
+        target_model=chat_target, args=make_args(tmp_path), train_dataset=TALK, processing_class=chat_tokenizer
+    )
+    [ours], [theirs] = ([rows[i] for i in range(len(rows))] for rows in (stored, trainer.train_dataset))
+    for name in ("input_ids", "loss_mask"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
+    assert chat_tokenizer.decode(ours["input_ids"][ours["loss_mask"]]) == "hello#so on#"
+
+
+def test_the_chat_template_is_told_what_it_is_told_in_training(chat_target, tmp_path):
+    """And a folder is gone on with only if it was told the same."""
+    silent, chat_tokenizer = {"enable_thinking": False}, make_tokenizer(REASONING)
+    talk = [{"messages": [user("hi"), assistant("hello")]}]
+    options = {"tokenizer": chat_tokenizer, "chat_template_kwargs": silent}
+    folder = store_states(chat_target, talk, tmp_path / "states", **options)
+    stored = StoredStates(folder)
+    [expected] = TokenDataset(talk, chat_tokenizer, chat_template_kwargs=silent)
+    assert stored.dataset[0]["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert stored.dataset[0]["loss_mask"].tolist() == expected["loss_mask"].tolist()
+    assert stored.manifest["chat_template_kwargs"] == silent
+    store_states(chat_target, talk, folder, **options)  # goes on: nothing to do
+    options["chat_template_kwargs"] = {**silent, "of_no_effect": 1}
+    with pytest.raises(
+        StoredStatesError, match=r"chat_template_kwargs \{'enable_thinking': False\} there, .*'of_no_effect': 1\} now"
+    ):
+        store_states(chat_target, talk, folder, **options)
+    with pytest.raises(ValueError, match=r"chat_template_kwargs .*TokenDataset, whose rows are tokens already"):
+        StateWriter(chat_target, TokenDataset(ROWS), tmp_path / "other", chat_template_kwargs=silent)
+
+
+def test_folders_begun_without_chat_template_kwargs_are_gone_on_with(target, copied):
+    """Of versions that did not write them."""
+    manifest = json.loads((copied / MANIFEST).read_text())
+    assert manifest.pop("chat_template_kwargs") is None
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    store_states(target, ROWS, copied, shard_size=SMALL)
 
 
 # ---- interrupted ----

@@ -434,7 +434,7 @@ def test_arguments_are_checked(tmp_path, field, value, message):
 def test_tokens_of_another_tokenizer_are_refused(target, rows, tmp_path):
     for token in (V, -1):
         bad = {"input_ids": [5, 6, 7, token], "loss_mask": [0, 0, 1, 1]}
-        with pytest.raises(ValueError, match="vocabulary is 0 to 47"):
+        with pytest.raises(ValueError, match="Make the rows with the target's own tokenizer"):
             Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=[*rows, bad])
 
 

@@ -1,6 +1,9 @@
 """`hf-eagle3 train` and `examples/finetune.py`: options from a file and from the command line."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,62 @@ def test_what_cannot_be_meant_is_refused(recipe, more, message):
         parse(["--config", str(recipe), *more] if more != ["--config"] else more)
 
 
+def test_stored_states_train_from_the_command_line(folder, recipe, tmp_path, capsys):
+    """Written by one command, read by the other; without a target, with it, and with another."""
+    stored = ["states", "--target_model_name_or_path", str(folder), "--train_file", str(folder / "rows.jsonl")]
+    options = ["--output_dir", str(tmp_path / "states"), "--device", "cpu", "--target_dtype", "float32"]
+    assert cli.main([*stored, *options]) == 0
+    settings = yaml.safe_load(recipe.read_text())
+    del settings["train_file"], settings["eval_file"], settings["target_model_name_or_path"]
+    settings |= {"states_dir": str(tmp_path / "states"), "states_eval_rows": 3, "target_model_init_kwargs": None}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert cli.main(["train", "--config", str(recipe)]) == 0
+    assert "acceptance length at depth 3: " in capsys.readouterr().out
+    with_target = ["--target_model_init_kwargs", '{"dtype": "float32"}', "--target_model_name_or_path"]
+    assert cli.main(["train", "--config", str(recipe), *with_target, str(folder)]) == 0
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    assert cli.main(["train", "--config", str(recipe), *with_target, str(tmp_path / "other")]) == 2
+    assert "Give the target that the states were made by" in capsys.readouterr().err
+    assert cli.main(["train", "--config", str(recipe), "--train_file", str(folder / "rows.jsonl")]) == 2
+    assert "the rows are those that were stored" in capsys.readouterr().err
+    assert cli.main(["train", "--config", str(recipe), "--states_eval_rows", "99"]) == 2
+    assert "states_eval_rows must lie in 0..11" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--drafter_name_or_path", "TARGET"], "no EAGLE-3 drafter"),
+        (["--target_model_name_or_path", "DRAFTER"], "is an EAGLE-3 drafter. Give the model that it is to draft for"),
+        (["--train_file", "nothing.jsonl"], "There is no file nothing.jsonl"),
+        (["--learning_rate", "1e30", "--max_steps", "9"], "NaN|infinite|not finite"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(recipe, folder, tmp_path, capsys, more, says):
+    if "DRAFTER" in more:
+        main(["--config", str(recipe)])
+    places = {"TARGET": str(folder), "DRAFTER": str(tmp_path / "drafter")}
+    more = [places.get(x, x) for x in more]
+    capsys.readouterr()
+    assert cli.main(["train", "--config", str(recipe), *more]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said)
+    assert "Traceback" not in said
+
+
+def test_two_runs_with_one_seed_are_one(recipe, tmp_path):
+    """Also a new drafter's first weights, in processes of their own."""
+    found = []
+    for name in ("one", "two"):
+        command = [sys.executable, str(CONFIGS.parent / "finetune.py"), "--config", str(recipe)]
+        subprocess.run([*command, "--output_dir", str(tmp_path / name)], check=True, capture_output=True)
+        found.append(AutoModel.from_pretrained(tmp_path / name).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_options_of_a_file_are_checked(recipe):
     recipe.write_text(recipe.read_text() + "learning_rat: 1\nxyzzy: 2\n")
     with pytest.raises(
@@ -131,7 +190,7 @@ def test_what_is_missing_is_named(recipe, folder, capsys):
     assert cli.main(["train", *given]) == 2
     assert "Give --target_model_name_or_path" in capsys.readouterr().err
     assert cli.main(["train", *given, "--target_model_name_or_path", str(folder)]) == 2
-    assert "Give --train_file or --dataset_name" in capsys.readouterr().err
+    assert "Give --train_file, --dataset_name or --states_dir" in capsys.readouterr().err
     both = ["--config", str(recipe), "--drafter_name_or_path", "a", "--model_name_or_path", "b"]
     with pytest.raises(ValueError, match="two names for one thing"):
         main(both)

@@ -27,10 +27,10 @@ from hf_eagle3.training import batch as batch_module
 from hf_eagle3.training import ttt as ttt_module
 from hf_eagle3.training.acceptance import walk
 from hf_eagle3.training.batch import Collator, live_steps
-from hf_eagle3.training.losses import LOSSES
+from hf_eagle3.training.losses import LOSSES, Lesson
 from hf_eagle3.training.states import OnlineStates, States, group_by_length
 from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.ttt import Method, ttt, unroll_rows
+from hf_eagle3.training.ttt import Method, teach_chunk, ttt, unroll_rows
 from hf_eagle3.unroll import live_slots, shift, unroll
 
 V, V_D, K = 60, 32, 4
@@ -364,6 +364,89 @@ def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, mon
         wanted_flat = torch.cat([grad.flatten() for grad in grads.values()])
         assert (ours_flat - wanted_flat).norm() < tolerance * wanted_flat.norm()
     drafter.double()
+
+
+def a_lesson(ruled_out):
+    """Draft logits [K, C, V_d], what the target says [C+K-1, V_d] of the draft vocabulary, and its log-sum-exp and best.
+
+    `ruled_out` [C+K-1, V_d] bool: logits of -inf.
+    """
+    n, generator = len(ruled_out), torch.Generator().manual_seed(7)
+    logits = torch.randn(K, n - K + 1, V_D, generator=generator, dtype=torch.float64) * 2
+    kept = torch.randn(n, V_D, generator=generator, dtype=torch.float64) * 2
+    kept = kept.masked_fill(ruled_out, -torch.inf)
+    lse = torch.logaddexp(kept.logsumexp(-1), torch.randn(n, generator=generator, dtype=torch.float64))
+    best = kept.argmax(-1)
+    best[ruled_out.all(-1)] = -1
+    best[2] = -1  # the target's argmax lies outside
+    return logits, kept, lse, best
+
+
+def some_ruled_out(num_rows):
+    """[num_rows, V_d] bool, about a third of each row."""
+    return torch.rand(num_rows, V_D, generator=torch.Generator().manual_seed(3)) < 0.3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
+    """T-13: of a token with log p = -inf, the definition's sums have no term."""
+    C = 5
+    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    logits.requires_grad_()
+    wanted = torch.zeros(K, C, dtype=torch.float64)
+    total = 0
+    for i in range(C):
+        alphas = []
+        for t in range(K):
+            known = kept[i + t].isfinite()
+            p, q = (kept[i + t] - lse[i + t]).exp()[known], logits[t, i].softmax(-1)
+            restricted, at = p / p.sum(), int(best[i + t])
+            kl = (restricted * (restricted.log() - q[known].log())).sum() * (at >= 0)
+            alphas.append(torch.minimum(p, q[known]).sum())
+            value = by_definition(loss, q, alphas[-1], kl, at if at >= 0 else None)
+            wanted[t, i] = value.item()
+            total = total + value
+        if loss == "expected_acceptance":
+            expected = torch.stack([torch.stack(alphas[: j + 1]).prod() for j in range(K)]).sum()
+            wanted[0, i] = -expected.log().item()
+            total = total - expected.log()
+    (wanted_grad,) = torch.autograd.grad(total, logits)
+
+    shared = (kept - lse[:, None]).unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)
+    live = torch.ones(K, C, dtype=torch.bool)
+    value, grad = LOSSES[loss].function(logits.detach(), Lesson(*shared, live, method(loss).mean_alpha))
+    torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(grad, wanted_grad, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
+    ruled_out = some_ruled_out(5 + K - 1)
+    ruled_out[3] = True
+    logits, kept, lse, best = a_lesson(ruled_out)
+    live = torch.ones(K, 5, dtype=torch.bool)
+    *sums, _, grad = teach_chunk(logits, kept, lse, best, best.new_zeros(K, 5), live, method(loss), torch.ones(K))
+    assert all(x.isfinite().all() for x in (*sums, grad))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_does_not_train_may_be_anything(loss, value):
+    """T-13: rows without a live step have no gradient and no part in the sums, and leave live steps alone."""
+    C = 5
+    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    depth = torch.tensor([K, 1, 0, 0, 0])
+    live = torch.arange(K)[:, None] < depth
+    chunk = kept, lse, best, best.new_zeros(K, C), live, method(loss), torch.ones(K, dtype=torch.float64)
+    wanted = teach_chunk(logits, *chunk)
+    assert wanted[-1][live].abs().sum() > 0
+    strange = logits.clone()
+    strange[~live] = torch.where(torch.arange(V_D) % 2 == 0, value, logits[~live])
+    kept[K:] = value  # what only dead slots and steps read
+    found = teach_chunk(strange, *chunk)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    assert (found[-1][~live] == 0).all()
 
 
 def test_hits_and_paths_along_the_data(target):

@@ -13,16 +13,15 @@ from transformers.distributed import DistributedConfig
 from ..peers import is_spread
 from ..processes import Team, launch, list_arguments, must_launch
 from ..refusals import refuse_other_models
+from .arguments import refuse_acceptance_length, refuse_arguments, settle_depth, spell
 from .dflash import load_dflash
 from .equality import OutputDiffersError
 from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
 from .measure import Measured, Skipped, measure
-from .prompts import batch_random_prompts, read_prompts
+from .prompts import batch_questions, batch_random_prompts, describe_turns, read_questions
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
 from .ways import DFLASH, DRAFTED, KINDS, make_ways
-
-PLACES = ("dp_size", "tp_size", "device_map")  # ways to use several devices
 
 
 def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
@@ -88,52 +87,41 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
 
 
 def run_bench_command(args: argparse.Namespace) -> int:
-    """Measure, print and write: exit status 0, or 1 if what was decoded is not what `generate` says."""
-    if (args.target is None) == (args.shape is None):
-        raise ValueError("Give one of --target and --shape.")
-    if args.shape and args.prompts:
-        raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
-    if args.drafter is None and args.simulate_acceptance_length is None:
-        raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
-    for name in ("batch_sizes", "repeats", "max_new_tokens", "prompt_length"):
-        given = getattr(args, name)
-        if min(given if isinstance(given, list) else [given]) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
-    placed = [f"--{name.replace('_', '-')}" for name in PLACES if getattr(args, name) is not None]
-    if len(placed) > 1:
-        raise ValueError(f"Give one of {' and '.join(placed)}.")
-    if args.shape and placed and placed != ["--dp-size"]:
-        raise ValueError(f"{placed[0]} needs a target that can be loaded in parts: give --target, not --shape.")
+    """Measure, print and write: exit status 0, or 1 if what was decoded is not what `generate` says, or nothing was
+    measured.
+    """
+    refuse_arguments(args)
     for name in ("dp_size", "tp_size"):
-        if must_launch(getattr(args, name), f"--{name.replace('_', '-')}"):
+        if must_launch(getattr(args, name), spell(name)):
             return launch(getattr(args, name), ["bench", *list_arguments(args)])
     with Team(torch.device(args.device), is_one=args.tp_size is not None) as team:
         try:
-            measure_all(args, team)
+            has_results, problem = measure_all(args, team), "nothing could be measured; the tables say why."
         except OutputDiffersError as error:
-            if team.rank == 0:
-                print(f"hf-eagle3: error: {error}", file=sys.stderr)  # noqa: T201  as other errors are said
-            return 1
-    return 0
+            has_results, problem = False, str(error)
+        if not has_results and team.rank == 0:
+            print(f"hf-eagle3: error: {problem}", file=sys.stderr)  # noqa: T201  as other errors are said
+    return 0 if has_results else 1
 
 
-def measure_all(args: argparse.Namespace, team: Team) -> None:
-    """Every batch size, and the files after each of them.
+def measure_all(args: argparse.Namespace, team: Team) -> bool:
+    """Every batch size, and the files after each of them; whether anything was measured.
 
     Raises:
         OutputDiffersError: What was decoded is not what `generate` says.
     """
     dtype = getattr(torch, args.dtype)
+    questions, tokenizer = None, None
+    if args.prompts is not None:
+        questions = read_questions(args.prompts, limit=args.limit, at_least=team.size)
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
+    loaded = load_drafter(args, dtype)
     target = load_target(args, team.device, dtype)
     device = target.device
-    if args.drafter is None:
-        drafter = make_random_drafter(target)
-    else:
-        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
-        refuse_other_models(drafter, args.drafter)
-        drafter = drafter.to(device).bind(target)
-    if args.num_draft_tokens is not None:
-        drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
+    drafter = make_random_drafter(target) if loaded is None else loaded.to(device).bind(target)
+    depth = settle_depth(drafter, args.num_draft_tokens)
+    drafter.generation_config.num_assistant_tokens = depth
+    target.generation_config.num_assistant_tokens = None  # one of the target's own would go before it
     simulated = args.simulate_acceptance_length
     if simulated is not None:
         drafter.generation_config.simulated_acceptance_length = simulated
@@ -150,13 +138,14 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     results: list[Measured] = []
     skipped: list[Skipped] = []
     reads: list[ExpertReads] = []
-    depth = drafter.generation_config.num_assistant_tokens or 3
+    # Of random prompts a shorter run is taken off, where there is room for one.
+    subtract = args.max_new_tokens // 8 if questions is None else 0
     notes = [
         describe_machine(target) + ".",
         f"{args.dtype}, draft depth {depth}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
         f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
-        + (f", acceptance length simulated at {simulated}" if simulated else "")
-        + ("; speed of decoding alone, from two lengths." if args.prompts is None else "; speed over the whole call."),
+        + (f", acceptance length simulated at {simulated}" if simulated is not None else "")
+        + ("; speed of decoding alone, from two lengths." if subtract else "; speed over the whole call."),
         "`hf-eagle3 bench " + " ".join(list_arguments(for_report(args))) + "`",
     ]
     if team.size > 1:
@@ -172,6 +161,8 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     if args.device_map is not None:
         places = sorted(map(str, set(getattr(target, "hf_device_map", {"": device}).values())))
         notes.insert(2, f"The target is spread over {', '.join(places)}; memory is that of the first.")
+    if questions is not None and (cut := describe_turns(questions)):
+        notes.insert(2, cut)
     experts = None if is_spread(target) else find_experts(target)
     if experts is None and has_experts(target):
         notes.insert(2, "What experts cost to read is left out: their weights are no whole parameters of the target.")
@@ -185,12 +176,10 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
     with tqdm(total=num_passes, unit="pass", mininterval=1, disable=team.rank > 0) as bar:
         for size in args.batch_sizes:
             bar.set_description(f"batch {size}")
-            if args.prompts is None:
-                subtract = args.max_new_tokens // 8
+            if questions is None:
                 batches = batch_random_prompts(size, args.prompt_length, V, device, team)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(args.target)
-                batches, subtract = read_prompts(args.prompts, tokenizer, size, device, team, limit=args.limit), 0
+                batches = batch_questions(questions, tokenizer, size, device, team)
             found, missing = measure(
                 *(target, ways, batches),
                 batch_size=size,
@@ -211,11 +200,32 @@ def measure_all(args: argparse.Namespace, team: Team) -> None:
             # After each batch size, so that what was measured is kept if a later one fails.
             both: dict[str, Any] = {"notes": notes, "skipped": skipped, "reads": reads}
             text = to_markdown(results, title=f"{name}, with and without drafting", **both)
-            args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-            args.out.with_suffix(".json").write_text(to_json(results, **both), encoding="utf-8")
+            beside(args.out, ".md").write_text(text, encoding="utf-8")
+            beside(args.out, ".json").write_text(to_json(results, **both), encoding="utf-8")
     if team.rank == 0:
-        draw(results, args.out.with_suffix(".png"), title=name)
+        if results:
+            draw(results, beside(args.out, ".png"), title=name)
         print(text)  # noqa: T201  what was asked for
+    return bool(results)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """`out` with `suffix`; dots in its name stay."""
+    return out.with_name(out.name + suffix)
+
+
+def load_drafter(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The drafter, looked at before its target is loaded; None for one of random weights.
+
+    Raises:
+        ValueError: It is none, or does not draft as deep as is to be simulated.
+    """
+    if args.drafter is None:
+        return None
+    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
+    refuse_other_models(drafter, args.drafter)
+    refuse_acceptance_length(args.simulate_acceptance_length, settle_depth(drafter, args.num_draft_tokens))
+    return drafter
 
 
 def load_target(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -69,32 +71,21 @@ def to_markdown(
     drafted = [by_key.get((DRAFTED, size)) for size in sizes]
     others = [by_key.get((DFLASH, size)) for size in sizes]
     rows: list[tuple[str, list[Measured | None], Callable[[Measured], str]]] = [
-        ("acceptance length", drafted, lambda r: f"{r.acceptance_length:.2f}"),
-        ("acceptance length of D-Flash", others, lambda r: f"{r.acceptance_length:.2f}"),
-        (
-            "rows identical to generate()",
-            drafted,
-            lambda r: "-" if r.num_identical is None else f"{r.num_identical} of {r.num_rows}",
-        ),
-        (
-            "rows of D-Flash identical to generate()",
-            others,
-            lambda r: "-" if r.num_identical is None else f"{r.num_identical} of {r.num_rows}",
-        ),
-        ("memory beyond weights, GiB", drafted, lambda r: "-" if r.peak_gib is None else f"{r.peak_gib:.2f}"),
-        ("of which keys and values, GiB", drafted, lambda r: "-" if r.cache_gib is None else f"{r.cache_gib:.2f}"),
-        ("a round, ms", drafted, lambda r: f"{1000 * r.seconds_in['seconds'] / max(r.seconds_in['rounds'], 1):.2f}"),
-        (
-            "of which draft, ms",
-            drafted,
-            lambda r: f"{1000 * r.seconds_in['draft_seconds'] / max(r.seconds_in['rounds'], 1):.2f}",
-        ),
+        ("acceptance length", drafted, lambda r: show_number(r.acceptance_length)),
+        ("acceptance rate by depth", drafted, lambda r: " / ".join(map(show_number, r.acceptance_rate_by_depth))),
+        ("acceptance length of D-Flash", others, lambda r: show_number(r.acceptance_length)),
+        ("rows identical to generate()", drafted, show_identical),
+        ("rows of D-Flash identical to generate()", others, show_identical),
+        ("memory beyond weights, GiB", drafted, lambda r: show_number(r.peak_gib)),
+        ("of which keys and values, GiB", drafted, lambda r: show_number(r.cache_gib)),
+        ("a round, ms", drafted, lambda r: show_round(r, "seconds")),
+        ("of which draft, ms", drafted, lambda r: show_round(r, "draft_seconds")),
         ("graphs, first call", drafted, lambda r: r.graphs),
     ]
     for name, found, show in rows:
         if found is others and not any(others):
             continue
-        cells = ["-" if r is None or r.acceptance_length is None else show(r) for r in found]
+        cells = [(show(r) if r is not None else "") or "-" for r in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [f"\n[^{i}]: {reason}." for i, reason in enumerate(reasons, 1)]
     lines += agreement_lines(results)
@@ -106,11 +97,27 @@ def to_markdown(
         lines += ["", f"{title_of}:", "", head[0].replace("| |", "| category |", 1), head[1]]
         for category in names:
             cells = [
-                f"{r.by_category[category]['acceptance_length']:.2f}" if r and category in r.by_category else "-"
+                show_number(r.by_category[category]["acceptance_length"]) if r and category in r.by_category else "-"
                 for r in found
             ]
             lines.append(f"| {category} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *expert_lines(reads)]) + "\n"
+
+
+def show_number(number: float | None) -> str:
+    """Two digits after the point; a dash for none."""
+    return "-" if number is None else f"{number:.2f}"
+
+
+def show_identical(result: Measured) -> str:
+    """Rows whose text is that of generate()."""
+    return "-" if result.num_identical is None else f"{result.num_identical} of {result.num_rows}"
+
+
+def show_round(result: Measured, name: str) -> str:
+    """Milliseconds of a round."""
+    rounds = result.seconds_in.get("rounds", 0)
+    return f"{1000 * result.seconds_in[name] / rounds:.2f}" if rounds > 0 else "-"
 
 
 def agreement_lines(results: Sequence[Measured]) -> list[str]:
@@ -155,7 +162,16 @@ def to_json(
         "skipped": [s._asdict() for s in skipped],
         "expert_reads": [asdict(r) for r in reads],
     }
-    return json.dumps(found, indent=1) + "\n"
+    return json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n"
+
+
+def without_nan(data: Any) -> Any:  # Any: whatever JSON can hold
+    """`data` with null for numbers that JSON has no word for."""
+    if isinstance(data, dict):
+        return {name: without_nan(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def draw(results: list[Measured], path: Path, *, title: str) -> None:

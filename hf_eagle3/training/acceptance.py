@@ -1,5 +1,6 @@
 """Acceptance lengths of greedy chain drafting, read off greedy text without decoding it."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,12 @@ class Walk(NamedTuple):
     def acceptance_length(self) -> float:
         """Tokens gained a round: mean of `num_accepted + 1`. NaN without rounds."""
         return 1 + self.accepted.sum() / self.rounds if self.rounds else float("nan")
+
+    @property
+    def rate_by_depth(self) -> list[float]:
+        """Acceptance rate at each depth, as far as any round got: of rounds that kept all before, those that kept it."""
+        reached = [self.rounds, *self.accepted.tolist()]
+        return [kept / before for before, kept in itertools.pairwise(reached) if before]
 
     def __add__(self, other: "Walk") -> "Walk":  # type: ignore[override]  # sums, not a longer tuple
         return Walk(self.rounds + other.rounds, self.accepted + other.accepted)

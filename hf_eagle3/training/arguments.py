@@ -28,6 +28,7 @@ class Eagle3TrainingArguments(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
         "model_init_kwargs",
         "target_model_init_kwargs",
     ]
@@ -43,7 +44,10 @@ class Eagle3TrainingArguments(TrainingArguments):
     )
     min_coverage: float = field(
         default=0.9,
-        metadata={"help": "Refuse a new draft vocabulary that covers less of the supervised tokens than this share."},
+        metadata={
+            "help": "Refuse a new draft vocabulary that covers less of the supervised tokens than this share; of a drafter "
+            "that is given, it is only said."
+        },
     )
     drafter_version: str = field(default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3."})
     aux_layer_ids: list[int] | None = field(
@@ -66,6 +70,10 @@ class Eagle3TrainingArguments(TrainingArguments):
     max_length: int = field(default=2048, metadata={"help": "Longer training rows are cut on the right, in tokens."})
     packing: bool = field(
         default=False, metadata={"help": "Put several documents into one row of at most max_length tokens."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What the chat template is given for every row, such as enable_thinking; a dict or JSON."},
     )
     eval_depth: int = field(default=3, metadata={"help": "Draft depth K of the acceptance lengths."})
     eval_generate_prompts: int = field(
@@ -95,6 +103,7 @@ class Eagle3TrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm is clipped to this."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Updates between logs; below 1, a share of all."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator reads the rows."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave off: it waits for the device each micro-batch, only to hide a NaN."}
@@ -114,7 +123,8 @@ class Eagle3TrainingArguments(TrainingArguments):
                 "one that could be compiled as a whole."
             )
             given.torch_compile, given.torch_compile_backend, given.torch_compile_mode = False, None, None
-        if given.load_best_model_at_end and given.metric_for_best_model is None:
+        chooses = given.load_best_model_at_end or given.save_strategy == "best"
+        if chooses and given.metric_for_best_model is None:
             given.metric_for_best_model = "eval_acceptance_length"
         super().__post_init__()
         for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):

@@ -4,8 +4,10 @@ The best rows are token-native: the prompt's ids and the very ids the target sam
 by the target's own chat template, and their assistant turns found by comparing renderings.
 """
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from .conversations import find_conversation
 from .rendering import ChatRenderer, TokenRow, find_turns, merge_turns
 
 logger = logging.get_logger(__name__)
+
+MAX_ID = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -105,8 +109,7 @@ class TokenDataset(Dataset):
 
     def _add(self, row: TokenRow, max_length: int | None, source: str | None) -> None:
         self.counts.num_made += 1
-        check_row(row)
-        ids, mask = np.asarray(row.input_ids, dtype=np.int32), np.asarray(row.loss_mask, dtype=bool)
+        ids, mask = read_row(row)
         if max_length is not None and len(ids) > max_length:
             self.counts.num_cut += 1
             self.counts.num_cut_tokens += len(ids) - max_length
@@ -145,20 +148,49 @@ def _continue_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerB
     return TokenRow(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
 
 
-def check_row(row: TokenRow) -> None:
-    """Raise ValueError if the mask of `row` cannot be one."""
-    ids, mask = row
+def read_row(row: TokenRow) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [T] int32 and the mask [T] bool of `row`.
+
+    Raises:
+        ValueError: They are not lists of numbers, or the mask cannot be one.
+    """
+    ids, mask = _read_numbers("input_ids", row.input_ids, Integral), _read_numbers("loss_mask", row.loss_mask, Real)
     if len(ids) != len(mask):
         raise ValueError(f"{len(ids)} input_ids but {len(mask)} loss_mask entries.")
-    if strange := sorted(set(mask) - {0, 1}):
-        raise ValueError(f"loss_mask must be 1 on generated tokens and 0 elsewhere, got {strange[:4]} too.")
-    if not any(mask):
+    if len(strange := np.unique(mask[(mask != 0) & (mask != 1)])):
+        raise ValueError(f"loss_mask must be 1 on generated tokens and 0 elsewhere, got {strange[:4].tolist()} too.")
+    if not mask.any():
         raise ValueError(f"it has nothing to learn from: loss_mask marks none of its {len(mask)} tokens as generated.")
-    if all(mask):
+    if mask.all():
         raise ValueError(
             f"it has no prompt: loss_mask marks all of its {len(mask)} tokens as generated. The target generates after a "
             "prompt, if only a beginning-of-sequence token; mark with 0 what it was given."
         )
+    if ids.min() < 0 or ids.max() > MAX_ID:
+        raise ValueError(
+            f"input_ids must be the target's token ids, 0 or more, got {ids.min()} to {ids.max()}. Make the rows with the "
+            "target's own tokenizer."
+        )
+    return ids.astype(np.int32), mask.astype(bool)
+
+
+def _read_numbers(name: str, values: Any, kind: type) -> np.ndarray:  # Any: whatever stands in the row
+    """`values` as an array [T] of numbers of `kind`."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError):  # lists of several lengths, or a tensor on a GPU
+        array = np.empty((), dtype=object)
+    if array.dtype == object and array.ndim == 1 and all(isinstance(x, kind) for x in array):
+        array = np.asarray(array.tolist())  # as pandas keeps them; objects still where one is huge
+    if array.ndim == 1 and (array.dtype.kind in ("iu" if kind is Integral else "iubf") or not len(array)):
+        return array
+    got = reprlib.repr(values)
+    if array.ndim == 1:
+        items = list(values) if isinstance(values, (list, tuple)) else array.tolist()
+        wrong = next((i for i, x in enumerate(items) if not isinstance(x, kind)), 0)
+        got = f"{reprlib.repr(items[wrong])} at place {wrong}"
+    what = "one whole number" if kind is Integral else "0 or 1"
+    raise ValueError(f"{name} must be a flat list with {what} for each token, got {got}. Write it as such a list.")
 
 
 def check_token_ids(dataset: TokenDataset, vocab_size: int) -> None:

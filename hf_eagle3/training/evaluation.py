@@ -15,16 +15,21 @@ from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
 from .batch import Batch
 from .distributed import sum_over_processes
+from .stored_states import NO_DOCUMENT
 from .ttt import StepSums
 
 
 class ProcessRows(Dataset):
     """The rows of one process of several: each row is some process's, and all have as many.
 
-    Where rows run out, a row of one token fills up, which trains nothing and counts nowhere.
+    Where rows run out, a row of one token fills up, which trains nothing, counts nowhere and is not stored.
     """
 
-    FILLER: Mapping[str, Any] = {"input_ids": np.zeros(1, dtype=np.int64), "loss_mask": np.zeros(1, dtype=bool)}
+    FILLER: Mapping[str, Any] = {
+        "input_ids": np.zeros(1, dtype=np.int64),
+        "loss_mask": np.zeros(1, dtype=bool),
+        "documents": [NO_DOCUMENT],
+    }
 
     def __init__(self, rows: Any, index: int, count: int):  # Any: rows by index, of whatever class
         self.rows, self._index, self._count = rows, index, count

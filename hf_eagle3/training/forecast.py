@@ -2,7 +2,8 @@
 
 A multiply-add is two operations; causal attention counts half the square; the backward pass of a trained linear layer is
 twice its forward, that of flash attention two and a half times; norms, rotations and elementwise losses are left out.
-Letters: T tokens of a document, k draft steps, s the share of slots that train.
+Memory is what autograd keeps, tensor by tensor (`activation_bytes`). Letters: T tokens of a document, k draft steps, s
+the share of slots that train.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,16 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
+from .ttt import CHUNK_ELEMENTS
 
 # Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
 SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12}
-UTILISATION = 0.45  # of that, in training
+# Of that, in training. Measured at the 8B shape, every position supervised: 0.70-0.73 with the target in the loop at TTT 4
+# and 7, on H100 and H200; 0.69 on an H200 of one long document from stored states, but 0.56 on an H100, by older attention
+# (benchmarks/results/training_8b_shape_*_202611.md). Small shapes reach less: they wait for launches. A100: not measured.
+UTILISATION = 0.70
 STATE_BYTES = 18  # a trained weight: float32 itself, two Adam moments, gradient; and a bf16 copy for arithmetic
+HALF = 2  # bytes of a number in bf16
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class DrafterShape:
     heads_width: int  # query heads, side by side
     kv_width: int  # key heads, side by side
     mlp_width: int
+    aux_width: int  # aux hidden states of a position
+    target_width: int  # its last hidden state
+    vocab_size: int  # the target's
     num_layers: int = 1
 
     @classmethod
@@ -42,8 +51,9 @@ class DrafterShape:
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         inputs = (L + 1) * H  # the first layer reads two states
         Ht: int = config.target_hidden_size  # type: ignore[assignment]  # H where it is not given
+        aux = config.num_aux_hidden_states * Ht
         return cls(
-            fc=config.num_aux_hidden_states * Ht * H if config.use_aux_hidden_state else 0,
+            fc=aux * H if config.use_aux_hidden_state else 0,
             qkv=inputs * (q + 2 * kv),
             qkv_embeddings=H * (q + 2 * kv),
             kv=inputs * 2 * kv,
@@ -53,8 +63,16 @@ class DrafterShape:
             heads_width=q,
             kv_width=kv,
             mlp_width=I,
+            aux_width=aux if config.use_aux_hidden_state else H,
+            target_width=Ht,
+            vocab_size=config.vocab_size,
             num_layers=L,
         )
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """V_d."""
+        return self.head // self.width
 
     @property
     def parameters(self) -> int:
@@ -131,12 +149,46 @@ def target_flops(shape: TargetShape, T: float) -> float:
     return 2 * shape.active + 2 * seen * shape.heads_width
 
 
-def activation_bytes(shape: DrafterShape, k: int, *, recomputed: bool = False, size: int = 2) -> int:
-    """Bytes kept for the backward pass by a slot that trains at k steps, at `size` bytes a number."""
-    layer = 4 * shape.width + 2 * shape.heads_width + 2 * shape.kv_width
-    if not recomputed:
-        layer += 2 * shape.width + 3 * shape.mlp_width
-    return k * shape.num_layers * layer * size
+def activation_bytes(
+    shape: DrafterShape, num_slots: float, k: int, share: float = 1.0, *, recomputed: bool = False, size: int = HALF
+) -> int:
+    """The most that one micro-batch holds beside weights and their gradients.
+
+    Log-sum-exps, positions and what lives within one kernel are left out.
+
+    Args:
+        shape: Of the drafter.
+        num_slots: Tokens of the micro-batch.
+        k: Draft steps.
+        share: Of slots that train.
+        recomputed: Whether the backward pass computes what follows attention once more.
+        size: Bytes of a number.
+    """
+    W, Q, K, I = shape.width, shape.heads_width, shape.kv_width, shape.mlp_width
+    every = 2 * shape.aux_width + shape.target_width  # states of the target, and aux states normed
+    every += 2 * W + 2 * K  # features; token embeddings normed, and what they bring to keys and values
+    idle = W + 3 * K  # features normed, keys and values of the first step, keys once more as they are rotated
+
+    after_attention = 2 * W + 3 * I  # the sum, normed; gate, up and their product
+    layer = 2 * W + (Q + 2 * K)  # its input, normed; query, key and value side by side: values are a view of that
+    layer += Q + K + Q  # query and key rotated; attention's output
+    layer += 0 if recomputed else after_attention
+    step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which teaching gives
+    trained = k * step + Q + 2 * K  # what token embeddings bring to query, key and value
+
+    num_trained = share * num_slots
+    # At the end of the forward pass outputs stand side by side, and logits of one chunk and the target's of its slots.
+    logits = min(CHUNK_ELEMENTS, k * num_trained * shape.draft_vocab_size)
+    teaching = k * W * num_trained + logits * (1 + 1 / k)
+    # On the way back, of one layer: gradients of gate, up and their product.
+    back = num_trained * (3 * I + (after_attention if recomputed else 0))
+    numbers = num_slots * every + (num_slots - num_trained) * idle + num_trained * trained + max(teaching, back)
+    return round(numbers * size)
+
+
+def borrowed_bytes(shape: DrafterShape) -> int:
+    """Of a target whose states are stored: its head and embeddings, which training keeps."""
+    return 2 * shape.vocab_size * shape.target_width * HALF
 
 
 class Forecast(NamedTuple):
@@ -147,7 +199,7 @@ class Forecast(NamedTuple):
     share: float  # of slots that train, averaged over steps
     flops: float  # a token, target included
     states: int  # weights, gradients and moments of the drafter
-    target: int  # its weights; 0 where there is none
+    target: int  # its weights; of stored states, its head and embeddings
     activations: int  # of one micro-batch
     tokens_per_second: float | None  # of all devices; None where the device is not known
     seconds: float | None
@@ -190,7 +242,7 @@ def make_forecast(
     Args:
         drafter, target: Their shapes; no target where its states are stored.
         trained: Weights that the optimizer changes.
-        target_bytes: On one device.
+        target_bytes: On one device; 0 where none is loaded.
         lengths: Tokens of some of the data's documents.
         rows_at_once: Of one micro-batch on one device.
         num_rows: Of all updates and devices.
@@ -208,15 +260,14 @@ def make_forecast(
     tokens = round(num_rows * mean)
     peak = next((p for name, p in SUSTAINED.items() if name in (device_name or "")), None)
     speed = None if peak is None else num_devices * UTILISATION * peak / flops
-    per_slot = activation_bytes(drafter, ttt_steps, recomputed=recomputed)
     return Forecast(
         trained=trained,
         tokens=tokens,
         share=share,
         flops=flops,
         states=trained * (STATE_BYTES + (4 if has_average else 0)),
-        target=target_bytes,
-        activations=round(rows_at_once * mean * share * per_slot),
+        target=target_bytes or borrowed_bytes(drafter),
+        activations=activation_bytes(drafter, rows_at_once * mean, ttt_steps, share, recomputed=recomputed),
         tokens_per_second=speed,
         seconds=None if speed is None else tokens / speed,
     )

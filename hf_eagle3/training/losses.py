@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # what a probability is kept above before its logarithm is taken
+NEVER = -1e30  # the log-probability of what the target rules out: its exponential is 0, and 0 times it as well
 
 
 class Lesson(NamedTuple):
@@ -26,7 +27,7 @@ class Lesson(NamedTuple):
 
 
 # Draft logits [k, C, V_d] float32 and the lesson -> losses [k, C] and their gradients [k, C, V_d]. Where `live` is
-# false both are ignored, and may be anything finite.
+# false both are ignored, and may be anything. A token that the target rules out, log p = -inf, counts by its q alone.
 LossFunction = Callable[[Tensor, Lesson], tuple[Tensor, Tensor]]
 
 
@@ -44,7 +45,7 @@ def forward_kl(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
 
     Elsewhere no greedy draft can be accepted, and the renormed target is mostly noise. Gradient: q - p.
     """
-    log_p = lesson.log_p.log_softmax(-1)
+    log_p = lesson.log_p.clamp_min(NEVER).log_softmax(-1)  # 0 log 0 = 0, and nothing is renormed to no number
     log_q = logits.log_softmax(-1)
     p, counts = log_p.exp(), (lesson.best >= 0)[..., None]
     loss = (p * (log_p - log_q)).sum(-1, keepdim=True)
@@ -93,7 +94,7 @@ def expected_acceptance(logits: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]
     `negative_log_acceptance`. Along the data, alphas of later steps are those of the target's own text.
     """
     alpha, grad = _alpha(logits, lesson)
-    alpha = alpha * lesson.live  # no step beyond the turn
+    alpha = alpha.where(lesson.live, 0)  # no step beyond the turn, whatever was computed there
     reached = torch.ones_like(alpha[0])
     before = []  # C_t
     for a in alpha:

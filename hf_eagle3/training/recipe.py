@@ -1,15 +1,13 @@
 """What a checkpoint was trained with, written beside it, and compared when training goes on from it."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..modeling import Eagle3DrafterModel
 from .arguments import Eagle3TrainingArguments
+from .state_writer import fingerprint_data
 from .vocabulary import vocabulary_fingerprint
 
 FILE_NAME = "hf_eagle3_recipe.json"
@@ -19,27 +17,26 @@ SHAPE = (
 )
 
 
-def describe_recipe(drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any) -> dict[str, Any]:
+def describe_recipe(
+    drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, teacher: str | None
+) -> dict[str, Any]:
     """What must be the same for training to go on as if it had never stopped.
 
     Args:
         drafter: Bound to its target.
         args: Of the training.
         rows: The training rows by index, of whatever class; None if there are none.
+        teacher: What the target's weights, or the stored hidden states, are known by; None where they cannot be told.
     """
     return {
         "target": drafter.config.target_name_or_path or drafter.bound_target_name,
+        "teacher": teacher,
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
         "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
         **{name: getattr(drafter.config, name) for name in SHAPE},
         **{name: getattr(args, name) for name in ("ttt_steps", "ttt_decay", "loss_type", "packing")},
-        "data": None if rows is None else fingerprint(np.array([len(rows[i]["input_ids"]) for i in range(len(rows))])),
+        "data": None if rows is None else f"{len(rows)} rows, {fingerprint_data(rows)[:16]}",
     }
-
-
-def fingerprint(numbers: np.ndarray) -> str:
-    """A short hash of whole numbers, in their order, and how many there are."""
-    return f"{len(numbers)}:{hashlib.sha256(numbers.astype('<i8').tobytes()).hexdigest()[:16]}"
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -63,7 +60,7 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     other = [
         f"{name} was {stored[name]!r}, and is {recipe[name]!r}"
         for name in recipe
-        if name in stored and stored[name] != recipe[name]
+        if stored.get(name) is not None and recipe[name] is not None and stored[name] != recipe[name]
     ]
     if other:
         raise ValueError(

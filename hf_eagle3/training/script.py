@@ -13,7 +13,10 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 from . import files
 from .arguments import Eagle3TrainingArguments
+from .stored_states import StoredStates
 from .trainer import Eagle3Trainer
+
+FILE_SUFFIXES = (".jsonl", ".json", ".gz")
 
 DESCRIPTION = """Train an EAGLE-3 drafter for a target, from scratch or from a drafter you have. Any option can also be
 a line of a YAML file, given by --config; what is typed counts more."""
@@ -40,6 +43,15 @@ class ScriptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
+    states_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train from the hidden states that `hf-eagle3 states` stored there; no target is needed then."
+        },
+    )
+    states_eval_rows: int = field(
+        default=0, metadata={"help": "Evaluate on so many of the stored documents, the last, and train on the others."}
+    )
 
 
 @dataclass
@@ -133,6 +145,8 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Ite
     path = Path(name)
     if path.exists():
         return list(files.read_rows(path))
+    if path.is_absolute() or path.suffix in FILE_SUFFIXES:
+        raise ValueError(f"There is no file {name}.")
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -178,34 +192,57 @@ def lora(model: ModelArguments) -> Any:  # of PEFT, which is optional
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
-    """Train, evaluate, save; returns the trainer. What is to come is told on stderr, what came out on stdout."""
-    script, model, args = parse(arguments)
-    if script.target_model_name_or_path is None:
-        raise ValueError("Which model is the drafter for? Give --target_model_name_or_path.")
-    drafter = script.drafter_name_or_path or script.model_name_or_path
-    if script.model_name_or_path not in (None, drafter):
-        raise ValueError("drafter_name_or_path and model_name_or_path are two names for one thing, and differ.")
+def find_rows(script: ScriptArguments) -> tuple[Any, Any]:
+    """Rows to train on and, if there are some, to evaluate on, from files or datasets on the Hub."""
     data = script.train_file or script.dataset_name
     if data is None:
-        raise ValueError("What shall the drafter learn from? Give --train_file or --dataset_name.")
+        raise ValueError("What shall the drafter learn from? Give --train_file, --dataset_name or --states_dir.")
     if script.train_file and script.dataset_name:
         raise ValueError("train_file and dataset_name both say what to train on: give one of them.")
-    train_rows = read_rows(data, script.dataset_train_split, script.dataset_config)
     eval_rows = read_rows(script.eval_file) if script.eval_file else None
     if eval_rows is None and script.dataset_test_split:
         eval_rows = read_rows(data, script.dataset_test_split, script.dataset_config)
-    args.target_model_init_kwargs = target_options(model, args)
+    return read_rows(data, script.dataset_train_split, script.dataset_config), eval_rows
+
+
+def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any, Any]:
+    """The same, of documents whose hidden states are stored."""
+    if script.train_file or script.dataset_name or script.eval_file:
+        raise ValueError(
+            "With states_dir, the rows are those that were stored: leave out train_file, dataset_name and eval_file, and "
+            "hold some of them out with states_eval_rows."
+        )
+    rows, held_out = states.dataset, script.states_eval_rows
+    if not 0 <= held_out < len(rows):
+        raise ValueError(f"states_eval_rows must lie in 0..{len(rows) - 1}: {len(rows)} documents are stored.")
+    count = len(rows) - held_out
+    return rows.select(range(count)), rows.select(range(count, len(rows))) if held_out else None
+
+
+def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
+    """Train, evaluate, save; returns the trainer. What is to come is told on stderr, what came out on stdout."""
+    script, model, args = parse(arguments)
+    target = script.target_model_name_or_path
+    if target is None and script.states_dir is None:
+        raise ValueError("Which model is the drafter for? Give --target_model_name_or_path, or --states_dir.")
+    drafter = script.drafter_name_or_path or script.model_name_or_path
+    if script.model_name_or_path not in (None, drafter):
+        raise ValueError("drafter_name_or_path and model_name_or_path are two names for one thing, and differ.")
+    states = None if script.states_dir is None else StoredStates(script.states_dir, max_length=args.max_length)
+    train_rows, eval_rows = find_rows(script) if states is None else find_stored_rows(script, states)
+    tokenizer = None
+    if target is not None:
+        args.target_model_init_kwargs = target_options(model, args)
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=model.trust_remote_code)
     trainer = Eagle3Trainer(
         model=drafter,
-        target_model=script.target_model_name_or_path,
+        target_model=target,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        processing_class=AutoTokenizer.from_pretrained(
-            script.target_model_name_or_path, trust_remote_code=model.trust_remote_code
-        ),
+        processing_class=tokenizer,
         peft_config=lora(model),
+        states=states,
     )
     is_first = trainer.is_world_process_zero()
     if is_first:

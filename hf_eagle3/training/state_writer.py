@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..modeling import Eagle3DrafterModel
 from .data import TokenDataset, check_token_ids
+from .loading import end_tokens
 from .states import OnlineStates
 from .stored_states import (
     AUX,
@@ -37,6 +38,8 @@ from .stored_states import (
     SCHEMA,
     StoredStatesError,
     digest,
+    fingerprint,
+    fingerprint_weights,
     read_manifest,
     shard_name,
     stored_positions,
@@ -148,13 +151,14 @@ class StateWriter:
             `Eagle3DrafterConfig.aux_layer_ids` has them. None: those of a new drafter.
         tokenizer: The target's; needed for `messages`. Its fingerprint is stored.
         max_length: Longer rows are cut on the right, unless `dataset` is a `TokenDataset`.
+        chat_template_kwargs: For the chat template of every row, such as `{"enable_thinking": False}`.
         dtype: Of the stored states; the target's own if None.
         shard_size: Bytes a file.
         batch_tokens: Tokens of one forward of the target, padding included.
 
     Raises:
         ValueError: The target's head or embeddings cannot be stored, boundaries that it does not have, tokens that it
-            does not have, or a dtype that cannot be stored.
+            does not have, a dtype that cannot be stored, or `chat_template_kwargs` where nothing is rendered.
     """
 
     def __init__(
@@ -166,13 +170,15 @@ class StateWriter:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         shard_size: int = 10**9,
         batch_tokens: int = 16384,
     ):
         self._target, self._folder, self._tokenizer = target.eval(), Path(folder), tokenizer
         self._text = target.config.get_text_config(decoder=True)
-        self._dataset = dataset if isinstance(dataset, TokenDataset) else TokenDataset(dataset, tokenizer, max_length)
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._dataset = self._tokenize(dataset, max_length)
         check_token_ids(self._dataset, self._text.vocab_size)
         self._dtype = target.dtype if dtype is None else dtype
         if self._dtype not in SAFETENSORS_NAMES:
@@ -187,6 +193,23 @@ class StateWriter:
             self._refuse_head()
         self._aux_bytes = max(1, len(self._boundaries)) * self._last_bytes
         self._plan = plan_shards(self._dataset, self._aux_bytes, self._last_bytes, shard_size)
+
+    def _tokenize(self, dataset: Iterable[Mapping[str, Any]], max_length: int | None) -> TokenDataset:
+        """As the trainer does."""
+        if not isinstance(dataset, TokenDataset):
+            return TokenDataset(
+                dataset,
+                self._tokenizer,
+                max_length,
+                eos_token_ids=end_tokens(self._target),
+                chat_template_kwargs=self._template_kwargs,
+            )
+        if self._template_kwargs:
+            raise ValueError(
+                f"chat_template_kwargs {self._template_kwargs} are given with a TokenDataset, whose rows are tokens already. "
+                "Give them to the TokenDataset."
+            )
+        return dataset
 
     @property
     def _last_bytes(self) -> int:
@@ -274,7 +297,7 @@ class StateWriter:
         theirs = read_manifest(self._folder)
         facts = ("name", "revision", "dtype", "quantization", "weights")
         pairs = {f"target {name}": (theirs["target"].get(name), ours["target"][name]) for name in facts}
-        names = ("aux_layer_ids", "dtype", "data", "shard_size", "tokenizer", "chat_template")
+        names = ("aux_layer_ids", "dtype", "data", "shard_size", "tokenizer", "chat_template", "chat_template_kwargs")
         pairs |= {name: (theirs.get(name), ours[name]) for name in names}
         if different := [f"{name} {a} there, {b} now" for name, (a, b) in pairs.items() if a != b]:
             raise StoredStatesError(
@@ -305,6 +328,7 @@ class StateWriter:
             },
             "tokenizer": None if tokenizer is None else fingerprint(sorted(tokenizer.get_vocab().items())),
             "chat_template": None if tokenizer is None else fingerprint(tokenizer.chat_template),
+            "chat_template_kwargs": json.loads(json.dumps(self._template_kwargs)) or None,
             "aux_layer_ids": list(self._boundaries),
             "boundaries": BOUNDARIES,
             "last_hidden_states": "after the final norm",
@@ -534,21 +558,6 @@ def _head_tensors(target: PreTrainedModel) -> dict[str, Tensor]:
         if head.bias is not None:
             tensors["lm_head.bias"] = head.bias.detach()
     return tensors
-
-
-def fingerprint(value: Any) -> str:  # anything JSON knows
-    """SHA-256 of a value."""
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
-
-
-def fingerprint_weights(target: PreTrainedModel) -> str:
-    """SHA-256 of a few numbers of every weight: another target, or the same after training, has another one."""
-    total = hashlib.sha256()
-    for name, weight in target.named_parameters():
-        total.update(name.encode())
-        if type(weight) is nn.Parameter and not weight.is_meta:  # not what quantisation makes of one
-            total.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return total.hexdigest()
 
 
 def fingerprint_data(dataset: TokenDataset) -> str:

@@ -28,6 +28,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from ..modeling import Eagle3DrafterModel
+from ..peers import whole
 from .batch import Batch
 from .data import TokenDataset, trains_something
 from .states import States
@@ -38,6 +39,7 @@ logger = logging.get_logger(__name__)
 SCHEMA = 1
 MANIFEST, DOCUMENTS, HEAD = "manifest.json", "documents.safetensors", "head.safetensors"
 AUX, LAST = "aux_hidden_states", "last_hidden_states"
+NO_DOCUMENT = -1  # of a row that no folder has: one token, 0, which trains nothing
 OPEN_SHARDS = 256  # mapped at a time
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WRITE = "write the states with `hf-eagle3 states`"
@@ -65,6 +67,30 @@ def digest(path: Path) -> str:
         while block := file.read(2**24):
             total.update(block)
     return total.hexdigest()
+
+
+def fingerprint(value: Any) -> str:  # anything JSON knows
+    """SHA-256 of a value."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
+
+
+def fingerprint_weights(target: PreTrainedModel) -> str:
+    """SHA-256 of a few numbers of every weight: another target, or the same after training, has another one.
+
+    Of what is quantised or offloaded, the names alone. Processes that share the target must all call.
+    """
+    total = hashlib.sha256()
+    for name, weight in target.named_parameters():
+        total.update(name.encode())
+        has_numbers = type(weight) is nn.Parameter or hasattr(weight, "full_tensor")  # not what quantisation makes
+        if has_numbers and not weight.is_meta:
+            total.update(whole(weight.detach()).flatten()[:16].float().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def describe_weights(model_type: str, dtype: str, weights: str) -> str:
+    """For messages: what tells targets without a name apart."""
+    return f"{model_type}, {dtype}, weights {weights[:8]}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -173,11 +199,15 @@ class Documents:
 
     def tokens(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids [T] int32 and mask [T] bool."""
+        if document == NO_DOCUMENT:
+            return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
         where = slice(self._ends[document - 1] if document else 0, self._ends[document])
         return self._ids[where], self._masks[where]
 
     def states(self, document: int) -> States:
         """Aux states [<= T, A*Ht], and last hidden states [M, Ht] at `stored_positions`; mapped, not copied."""
+        if document == NO_DOCUMENT:
+            return States(*(torch.empty(0, self.widths[name], dtype=self.dtype) for name in (AUX, LAST)))
         slices, parts = self._slices(int(self._shards[document])), []
         for name in (AUX, LAST):
             start = int(self._starts[name][document])
@@ -302,6 +332,13 @@ class StoredStates:
         """The boundaries whose states are stored, ascending."""
         return tuple(self.manifest["aux_layer_ids"])
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of what is stored, and of which target; however it lies in files."""
+        manifest, target = self.manifest, self.manifest["target"]
+        facts = [manifest[name] for name in ("aux_layer_ids", "dtype", "data")]
+        return fingerprint([target["weights"], target["dtype"], target["quantization"], *facts])[:16]
+
     def _check_files(self, verify: bool, allow_incomplete: bool) -> None:
         files, count = self.manifest["files"], self.manifest["num_shards"]
         expected = [DOCUMENTS, HEAD, *(shard_name(i, count) for i in range(count))]
@@ -365,10 +402,30 @@ class StoredStates:
             )
         drafter.bind(self.target)
 
+    def check_target(self, target: PreTrainedModel) -> None:
+        """Compare `target`, loaded as it was for storing, with that of these states. Processes that share it must all call.
+
+        Raises:
+            StoredStatesError: It has other weights.
+        """
+        facts, weights = self.manifest["target"], fingerprint_weights(target)
+        if weights == facts["weights"]:
+            return
+        ours = describe_weights(facts["config"]["model_type"], facts["dtype"], facts["weights"])
+        model_type = target.config.get_text_config(decoder=True).model_type
+        theirs = describe_weights(model_type, str(target.dtype).removeprefix("torch."), weights)
+        raise StoredStatesError(
+            f"{self.folder} has the states of {facts['name'] or 'a target without a name'} ({ours}), and target_model is "
+            f"{target.config.name_or_path or 'one without a name'} ({theirs}). Give the target that the states were made by, "
+            "in the same dtype, quantisation and offloading; or write states anew, with this one; or leave out target_model, "
+            "and nothing is generated in evaluation."
+        )
+
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
         """Read the states of `batch`, whose rows come from `dataset`: whole, cut on the right, packed in any order.
 
+        Beside these, a row may be one token 0 of `NO_DOCUMENT`, which trains nothing.
         Positions that no loss reads are zeros. The stand-in of the target moves to the device of the batch.
 
         Raises:
@@ -412,7 +469,7 @@ class StoredStates:
                 "stored states: each of its rows says which document it is."
             )
         for document, length in zip(documents, lengths, strict=True):
-            if not 0 <= document < len(self._documents):
+            if document != NO_DOCUMENT and not 0 <= document < len(self._documents):
                 raise StoredStatesError(
                     f"The batch has document {document}, and {self.folder} has documents 0 to {len(self._documents) - 1}. Train "
                     "on the `dataset` of these stored states."

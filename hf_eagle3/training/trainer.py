@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, enable_full_determinism, get_last_checkpoint, set_seed
 from transformers.utils import logging
 
 from ..checkpoints.card import write_card
 from ..checkpoints.exporter import describe_target
 from ..modeling import Eagle3DrafterModel
-from ..peers import find_peers
+from ..peers import find_peers, is_spread
+from ..refusals import is_drafter, refuse_other_models
 from .acceptance import Walk
 from .arguments import Eagle3TrainingArguments
 from .batch import Batch, Collator, live_steps
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
-from .data import TokenDataset, check_token_ids
+from .data import TokenDataset, check_token_ids, trains_something
 from .distributed import (
     base_drafter,
     call_as_forward,
@@ -57,9 +59,10 @@ from .packing import PackedDataset
 from .recipe import check_recipe, describe_recipe, write_recipe
 from .shared_states import SharedStates
 from .states import OnlineStates, StateSource
-from .stored_states import StoredStates
+from .stored_states import StoredStates, fingerprint_weights
 from .target_head import DraftVocabulary
 from .ttt import Method, StepSums, ttt
+from .vocabulary import check_coverage, count_supervised_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -117,13 +120,20 @@ class Eagle3Trainer(Trainer):
             raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
         args = Eagle3TrainingArguments() if args is None else args
         _refuse_settings(args)
+        # The host does so later, when a new drafter and adapters have drawn their weights.
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         if processing_class is None and isinstance(target_model, str):
             processing_class = AutoTokenizer.from_pretrained(target_model)
         target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
         drafter = load_drafter(model, args.model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
         if drafter is not None:
-            _check_drafter(drafter)
+            _check_drafter(drafter, peft_config is not None)
         if target is not None:
+            if is_drafter(target):
+                raise ValueError(
+                    f"target_model {target.name_or_path} is an EAGLE-3 drafter. Give the model that it is to draft for, "
+                    "and the drafter as model (--drafter_name_or_path)."
+                )
             place_target(target, args)
         bound_to = target if target is not None else states.target  # type: ignore[union-attr]  # one of the two
         vocab_size = bound_to.config.get_text_config(decoder=True).vocab_size
@@ -131,7 +141,13 @@ class Eagle3Trainer(Trainer):
         def read(rows: Any) -> Any:  # by index, of whatever class
             is_quiet = args.disable_tqdm or args.local_process_index > 0
             return _tokenize(
-                rows, processing_class, args.max_length, vocab_size, end_tokens(bound_to), is_quiet=is_quiet
+                rows,
+                processing_class,
+                args.max_length,
+                vocab_size,
+                end_tokens(bound_to),
+                args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict by now
+                is_quiet=is_quiet,
             )
 
         train_rows = read(train_dataset)
@@ -142,8 +158,16 @@ class Eagle3Trainer(Trainer):
             eval_rows = read(eval_dataset)
         if drafter is None:
             drafter = make_drafter(bound_to, args, train_rows, processing_class)
+        elif train_rows is not None:
+            counts, ids = count_supervised_tokens(train_rows, vocab_size), drafter.draft_to_target_ids.cpu()
+            check_coverage(counts, ids, 0.0, "Train a new drafter on this data if that is too little")
         if isinstance(states, StoredStates):
             states.check(drafter)
+            if target is not None:
+                states.check_target(target)
+            self._teacher: str | None = states.fingerprint
+        else:
+            self._teacher = None if target is None or is_spread(target) else fingerprint_weights(target)
         drafter.bind(bound_to)
         # In a tuple, so that no module tracker takes the target for a part of this trainer's model.
         self._target = (target,)
@@ -307,7 +331,7 @@ class Eagle3Trainer(Trainer):
                 raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
         self._resumed = Path(folder) if folder else None
         if self._resumed is not None and not self.args.ignore_recipe_mismatch:
-            check_recipe(self._resumed, self._recipe())
+            check_recipe(self._resumed, self._recipe)
         return super().train(resume_from_checkpoint=folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def begin(self) -> None:
@@ -453,9 +477,10 @@ class Eagle3Trainer(Trainer):
             "walked_acceptance_length": float(walked.acceptance_length),
             "simulated_acceptance_length": simulated_acceptance_length(sums, depth),
         }
-        metrics["acceptance_length"] = metrics["walked_acceptance_length"]
         if hasattr(self.target_model, "generate") and args.eval_generate_prompts:
-            metrics["acceptance_length"] = float(self._generate(rows).acceptance_length)
+            walked = self._generate(rows)
+        metrics["acceptance_length"] = float(walked.acceptance_length)
+        metrics |= {f"accept_depth_{k}": rate for k, rate in enumerate(walked.rate_by_depth, 1)}
         if self._own_metrics is not None:
             metrics |= self._own_metrics(sums)
         self.model.train(was_training)
@@ -485,8 +510,9 @@ class Eagle3Trainer(Trainer):
 
     # ---- checkpoints ----
 
+    @cached_property
     def _recipe(self) -> dict[str, Any]:
-        return describe_recipe(self.drafter, self.args, self._rows)
+        return describe_recipe(self.drafter, self.args, self._rows, self._teacher)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the host's; of a sharded drafter, the whole."""
@@ -502,7 +528,7 @@ class Eagle3Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_recipe(Path(output_dir or self.args.output_dir), self._recipe())
+            write_recipe(Path(output_dir or self.args.output_dir), self._recipe)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -660,7 +686,13 @@ def _refuse_settings(args: Eagle3TrainingArguments) -> None:
         )
 
 
-def _check_drafter(drafter: Eagle3DrafterModel) -> None:
+def _check_drafter(drafter: Any, will_adapt: bool) -> None:  # whatever was given as model
+    refuse_other_models(drafter, "model")
+    if not will_adapt and not any(p.requires_grad for p in drafter.parameters()):
+        raise ValueError(
+            "No weight of this drafter trains, as in a folder of adapters that were loaded with it. Merge them "
+            "(merge_and_unload of PEFT), or resume the run that made them, or give peft_config (--use_peft)."
+        )
     if drafter.config.is_parallel:
         raise ValueError(
             f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
@@ -684,6 +716,7 @@ def _tokenize(
     max_length: int,
     vocab_size: int,
     ends: Sequence[int],
+    chat_template_kwargs: Mapping[str, Any] | None,
     *,
     is_quiet: bool,
 ) -> Any:  # rows by index, of whatever class
@@ -694,6 +727,21 @@ def _tokenize(
     dataset: Any = rows
     if not isinstance(rows, Dataset):
         rows = tqdm(rows, desc="Tokenizing", disable=is_quiet, leave=False)
-        dataset = TokenDataset(rows, tokenizer, max_length, eos_token_ids=ends)
+        dataset = TokenDataset(
+            rows, tokenizer, max_length, eos_token_ids=ends, chat_template_kwargs=chat_template_kwargs
+        )
+    elif len(dataset) and not isinstance(dataset, TokenDataset):  # which has looked at its rows
+        _refuse_degenerate_masks(dataset)
     check_token_ids(dataset, vocab_size)
     return dataset
+
+
+def _refuse_degenerate_masks(dataset: Any) -> None:  # rows by index, of whatever class, as they are
+    masks = [np.asarray(dataset[i]["loss_mask"], dtype=bool) for i in range(len(dataset))]
+    what = "none" if not any(map(trains_something, masks)) else "all" if all(mask.all() for mask in masks) else None
+    if what is not None:
+        raise ValueError(
+            f"There is nothing to learn: of {len(masks)} rows, each marks {what} of its tokens as generated"
+            f"{' (or only single ones)' if what == 'none' else ''}. loss_mask must be 1 on what the target generated, "
+            "two tokens in a row or more, and 0 on what it was given."
+        )

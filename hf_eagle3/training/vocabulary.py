@@ -88,17 +88,26 @@ def choose_draft_vocabulary(
     priority = counts.to(torch.float64)
     priority[always] = torch.inf
     ids = priority.sort(descending=True, stable=True).indices[:size].sort().values
+    check_coverage(counts, ids, min_coverage, "Raise draft_vocab_size")
+    return ids
+
+
+def check_coverage(counts: Tensor, ids: Tensor, min_coverage: float, advice: str) -> None:
+    """Say how many of the supervised tokens, `counts` [V], the draft vocabulary `ids` [V_d] is.
+
+    Raises:
+        ValueError: They are less than `min_coverage` (a share); `advice` says what else to do.
+    """
     covered = counts[ids].sum().item() / max(counts.sum().item(), 1)
-    logger.info(f"Draft vocabulary: {size} of {len(counts)} tokens cover {covered:.2%} of the supervised tokens.")
+    logger.info(f"Draft vocabulary: {len(ids)} of {len(counts)} tokens cover {covered:.2%} of the supervised tokens.")
     what = (
-        f"The draft vocabulary of {size} tokens covers only {covered:.1%} of the supervised tokens; what it lacks can "
+        f"The draft vocabulary of {len(ids)} tokens covers only {covered:.1%} of the supervised tokens; what it lacks can "
         "never be accepted."
     )
     if covered < min_coverage:
-        raise ValueError(f"{what} Raise draft_vocab_size, or lower min_coverage ({min_coverage:g}) if that is meant.")
+        raise ValueError(f"{what} {advice}, or lower min_coverage ({min_coverage:g}) if that is meant.")
     if covered < GOOD_COVERAGE:
-        logger.warning(f"{what} Raise draft_vocab_size.")
-    return ids
+        logger.warning(f"{what} {advice}.")
 
 
 def vocabulary_fingerprint(draft_to_target_ids: Tensor, vocab_size: int) -> str:
