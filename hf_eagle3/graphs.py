@@ -98,7 +98,7 @@ class Arena:
         self.pool = new_pool()
 
 
-_lock = threading.Lock()  # of the next two
+_lock = threading.Lock()  # of the next two: which calls and threads use a target
 _busy: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # targets whose arena a call uses
 _turns: "weakref.WeakKeyDictionary[PreTrainedModel, Turns]" = weakref.WeakKeyDictionary()
 _one_capture = threading.Lock()  # PyTorch knows one at a time
@@ -243,7 +243,7 @@ def open_arena(
         raise CacheMemoryError(
             f"The device ran out of memory for {num_rows} rows of {arena.capacity} positions, "
             f"{describe_need(target, num_rows, arena.capacity)}: use fewer rows, a shorter prompt or a lower "
-            f"max_new_tokens. {error}"
+            f"max_new_tokens; hf_eagle3.release_graphs() frees what other targets keep. {error}"
         ) from error
 
 
@@ -279,7 +279,7 @@ class CapturedPhases(Phases):
         self.told = "replayed"
         self._seconds, self._bytes = 0.0, 0  # of captures
         self.recorded: Recorded | None = (
-            None  # then rounds run eagerly: one in the middle of a call could not be captured
+            None  # also where a capture in the middle of a call failed: rounds run eagerly
         )
 
     def begin(self) -> None:
