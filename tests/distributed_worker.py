@@ -19,6 +19,7 @@ from hf_eagle3.training.distributed import number_targets
 from hf_eagle3.training.shared_states import SharedStates
 
 V = 48
+LONG = {"max_steps": 20, "save_strategy": "no"}
 FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
 
 
@@ -186,6 +187,8 @@ def main_on_cpus(folder):
     run("ddp_average", folder, **two, **averaged)
     run("ddp_hybrid", folder, loss_type="lk_hybrid", **two)
 
+    run("ddp_long", folder, **LONG, **two)
+
     if importlib.util.find_spec("peft") is not None:
         run("ddp_adapted", folder, lora=4, **two)
 
@@ -198,6 +201,7 @@ def main_on_cpus(folder):
     run("fsdp_average", folder, fsdp_config=FSDP, **sharded, **averaged)
     run_split(folder, two, sharded)
     run("fsdp_bf16", folder, fsdp_config=FSDP, bf16=True, **sharded)
+    run("fsdp_long", folder, fsdp_config=FSDP, **LONG, **sharded)
 
 
 def main_with_two_targets(folder):

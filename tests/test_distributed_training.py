@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import curve, make_rows, make_target, make_trainer, make_uneven_rows, run
+from distributed_worker import LONG, curve, make_rows, make_target, make_trainer, make_uneven_rows, run
 from transformers import AutoModel
 from transformers.distributed import DistributedConfig
 
@@ -75,6 +75,13 @@ def test_two_processes_train_as_one(folder, name):
     names = {path.name for path in (folder / name / "checkpoint-4").iterdir()}
     assert {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "hf_eagle3_recipe.json"} <= names
     assert "pytorch_model_fsdp.bin" not in names
+
+
+@pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
+def test_twenty_updates_stay_together(folder, tmp_path, name):
+    run("long", tmp_path, **ALONE, **LONG)
+    assert len(read(folder, name)["curve"]) == 20
+    assert_same_run(read(folder, name), read(tmp_path, "long"), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp_resumed", "fsdp_resumed", "tp_resumed"])

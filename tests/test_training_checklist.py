@@ -1,6 +1,8 @@
 """What training must keep to and no other file asks: positions, processes, scale, the Hub, and learning rows by heart."""
 
 import os
+import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,14 @@ from test_modeling import DoubleRotary
 from test_training import NEW, PROMPT, TINY, make_args, make_drafter, progressions
 from test_ttt import VARIANTS, batch_of, exact_norms, make, several_rows  # noqa: F401  a fixture too
 from test_ttt import target as double_target  # noqa: F401  a fixture
-from tiny_chat import CHANNELS, assistant, make_tokenizer, user
+from tiny_chat import CHANNELS, CHATML, TRIMMED, assistant, make_tokenizer, user
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import TokenDataset
+from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.loading import make_drafter as choose_and_make
+from hf_eagle3.training.state_writer import fingerprint_data
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.ttt import unroll_rows
 
@@ -66,19 +70,57 @@ def test_only_distances_between_positions_count(double_target, variant):  # noqa
 
 
 def choose_vocabulary():
-    """Of texts with many special tokens and ties, by all that a trainer does for a new drafter."""
+    """Of texts with many special tokens and ties, by all that a trainer does for a new drafter; and what the texts are."""
     tokenizer = make_tokenizer(CHANNELS)
     answers = [{**assistant(f"It is {i * i:b}."), "thinking": "Hm."} for i in range(40)]
     rows = [{"messages": [user(f"{i}?"), answer]} for i, answer in enumerate(answers)]
     ends = tokenizer.convert_tokens_to_ids(["<return>", "<call>"])
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": len(tokenizer), "eos_token_id": ends}))
     args = Eagle3TrainingArguments(draft_vocab_size=24, min_coverage=0.5, use_cpu=True, report_to=[])
-    drafter = choose_and_make(model, args, TokenDataset(rows, tokenizer), tokenizer)
-    return drafter.draft_to_target_ids.tolist()
+    dataset = TokenDataset(rows, tokenizer)
+    drafter = choose_and_make(model, args, dataset, tokenizer)
+    return fingerprint_data(dataset), drafter.draft_to_target_ids.tolist()
+
+
+@pytest.mark.parametrize(("template", "beginning"), [(CHATML, ""), (TRIMMED, "<bos>")], ids=["chatml", "trimmed"])
+def test_a_thousand_dialogues_are_what_an_engine_is_given(template, beginning):
+    """T-21: ids of whole dialogues, and of the prompt before each answer, as a server renders and tokenises them."""
+    tokenizer, generator = make_tokenizer(template), random.Random(0)
+    letters = "abc xyz.,!?\n\t 'é日🙂{}<>"
+
+    def text():
+        return "".join(generator.choices(letters, k=generator.randint(1, 30))).strip() or "a"
+
+    dialogues = []
+    for i in range(1000):
+        system = [{"role": "system", "content": text()}] if i % 3 == 0 and not beginning else []
+        turns = [turn for _ in range(generator.randint(1, 3)) for turn in (user(text()), assistant(text()))]
+        dialogues.append([*system, *turns])
+    dataset = TokenDataset([{"messages": dialogue} for dialogue in dialogues], tokenizer, None)
+    assert len(dataset) == 1000
+    for dialogue, row in zip(dialogues, dataset, strict=True):
+        served = tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=False)
+        ids = row["input_ids"].tolist()
+        assert ids == served[: len(ids)]
+        assert not tokenizer.decode(served[len(ids) :]).strip()  # what nobody generates
+        prompt = tokenizer.apply_chat_template(dialogue[:-1], add_generation_prompt=True, return_dict=False)
+        assert ids[: len(prompt)] == prompt
+        assert not row["loss_mask"][len(prompt) - 1]
+        taught = row["loss_mask"][len(prompt) :]
+        assert taught[: taught.sum()].all()
+        assert not tokenizer.decode(ids[len(prompt) + taught.sum() :]).strip()
+
+
+def test_workers_may_be_spawned(rows):
+    """T-37: what they need can be pickled, and gives the same batches there."""
+    dataset, collator = (pickle.loads(pickle.dumps(x)) for x in (TokenDataset(rows, None, None), Collator(3)))
+    ours, theirs = Collator(3)([*TokenDataset(rows, None, None)]), collator([*dataset])
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert torch.equal(ours["depth"], theirs["depth"])
 
 
 def test_processes_choose_one_draft_vocabulary():
-    """T-17: whatever order their sets have, which a process draws when it starts."""
+    """T-17, T-22: whatever order their sets have, which a process draws when it starts; and one rendering."""
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     done = subprocess.run(
         [sys.executable, "-c", f"import {__name__} as m; print(hash('order'), m.choose_vocabulary(), sep=';')"],

@@ -455,6 +455,29 @@ def test_simulated_acceptance_is_of_slots_with_all_steps(target, rows, tmp_path)
     assert simulated == pytest.approx(1 + sum(ratios) / len(ratios), abs=1e-4)
 
 
+def test_what_lies_beyond_the_training_length_is_told_apart(target, rows, tmp_path):
+    """Of rows twice as long: as rows that were cut, and as rows that are taught from there on alone."""
+    longest = 12
+    long_rows = [
+        {name: [*rows[i][name], *rows[i + 1][name]] for name in ("input_ids", "loss_mask")} for i in range(0, 8, 2)
+    ]
+    late = [{**row, "loss_mask": [0] * longest + row["loss_mask"][longest:]} for row in long_rows]
+    drafter, found = make_drafter(target), {}
+    for name, given, lengths in (
+        ("all", long_rows, {"max_length": longest, "eval_max_length": 64}),
+        ("cut", long_rows, {"max_length": longest}),
+        ("late", late, {"max_length": 64}),
+    ):
+        args = make_args(tmp_path, eval_generate_prompts=0, **lengths)
+        trainer = Eagle3Trainer(model=drafter, target_model=target, args=args, train_dataset=rows, eval_dataset=given)
+        found[name] = trainer.evaluate()
+    for name in ("loss", "accuracy_0", "accuracy_2", "walked_acceptance_length", "simulated_acceptance_length"):
+        assert found["all"][f"eval_{name}"] == pytest.approx(found["cut"][f"eval_{name}"], nan_ok=True)
+        assert found["all"][f"eval_long_{name}"] == pytest.approx(found["late"][f"eval_{name}"], nan_ok=True)
+        assert f"eval_long_{name}" not in found["cut"]
+    assert found["all"]["eval_loss"] != found["all"]["eval_long_loss"]
+
+
 # ---- guards ----
 
 

@@ -75,6 +75,13 @@ class Eagle3TrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "What the chat template is given for every row, such as enable_thinking; a dict or JSON."},
     )
+    eval_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer eval rows are cut to so many tokens; max_length if left out. What lies beyond max_length is "
+            "reported apart, as eval_long_*."
+        },
+    )
     eval_depth: int = field(default=3, metadata={"help": "Draft depth K of the acceptance lengths."})
     eval_generate_prompts: int = field(
         default=16,
@@ -130,6 +137,8 @@ class Eagle3TrainingArguments(TrainingArguments):
         for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.eval_max_length is not None and self.eval_max_length < 1:
+            raise ValueError(f"eval_max_length must be at least 1, got {self.eval_max_length}.")
         if self.eval_generate_prompts < 0:
             raise ValueError(f"eval_generate_prompts must be at least 0, got {self.eval_generate_prompts}.")
         if not 0 < self.ttt_decay <= 1:

@@ -14,6 +14,7 @@ from ..graphs import release_graphs
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
 from .batch import Batch
+from .data import trains_something
 from .distributed import sum_over_processes
 from .stored_states import NO_DOCUMENT
 from .ttt import StepSums
@@ -40,6 +41,44 @@ class ProcessRows(Dataset):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         at = index * self._count + self._index
         return self.rows[at] if at < len(self.rows) else self.FILLER
+
+
+class RowsWithin(Dataset):
+    """Rows cut to `length` tokens."""
+
+    def __init__(self, rows: Any, length: int):  # Any: rows by index, of whatever class
+        self._rows, self._length = rows, length
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = self._rows[index]
+        return {**row, **{name: row[name][: self._length] for name in ("input_ids", "loss_mask")}}
+
+    def beyond(self) -> "RowsBeyond":
+        """What was cut."""
+        return RowsBeyond(self._rows, self._length)
+
+
+class RowsBeyond(Dataset):
+    """Rows that are taught from token `length` on alone; those that have nothing to teach there are left out."""
+
+    def __init__(self, rows: Any, length: int):  # Any: rows by index, of whatever class
+        self._rows, self._length = rows, length
+        self._indices = [i for i in range(len(rows)) if trains_something(self._mask(rows[i]))]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = self._rows[self._indices[index]]
+        return {**row, "loss_mask": self._mask(row)}
+
+    def _mask(self, row: Mapping[str, Any]) -> np.ndarray:
+        mask = np.array(row["loss_mask"], dtype=bool)  # a copy
+        mask[: self._length] = False
+        return mask
 
 
 def add_sums(parts: Iterable[StepSums], steps: int, accelerator: Accelerator) -> StepSums:

@@ -44,6 +44,7 @@ from .distributed import (
 )
 from .evaluation import (
     ProcessRows,
+    RowsWithin,
     add_sums,
     add_walks,
     by_step,
@@ -138,24 +139,25 @@ class Eagle3Trainer(Trainer):
         bound_to = target if target is not None else states.target  # type: ignore[union-attr]  # one of the two
         vocab_size = bound_to.config.get_text_config(decoder=True).vocab_size
 
-        def read(rows: Any) -> Any:  # by index, of whatever class
+        def read(rows: Any, max_length: int) -> Any:  # by index, of whatever class
             is_quiet = args.disable_tqdm or args.local_process_index > 0
             return _tokenize(
                 rows,
                 processing_class,
-                args.max_length,
+                max_length,
                 vocab_size,
                 end_tokens(bound_to),
                 args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict by now
                 is_quiet=is_quiet,
             )
 
-        train_rows = read(train_dataset)
+        eval_length = args.eval_max_length or args.max_length
+        train_rows = read(train_dataset, args.max_length)
         eval_rows: Any  # one set, several by name, or None
         if isinstance(eval_dataset, dict):
-            eval_rows = {name: read(rows) for name, rows in eval_dataset.items()}
+            eval_rows = {name: read(rows, eval_length) for name, rows in eval_dataset.items()}
         else:
-            eval_rows = read(eval_dataset)
+            eval_rows = read(eval_dataset, eval_length)
         if drafter is None:
             drafter = make_drafter(bound_to, args, train_rows, processing_class)
         elif train_rows is not None:
@@ -185,7 +187,7 @@ class Eagle3Trainer(Trainer):
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
         self._shape = DrafterShape.of(drafter.config)
         self._target_shape = None if target is None or states is not None else TargetShape.of(target)
-        self._read = read
+        self._read_eval = lambda rows: read(rows, eval_length)
         self._own_metrics = compute_metrics
         self._rows = train_rows
         own_configs = KeepOwnConfigs(drafter)
@@ -411,9 +413,14 @@ class Eagle3Trainer(Trainer):
         if isinstance(eval_dataset, str):
             rows = self.eval_dataset[eval_dataset]
         else:
-            rows = self.eval_dataset if eval_dataset is None else self._read(eval_dataset)
+            rows = self.eval_dataset if eval_dataset is None else self._read_eval(eval_dataset)
         if rows is None:
             raise ValueError("Evaluation needs eval_dataset.")
+        longest = self.args.max_length
+        return self._load(RowsWithin(rows, longest) if (self.args.eval_max_length or 0) > longest else rows)
+
+    def _load(self, rows: Any) -> DataLoader:  # Any: by index, of whatever class
+        """Batches of this process's part of `rows`."""
         return DataLoader(
             ProcessRows(rows, self.accelerator.process_index, self.accelerator.num_processes),
             batch_size=self.args.eval_batch_size,
@@ -449,7 +456,24 @@ class Eagle3Trainer(Trainer):
         args, rows = self.args, dataloader.dataset.rows  # type: ignore[attr-defined]  # of `get_eval_dataloader`
         was_training = self.model.training
         self.model.eval()
-        k, depth = args.ttt_steps, args.eval_depth
+        metrics, sums, walked = self._measure(dataloader, description)
+        if isinstance(rows, RowsWithin) and len(beyond := rows.beyond()):
+            found, *_ = self._measure(self._load(beyond), f"{description}, beyond {args.max_length} tokens")
+            metrics |= {f"long_{name}": value for name, value in found.items()}
+        if hasattr(self.target_model, "generate") and args.eval_generate_prompts:
+            walked = self._generate(rows)
+        metrics["acceptance_length"] = float(walked.acceptance_length)
+        metrics |= {f"accept_depth_{k}": rate for k, rate in enumerate(walked.rate_by_depth, 1)}
+        if self._own_metrics is not None:
+            metrics |= self._own_metrics(sums)
+        self.model.train(was_training)
+        prefix = f"{metric_key_prefix}_"
+        metrics = {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _measure(self, dataloader: DataLoader, description: str) -> tuple[dict[str, float], StepSums, Walk]:
+        """What there is to say without decoding, the sums that it comes from, and rounds walked along the answers."""
+        args, k, depth = self.args, self.args.ttt_steps, self.args.eval_depth
         steps = max(k, depth)
         walked = Walk(0, np.zeros(depth, dtype=np.int64))
         proposable = torch.zeros(2, dtype=torch.int64, device=args.device)  # tokens of answers; that can be proposed
@@ -477,16 +501,7 @@ class Eagle3Trainer(Trainer):
             "walked_acceptance_length": float(walked.acceptance_length),
             "simulated_acceptance_length": simulated_acceptance_length(sums, depth),
         }
-        if hasattr(self.target_model, "generate") and args.eval_generate_prompts:
-            walked = self._generate(rows)
-        metrics["acceptance_length"] = float(walked.acceptance_length)
-        metrics |= {f"accept_depth_{k}": rate for k, rate in enumerate(walked.rate_by_depth, 1)}
-        if self._own_metrics is not None:
-            metrics |= self._own_metrics(sums)
-        self.model.train(was_training)
-        prefix = f"{metric_key_prefix}_"
-        metrics = {name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+        return metrics, sums, walked
 
     def _generate(self, rows: Any) -> Walk:  # Any: by index, of whatever class
         """Rounds of greedy decoding from the prompts of the first of `rows`, by all processes together."""
