@@ -55,7 +55,8 @@ PARTS = ["attention", "fusion"]
 BEGAN = time.perf_counter()
 TURNS = 9
 LONGEST = 30.0  # seconds for one way at one size
-COMPILED = {"FlexAttention, compiled", "torch.compile, layer by layer"}
+BOTH = "liger-kernel, and compiled layer by layer"
+COMPILED = {"FlexAttention, compiled", "torch.compile, layer by layer", BOTH}
 HAS_KERNELS = language.is_available(DEVICE)
 
 
@@ -450,11 +451,19 @@ def as_compiled(model: nn.Module) -> Iterator[nn.Module]:
     yield changed
 
 
+@contextlib.contextmanager
+def as_both(model: nn.Module) -> Iterator[nn.Module]:
+    """liger-kernel's parts, and each layer compiled around them."""
+    with as_liger(model) as changed, as_compiled(changed) as compiled:
+        yield compiled
+
+
 FUSIONS: dict[str, Callable] = {
     "stock": as_stock,
     "ours": as_fused,
     "liger-kernel": as_liger,
     "torch.compile, layer by layer": as_compiled,
+    BOTH: as_both,
 }
 
 
