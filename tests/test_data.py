@@ -521,3 +521,10 @@ def test_rows_of_one_conversation_are_counted():
 
 def test_a_first_token_and_one_alone_train_nothing():
     assert not trains_something(np.array([True, True, False, True]))
+
+
+def test_dialogues_need_a_chat_template():
+    tokenizer = make_tokenizer(None)
+    with pytest.raises(ValueError, match="Row 0: it is a dialogue, and the tokenizer has no chat template"):
+        TokenDataset([{"messages": [user("a"), assistant("b")]}], tokenizer)
+    assert len(TokenDataset([{"prompt": "a", "completion": "bc"}], tokenizer)) == 1

@@ -535,6 +535,14 @@ def test_masks_that_cannot_be_are_refused_in_datasets_too(target, rows, tmp_path
         Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=Rows())
 
 
+def test_a_target_of_few_layers_needs_boundaries(rows, tmp_path):
+    shallow = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 4})).eval()
+    with pytest.raises(ValueError, match=r"The target has 4 layers.*--aux_layer_ids"):
+        Eagle3Trainer(target_model=shallow, args=make_args(tmp_path), train_dataset=rows)
+    args = make_args(tmp_path, aux_layer_ids=[1, 2, 3], max_steps=1)
+    Eagle3Trainer(target_model=shallow, args=args, train_dataset=rows).train()
+
+
 def test_resuming_another_recipe_is_refused(target, rows, tmp_path):
     train(target, rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     checkpoint = tmp_path / "out" / "checkpoint-2"

@@ -102,6 +102,11 @@ class TokenDataset(Dataset):
         tokenizer = self._renderer.tokenizer
         if isinstance(row.get("completion"), str) and isinstance(row["prompt"], str) and not tokenizer.chat_template:
             return [_continue_text(row["prompt"], row["completion"], tokenizer)]
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "it is a dialogue, and the tokenizer has no chat template to write it with. Set tokenizer.chat_template to "
+                "the target's, or give prompt and completion as texts, or input_ids and loss_mask."
+            )
         turns = find_turns(conversation, self._renderer)
         self.counts.num_turns += len(turns)
         self.counts.num_unterminated += sum(not self._renderer.is_terminated(turn) for turn in turns)

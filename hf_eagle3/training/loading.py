@@ -52,7 +52,13 @@ def make_drafter(
     """A new drafter for `target`: the most frequent supervised tokens of `rows`, and special ones, as its vocabulary."""
     if rows is None:
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    theirs = target.config.get_text_config(decoder=True)
+    n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
+    if args.aux_layer_ids is None and len({2, n // 2, n - 3}) < 3:  # as a config without them is read
+        raise ValueError(
+            f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
+            f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."
+        )
     counts = count_supervised_tokens(rows, vocab_size)
     always = end_tokens(target) + ([] if tokenizer is None else find_special_tokens(counts, tokenizer))
     size = min(args.draft_vocab_size, vocab_size)
