@@ -19,13 +19,15 @@ import numpy as np
 import torch
 import transformers
 from peer_training import Peer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.forecast import STATE_BYTES, DrafterShape, activation_bytes, borrowed_bytes
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.new import new_drafter
 from hf_eagle3.training.states import OnlineStates, States
-from hf_eagle3.training.target_head import DraftVocabulary
+from hf_eagle3.training.stored_states import StoredTarget
+from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
 from hf_eagle3.training.ttt import Method, ttt, unroll_rows
 
 SHAPE_8B = {
@@ -45,6 +47,17 @@ TINY = {**SHAPE_8B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 9
     "num_key_value_heads": 2,
 }
 STEPS = 4  # timed together
+# Memory from states in memory, at these lengths: config of the target, fields of the drafter (arXiv:2503.01840; SpecForge).
+BUDGET = {
+    "Llama-3.1-8B": (LlamaConfig, SHAPE_8B, {}),
+    "gpt-oss-120b": (
+        GptOssConfig,
+        {"vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "head_dim": 64},
+        {"intermediate_size": 17280},
+    ),
+}
+LENGTHS = (4096, 8192, 16384)
 # TTT steps, documents, tokens each, share of them supervised -> the peer's tokens a second, of all and drafter only.
 WORK = {
     "TTT 4, 1 x 4096": (4, 1, 4096, 1.0, 17824, 42465, 25.3),
@@ -195,6 +208,34 @@ def measure_long(
     }
 
 
+def measure_budget(device: str, is_tiny: bool, steps: int) -> list[dict]:
+    """Peak memory of a step over one document, drafter only, beside what the forecast says."""
+    rows = []
+    for name, (kind, fields, overrides) in BUDGET.items():
+        fields, overrides = (TINY, {}) if is_tiny else (fields, overrides)
+        config = (LlamaConfig if is_tiny else kind)(**fields)
+        V, H = config.vocab_size, config.hidden_size
+        tensors = {
+            part: torch.randn(V, H, device=device, dtype=torch.bfloat16)
+            for part in ("embed_tokens.weight", "lm_head.weight")
+        }
+        target = StoredTarget(config, 1, tensors)
+        kept = torch.randperm(V)[: 64 if is_tiny else 32000].sort().values
+        for length in (96, 160) if is_tiny else LENGTHS:
+            drafter = new_drafter(target, kept, **overrides).to(device).train()
+            vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
+            optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=device == "cuda")
+            row = measure_long(TargetHead.of(target), drafter, optimizer, vocabulary, 3 * H, V, length, steps)
+            shape = DrafterShape.of(drafter.config)
+            trained = sum(p.numel() for p in drafter.parameters())
+            said = trained * STATE_BYTES + borrowed_bytes(shape) + activation_bytes(shape, length, steps)
+            rows.append({**row, "work": f"{name}: {row['work']}", "forecast_gib": said / 2**30})
+            print(json.dumps(rows[-1]), flush=True)
+            drafter = optimizer = None
+            gc.collect()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON to write")
@@ -203,10 +244,14 @@ def main() -> None:
     parser.add_argument("--stock-target", action="store_true", help="the target's own norms and rotary, no kernels")
     parser.add_argument("--peer", action="store_true", help="run the peer's step too, where it is installed")
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and stop")
+    parser.add_argument("--budget", action="store_true", help="memory of two shapes at three lengths, and stop")
     parser.add_argument("--long", type=int, default=32768, help="tokens of the long document; 0 leaves it out")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    if args.budget:
+        write_report(measure_budget(device, args.tiny, 4), device, args.output)
+        return
     config = LlamaConfig(**(TINY if args.tiny else SHAPE_8B), dtype=torch.bfloat16)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
@@ -239,15 +284,20 @@ def main() -> None:
         row = measure_long(head, drafter, optimizer, vocabulary, width, V, 96 if args.tiny else args.long, 4)
         results.append(row)
         print(json.dumps(row), flush=True)
+    write_report(results, device, args.output)
+
+
+def write_report(results: list[dict], device: str, output: Path | None) -> None:
+    """All as JSON, and a line for each."""
     report = {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "results": results,
     }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1))
     for row in results:
         print(
             f"{row['work']:42} {row['tokens_per_second']:9.0f} tok/s  "
@@ -255,6 +305,7 @@ def main() -> None:
             + (f"{row['ratio_here']:.2f} x peer here  " if "ratio_here" in row else "")
             + (f"target {row['target_ms']:.0f} ms  drafter {row['drafter_ms']:.0f} ms  " if "target_ms" in row else "")
             + f"peak {row['peak_gib']:.1f} GiB"
+            + (f"  forecast {row['forecast_gib']:.1f} GiB" if "forecast_gib" in row else "")
         )
 
 

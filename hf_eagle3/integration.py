@@ -36,6 +36,7 @@ from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .checkpoints import export, load_published_config, register_weight_names
 from .choice import HOST_LOOP, OWN_LOOP, choose_loop, take_choice
 from .features import StateRecorder
+from .graphs import turns_of
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .own_loop import run_own_loop
 from .peers import find_peers, make_agree
@@ -115,15 +116,16 @@ def wrap_generate(original: Callable) -> Callable:
             given.num_assistant_tokens = depth
         asked = setting("decode_loop") or getattr(drafter.generation_config, "decode_loop", None)
         further.pop("decode_loop", None)
-        choice = choose_loop(
-            self,
-            drafter,
-            asked=asked,
-            depth=depth,
-            setting=setting,
-            has_synced_gpus=bool(call.arguments.get("synced_gpus")),
-            inputs=further,
-        )
+        with turns_of(self):  # while graphs are recorded, layers are not as they are
+            choice = choose_loop(
+                self,
+                drafter,
+                asked=asked,
+                depth=depth,
+                setting=setting,
+                has_synced_gpus=bool(call.arguments.get("synced_gpus")),
+                inputs=further,
+            )
         logger.info(
             "%s (%s): depth %d, target states at boundaries %s.",
             *(choice.loop, choice.why, depth, drafter.bound_aux_layer_ids or "n, normed"),

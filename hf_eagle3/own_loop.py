@@ -21,6 +21,7 @@ from .graphs import (
     FIRST_ROOM,
     CapturedPhases,
     KnownUnfitError,
+    Turns,
     give_arena_back,
     open_arena,
     take_arena,
@@ -140,7 +141,7 @@ def run_own_loop(
         if why_eager is not None and not choice.is_eager:  # layers on a CPU, if there are any
             around = [FoldedAttention(target, drafter), PackedLinears(target, drafter)]
         for context in around:
-            stack.push(context)  # leaves nothing behind, even if the call is interrupted while one is entered
+            stack.callback(leave, context, turns)
         phases = Phases(*models, [turns, *around])
         if arena is not None:
             keeps_scores = transcript.scores is not None or transcript.logits is not None
@@ -186,6 +187,12 @@ def run_own_loop(
     )
     output.speculation = told
     return output
+
+
+def leave(context: AbstractContextManager, turns: Turns) -> None:
+    """Let a call leave nothing of `context` behind, even if it is interrupted while that is entered."""
+    with turns:
+        context.__exit__(None, None, None)
 
 
 def fill_pads(target: PreTrainedModel, prompt: Prompt, state: DecodeState, transcript: Transcript) -> None:
