@@ -278,9 +278,8 @@ class CapturedPhases(Phases):
         self.arena, self.keeps_scores = arena, keeps_scores
         self.told = "replayed"
         self._seconds, self._bytes = 0.0, 0  # of captures
-        self.recorded: Recorded | None = (
-            None  # also where a capture in the middle of a call failed: rounds run eagerly
-        )
+        # None also where a capture in the middle of a call failed: rounds run eagerly.
+        self.recorded: Recorded | None = None
 
     def begin(self) -> None:
         """Find or record the graphs.

@@ -204,13 +204,8 @@ def test_sampling_draws_the_same_numbers_as_eager_rounds(target, counts, monkeyp
     assert counts.captured == 3
 
 
-def test_adapters_are_seen(counts):
-    peft = pytest.importorskip("peft")
-    target = copy.deepcopy(make_target("llama"))
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
-        target.add_adapter(config, adapter_name=name)
+def make_check(target, counts):
+    """What compares a call with plain decoding, and how much was captured after each."""
     drafter, prompt, seen = make_drafter(target), make_prompt(7), []
 
     def check():
@@ -218,6 +213,18 @@ def test_adapters_are_seen(counts):
         out = target.generate(prompt, assistant_model=drafter, max_new_tokens=15, **GREEDY)
         assert out.tolist() == plain.tolist()
         seen.append(counts.captured)
+
+    return check, seen
+
+
+def test_adapters_are_seen(counts):
+    peft = pytest.importorskip("peft")
+    target = copy.deepcopy(make_target("llama"))
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+        target.add_adapter(config, adapter_name=name)
+    check, seen = make_check(target, counts)
 
     target.set_adapter("a")
     check()
@@ -231,13 +238,7 @@ def test_adapters_are_seen(counts):
 
 def test_changed_weights_are_seen(counts):
     target = copy.deepcopy(make_target("llama"))
-    drafter, prompt, seen = make_drafter(target), make_prompt(7), []
-
-    def check():
-        plain = target.generate(prompt, max_new_tokens=15, **GREEDY)
-        out = target.generate(prompt, assistant_model=drafter, max_new_tokens=15, **GREEDY)
-        assert out.tolist() == plain.tolist()
-        seen.append(counts.captured)
+    check, seen = make_check(target, counts)
 
     check()
     with torch.no_grad():  # in place: graphs stay

@@ -432,9 +432,12 @@ def test_arguments_are_checked(tmp_path, field, value, message):
 
 
 def test_tokens_of_another_tokenizer_are_refused(target, rows, tmp_path):
-    for token in (V, -1):
+    for token, says in (
+        (V, "vocabulary is 0 to 47"),
+        (-1, "0 or more, got -1 to 7. Make the rows with the target's own"),
+    ):
         bad = {"input_ids": [5, 6, 7, token], "loss_mask": [0, 0, 1, 1]}
-        with pytest.raises(ValueError, match="Make the rows with the target's own tokenizer"):
+        with pytest.raises(ValueError, match=says):
             Eagle3Trainer(target_model=target, args=make_args(tmp_path), train_dataset=[*rows, bad])
 
 
