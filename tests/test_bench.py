@@ -660,6 +660,7 @@ def test_a_round_takes_what_decoding_takes():
     text = report.to_markdown([result], title="t", notes=[])
     assert "| a round, ms | 250.00 |" in text
     assert "| of which draft, ms | 25.00 |" in text
+    assert "| of which verify and all else, ms | 225.00 |" in text
     measure.add_times(result, [told(7.0, 28)], [], Team(torch.device("cpu")))
     assert "| a round, ms | 250.00 |" in report.to_markdown([result], title="t", notes=[])
 

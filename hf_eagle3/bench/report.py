@@ -80,6 +80,9 @@ def to_markdown(
         ("of which keys and values, GiB", drafted, lambda r: show_number(r.cache_gib)),
         ("a round, ms", drafted, lambda r: show_round(r, "seconds")),
         ("of which draft, ms", drafted, lambda r: show_round(r, "draft_seconds")),
+        ("of which verify and all else, ms", drafted, lambda r: show_round(r, "verify_seconds")),
+        ("of which accept, ms", drafted, lambda r: show_round(r, "accept_seconds")),
+        ("of which processors and streamers, ms", drafted, lambda r: show_round(r, "host_seconds")),
         ("graphs, first call", drafted, lambda r: r.graphs),
     ]
     for name, found, show in rows:
