@@ -57,7 +57,7 @@ BUDGET = {
         {"intermediate_size": 17280},
     ),
 }
-LENGTHS = (4096, 8192, 16384)
+LENGTHS = (4096, 8192, 16384, 32768)
 # TTT steps, documents, tokens each, share of them supervised -> the peer's tokens a second, of all and drafter only.
 WORK = {
     "TTT 4, 1 x 4096": (4, 1, 4096, 1.0, 17824, 42465, 25.3),
@@ -175,10 +175,10 @@ def measure(
     }
 
 
-def measure_long(
+def measure_stored(
     head, drafter, optimizer, vocabulary, aux_width: int, vocab_size: int, length: int, steps: int
 ) -> dict:
-    """One step over a single long document, from hidden states that are there already."""
+    """One step over a single document, from hidden states that are there already."""
     device = vocabulary.to_draft.device.type
     batch = make_batch(steps, 1, length, 1.0, vocab_size, device)
     H = head.weight.shape[1]
@@ -225,7 +225,7 @@ def measure_budget(device: str, is_tiny: bool, steps: int) -> list[dict]:
             drafter = new_drafter(target, kept, **overrides).to(device).train()
             vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
             optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4, fused=device == "cuda")
-            row = measure_long(TargetHead.of(target), drafter, optimizer, vocabulary, 3 * H, V, length, steps)
+            row = measure_stored(TargetHead.of(target), drafter, optimizer, vocabulary, 3 * H, V, length, steps)
             shape = DrafterShape.of(drafter.config)
             trained = sum(p.numel() for p in drafter.parameters())
             said = trained * STATE_BYTES + borrowed_bytes(shape) + activation_bytes(shape, length, steps)
@@ -244,8 +244,7 @@ def main() -> None:
     parser.add_argument("--stock-target", action="store_true", help="the target's own norms and rotary, no kernels")
     parser.add_argument("--peer", action="store_true", help="run the peer's step too, where it is installed")
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes, and stop")
-    parser.add_argument("--budget", action="store_true", help="memory of two shapes at three lengths, and stop")
-    parser.add_argument("--long", type=int, default=32768, help="tokens of the long document; 0 leaves it out")
+    parser.add_argument("--budget", action="store_true", help="memory of two shapes by length, and stop")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -273,15 +272,6 @@ def main() -> None:
         has_peer = args.peer and WORK[name][4] is not None
         make_peer = (lambda steps: Peer(target, kept, steps)) if has_peer else None
         row = measure(name, source, drafter, optimizer, vocabulary, V, args.repeats, make_peer)
-        results.append(row)
-        print(json.dumps(row), flush=True)
-    if args.long:
-        head, width = source.head, 3 * config.hidden_size
-        head.weight = head.weight.clone()
-        drafter._borrowed = {k: v.clone() for k, v in drafter._borrowed.items()}
-        source = target = None
-        gc.collect()
-        row = measure_long(head, drafter, optimizer, vocabulary, width, V, 96 if args.tiny else args.long, 4)
         results.append(row)
         print(json.dumps(row), flush=True)
     write_report(results, device, args.output)

@@ -506,9 +506,11 @@ def take_down(
     transcript: Transcript,
 ) -> None:
     """Append what a round settled to the text of each row that has not ended."""
+    keeps = transcript.scores is not None or transcript.logits is not None  # a view of each is most of the time here
     for b, row in enumerate(rows):
         if not transcript.is_live(row):
             continue
         for k in range(read[len(rows) * (K + 1) + b] + 1):
-            if transcript.append(row, read[b * (K + 1) + k], scores[b, k], logits[b, k]):
+            chosen_by = (scores[b, k], logits[b, k]) if keeps else (None, None)
+            if transcript.append(row, read[b * (K + 1) + k], *chosen_by):
                 break
