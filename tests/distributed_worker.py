@@ -71,11 +71,15 @@ def make_uneven_rows():
     return Rows([row if i // 4 % 2 else short for i, row in enumerate(rows)])
 
 
-def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, target=None, **changes):
+def make_drafter(target):
+    torch.manual_seed(5)
+    return new_drafter(target, torch.arange(2, 42))
+
+
+def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, target=None, drafter=None, **changes):
     """A trainer whose runs can be compared: rows in order, an optimizer that forgives no wrong scale."""
     target = make_target().to(target_dtype) if target is None else target
-    torch.manual_seed(5)
-    drafter = new_drafter(target, torch.arange(2, 42))
+    drafter = make_drafter(target) if drafter is None else drafter
     settings = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -197,6 +201,9 @@ def main_on_cpus(folder):
     assert type(trainer.model.fc.weight).__name__ == "DTensor"
     run("fsdp_by_layer", folder, fsdp_config={**FSDP, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}, **sharded)
     run("fsdp_resumed", folder, resume=str(folder / "one" / "checkpoint-2"), fsdp_config=FSDP, **sharded)
+    efficient = {**FSDP, "cpu_ram_efficient_loading": True}
+    names = {"target": str(folder / "target"), "drafter": str(folder / "drafter")}
+    run("fsdp_efficient", folder, fsdp_config=efficient, **names, **sharded)
     run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": FSDP})
     run("fsdp_average", folder, fsdp_config=FSDP, **sharded, **averaged)
     run_split(folder, two, sharded)

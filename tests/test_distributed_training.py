@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import LONG, curve, make_rows, make_target, make_trainer, make_uneven_rows, run
+from distributed_worker import LONG, curve, make_drafter, make_rows, make_target, make_trainer, make_uneven_rows, run
+from tiny_chat import make_tokenizer
 from transformers import AutoModel
 from transformers.distributed import DistributedConfig
 
@@ -32,6 +33,8 @@ def folder(tmp_path_factory):
     run("one", folder, **ALONE)
     run("small", folder, per_device_train_batch_size=4)
     make_target().save_pretrained(folder / "target")
+    make_tokenizer().save_pretrained(folder / "target")
+    make_drafter(make_target()).save_pretrained(folder / "drafter")
     launch(2, folder)
     return folder
 
@@ -67,7 +70,7 @@ def assert_same_weights(a, b):
         torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "tp", "tp_fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "fsdp_efficient", "tp", "tp_fsdp"])
 def test_two_processes_train_as_one(folder, name):
     """Losses, gradients and metrics at each update, and the weights in the end, which any process can load."""
     assert_same_run(read(folder, name), read(folder, "one"))

@@ -225,11 +225,9 @@ class Eagle3Trainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         if getattr(plugin, "fsdp_version", 1) != 2:
             raise ValueError("Eagle3Trainer needs version 2 of FSDP: set fsdp_version: 2 (accelerate) or drop --fsdp.")
-        if plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "fsdp_cpu_ram_efficient_loading loads models in the first process only, and every process needs its own "
-                "target: set it to false."
-            )
+        # Else accelerate would send round what the first process has of the drafter, which all have, and stop at its
+        # buffers (accelerate 1.15: they are no DTensors).
+        plugin.cpu_ram_efficient_loading = False
         if peft_config is not None:
             raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
         if (
