@@ -70,7 +70,9 @@ def assert_same_weights(a, b):
         torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "fsdp_efficient", "tp", "tp_fsdp"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "fsdp_efficient", "tp", "tp_fsdp"]
+)
 def test_two_processes_train_as_one(folder, name):
     """Losses, gradients and metrics at each update, and the weights in the end, which any process can load."""
     assert_same_run(read(folder, name), read(folder, "one"))
