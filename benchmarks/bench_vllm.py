@@ -36,8 +36,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-# vLLM's processes import this file too, and must not import hf_eagle3: it teaches Transformers to read drafters, and vLLM
-# would get our config in place of the one it knows. So our side imports it, inside functions.
+# vLLM's processes import this file too, and are to be vLLM as it comes: our side imports hf_eagle3, inside functions.
 
 OURS, VLLM, VLLM_EAGLE3 = "ours", "vllm", "vllm-eagle3"
 OUR_PLAIN, OUR_DRAFTED = "our loop, no drafting", "our loop, drafting"

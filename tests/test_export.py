@@ -315,6 +315,18 @@ def test_launch_lines(tmp_path):
     assert str(tmp_path / "hf") in commands["hf"]
 
 
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("vllm.transformers_utils.config", "LlamaConfig"), ("sglang.srt.utils", "LlamaConfig")]
+    + [("__main__", "Eagle3DrafterConfig"), ("vllm_like", "Eagle3DrafterConfig")],
+)
+def test_an_engine_in_the_same_process_gets_the_config_it_knows(module, kind, tmp_path):
+    make_drafter(make_target("llama")).export(tmp_path / "out", to="vllm", target=TARGET)
+    names = {"__name__": module, "folder": tmp_path / "out"}
+    exec("from transformers import AutoConfig\nconfig = AutoConfig.from_pretrained(folder)", names)
+    assert type(names["config"]).__name__ == kind
+
+
 def test_embeddings_that_sglang_would_replace(tmp_path):
     target = make_target("llama")
     drafter = make_drafter(target, has_own_embeddings=True)
