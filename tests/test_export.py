@@ -317,8 +317,12 @@ def test_launch_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "kind"),
-    [("vllm.transformers_utils.config", "LlamaConfig"), ("sglang.srt.utils", "LlamaConfig")]
-    + [("__main__", "Eagle3DrafterConfig"), ("vllm_like", "Eagle3DrafterConfig")],
+    [
+        ("vllm.transformers_utils.config", "LlamaConfig"),
+        ("sglang.srt.utils", "LlamaConfig"),
+        ("__main__", "Eagle3DrafterConfig"),
+        ("vllm_like", "Eagle3DrafterConfig"),
+    ],
 )
 def test_an_engine_in_the_same_process_gets_the_config_it_knows(module, kind, tmp_path):
     make_drafter(make_target("llama")).export(tmp_path / "out", to="vllm", target=TARGET)
