@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TEXT, make_prompt, make_target
+from conftest import DRAFTERS, TEXT, make_drafter, make_prompt, make_target
 from test_cli import drafter, folders, target, tokenizer  # noqa: F401  fixtures
 from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import cli, decode, processes
 from hf_eagle3.accept import Verdict
-from hf_eagle3.bench import command, dflash, equality, experts, measure, report, ways
+from hf_eagle3.bench import command, dflash, equality, measure, reads, report, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
 from hf_eagle3.bench.prompts import Prompts, read_questions
+from hf_eagle3.bench.shapes import make_random_drafter
 from hf_eagle3.processes import Team
 from hf_eagle3.stats import Speculation
 
@@ -672,45 +673,71 @@ def test_dp_size_must_be_what_was_launched(monkeypatch, capsys):
     assert "--dp-size 3, but 1 processes were launched" in capsys.readouterr().err
 
 
-# ---- experts ----
+# ---- what weights cost to read ----
 
 
 @pytest.mark.parametrize(("E", "k", "M"), [(4, 2, 1), (4, 2, 3), (5, 1, 4), (5, 3, 2), (3, 3, 2)])
 def test_distinct_experts_by_counting_all_choices(E, k, M):
     choices = list(itertools.combinations(range(E), k))
     counts = [len(set().union(*tokens)) for tokens in itertools.product(choices, repeat=M)]
-    assert experts.expect_distinct(E, k, M) == pytest.approx(sum(counts) / len(counts))
+    assert reads.expect_distinct(E, k, M) == pytest.approx(sum(counts) / len(counts))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_experts_are_found_among_the_weights(family):
     model = make_target(family)
-    found = experts.find_experts(model)
-    assert experts.has_experts(model) == (family == "gpt_oss")
+    found = reads.find_experts(model)
+    assert reads.has_experts(model) == (family == "gpt_oss")
     if family == "llama":
         assert found is None
         return
     config = model.config
     H, width, E = config.hidden_size, config.intermediate_size, config.num_local_experts
     one = 4 * (H * 2 * width + 2 * width + width * H + H)  # with biases, in float32
-    assert found == experts.Experts(
+    assert found == reads.Experts(
         E, config.num_experts_per_tok, config.num_hidden_layers, config.num_hidden_layers * E * one
     )
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("overrides", [{}, {"share_lm_head": True, "draft_vocab_size": 64}, DRAFTERS["peagle"]])
+def test_weights_that_a_round_reads(overrides, is_tied):
+    """The target's but for the rows of its embedding; of the drafter the fusion once, all else each step."""
+    model = copy.deepcopy(make_target("llama"))
+    if is_tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    small = make_drafter(model, **overrides)
+    found = reads.find_weights(model, small, 3)
+    V, H = model.get_input_embeddings().weight.shape
+    layers = sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
+    assert found.num_always == 4 * (layers + V * H)  # the head
+    fusion = sum(p.numel() for name, p in small.named_parameters() if name.split(".")[0] in ("fc", "fc_norm"))
+    fusion += small.mask_hidden.numel() if small.config.is_parallel else 0
+    head = V * H if small.config.share_lm_head else small.lm_head.weight.numel()
+    step = sum(p.numel() for p in small.layers.parameters()) + small.norm.weight.numel() + head
+    assert found.num_drafting == 4 * (fusion + (1 if small.config.is_parallel else 3) * step)
+    assert reads.find_weights(model, small, 0).num_drafting == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 @pytest.mark.parametrize("bandwidth", [["--read-bandwidth", "2"], []], ids=["given", "measured"])
-def test_account_of_expert_reads(tmp_path, bandwidth):
-    make_target("gpt_oss").save_pretrained(tmp_path / "target")
+def test_account_of_what_weights_cost_to_read(family, tmp_path, bandwidth):
+    make_target(family).save_pretrained(tmp_path / "target")
     words = ["bench", "--target", str(tmp_path / "target"), *ON_CPU, "--prompt-length", "9", "--batch-sizes", "2"]
     words += ["--max-new-tokens", "8", "--simulate-acceptance-length", "2", "--num-draft-tokens", "2"]
     assert cli.main([*words, "--kinds", "plain", "drafted", *bandwidth, "--out", str(tmp_path / "out")]) == 0
     text, data = read(tmp_path / "out")
-    plain, drafted = data["expert_reads"]
+    plain, drafted = data["reads"]
     assert (plain["num_tokens"], drafted["num_tokens"]) == (2, 6)
-    found = experts.find_experts(AutoModelForCausalLM.from_pretrained(tmp_path / "target"))
-    wanted = experts.expect_distinct(found.num_experts, found.num_chosen, 6)
-    assert drafted["num_experts"] == wanted
-    assert drafted["num_bytes"] == pytest.approx(found.num_bytes * wanted / found.num_experts)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    found = reads.find_weights(model, make_random_drafter(model), 2)
+    for row, num_drafting in ((plain, 0), (drafted, found.num_drafting)):
+        num_bytes, wanted = found.num_always + num_drafting, None
+        if family == "gpt_oss":
+            wanted = reads.expect_distinct(found.experts.num_experts, found.experts.num_chosen, row["num_tokens"])
+            num_bytes += found.experts.num_bytes * wanted / found.experts.num_experts
+        assert row["num_experts"] == wanted
+        assert row["num_bytes"] == pytest.approx(num_bytes)
     if bandwidth:
         assert drafted["milliseconds"] == pytest.approx(1e3 * drafted["num_bytes"] / 2e12)
         assert "Read bandwidth 2.00 TB/s, given." in text
@@ -718,4 +745,5 @@ def test_account_of_expert_reads(tmp_path, bandwidth):
         assert "TB/s, measured." in text
     speed, length = data["results"][1]["tokens_per_second"], data["results"][1]["acceptance_length"]
     assert drafted["measured_milliseconds"] == pytest.approx(1e3 * 2 * length / speed)
-    assert f"| our loop, drafting | 2 | 6 | {wanted:.1f} |" in text
+    shown = "-" if wanted is None else f"{wanted:.1f}"
+    assert f"| our loop, drafting | 2 | 6 | {shown} |" in text

@@ -16,9 +16,9 @@ from ..refusals import refuse_other_models
 from .arguments import refuse_acceptance_length, refuse_arguments, settle_depth, spell
 from .dflash import load_dflash
 from .equality import OutputDiffersError
-from .experts import ExpertReads, Experts, account, find_experts, has_experts, measure_read_bandwidth
 from .measure import Measured, Skipped, measure
 from .prompts import batch_questions, batch_random_prompts, describe_turns, read_questions
+from .reads import Reads, Weights, account, find_weights, measure_read_bandwidth
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
 from .ways import DFLASH, DRAFTED, KINDS, make_ways
@@ -78,7 +78,7 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
         "--read-bandwidth",
         type=float,
         metavar="TB/s",
-        help="of the device, for the account of what experts cost to read (measured)",
+        help="of the device, for the account of what weights cost to read (measured)",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
@@ -137,7 +137,7 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
     V = target.config.get_text_config(decoder=True).vocab_size
     results: list[Measured] = []
     skipped: list[Skipped] = []
-    reads: list[ExpertReads] = []
+    reads: list[Reads] = []
     # Of random prompts a shorter run is taken off, where there is room for one.
     subtract = args.max_new_tokens // 8 if questions is None else 0
     notes = [
@@ -163,11 +163,11 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
         notes.insert(2, f"The target is spread over {', '.join(places)}; memory is that of the first.")
     if questions is not None and (cut := describe_turns(questions)):
         notes.insert(2, cut)
-    experts = None if is_spread(target) else find_experts(target)
-    if experts is None and has_experts(target):
-        notes.insert(2, "What experts cost to read is left out: their weights are no whole parameters of the target.")
+    weights = None if is_spread(target) else find_weights(target, drafter, depth)
     bandwidth = 0.0
-    if experts is not None:
+    if weights is None:
+        notes.insert(2, "What weights cost to read is left out: some are no whole parameters of the target.")
+    else:
         bandwidth = 1e12 * args.read_bandwidth if args.read_bandwidth else measure_read_bandwidth(device)
         how = "given" if args.read_bandwidth else "measured"
         notes.insert(2, f"Read bandwidth {bandwidth / 1e12:.2f} TB/s, {how}.")
@@ -193,8 +193,8 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
             )
             results += found
             skipped += missing
-            if experts is not None:
-                reads += account_for(found, experts, depth=depth, num_processes=team.size, bandwidth=bandwidth)
+            if weights is not None:
+                reads += account_for(found, weights, depth=depth, num_processes=team.size, bandwidth=bandwidth)
             if team.rank > 0:
                 continue
             # After each batch size, so that what was measured is kept if a later one fails.
@@ -242,9 +242,9 @@ def load_target(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def account_for(
-    results: list[Measured], experts: Experts, *, depth: int, num_processes: int, bandwidth: float
-) -> list[ExpertReads]:
-    """What the experts cost to read in a forward of each kind; plain kinds have one token a row, drafts K+1."""
+    results: list[Measured], weights: Weights, *, depth: int, num_processes: int, bandwidth: float
+) -> list[Reads]:
+    """What weights cost to read in a round of each kind; plain kinds have one token a row, drafts K+1."""
     reads = []
     for r in results:
         if r.kind == DFLASH:  # of which only its own code knows how many tokens it verifies
@@ -253,10 +253,11 @@ def account_for(
         gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0
         reads.append(
             account(
-                experts,
+                weights,
                 kind=r.kind,
                 batch_size=r.batch_size,
                 num_tokens=r.batch_size * (depth + 1 if is_drafted else 1),
+                is_drafted=is_drafted,
                 measured_seconds=num_processes * r.batch_size * gained / r.tokens_per_second,
                 bandwidth=bandwidth,
             )

@@ -15,8 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
-from .experts import ExpertReads
 from .measure import Measured, Skipped
+from .reads import Reads
 from .ways import DFLASH, DRAFTED, PLAIN, STOCK
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def to_markdown(
     title: str,
     notes: Sequence[str],
     skipped: Sequence[Skipped] = (),
-    reads: Sequence[ExpertReads] = (),
+    reads: Sequence[Reads] = (),
 ) -> str:
-    """The tables: by batch size, by category where there are some, and what experts cost to read."""
+    """The tables: by batch size, by category where there are some, and what weights cost to read."""
     every: list[Measured | Skipped] = [*results, *skipped]
     sizes = sorted({r.batch_size for r in every})
     by_key = {(r.kind, r.batch_size): r for r in results}
@@ -104,7 +104,7 @@ def to_markdown(
                 for r in found
             ]
             lines.append(f"| {category} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *expert_lines(reads)]) + "\n"
+    return "\n".join([*lines, *read_lines(reads)]) + "\n"
 
 
 def show_number(number: float | None) -> str:
@@ -132,21 +132,22 @@ def agreement_lines(results: Sequence[Measured]) -> list[str]:
     return lines + [f"- {r.kind}, BS {r.batch_size}: {r.agreement}." for r in compared]
 
 
-def expert_lines(reads: Sequence[ExpertReads]) -> list[str]:
-    """What the experts of a mixture cost to read, beside what a round takes."""
+def read_lines(reads: Sequence[Reads]) -> list[str]:
+    """What weights cost to read, beside what a round takes."""
     if not reads:
         return []
     lines = [
         "",
-        "Experts a forward reads in each layer, expected if routing is uniform, and the time their weights take at the "
-        "read bandwidth; beside it what a whole round took:",
+        "Weights that a round reads (of a mixture, the experts a layer that its tokens are expected to choose if routing "
+        "is uniform), the time that takes at the read bandwidth, and a round at the speed above:",
         "",
-        "| | BS | tokens | experts | their weights, GiB | read in, ms | round, ms |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | BS | tokens | experts | weights, GiB | read in, ms | a round, ms | times |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     return lines + [
-        f"| {r.kind} | {r.batch_size} | {r.num_tokens} | {r.num_experts:.1f} | {r.num_bytes / 2**30:.2f} | "
-        f"{r.milliseconds:.2f} | {r.measured_milliseconds:.2f} |"
+        f"| {r.kind} | {r.batch_size} | {r.num_tokens} | {'-' if r.num_experts is None else f'{r.num_experts:.1f}'} | "
+        f"{r.num_bytes / 2**30:.2f} | {r.milliseconds:.2f} | {r.measured_milliseconds:.2f} | "
+        f"{r.measured_milliseconds / r.milliseconds:.2f} |"
         for r in reads
     ]
 
@@ -156,14 +157,14 @@ def to_json(
     *,
     notes: Sequence[str],
     skipped: Sequence[Skipped] = (),
-    reads: Sequence[ExpertReads] = (),
+    reads: Sequence[Reads] = (),
 ) -> str:
     """The same as data."""
     found = {
         "notes": list(notes),
         "results": [asdict(r) for r in results],
         "skipped": [s._asdict() for s in skipped],
-        "expert_reads": [asdict(r) for r in reads],
+        "reads": [asdict(r) for r in reads],
     }
     return json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a mixture's experts cost to read: at few tokens, reading weights is all the time a forward takes."""
+"""What weights cost to read: at few tokens, reading them is nearly all the time a forward takes."""
 
 import time
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
 EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise
+READ_ONCE = ("fc", "input_norm", "mask_hidden")  # of a drafter: by its first step alone
+LOOKED_UP = "embed_tokens"  # a row for each token
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,26 @@ class Experts:
     num_bytes: int  # of all of them, in all layers
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a round reads of weights, in bytes."""
+
+    num_always: int  # of the target, by every forward
+    num_drafting: int  # of the drafter, by all steps of a draft
+    experts: Experts | None
+
+
 @dataclass
-class ExpertReads:
-    """What one forward is expected to read, and how long that takes."""
+class Reads:
+    """What a round is expected to read of weights, and how long that takes."""
 
     kind: str
     batch_size: int
-    num_tokens: int  # M, of one forward
-    num_experts: float  # expected, in each layer
+    num_tokens: int  # M, of the target's forward
+    num_experts: float | None  # expected, in each layer; None without experts
     num_bytes: float
     milliseconds: float  # to read them
-    measured_milliseconds: float  # the whole round, what is drafted included
+    measured_milliseconds: float  # the round
 
 
 def read_counts(target: PreTrainedModel) -> tuple[int, int] | None:
@@ -66,15 +77,43 @@ def expect_distinct(num_experts: int, num_chosen: int, num_tokens: int) -> float
     return num_experts * (1 - (1 - num_chosen / num_experts) ** num_tokens)
 
 
+def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) -> Weights | None:
+    """What a round of `depth` draft steps reads; None of experts that are no parameters of the target."""
+    experts = find_experts(target)
+    if experts is None and has_experts(target):
+        return None
+    head = target.get_output_embeddings()
+    embedding = target.get_input_embeddings().weight
+    num_always = sum(p.nbytes for p in target.parameters()) - (0 if experts is None else experts.num_bytes)
+    if head is None or head.weight is not embedding:
+        num_always -= embedding.nbytes
+    parts = [(name, p.nbytes) for name, p in drafter.named_parameters() if not name.startswith(LOOKED_UP)]
+    once = sum(n for name, n in parts if name.startswith(READ_ONCE))
+    each = sum(n for _, n in parts) - once
+    if drafter.config.share_lm_head and head is not None:
+        each += head.weight.nbytes
+    num_forwards = min(depth, 1) if drafter.config.is_parallel else depth
+    return Weights(num_always, (once if depth else 0) + num_forwards * each, experts)
+
+
 def account(
-    experts: Experts, *, kind: str, batch_size: int, num_tokens: int, measured_seconds: float, bandwidth: float
-) -> ExpertReads:
-    """What a forward over `num_tokens` reads of `experts` at `bandwidth` bytes a second."""
-    distinct = expect_distinct(experts.num_experts, experts.num_chosen, num_tokens)
-    num_bytes = experts.num_bytes * distinct / experts.num_experts
-    return ExpertReads(
-        kind, batch_size, num_tokens, distinct, num_bytes, 1e3 * num_bytes / bandwidth, 1e3 * measured_seconds
-    )
+    weights: Weights,
+    *,
+    kind: str,
+    batch_size: int,
+    num_tokens: int,
+    is_drafted: bool,
+    measured_seconds: float,
+    bandwidth: float,
+) -> Reads:
+    """What a round with a forward over `num_tokens` reads at `bandwidth` bytes a second."""
+    experts, distinct = weights.experts, None
+    num_bytes: float = weights.num_always + (weights.num_drafting if is_drafted else 0)
+    if experts is not None:
+        distinct = expect_distinct(experts.num_experts, experts.num_chosen, num_tokens)
+        num_bytes += experts.num_bytes * distinct / experts.num_experts
+    milliseconds = 1e3 * num_bytes / bandwidth
+    return Reads(kind, batch_size, num_tokens, distinct, num_bytes, milliseconds, 1e3 * measured_seconds)
 
 
 def measure_read_bandwidth(device: torch.device, *, repeats: int = 10) -> float:
