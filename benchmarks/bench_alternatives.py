@@ -298,6 +298,23 @@ def make_kvcache(module: str, start: Tensor, T: int, L: int, scaling: float) -> 
     return lambda q, k, v: call(q.transpose(1, 2), k, v, cache_seqlens=used, softmax_scale=scaling, causal=True)
 
 
+def make_paged(start: Tensor, T: int, L: int, scaling: float) -> Attend:
+    """flash-attn 3 over pages of 16 slots, by the call and in the copy that vLLM brings."""
+    call = need("vllm.vllm_flash_attn").flash_attn_varlen_func
+    B, page = len(start), 16
+    rows = {"max_seqlen_q": T, "cu_seqlens_q": torch.arange(0, B * T + 1, T, dtype=torch.int32, device=DEVICE)}
+    pages = torch.arange(B * L // page, dtype=torch.int32, device=DEVICE).view(B, -1)
+    slots = {"max_seqlen_k": L, "seqused_k": (start + T).int(), "block_table": pages}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = q.transpose(1, 2).reshape(B * T, q.shape[1], -1)
+        keys, values = (x.view(-1, page, *x.shape[2:]) for x in (k, v))
+        out = call(flat, keys, values, **rows, **slots, softmax_scale=scaling, causal=True, fa_version=3)
+        return out.view(B, T, q.shape[1], -1)
+
+    return attend
+
+
 def make_flex(start: Tensor, T: int, L: int, scaling: float, *, is_compiled: bool = True) -> Attend:
     """FlexAttention, with a block mask by row lengths that is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -324,6 +341,7 @@ ATTENTIONS: dict[str, MakeAttend] = {
     "ours": make_ours,
     "flash-attn 2, with KV cache": functools.partial(make_kvcache, "flash_attn"),
     "flash-attn 3, with KV cache": functools.partial(make_kvcache, "flash_attn_interface"),
+    "flash-attn 3, paged, of vLLM": make_paged,
     "torch varlen_attn": make_varlen,
     "aten flash, seqused_k": make_aten,
     "sdpa with a mask": make_sdpa,
