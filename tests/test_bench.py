@@ -719,6 +719,16 @@ def test_weights_that_a_round_reads(overrides, is_tied):
     assert reads.find_weights(model, small, 0).num_drafting == 0
 
 
+def test_what_sees_images_is_no_part_of_a_round():
+    model = make_target("gemma3_vlm")
+    text = sum(p.nbytes for p in model.get_decoder().parameters())  # the head is the embedding
+    assert (
+        reads.find_weights(model, make_drafter(model), 2).num_always
+        == text
+        < sum(p.nbytes for p in model.parameters())
+    )
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 @pytest.mark.parametrize("bandwidth", [["--read-bandwidth", "2"], []], ids=["given", "measured"])
 def test_account_of_what_weights_cost_to_read(family, tmp_path, bandwidth):

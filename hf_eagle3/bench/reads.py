@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..features import find_layers
+
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
 EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise
 READ_ONCE = ("fc", "input_norm", "mask_hidden")  # of a drafter: by its first step alone
@@ -82,11 +84,12 @@ def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) 
     experts = find_experts(target)
     if experts is None and has_experts(target):
         return None
-    head = target.get_output_embeddings()
+    decoder, head = find_layers(target)[0], target.get_output_embeddings()  # what sees images is no part of a round
+    read = {id(p): p.nbytes for module in (decoder, head) if module is not None for p in module.parameters()}
     embedding = target.get_input_embeddings().weight
-    num_always = sum(p.nbytes for p in target.parameters()) - (0 if experts is None else experts.num_bytes)
     if head is None or head.weight is not embedding:
-        num_always -= embedding.nbytes
+        read.pop(id(embedding), None)
+    num_always = sum(read.values()) - (0 if experts is None else experts.num_bytes)
     parts = [(name, p.nbytes) for name, p in drafter.named_parameters() if not name.startswith(LOOKED_UP)]
     once = sum(n for name, n in parts if name.startswith(READ_ONCE))
     each = sum(n for _, n in parts) - once
