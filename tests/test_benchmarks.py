@@ -141,14 +141,15 @@ def test_the_hosts_module_is_put_back_after_liger(script, monkeypatch):
     assert script.modeling_llama.apply_rotary_pos_emb is before
 
 
-def test_our_side_of_the_comparison_with_vllm_runs(tmp_path):
+def test_our_side_of_the_comparison_with_engines_runs(tmp_path):
     """In a process of its own, on a toy shape, with the tables of what is not there left empty."""
-    command = [sys.executable, BENCHMARKS / "bench_vllm.py", "speed", "--tiny", "--without-vllm", "--repeats", "1"]
-    subprocess.run([*command, "--out", tmp_path / "b"], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, BENCHMARKS / "bench_engines.py", "speed", "--engine", "sglang", "--tiny"]
+    command += ["--without-engine", "--repeats", "1", "--out", tmp_path / "b"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = json.loads((tmp_path / "b.json").read_text())
     assert not found["failures"]
     ways = [(row["way"], row["batch_size"]) for row in found["results"]]
     assert ways == [(way, size) for size in (1, 2) for way in ("our loop, no drafting", "our loop, drafting")]
     drafted = found["results"][1]
-    assert 1 < drafted["acceptance_length"] <= 2.41
-    assert "| vLLM, EAGLE-3 | - | - |" in (tmp_path / "b.md").read_text()
+    assert 2 <= drafted["acceptance_length"] <= 3  # each round 2 or 3, drawn so that it is 2.41 in the long run
+    assert "| SGLang, EAGLE-3 | - | - |" in (tmp_path / "b.md").read_text()

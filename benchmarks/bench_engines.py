@@ -1,17 +1,18 @@
-"""Our loop beside vLLM on one GPU, with and without EAGLE-3, by turns in one run. `pip install vllm` first.
+"""Our loop beside vLLM or SGLang on one GPU, with and without EAGLE-3, by turns in one run. Install the engine first.
 
-    python benchmarks/bench_vllm.py speed --out OUT
-    python benchmarks/bench_vllm.py acceptance --target TARGET --drafter DRAFTER --prompts questions.jsonl --out OUT
-    python benchmarks/bench_vllm.py speed --tiny --without-vllm    # a CPU: does it run? Times mean nothing
+    python benchmarks/bench_engines.py speed --out OUT
+    python benchmarks/bench_engines.py acceptance --target TARGET --drafter DRAFTER --prompts questions.jsonl --out OUT
+    python benchmarks/bench_engines.py acceptance --engine sglang --target TARGET ...
+    python benchmarks/bench_engines.py speed --tiny --without-engine    # a CPU: does it run? Times mean nothing
 
-`speed`: the 8B shape with random weights; both sides keep drafts by the same schedule, so that the acceptance length is
-what `--simulate-acceptance-length` says; speed of decoding alone, from two lengths. `acceptance`: a real target and its
-drafter, exported for vLLM; what both accept, their speed over whole calls, and how many texts are the same. Written for
-vLLM 0.25.
+`speed`: the 8B shape with random weights; both sides keep drafts by a schedule, so that the acceptance length is what
+`--simulate-acceptance-length` says; speed of decoding alone, from two lengths. `acceptance`: a real target and its
+drafter, exported for the engine; what both accept, their speed over whole calls, and how many texts are the same.
+Written for vLLM 0.25 and SGLang 0.5.17.
 
-Ours, vLLM without drafting and vLLM with it are processes of their own with models of their own, all there at once, one
-at work at a time. One that fails or does not answer in time says so in the tables, and the others go on. `.md` and
-`.json` are written after each turn, and a log of each process beside them.
+Ours, the engine without drafting and the engine with it are processes of their own with models of their own, all there
+at once, one at work at a time. One that fails or does not answer in time says so in the tables, and the others go on.
+`.md` and `.json` are written after each turn, and a log of each process beside them.
 """
 
 import argparse
@@ -36,21 +37,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-# vLLM's processes import this file too, and are to be vLLM as it comes: our side imports hf_eagle3, inside functions.
+# The engines' processes import this file too, and are to be as they come: our side imports hf_eagle3, inside functions.
 
-OURS, VLLM, VLLM_EAGLE3 = "ours", "vllm", "vllm-eagle3"
-OUR_PLAIN, OUR_DRAFTED = "our loop, no drafting", "our loop, drafting"
-VLLM_PLAIN, VLLM_DRAFTED = "vLLM", "vLLM, EAGLE-3"
-# Each way of decoding -> the process that does it, and what to ask of it.
-WAYS = {
-    OUR_PLAIN: (OURS, "plain"),
-    VLLM_PLAIN: (VLLM, ""),
-    OUR_DRAFTED: (OURS, "drafted"),
-    VLLM_DRAFTED: (VLLM_EAGLE3, ""),
-}
+OURS = "ours"
 BEGAN = time.monotonic()
 LONGEST_START, LONGEST_TURN = 240.0, 90.0  # seconds to wait for a process
-MAX_ROWS, MAX_LENGTH, KV_GIB = 64, 2048, 12  # of vLLM's engines
+MAX_ROWS, MAX_LENGTH, KV_GIB = 64, 2048, 12  # of the engines
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy decoding draws nothing
@@ -58,8 +50,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Lines of vLLM's log that say how it was set up.
-TOLD = "attention backend|FlashAttention version|Model Runner|auxiliary layers|KV cache size|Graph capturing|took .* s"
 
 
 class Turn(NamedTuple):
@@ -112,6 +102,9 @@ class Series:
 class Side:
     """What one process decodes with: `facts` about it, and `run(kind, prompts, limit)`."""
 
+    title = "our loop"
+    told: str | None = None  # matches lines of its log that say how it was set up
+    error: str | None = None  # and those that say what went wrong in a process of the engine's own
     facts: dict[str, Any]
 
     def run(self, kind: str, prompts: list[list[int]], limit: int) -> Turn:
@@ -122,7 +115,7 @@ class Side:
 
 
 class OurSide(Side):
-    """A target and its drafter in this process; `folder` gets them as vLLM reads them."""
+    """A target and its drafter in this process; `folder` gets them as the engine reads them."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         from hf_eagle3.bench.report import describe_machine
@@ -139,7 +132,7 @@ class OurSide(Side):
         else:
             target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).eval().to(device)
             drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
-            drafter.export(folder / "drafter", to="vllm", target=args.target)
+            drafter.export(folder / "drafter", to=args.engine, target=args.target)
         drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
         self.device, self.pad = device, target.generation_config.pad_token_id or 0
         ways = make_ways(target, drafter, temperature=0.0)
@@ -162,7 +155,7 @@ class OurSide(Side):
 
 
 def write_shapes(target: PreTrainedModel, drafter: PreTrainedModel, folder: Path) -> None:
-    """The configs of two models, as vLLM reads them; weights it makes up itself."""
+    """The configs of two models, as engines read them; weights they make up themselves."""
     from hf_eagle3.checkpoints.engines import make_native_config
 
     target.config.architectures = [type(target).__name__]
@@ -183,7 +176,7 @@ def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> Any:  
     return Prompts({"input_ids": ids, "attention_mask": mask}, [""] * len(prompts), list(range(len(prompts))))
 
 
-# ---- vLLM's side ----
+# ---- the engines' sides ----
 
 
 def __getattr__(name: str) -> Any:
@@ -214,6 +207,13 @@ def __getattr__(name: str) -> Any:
 class VllmSide(Side):
     """vLLM's offline engine as it comes, but for prefix caching and the sizes it must share a GPU with."""
 
+    title = "vLLM"
+    told = (
+        r"\[\w+\.py:\d+\] (.*(?:attention backend|FlashAttention version|Model Runner|auxiliary layers|KV cache size"
+        r"|Graph capturing|took .* s).*)"
+    )
+    error = r"\(EngineCore[^)]*\).* (\w+Error: .*)"
+
     def __init__(self, folder: Path, args: argparse.Namespace, eos: list[int], is_drafting: bool):
         import vllm
 
@@ -225,7 +225,7 @@ class VllmSide(Side):
             if is_random:
                 speculation["rejection_sample_method"] = "synthetic"
                 speculation["synthetic_acceptance_length"] = args.simulate_acceptance_length
-                options["worker_cls"] = "bench_vllm.Worker"
+                options["worker_cls"] = "bench_engines.Worker"
             # Counters are kept with statistics only.
             options |= {"speculative_config": speculation, "disable_log_stats": False}
         if is_random:
@@ -242,7 +242,7 @@ class VllmSide(Side):
             # With its size given, vLLM does not measure free memory, which others take from meanwhile.
             kv_cache_memory_bytes=KV_GIB << 30,
             gpu_memory_utilization=0.2,
-            **options,
+            **options | args.engine_options,
         )
         self.options = {"temperature": 0.0, "detokenize": False, "ignore_eos": is_random, "stop_token_ids": eos}
         self.is_drafting = is_drafting
@@ -269,6 +269,80 @@ class VllmSide(Side):
         metrics = {metric.name: metric for metric in self.llm.get_metrics()}
         by_depth = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
         return [metrics["vllm:spec_decode_num_drafts"].value, *map(int, by_depth)]
+
+
+class SglangSide(Side):
+    """SGLang's offline engine as it comes, but for prefix caching and the sizes it must share a GPU with."""
+
+    title = "SGLang"
+    told = r"^\[[^\]]*\] ((?:Load weight end|KV Cache is allocated|Capture .* end|Engine startup timings).*)"
+    error = r"^(\w+Error: .*)"
+
+    def __init__(self, folder: Path, args: argparse.Namespace, eos: list[int], is_drafting: bool):
+        is_random = args.part == "speed"
+        options: dict[str, Any] = {}
+        if is_drafting:
+            if is_random:
+                # Read where SGLang is imported. All rows of a batch keep as many drafts in a round.
+                os.environ["SGLANG_SIMULATE_ACC_LEN"] = str(args.simulate_acceptance_length)
+                os.environ["SGLANG_SIMULATE_ACC_TOKEN_MODE"] = "real-draft-token"
+            options = {
+                "speculative_algorithm": "EAGLE3",
+                "speculative_draft_model_path": str(folder / "drafter"),
+                "speculative_num_steps": args.num_draft_tokens,
+                "speculative_eagle_topk": 1,
+                "speculative_num_draft_tokens": args.num_draft_tokens + 1,  # the root is one of them
+            }
+        if args.attention_backend:
+            options["attention_backend"] = args.attention_backend
+        import sglang
+
+        self.llm = sglang.Engine(
+            model_path=str(folder / "target") if is_random else args.target,
+            load_format="dummy" if is_random else "auto",
+            dtype=args.dtype,
+            skip_tokenizer_init=True,
+            context_length=MAX_LENGTH,
+            max_running_requests=MAX_ROWS,
+            max_total_tokens=MAX_ROWS * MAX_LENGTH,
+            # A share of what is free at the start, less what others take meanwhile; the line above takes far less.
+            mem_fraction_static=0.5,
+            disable_radix_cache=True,
+            log_level="info",
+            **options | args.engine_options,
+        )
+        self.options = {"temperature": 0.0, "ignore_eos": is_random, "stop_token_ids": eos}
+        self.depth = args.num_draft_tokens if is_drafting else 0
+        self.facts = {"version": sglang.__version__}
+
+    def run(self, _: str, prompts: list[list[int]], limit: int) -> Turn:
+        start = time.perf_counter()
+        outputs = self.llm.generate(input_ids=prompts, sampling_params={"max_new_tokens": limit, **self.options})
+        rows = [list(output["output_ids"]) for output in outputs]
+        seconds = time.perf_counter() - start
+        kept = [0] * (self.depth + 1)  # rounds that kept so many draft tokens
+        for output in outputs:
+            for count, rounds in enumerate(output["meta_info"].get("spec_correct_drafts_histogram", [])):
+                kept[count] += rounds
+        if self.depth and not any(kept):
+            raise RuntimeError(
+                "SGLang told of no rounds. Written for 0.5.17, which has spec_correct_drafts_histogram."
+            )
+        return Turn(seconds, rows, sum(kept), [sum(kept[k:]) for k in range(1, self.depth + 1)])
+
+
+ENGINES: dict[str, type[Side]] = {"vllm": VllmSide, "sglang": SglangSide}
+
+
+def list_ways(engine: str) -> dict[str, tuple[str, str]]:
+    """Each way of decoding -> the process that does it, and what to ask of it. Ours and the engine's by turns."""
+    title = ENGINES[engine].title
+    return {
+        "our loop, no drafting": (OURS, "plain"),
+        title: (engine, ""),
+        "our loop, drafting": (OURS, "drafted"),
+        f"{title}, EAGLE-3": (f"{engine}-eagle3", ""),
+    }
 
 
 # ---- processes ----
@@ -300,7 +374,7 @@ class Process:
     """A side in a process of its own."""
 
     def __init__(self, name: str, log: Path, make: type[Side], *arguments: Any):
-        self.name, self.log, self.facts = name, log, {}
+        self.name, self.log, self.make, self.facts = name, log, make, {}
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, log, make, arguments))
@@ -318,12 +392,14 @@ class Process:
                 raise SideFailedError(f"{self.name} did not answer in {seconds:.0f} s")
             said = self.connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise SideFailedError(f"{self.name} ended") from error
+            raise SideFailedError(self.explain("ended")) from error
         if isinstance(said, str):
-            # What went wrong in a process of vLLM's own is in the log alone.
-            deeper = re.findall(r"\(EngineCore[^)]*\).* (\w+Error: .*)", self.read_text())
-            raise SideFailedError(f"{self.name}: {[*deeper, said.splitlines()[0]][0][:300]}")
+            raise SideFailedError(self.explain(said.splitlines()[0]))
         return said
+
+    def explain(self, why: str) -> str:
+        """Why it failed. What went wrong in a process of the engine's own is in the log alone."""
+        return f"{self.name}: {[*self.find(self.make.error), why][0][:300]}"
 
     def start(self) -> None:
         """Wait until it is ready."""
@@ -335,7 +411,7 @@ class Process:
         try:
             self.connection.send((kind, prompts, limit))
         except (BrokenPipeError, ConnectionError) as error:
-            raise SideFailedError(f"{self.name} ended") from error
+            raise SideFailedError(self.explain("ended")) from error
         turn, self.facts = self.wait(LONGEST_TURN)
         return turn
 
@@ -343,10 +419,13 @@ class Process:
         """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def find(self, pattern: str | None) -> list[str]:
+        """What `pattern` finds in its log."""
+        return re.findall(pattern, self.read_text(), re.MULTILINE) if pattern else []
+
     def read_log(self) -> list[str]:
         """The lines of its log that say how it was set up."""
-        told = re.findall(r"\[\w+\.py:\d+\] (.*)", self.read_text())
-        return list(dict.fromkeys(line[:200] for line in told if re.search(TOLD, line)))
+        return list(dict.fromkeys(line[:200] for line in self.find(self.make.told)))
 
     def end(self) -> None:
         """End it and what it started."""
@@ -381,22 +460,23 @@ class Bench:
     """The processes, what they measured, and what went wrong."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.engine, self.ways = args, ENGINES[args.engine], list_ways(args.engine)
         self.processes: dict[str, Process] = {}
         self.failures: dict[str, str] = {}
         self.series: dict[tuple[str, int], Series] = {}
 
     def start(self, folder: Path) -> None:
-        """Ours first, since it writes what vLLM reads; then vLLM's two together."""
+        """Ours first, since it writes what the engine reads; then the engine's two together."""
         args = self.args
         self.launch(OURS, OurSide, folder, args)
         self.attempt(OURS, lambda: self.processes[OURS].start())
-        if args.without_vllm or OURS in self.failures:
+        if args.without_engine or OURS in self.failures:
             return
         eos = self.processes[OURS].facts["eos"]
-        for name in (VLLM, VLLM_EAGLE3):
-            self.launch(name, VllmSide, folder, args, eos, name == VLLM_EAGLE3)
-        for name in (VLLM, VLLM_EAGLE3):
+        names = (args.engine, f"{args.engine}-eagle3")
+        for name in names:
+            self.launch(name, self.engine, folder, args, eos, name != args.engine)
+        for name in names:
             self.attempt(name, lambda: self.processes[name].start())  # noqa: B023  called at once
 
     def launch(self, name: str, make: type[Side], *arguments: Any) -> None:
@@ -419,13 +499,13 @@ class Bench:
         """A warm-up of each way, then turns."""
         warm_up = work._replace(batches=list({len(b): b for b in work.batches}.values()))
         for way in self.alive():
-            self.attempt(WAYS[way][0], lambda: self.take_turn(way, warm_up))  # noqa: B023  called at once
+            self.attempt(self.ways[way][0], lambda: self.take_turn(way, warm_up))  # noqa: B023  called at once
         for number in range(self.args.repeats):
             for way in self.alive():
                 if time.monotonic() - BEGAN > self.args.seconds:
                     say("out of time")
                     return
-                done = self.attempt(WAYS[way][0], lambda: self.take_turn(way, work))  # noqa: B023  called at once
+                done = self.attempt(self.ways[way][0], lambda: self.take_turn(way, work))  # noqa: B023  called at once
                 if done is not None:
                     speed, turn = done
                     series = self.series.setdefault((way, work.batch_size), Series(way, work.batch_size))
@@ -436,7 +516,7 @@ class Bench:
 
     def take_turn(self, way: str, work: Work) -> tuple[float, Turn]:
         """Tokens a second, and the whole pass."""
-        name, kind = WAYS[way]
+        name, kind = self.ways[way]
 
         def run(limit: int) -> Turn:
             turns = [self.processes[name].run(kind, batch, limit) for batch in work.batches]
@@ -454,7 +534,7 @@ class Bench:
 
     def alive(self) -> list[str]:
         """The ways whose process is there."""
-        return [way for way, (name, _) in WAYS.items() if name in self.processes and name not in self.failures]
+        return [way for way, (name, _) in self.ways.items() if name in self.processes and name not in self.failures]
 
     def write(self) -> None:
         """What there is so far."""
@@ -479,7 +559,7 @@ class Bench:
         """Machine, versions, what was measured, the command."""
         args = self.args
         facts = {name: process.facts for name, process in self.processes.items()}
-        versions = {f["version"] for f in facts.values() if "version" in f}
+        versions = {f"{self.engine.title} {f['version']}" for f in facts.values() if "version" in f}
         about = [f"{args.dtype}, K = {args.num_draft_tokens}, greedy, {args.max_new_tokens} new tokens"]
         if args.part == "speed":
             about.append(
@@ -489,9 +569,9 @@ class Bench:
         else:
             about.append("speed over whole calls, prompts included")
         return [
-            facts.get(OURS, {}).get("machine", "?") + "".join(f", vLLM {v}" for v in sorted(versions)) + ".",
+            ", ".join([facts.get(OURS, {}).get("machine", "?"), *sorted(versions)]) + ".",
             ", ".join(about) + ".",
-            "`python benchmarks/bench_vllm.py " + " ".join(list_arguments(sys.argv[1:])) + "`",
+            "`python benchmarks/bench_engines.py " + " ".join(list_arguments(sys.argv[1:])) + "`",
         ]
 
     def compare(self) -> dict[str, dict[str, int]]:
@@ -500,7 +580,7 @@ class Bench:
             return {}
         found: dict[str, dict[str, int]] = {}
         for size in self.args.batch_sizes:
-            there = [way for way in WAYS if (way, size) in self.series]
+            there = [way for way in self.ways if (way, size) in self.series]
             for a in there:
                 for b in there[there.index(a) + 1 :]:
                     pairs = zip(self.series[a, size].rows, self.series[b, size].rows, strict=True)
@@ -510,7 +590,8 @@ class Bench:
     def to_markdown(self) -> str:
         """The tables."""
         sizes = self.args.batch_sizes
-        lines = ["# Beside vLLM", "", *self.notes(), "", "Tokens a second, median (slowest to fastest):", ""]
+        lines = [f"# Beside {self.engine.title}", "", *self.notes(), ""]
+        lines += ["Tokens a second, median (slowest to fastest):", ""]
         lines += ["| | " + " | ".join(f"BS {size}" for size in sizes) + " |", "|---|" + "---:|" * len(sizes)]
 
         def line(title: str, show: Callable[[int], str]) -> None:
@@ -519,14 +600,15 @@ class Bench:
         def of(way: str, show: Callable[[Series], str]) -> Callable[[int], str]:
             return lambda size: show(self.series[way, size]) if (way, size) in self.series else "-"
 
-        for way in WAYS:
+        for way in self.ways:
             line(
                 way,
                 of(way, lambda s: f"{statistics.median(s.speeds):.0f} ({min(s.speeds):.0f} to {max(s.speeds):.0f})"),
             )
-        for a, b in ((OUR_PLAIN, VLLM_PLAIN), (OUR_DRAFTED, VLLM_DRAFTED)):
+        our_plain, plain, our_drafted, drafted = self.ways
+        for a, b in ((our_plain, plain), (our_drafted, drafted)):
             line(f"{a} / {b}", lambda size, a=a, b=b: self.show_ratio(a, b, size))
-        for way in (OUR_DRAFTED, VLLM_DRAFTED):
+        for way in (our_drafted, drafted):
             line(f"{way}: acceptance length", of(way, lambda s: f"{s.acceptance_length:.3f}"))
             line("tokens gained a round", of(way, lambda s: f"{s.num_gained / s.num_rounds:.3f}"))
             shares = of(way, lambda s: " / ".join(f"{n / s.num_rounds:.3f}" for n in s.num_accepted))
@@ -600,10 +682,12 @@ def parse_arguments() -> argparse.Namespace:
         part.add_argument("--num-draft-tokens", type=int, default=3, help="K")
         part.add_argument("--repeats", type=int, help="timed turns of each way")
         part.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-        part.add_argument("--attention-backend", help="of vLLM, such as TRITON_ATTN; its own choice if left out")
-        part.add_argument("--without-vllm", action="store_true", help="our side alone")
+        part.add_argument("--engine", choices=ENGINES, default="vllm")
+        part.add_argument("--attention-backend", help="of the engine, as it names them; its own choice if left out")
+        part.add_argument("--engine-options", type=json.loads, default={}, help="more for its constructor, as JSON")
+        part.add_argument("--without-engine", action="store_true", help="our side alone")
         part.add_argument("--seconds", type=float, default=420.0, help="begin no turn after that time")
-        part.add_argument("--out", type=Path, default=Path("bench_vllm"), help="without suffix")
+        part.add_argument("--out", type=Path, default=Path("bench_engines"), help="without suffix")
     args = parser.parse_args()
     if args.tiny:
         args.shape, args.prompt_length, args.max_new_tokens, args.batch_sizes = "tiny", 24, 16, [1, 2]
