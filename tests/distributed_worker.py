@@ -204,11 +204,29 @@ def main_on_cpus(folder):
     efficient = {**FSDP, "cpu_ram_efficient_loading": True}
     names = {"target": str(folder / "target"), "drafter": str(folder / "drafter")}
     run("fsdp_efficient", folder, fsdp_config=efficient, **names, **sharded)
+    refuse_empty(folder, efficient, sharded)
     run("fsdp_silent", folder, rows=make_rows(40, silent), **{**quiet, "fsdp": True, "fsdp_config": FSDP})
     run("fsdp_average", folder, fsdp_config=FSDP, **sharded, **averaged)
     run_split(folder, two, sharded)
     run("fsdp_bf16", folder, fsdp_config=FSDP, bf16=True, **sharded)
     run("fsdp_long", folder, fsdp_config=FSDP, **LONG, **sharded)
+
+
+def refuse_empty(folder, efficient, sharded):
+    """Models that were loaded in the first process only, before there was a trainer."""
+    for name in ("target", "drafter"):
+        target = make_target()
+        given = {"target": target, "drafter": make_drafter(target)}
+        if not PartialState().is_main_process:
+            with torch.no_grad():
+                [weight.zero_() for weight in given[name].parameters()]
+        try:
+            make_trainer(folder / "refused", fsdp_config=dict(efficient), **given, **sharded)
+            said = "nothing"
+        except ValueError as error:
+            said = str(error)
+        if PartialState().is_main_process:
+            (folder / f"refused_{name}.json").write_text(json.dumps(said))
 
 
 def main_with_two_targets(folder):

@@ -82,6 +82,12 @@ def test_two_processes_train_as_one(folder, name):
     assert "pytorch_model_fsdp.bin" not in names
 
 
+@pytest.mark.parametrize(("name", "argument"), [("target", "target_model"), ("drafter", "model")])
+def test_models_that_only_the_first_process_loaded_are_refused(folder, name, argument):
+    said = read(folder, f"refused_{name}")
+    assert said.startswith(f"{argument} was loaded in the first process only (fsdp_cpu_ram_efficient_loading)")
+
+
 @pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
 def test_twenty_updates_stay_together(folder, tmp_path, name):
     run("long", tmp_path, **ALONE, **LONG)

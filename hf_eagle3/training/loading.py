@@ -1,9 +1,11 @@
 """Models for the trainer: by name or as they are, new drafters, adapters."""
 
+import os
 import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, str_to_bool
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
@@ -11,7 +13,36 @@ from ..modeling import Eagle3DrafterModel
 from ..peers import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .new import new_drafter
+from .stored_states import fingerprint_weights
 from .vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+
+# accelerate's, which `from_pretrained` looks at: in Transformers 5.17 all processes but the first then get zeros.
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def load_in_every_process() -> bool:
+    """Let each process load its models whole from now on; whether they were to be loaded in the first alone.
+
+    Each runs a target of its own, and shards a drafter that it has.
+    """
+    was_first_only = bool(str_to_bool(os.environ.get(EFFICIENT_LOADING, "false")))
+    if was_first_only:
+        os.environ[EFFICIENT_LOADING] = "false"
+    return was_first_only
+
+
+def refuse_empty_models(models: dict[str, PreTrainedModel]) -> None:
+    """Ask whether all processes have the same of models that were loaded before. All must call.
+
+    Raises:
+        ValueError: They have not.
+    """
+    for name, model in models.items():
+        if len(set(gather_object([fingerprint_weights(model)]))) > 1:
+            raise ValueError(
+                f"{name} was loaded in the first process only (fsdp_cpu_ram_efficient_loading), and each process needs "
+                f"it: give {name} by name, or set that to false."
+            )
 
 
 def load_target(target: Any, options: dict[str, Any] | None, device: torch.device) -> Any:  # a model, a name or None

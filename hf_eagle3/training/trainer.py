@@ -54,7 +54,16 @@ from .evaluation import (
     walk_batch,
 )
 from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, make_forecast, target_flops
-from .loading import adapt, end_tokens, load_drafter, load_target, make_drafter, place_target
+from .loading import (
+    adapt,
+    end_tokens,
+    load_drafter,
+    load_in_every_process,
+    load_target,
+    make_drafter,
+    place_target,
+    refuse_empty_models,
+)
 from .losses import LOSSES
 from .packing import PackedDataset
 from .recipe import check_recipe, describe_recipe, write_recipe
@@ -125,8 +134,14 @@ class Eagle3Trainer(Trainer):
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         if processing_class is None and isinstance(target_model, str):
             processing_class = AutoTokenizer.from_pretrained(target_model)
+        was_first_only = load_in_every_process()
         target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
         drafter = load_drafter(model, args.model_init_kwargs)  # type: ignore[arg-type]  # a dict by now
+        if was_first_only:
+            given = {"model": model, "target_model": target_model}
+            refuse_empty_models(
+                {n: m for n, m in given.items() if isinstance(m, PreTrainedModel) and not is_spread(m)}
+            )
         if drafter is not None:
             _check_drafter(drafter, peft_config is not None)
         if target is not None:
@@ -228,6 +243,7 @@ class Eagle3Trainer(Trainer):
         # Else accelerate would send round what the first process has of the drafter, which all have, and stop at its
         # buffers (accelerate 1.15: they are no DTensors).
         plugin.cpu_ram_efficient_loading = False
+        load_in_every_process()  # which the plugin denied again
         if peft_config is not None:
             raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
         if (
