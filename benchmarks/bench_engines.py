@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -99,7 +100,7 @@ class Series:
         return out
 
 
-class Side:
+class Side(ABC):
     """What one process decodes with: `facts` about it, and `run(kind, prompts, limit)`."""
 
     title = "our loop"
@@ -107,8 +108,9 @@ class Side:
     error: str | None = None  # and those that say what went wrong in a process of the engine's own
     facts: dict[str, Any]
 
+    @abstractmethod
     def run(self, kind: str, prompts: list[list[int]], limit: int) -> Turn:
-        raise NotImplementedError
+        """Decode a batch of prompts, up to `limit` new tokens each."""
 
 
 # ---- our side ----

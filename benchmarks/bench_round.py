@@ -11,18 +11,21 @@ kernels.
 import argparse
 import json
 import statistics
-import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
-from hf_eagle3.bench.prompts import random_prompts
+from hf_eagle3.bench.prompts import batch_random_prompts
 from hf_eagle3.bench.report import describe_machine
 from hf_eagle3.bench.shapes import SHAPES, make_random_drafter, make_target
+from hf_eagle3.bench.ways import DRAFTED, make_ways
+from hf_eagle3.processes import Team
 
 SHOWN = 25  # kernels
 
@@ -33,37 +36,29 @@ class Call(NamedTuple):
     seconds: float
     num_rounds: int
     kernels: Counter  # microseconds by name, of a profiled call
-    calls: Counter
+    calls: Counter  # launches by name
 
 
-def make_call(target: Any, drafter: Any, batch_size: int, prompt_length: int) -> Any:
+def make_call(target: PreTrainedModel, drafter: PreTrainedModel, batch_size: int, prompt_length: int) -> Any:
     """A function of the number of new tokens, and whether to profile."""
     device = target.device
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    ids = torch.tensor(random_prompts(batch_size, prompt_length, vocab_size), device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    (prompts,) = batch_random_prompts(batch_size, prompt_length, vocab_size, device, Team(device))
+    decode = make_ways(target, drafter, temperature=0.0)[DRAFTED]
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
 
-    def generate(limit: int) -> tuple[float, int]:
-        began = time.perf_counter()
-        out = target.generate(**inputs, assistant_model=drafter, max_new_tokens=limit, return_dict_in_generate=True)
-        out.sequences.tolist()  # wait
-        return time.perf_counter() - began, max(row.rounds for row in out.speculation.rows)
-
     def call(limit: int, *, is_profiled: bool = False) -> Call:
-        if not is_profiled:
-            return Call(*generate(limit), Counter(), Counter())
-        with profile(activities=[activity]) as trace:
-            seconds, num_rounds = generate(limit)
         kernels, calls = Counter(), Counter()
-        for event in trace.events():
+        with profile(activities=[activity]) if is_profiled else nullcontext() as trace:
+            done = decode(prompts, limit)
+        for event in trace.events() if is_profiled else []:
             if device.type == "cuda" and event.device_type != DeviceType.CUDA:
                 continue
             kernels[event.name] += (
                 event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
             )
             calls[event.name] += 1
-        return Call(seconds, num_rounds, kernels, calls)
+        return Call(done.seconds, max(row.rounds for row in done.told.rows), kernels, calls)
 
     return call
 
