@@ -21,6 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from hf_eagle3 import join_projections
 from hf_eagle3.bench.prompts import batch_random_prompts
 from hf_eagle3.bench.report import describe_machine
 from hf_eagle3.bench.shapes import SHAPES, make_random_drafter, make_target
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--num-draft-tokens", type=int, default=3)
     parser.add_argument("--simulate-acceptance-length", type=float, default=2.41)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--join", action="store_true", help="after `join_projections`")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="without suffix")
     args = parser.parse_args()
@@ -117,11 +119,13 @@ def main() -> None:
     drafter = make_random_drafter(target)
     drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
     drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+    if args.join:
+        join_projections(target, drafter)
     limits = (args.max_new_tokens // 4, args.max_new_tokens)
     notes = [
         f"{describe_machine(target)}; {args.shape}, bfloat16, prompts of {args.prompt_length} tokens, new tokens "
         f"{limits[0]} and {limits[1]}, K = {args.num_draft_tokens}, acceptance length simulated at "
-        f"{args.simulate_acceptance_length}, {args.repeats} repeats.",
+        f"{args.simulate_acceptance_length}, {args.repeats} repeats{', projections joined' if args.join else ''}.",
     ]
     found: dict[int, dict[str, Any]] = {}
     for size in args.batch_sizes:

@@ -5,6 +5,7 @@ from typing import Any
 from .depths import measure_depths
 from .graphs import release_graphs
 from .integration import install, uninstall
+from .kernels.joined import join_projections
 from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 from .stats import Speculation
 
@@ -18,6 +19,7 @@ __all__ = [
     "Speculation",
     "doctor",
     "install",
+    "join_projections",
     "measure_depths",
     "release_graphs",
     "uninstall",

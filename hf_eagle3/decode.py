@@ -190,9 +190,9 @@ def draft_parallel(drafter: PreTrainedModel, state: DecodeState, *, depth: int, 
 
 
 def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor) -> Tensor:
-    """Logits [B, K+1, V] float32 after the root and each of `draft_tokens` [B, K]."""
+    """Logits [B, K+1, V], in the target's dtype, after the root and each of `draft_tokens` [B, K]."""
     tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, K+1]
-    return run_target(target, state, tokens).to(tokens.device, torch.float32)
+    return run_target(target, state, tokens).to(tokens.device)
 
 
 def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def accept_in_order(
     for b, row in enumerate(rows):
         k, token = 0, 0
         for k in range(K + 1 if transcript.is_live(row) else 0):
-            scores = processors[row](transcript.prefix(row), logits[b, k][None].clone())  # [1, V]
+            scores = processors[row](transcript.prefix(row), logits[b, k][None].to(torch.float32, copy=True))  # [1, V]
             proposed = draft_tokens[b : b + 1, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
             if do_sample:
                 p = scores.softmax(dim=-1)[:, None]  # [1, 1, V]
@@ -303,7 +303,7 @@ class Drafted(NamedTuple):
 class Verified(NamedTuple):
     """What the target says to it."""
 
-    logits: Tensor  # [B, K+1, V] float32
+    logits: Tensor  # [B, K+1, V], in the target's dtype; of the prompt float32
     states: Tensor | None  # [B, K+1, A*Ht]; None of the prompt, whose last state is pending already
 
 
@@ -311,7 +311,7 @@ class Settled(NamedTuple):
     """What came of it."""
 
     report: Tensor  # [B*(K+1) + B + 1] int64: the new block, how many draft tokens were kept, whether there is a NaN
-    scores: Tensor  # [B, K+1, V] float32, what tokens were chosen by
+    scores: Tensor  # [B, K+1, V], what tokens were chosen by; float32 but where the logits themselves were
 
 
 class Letter:
@@ -386,7 +386,8 @@ class Phases:
     def settle(self, drafted: Drafted, verified: Verified) -> Settled:
         """Accept and commit, where processors look at scores alone."""
         tokens, q = drafted
-        scores = verified.logits
+        # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
+        scores = verified.logits.float() if self.warpers or self.config.do_sample else verified.logits
         for warper in self.warpers:
             flat = scores.flatten(0, 1)  # [B*(K+1), V]
             scores = warper(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
@@ -399,7 +400,8 @@ class Phases:
         verdict = Verdict(*map(self.agree, verdict))
         commit(self.state, tokens, verdict, verified.states)
         block = self.state.block[:, : tokens.shape[1] + 1]
-        is_nan = verified.logits[:, 0].isnan().any()
+        first = verified.logits[:, 0]  # [B, V]; argmax takes NaN for the largest
+        is_nan = first.gather(-1, first.argmax(-1)[:, None]).isnan().any()
         return Settled(torch.cat([block.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
 
     @property

@@ -415,7 +415,7 @@ class CapturedPhases(Phases):
         with ExitStack() as stack:
             for model in (self.target, self.drafter):
                 stack.enter_context(attending_by_rows(model))
-                stack.enter_context(fused(model))
+            stack.enter_context(fused(self.target, self.drafter))
             warm_up(run_all, state.length.device)
             if self.config.depth:
                 draft, drafted = capture(phases.draft, pool=pool)

@@ -73,10 +73,10 @@ class Transcript:
         text.append(token)
         if self.scores is not None:
             assert scores is not None
-            self.scores[row].append(scores.float().clone())
+            self.scores[row].append(scores.to(torch.float32, copy=True))
         if self.logits is not None:
             assert logits is not None
-            self.logits[row].append(logits.float().clone())
+            self.logits[row].append(logits.to(torch.float32, copy=True))
         is_done = token in self.eos or (self.max_new is not None and len(text) >= self.max_new)
         if self.criteria and self.finish[row] is None:
             prefix = self.prefix(row)

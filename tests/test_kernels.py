@@ -22,6 +22,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hf_eagle3.kernels import fusion, language
+from hf_eagle3.kernels.argmax import BLOCK, WANTED, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import (
     attend_rows,
     attend_rows_eager,
@@ -31,7 +32,9 @@ from hf_eagle3.kernels.attention import (
 )
 from hf_eagle3.kernels.experts import expert_linear, expert_linear_eager
 from hf_eagle3.kernels.fusion import Swaps, fused
+from hf_eagle3.kernels.joined import join_projections, view_as_one
 from hf_eagle3.kernels.linear import (
+    MAX_ROWS,
     ROWS,
     TABLE,
     Blocks,
@@ -46,7 +49,7 @@ from hf_eagle3.kernels.linear import (
     linear_small_eager,
 )
 from hf_eagle3.kernels.mlp import gate, gate_eager
-from hf_eagle3.kernels.norms import VARIANTS, rms_norm, rms_norm_eager
+from hf_eagle3.kernels.norms import VARIANTS, add_rms_norm, add_rms_norm_eager, rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
 from hf_eagle3.modeling import attention_eagle3
 
@@ -197,6 +200,67 @@ def test_a_table_says_how_linear_layers_are_cut():
     assert not is_worth_it(4096, 17)
     assert is_worth_it(128256, 64)
     assert not is_worth_it(128256, 65)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])  # without and with biases
+def test_joining_projections_moves_weights_and_changes_nothing(kind, tmp_path):
+    model = make_target(kind).eval()
+    ids = torch.randint(2, 64, (2, 5))
+    expected, parameters = model(ids).logits, dict(model.named_parameters())
+    values = {name: value.detach().clone() for name, value in parameters.items()}
+    assert join_projections(model) == len(model.model.layers) == join_projections(model)  # again: nothing to do
+    assert torch.equal(model(ids).logits, expected)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    for layer in model.model.layers:
+        parts = [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+        joined = view_as_one([part.weight for part in parts])
+        assert torch.equal(joined, torch.cat([part.weight for part in parts]))
+        with torch.no_grad():
+            parts[1].weight.mul_(2)
+        assert torch.equal(joined, torch.cat([part.weight for part in parts]))
+        with torch.no_grad():
+            parts[1].weight.mul_(0.5)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, values[name]) for name, value in again.named_parameters())
+    moved = model.to(torch.float64)
+    assert (
+        view_as_one([moved.model.layers[0].self_attn.q_proj.weight, moved.model.layers[0].self_attn.k_proj.weight])
+        is None
+    )
+
+
+def test_only_plain_projections_are_joined():
+    class Attention(nn.Module):
+        def __init__(self, q, k, v):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = q, k, v
+
+    class Other(nn.Linear):
+        pass
+
+    plain = nn.Linear(16, 8)
+    others = [Other(16, 8), nn.Linear(16, 8).half(), nn.Linear(12, 8), nn.Linear(16, 8, device="meta"), nn.Identity()]
+    models = [Attention(nn.Linear(16, 8), plain, other) for other in others]
+    before = [[(name, p.data_ptr()) for name, p in model.named_parameters()] for model in models]
+    assert join_projections(*models) == 0
+    assert before == [[(name, p.data_ptr()) for name, p in model.named_parameters()] for model in models]
+    mixed = Attention(nn.Linear(16, 8), nn.Linear(16, 4, bias=False), nn.Linear(16, 8))
+    assert join_projections(mixed) == 1  # some without bias: weights alone
+    assert view_as_one([mixed.q_proj.weight, mixed.k_proj.weight, mixed.v_proj.weight]).shape == (20, 16)
+
+
+def test_tensors_are_one_only_where_they_follow_each_other():
+    whole = torch.randn(6, 4)
+    assert view_as_one([whole[:2], whole[2:3], whole[3:]]).data_ptr() == whole.data_ptr()
+    assert view_as_one([whole[1:2], whole[2:5]]).shape == (4, 4)
+    for parts in (
+        [whole[:2], whole[3:]],
+        [whole[2:], whole[:2]],
+        [whole[:, :2], whole[:, 2:]],
+        [whole[:2], torch.randn(1, 4)],
+    ):
+        assert view_as_one(parts) is None
 
 
 @pytest.mark.skipif(language.is_available(torch.device(DEVICE)), reason="kernels can run here")
@@ -395,6 +459,52 @@ def test_norm_rounds_where_its_twin_does(D, variant):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("D", [48, 1000])
+def test_norm_of_a_sum_is_the_norm_of_pytorchs_sum(D, variant):
+    x, y, weight = random(2, 9, D, dtype=HALF), random(2, 9, D, dtype=HALF), random(D, dtype=HALF)
+    total, out = add_rms_norm(x, y, weight, eps=1e-5, variant=variant)
+    assert torch.equal(total, add_rms_norm_eager(x, y, weight, eps=1e-5, variant=variant)[0])
+    assert torch.equal(out, rms_norm(total, weight, eps=1e-5, variant=variant))
+    place = torch.full_like(x, torch.nan)
+    assert add_rms_norm(x, y, weight, eps=1e-5, variant=variant, total=place)[0] is place
+    assert torch.equal(place, total)
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, BLOCK + 1), (2, 3, 5 * BLOCK), (1, WANTED * 8), (WANTED + 1, 70)])
+def test_argmax_is_the_first_of_the_largest(shape, dtype):
+    x = random(*shape, dtype=dtype)
+    assert torch.equal(argmax_rows(x), argmax_rows_eager(x))
+    ties = (x * 2).round() / 2  # many zeros of either sign, too
+    assert torch.equal(argmax_rows(ties), argmax_rows_eager(ties))
+    assert torch.equal(argmax_rows(torch.zeros_like(x).neg()), argmax_rows_eager(torch.zeros_like(x)))
+
+
+@pytest.mark.gpu
+@by_dtype
+def test_argmax_of_values_that_are_no_numbers(dtype):
+    V = 2 * BLOCK + 5
+    x = random(6, V, dtype=dtype)
+    x[0, 1500:] = torch.inf
+    x[1] = -torch.inf
+    x[2, :] = -torch.inf
+    x[2, -1] = torch.finfo(dtype).min
+    x[3, 7], x[3, 1000], x[3, 3] = torch.nan, -torch.nan, torch.inf
+    x[4, -1] = torch.nan
+    x[5] = torch.nan
+    assert argmax_rows(x).tolist() == [1500, 0, V - 1, 7, V - 1, 0] == argmax_rows_eager(x).tolist()
+
+
+@pytest.mark.gpu
+def test_argmax_of_rows_that_lie_apart():
+    x = random(3, 4, 3 * BLOCK, dtype=HALF)
+    for part in (x[:, -1], x[1], x[:, 1:3], x.transpose(0, 1), x[..., ::2], x[:1].expand(2, -1, -1)):
+        assert torch.equal(argmax_rows(part), argmax_rows_eager(part))
+
+
+@pytest.mark.gpu
 @by_dtype
 @pytest.mark.parametrize("is_shared", [False, True], ids=["full", "shared"])
 @pytest.mark.parametrize("rows", [1, 2], ids=["one-row-of-angles", "per-row"])
@@ -558,6 +668,100 @@ def test_linear_layers_over_few_rows_are_ours_and_others_the_hosts(monkeypatch):
     assert len(called) == 2
 
 
+class Stream(nn.Module):
+    """A residual stream of one norm."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.norm, self.use = LlamaRMSNorm(16), use
+
+    def forward(self, x, y):
+        return self.use(x + y, self.norm, x)
+
+
+def write_between(total, norm, x):
+    x.mul_(3)  # a part of the sum, after it
+    return total, norm(total), x
+
+
+def norm_another(total, norm, x):
+    return norm(x), total
+
+
+def view_and_norm(total, norm, x):
+    flat = total.view(-1, 16)
+    return norm(total), flat, norm(flat)
+
+
+# What follows a sum, and how many norms can take it.
+USES = {
+    "a norm": (lambda total, norm, _: (norm(total), total), 1),
+    "two norms": (lambda total, norm, _: (norm(total), norm(total), total), 1),
+    "properties, and a norm": (lambda total, norm, _: (norm(total) if total.dtype == HALF else None, total), 1),
+    "nothing": (lambda total, *_: (total,), 0),
+    "another reader": (lambda total, norm, _: (total * 2, norm(total)), 0),
+    "another sum": (lambda total, norm, x: (norm(total + x), total), 1),
+    "a writer": (write_between, 0),
+    "a norm of something else": (norm_another, 0),
+    "a view": (view_and_norm, 0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use", USES)
+def test_a_sum_is_there_for_whoever_reads_it(use, monkeypatch):
+    taken = []
+    monkeypatch.setattr(fusion, "add_rms_norm", lambda *a, **k: taken.append(1) or add_rms_norm(*a, **k))
+    function, num_taken = USES[use]
+    model = Stream(function).to(DEVICE, HALF).requires_grad_(False)
+    x, y = random(2, 3, 16, dtype=HALF), random(2, 3, 16, dtype=HALF)
+    expected = model(x.clone(), y)
+    with fused(model):
+        out = model(x.clone(), y)
+    assert all(map(torch.equal, out, expected))
+    assert len(taken) == num_taken
+
+
+@pytest.mark.gpu
+def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
+    monkeypatch.setattr(fusion, "argmax_rows", None)
+    norm = LlamaRMSNorm(16).to(DEVICE, HALF).requires_grad_(False)
+    x, many = random(3, 16, dtype=HALF), random(2, fusion.MANY_VALUES, dtype=HALF)
+    pairs = [
+        (x, 1),
+        (x, random(16, dtype=HALF)),
+        (x.T, x.T),
+        (x.float(), x.float()),
+        (x[:, 0], x[:, 0]),
+        (x, x.float()),
+    ]
+    with fused(norm) as _:
+        sums = [a + b for a, b in pairs]
+        assert torch.equal(torch.add(x, x, alpha=2), x * 3)
+        assert many.argmax().dim() == 0
+        assert many.argmax(0).shape == (fusion.MANY_VALUES,)
+        assert many[:, :-1].argmax(-1).shape == (2,)
+        assert many[0].argmax(-1).dim() == 0
+        assert many.argmax(-1, keepdim=True).shape == (2, 1)
+        assert many.double().argmax(-1).shape == (2,)
+        trained = x.clone().requires_grad_()
+        norm(trained + x).sum().backward()
+    assert all(torch.equal(total, a + b) for total, (a, b) in zip(sums, pairs, strict=True))
+    assert trained.grad is not None
+
+
+@pytest.mark.gpu
+def test_a_choice_among_many_is_ours(monkeypatch):
+    called = []
+    monkeypatch.setattr(fusion, "argmax_rows", lambda x: called.append(x.shape) or argmax_rows(x))
+    x = random(2, 3, fusion.MANY_VALUES, dtype=HALF)
+    with fused(nn.Linear(16, 8, device=DEVICE, dtype=HALF)):
+        found, last = x.argmax(-1), x[:, -1].float().argmax(-1)
+    assert torch.equal(found, argmax_rows_eager(x))
+    assert torch.equal(last, found[:, -1])
+    assert called == [(2, 3, fusion.MANY_VALUES), (2, fusion.MANY_VALUES)]
+
+
 @pytest.mark.gpu
 def test_projections_of_different_inputs_are_computed_apart():
     attention = nn.Module()
@@ -579,6 +783,28 @@ def test_projections_of_different_inputs_are_computed_apart():
         with fused(attention) as swaps:
             assert swaps.num_groups == 1
             assert all(map(is_close, run(change), expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [(), ("k_proj",), ("q_proj", "k_proj", "v_proj")], ids=len)
+@pytest.mark.parametrize("are_joined", [False, True])
+def test_joined_projections_of_many_rows_are_one_product(are_joined, biased, monkeypatch):
+    attention = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        attention.add_module(name, nn.Linear(16, 32 if name == "q_proj" else 8, bias=name in biased))
+    attention.to(DEVICE, HALF).requires_grad_(False)
+    if are_joined:
+        join_projections(attention)
+    x = random(2, MAX_ROWS, 16, dtype=HALF)
+    called = []
+    linear = F.linear
+    monkeypatch.setattr(fusion.F, "linear", lambda x, w, b=None: called.append(len(w)) or linear(x, w, b))
+    with fused(attention):
+        out = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+    assert called == ([48] if are_joined and len(biased) != 1 else [32, 8, 8])
+    monkeypatch.undo()
+    for result, name in zip(out, ("q_proj", "k_proj", "v_proj"), strict=True):
+        assert is_close(result, getattr(attention, name)(x))
 
 
 @pytest.mark.gpu

@@ -183,8 +183,8 @@ def _attend_split(
         at = (pair.to(tl.int64) * num_splits + split) * (T * G) + row
         tl.store(stats + at * 2, best, mask=is_row)
         tl.store(stats + at * 2 + 1, total, mask=is_row)
-        is_stored = is_row[:, None] & is_d[None, :] & (begin < end)
-        tl.store(partial + at[:, None] * D + d[None, :], acc, mask=is_stored)
+        if begin < end:
+            tl.store(partial + at[:, None] * D + d[None, :], acc, mask=is_row[:, None] & is_d[None, :])
 
 
 @jit("T", "num_splits")

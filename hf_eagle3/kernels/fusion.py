@@ -24,11 +24,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import language
+from .argmax import argmax_rows
 from .experts import MAX_CHOICES, expert_linear
+from .joined import PROJECTIONS, view_as_one
 from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
-from .norms import VARIANTS, rms_norm
+from .norms import VARIANTS, add_rms_norm, rms_norm
 from .rotary import apply_rotary
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ NORM_SUFFIX = "RMSNorm"
 ROTARY_NAME = "apply_rotary_pos_emb"
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16)
+MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
 # Of experts that are called otherwise, or a card that cannot run the kernel.
 UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, *language.KERNEL_ERRORS)
 
@@ -53,25 +56,26 @@ class Swaps:
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[Swaps]:
-    """Run `model`'s linear layers and experts over few rows, norms, rotary embeddings and gated MLPs as kernels.
+def fused(*models: nn.Module) -> Iterator[Swaps]:
+    """Run linear layers and experts of `models` over few rows, norms, rotary embeddings and gated MLPs as kernels.
 
-    For capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
+    Sums that a norm comes right after are taken in that norm's kernel, and one finds the largest of a vocabulary. For
+    capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
     """
-    swaps = Swaps()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if not language.is_available(device):
-        yield swaps
-        return
+    swaps, stand_ins = Swaps(), _StandIns()
     with ExitStack() as stack:
-        with torch.no_grad():
-            _swap_norms(model, swaps, stack)
-            _swap_rotaries(model, swaps, stack)
-            _swap_mlps(model, swaps, stack)
-            _swap_experts(model, swaps, stack)
-            _group_projections(model, swaps, stack)
-        logger.info("Fused %s: %s", type(model).__name__, swaps)
-        stack.enter_context(_SmallLinears())
+        for model in models:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            if not language.is_available(device):
+                continue
+            with torch.no_grad():
+                _swap_norms(model, swaps, stack, stand_ins)
+                _swap_rotaries(model, swaps, stack)
+                _swap_mlps(model, swaps, stack)
+                _swap_experts(model, swaps, stack)
+                _group_projections(model, swaps, stack)
+        logger.info("Fused %s: %s", ", ".join(type(model).__name__ for model in models), swaps)
+        stack.enter_context(stand_ins)
         yield swaps
 
 
@@ -99,8 +103,9 @@ class FusedElements:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         if not language.is_available(device):
             return []
+        swaps: tuple[Callable[[nn.Module, Swaps, ExitStack], None], ...] = (_swap_norms, _swap_rotaries, _swap_mlps)
         with _NotedSwaps() as stack, torch.no_grad():
-            for swap in (_swap_norms, _swap_rotaries, _swap_mlps):
+            for swap in swaps:
                 swap(self._model, Swaps(), stack)
             return stack.swaps
 
@@ -166,7 +171,7 @@ def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
 # ---- norms ----
 
 
-def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
+def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, stand_ins: _StandIns | None = None) -> None:
     known: dict[tuple, str | None] = {}
     for module in model.modules():
         name = type(module).__name__
@@ -181,7 +186,7 @@ def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
             known[key] = _find_variant(module, weight, eps)
         if (variant := known[key]) is not None:
             swaps.norms[name] = variant
-            _set(stack, vars(module), "forward", _make_norm(module, variant, eps))
+            _set(stack, vars(module), "forward", _make_norm(module, variant, eps, stand_ins))
 
 
 def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
@@ -194,11 +199,13 @@ def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
     return None
 
 
-def _make_norm(module: nn.Module, variant: str, eps: float) -> Callable[[Tensor], Tensor]:
+def _make_norm(module: nn.Module, variant: str, eps: float, stand_ins: _StandIns | None) -> Callable[[Tensor], Tensor]:
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = module.weight
+        if stand_ins is not None and (parts := stand_ins.take_sum(x, weight)) is not None:
+            return add_rms_norm(*parts, weight, eps=eps, variant=variant, total=x)[1]
         if not _can_run(x, weight):
             return original(x)
         return rms_norm(x, weight, eps=eps, variant=variant)
@@ -404,17 +411,86 @@ def _make_experts(module: Any) -> Callable[..., Tensor]:
     return forward
 
 
-# ---- linear layers ----
+# ---- functions ----
 
 
-class _SmallLinears(TorchFunctionMode):
-    """Sends what `F.linear` is asked for over few rows to our kernel."""
+class _StandIns(TorchFunctionMode):
+    """Kernels in place of what the host asks torch for: linear layers over few rows, sums before norms, argmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum: tuple[Tensor, Tensor, Tensor] | None = None  # two tensors, and where their sum belongs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if getattr(func, "__name__", None) != "__get__":  # what a property says needs no values
+            self.finish_sum()
+        if func in _ADDITIONS and not kwargs and _can_add(*args):
+            total = torch.empty_like(args[0])
+            self._sum = (*args, total)
+            return total
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
             return linear_small(*args, **kwargs)
+        if func is Tensor.argmax and not kwargs and _is_vocabulary(*args):
+            return argmax_rows(args[0])
         return func(*args, **kwargs)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self.finish_sum()
+
+    def finish_sum(self) -> None:
+        """Compute the sum that was put off, since somebody who is not a norm may be about to read it."""
+        if self._sum is not None:
+            (x, y, total), self._sum = self._sum, None
+            torch.add(x, y, out=total)
+
+    def take_sum(self, total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The parts of `total`, if it is what was put off: whoever asks, a norm of `weight`, computes it now."""
+        if self._sum is None or self._sum[2] is not total:
+            return None
+        x, y, _ = self._sum
+        self._sum = None
+        if not _can_run(total, weight):
+            torch.add(x, y, out=total)
+            return None
+        return x, y
+
+
+_ADDITIONS = (Tensor.add, torch.add)
+
+
+def _can_add(x: Any, y: Any = None, *more: Any) -> bool:
+    """Whether a norm's kernel can take the sum of `x` and `y`: of one shape, each in one piece."""
+    return (
+        not more
+        and isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and x.shape == y.shape
+        and x.dim() > 1
+        and x.numel() > 0
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and _can_run(x, y)
+    )
+
+
+def _is_vocabulary(x: Tensor, dim: Any = None, *more: Any) -> bool:
+    """Whether `x.argmax(dim)` looks for the largest of many values in each row."""
+    return (
+        not more
+        and dim == -1
+        and type(x) is Tensor
+        and x.dim() > 1
+        and x.numel() > 0
+        and x.shape[-1] >= MANY_VALUES
+        and x.dtype in (*DTYPES, torch.float32)
+        and language.is_available(x.device)
+    )
+
+
+# ---- linear layers ----
 
 
 def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -431,7 +507,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     """Let query, key and value projections of one input run as one kernel."""
     for module in model.modules():
-        parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        parts: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
         if not all(type(part) is nn.Linear and _is_plain(part) and _can_run(part.weight) for part in parts):
             continue
         group = _Group(parts)
@@ -457,9 +533,8 @@ class _Group:
             # Inference tensors count no versions; that the host writes into its input between two projections is not
             # known of any model.
             version = None if x.is_inference() else x._version
-            if i == 0 and self._fits(x):
-                weights, biases = [part.weight for part in self.parts], [part.bias for part in self.parts]
-                first, *rest = linear_group(x, weights, biases)
+            if i == 0 and (results := self._run(x)) is not None:
+                first, *rest = results
                 self.x, self.version, self.results = x, version, dict(enumerate(rest, 1))
                 return first
             is_ready = i in self.results and x is self.x and version == self.version
@@ -470,6 +545,17 @@ class _Group:
 
         return forward
 
-    def _fits(self, x: Tensor) -> bool:
-        are_ours = all(_is_ours(x, part.weight, part.bias) for part in self.parts)
-        return are_ours and x.numel() <= MAX_ROWS * x.shape[-1]
+    def _run(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """All of them, if there is one product for it: by our kernel over few rows, else over weights that were joined."""
+        if not all(_is_ours(x, part.weight, part.bias) for part in self.parts):
+            return None
+        weights, biases = [part.weight for part in self.parts], [part.bias for part in self.parts]
+        if x.numel() <= MAX_ROWS * x.shape[-1]:
+            return linear_group(x, weights, biases)
+        weight, bias = view_as_one(weights), None
+        given = [bias for bias in biases if bias is not None]
+        if given:
+            bias = view_as_one(given) if len(given) == len(biases) else None
+        if weight is None or (given and bias is None):
+            return None
+        return F.linear(x, weight, bias).split([len(w) for w in weights], dim=-1)

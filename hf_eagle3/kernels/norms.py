@@ -27,10 +27,20 @@ def rms_norm_eager(x: Tensor, weight: Tensor, *, eps: float, variant: str = "lla
     return (wide_weight * scaled).to(x.dtype)
 
 
+def add_rms_norm_eager(
+    x: Tensor, y: Tensor, weight: Tensor, *, eps: float, variant: str = "llama"
+) -> tuple[Tensor, Tensor]:
+    """`x` + `y`, [..., D] both, and `rms_norm_eager` of that sum: a residual stream and what the next layer reads."""
+    total = x + y
+    return total, rms_norm_eager(total, weight, eps=eps, variant=variant)
+
+
 @jit()
 def _rms_norm(
     x,
+    y,
     weight,
+    total,
     out,
     num_rows,
     eps,
@@ -38,6 +48,7 @@ def _rms_norm(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     VARIANT: tl.constexpr,
+    HAS_SUM: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -45,6 +56,10 @@ def _rms_norm(
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < num_rows)[:, None] & (d < D)[None, :]
     wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+    if HAS_SUM:
+        added = (wide + tl.load(y + at, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, added, mask=mask)
+        wide = added.to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
     if VARIANT == "llama":
         scaled = scaled.to(out.dtype.element_ty).to(tl.float32)
@@ -59,9 +74,28 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -
     The sum of squares is taken in another order, so its last bit may differ; what is rounded to 16 bits is then equal
     almost always, and otherwise the neighbour.
     """
+    x = x.contiguous()
+    return _launch(x, None, weight, x, eps, variant)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, *, eps: float, variant: str = "llama", total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel of `add_rms_norm_eager`, as `rms_norm`. The sum is what PyTorch's is.
+
+    Args:
+        total: Where the sum is to go, contiguous; a new tensor if left out.
+    """
+    x, y = x.contiguous(), y.contiguous()
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"x and y must be alike, got {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}.")
+    total = torch.empty_like(x) if total is None else total
+    return total, _launch(x, y, weight, total, eps, variant)
+
+
+def _launch(x: Tensor, y: Tensor | None, weight: Tensor, total: Tensor, eps: float, variant: str) -> Tensor:
     require(x.device)
     D = x.shape[-1]
-    x = x.contiguous()
     out = torch.empty_like(x)
     num_rows = x.numel() // D
     block_d = round_up_to_power(D)
@@ -69,7 +103,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -
     with torch.cuda.device_of(x):
         _rms_norm[(-(-num_rows // block_r),)](
             x,
+            x if y is None else y,
             weight,
+            total,
             out,
             num_rows,
             eps,
@@ -77,6 +113,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             VARIANT=variant,
+            HAS_SUM=y is not None,
             num_warps=8 if block_d > 2048 else 4,
         )
     return out
