@@ -120,6 +120,7 @@ class OurSide(Side):
     """A target and its drafter in this process; `folder` gets them as the engine reads them."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
+        from hf_eagle3 import join_projections
         from hf_eagle3.bench.report import describe_machine
         from hf_eagle3.bench.shapes import make_random_drafter, make_target
         from hf_eagle3.bench.ways import KINDS, list_eos, make_ways
@@ -135,6 +136,8 @@ class OurSide(Side):
             target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).eval().to(device)
             drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype).to(device).bind(target)
             drafter.export(folder / "drafter", to=args.engine, target=args.target)
+        if args.join_projections:
+            join_projections(target, drafter)
         drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
         self.device, self.pad = device, target.generation_config.pad_token_id or 0
         ways = make_ways(target, drafter, temperature=0.0)
@@ -687,6 +690,7 @@ def parse_arguments() -> argparse.Namespace:
         part.add_argument("--engine", choices=ENGINES, default="vllm")
         part.add_argument("--attention-backend", help="of the engine, as it names them; its own choice if left out")
         part.add_argument("--engine-options", type=json.loads, default={}, help="more for its constructor, as JSON")
+        part.add_argument("--join-projections", action="store_true", help="of our side")
         part.add_argument("--without-engine", action="store_true", help="our side alone")
         part.add_argument("--seconds", type=float, default=420.0, help="begin no turn after that time")
         part.add_argument("--out", type=Path, default=Path("bench_engines"), help="without suffix")

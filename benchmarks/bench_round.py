@@ -40,12 +40,14 @@ class Call(NamedTuple):
     calls: Counter  # launches by name
 
 
-def make_call(target: PreTrainedModel, drafter: PreTrainedModel, batch_size: int, prompt_length: int) -> Any:
+def make_call(
+    target: PreTrainedModel, drafter: PreTrainedModel, batch_size: int, prompt_length: int, temperature: float
+) -> Any:
     """A function of the number of new tokens, and whether to profile."""
     device = target.device
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     (prompts,) = batch_random_prompts(batch_size, prompt_length, vocab_size, device, Team(device))
-    decode = make_ways(target, drafter, temperature=0.0)[DRAFTED]
+    decode = make_ways(target, drafter, temperature=temperature)[DRAFTED]
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
 
     def call(limit: int, *, is_profiled: bool = False) -> Call:
@@ -107,6 +109,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--num-draft-tokens", type=int, default=3)
     parser.add_argument("--simulate-acceptance-length", type=float, default=2.41)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="above 0 nothing is simulated, and little accepted"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--join", action="store_true", help="after `join_projections`")
     parser.add_argument("--tiny", action="store_true")
@@ -118,18 +123,23 @@ def main() -> None:
     target = make_target(args.shape, device=device, dtype=torch.bfloat16)
     drafter = make_random_drafter(target)
     drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
-    drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+    is_simulated = args.temperature == 0
+    drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length if is_simulated else None
     if args.join:
         join_projections(target, drafter)
     limits = (args.max_new_tokens // 4, args.max_new_tokens)
     notes = [
         f"{describe_machine(target)}; {args.shape}, bfloat16, prompts of {args.prompt_length} tokens, new tokens "
-        f"{limits[0]} and {limits[1]}, K = {args.num_draft_tokens}, acceptance length simulated at "
-        f"{args.simulate_acceptance_length}, {args.repeats} repeats{', projections joined' if args.join else ''}.",
+        f"{limits[0]} and {limits[1]}, K = {args.num_draft_tokens}, "
+        + (f"acceptance length simulated at {args.simulate_acceptance_length}" if is_simulated else "")
+        + (f"temperature {args.temperature}" if not is_simulated else "")
+        + f", {args.repeats} repeats{', projections joined' if args.join else ''}.",
     ]
     found: dict[int, dict[str, Any]] = {}
     for size in args.batch_sizes:
-        found[size] = measure(make_call(target, drafter, size, args.prompt_length), limits, args.repeats)
+        found[size] = measure(
+            make_call(target, drafter, size, args.prompt_length, args.temperature), limits, args.repeats
+        )
         text = to_markdown(found, notes)
         if args.out is not None:  # after each, so that what was measured is kept
             args.out.with_name(args.out.name + ".md").write_text(text)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .sampling import draw
 
@@ -39,11 +38,11 @@ def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tens
     accepted = torch.rand_like(q) * q < p  # [B, K]; strictly, so that p = 0 is never accepted
     num_accepted = accepted.long().cumprod(-1).sum(-1)  # [B]
 
-    # Past the last draft token q is all zeros, so one formula serves both cases: the residual max(p - q, 0) after a
-    # refusal, plain p after full acceptance.
-    q_padded = F.pad(draft_probs, (0, 0, 0, 1))  # [B, K+1, V]
-    p_next = target_probs[rows, num_accepted]  # [B, V]
-    residual = (p_next - q_padded[rows, num_accepted]).clamp_min(0)  # [B, V]
+    # The residual max(p - q, 0) after a refusal; past the last draft token there is no q to take off, and plain p is left.
+    residual = p_next = target_probs[rows, num_accepted]  # [B, V]
+    if K := draft_probs.shape[1]:
+        is_refused = (num_accepted < K)[:, None]  # [B, 1]
+        residual = (p_next - draft_probs[rows, num_accepted.clamp(max=K - 1)] * is_refused).clamp_min(0)  # [B, V]
     # Where p and q agree to the last bit, rounding can still refuse a token and leave nothing to draw from.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
     return Verdict(num_accepted, draw(residual))

@@ -4,6 +4,7 @@ Tests marked `gpu` need kernels to run. Where there is no GPU, `test_kernels_in_
 process of its own, on CPU tensors.
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -21,8 +22,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hf_eagle3.kernels import fusion, language
-from hf_eagle3.kernels.argmax import BLOCK, WANTED, argmax_rows, argmax_rows_eager
+from hf_eagle3.kernels import argmax, fusion, language
+from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import (
     attend_rows,
     attend_rows_eager,
@@ -50,7 +51,7 @@ from hf_eagle3.kernels.linear import (
 )
 from hf_eagle3.kernels.mlp import gate, gate_eager
 from hf_eagle3.kernels.norms import VARIANTS, add_rms_norm, add_rms_norm_eager, rms_norm, rms_norm_eager
-from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
+from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager, rotary_angles, rotary_angles_eager
 from hf_eagle3.modeling import attention_eagle3
 
 ON_GPU = torch.cuda.is_available()
@@ -204,7 +205,7 @@ def test_a_table_says_how_linear_layers_are_cut():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])  # without and with biases
 def test_joining_projections_moves_weights_and_changes_nothing(kind, tmp_path):
-    model = make_target(kind).eval()
+    model = copy.deepcopy(make_target(kind))
     ids = torch.randint(2, 64, (2, 5))
     expected, parameters = model(ids).logits, dict(model.named_parameters())
     values = {name: value.detach().clone() for name, value in parameters.items()}
@@ -473,8 +474,9 @@ def test_norm_of_a_sum_is_the_norm_of_pytorchs_sum(D, variant):
 
 @pytest.mark.gpu
 @by_dtype
-@pytest.mark.parametrize("shape", [(1, 1), (3, BLOCK + 1), (2, 3, 5 * BLOCK), (1, WANTED * 8), (WANTED + 1, 70)])
-def test_argmax_is_the_first_of_the_largest(shape, dtype):
+@pytest.mark.parametrize("shape", [(1, 1), (3, BLOCK + 1), (2, 3, 5 * BLOCK), (1, 40 * BLOCK), (25, 70)])
+def test_argmax_is_the_first_of_the_largest(shape, dtype, monkeypatch):
+    monkeypatch.setattr(argmax, "WANTED", 24)
     x = random(*shape, dtype=dtype)
     assert torch.equal(argmax_rows(x), argmax_rows_eager(x))
     ties = (x * 2).round() / 2  # many zeros of either sign, too
@@ -513,6 +515,63 @@ def test_rotary_equals_its_twin(rows, is_shared, dtype):
     cos, sin = (random(rows, 3, 24 if is_shared else 48, dtype=dtype) for _ in range(2))
     for out, twin in zip(apply_rotary(q, k, cos, sin), apply_rotary_eager(q, k, cos, sin), strict=True):
         assert torch.equal(out, twin)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_shared", [False, True], ids=["full", "shared"])
+@pytest.mark.parametrize("half", [8, 24])
+def test_angles_are_their_twins(half, is_shared):
+    positions = torch.tensor([[0, 1, 2, 77], [4095, 131071, 1_000_000, 5]], device=DEVICE)[:, ::2]  # lying apart
+    inverse = 1 / 500_000 ** (torch.arange(half, device=DEVICE) / half)
+    options = {"scaling": 1.3, "dtype": HALF, "is_shared": is_shared}
+    for out, twin in zip(
+        rotary_angles(positions, inverse, **options), rotary_angles_eager(positions, inverse, **options), strict=True
+    ):
+        assert out.shape == twin.shape == (2, 2, half if is_shared else 2 * half)
+        assert (out == twin).float().mean() > 0.98
+        torch.testing.assert_close(out, twin, rtol=2 * torch.finfo(HALF).eps, atol=1e-5)
+
+
+class OddRotaryEmbedding(modeling_llama.LlamaRotaryEmbedding):
+    """Counts from one."""
+
+    def forward(self, x, position_ids):
+        return super().forward(x, position_ids + 1)
+
+
+@pytest.mark.gpu
+def test_angles_that_are_more_than_positions_are_left_alone():
+    usual = modeling_llama.LlamaRotaryEmbedding(LlamaConfig(**TINY))
+    odd = OddRotaryEmbedding(LlamaConfig(**TINY))
+    grows = modeling_llama.LlamaRotaryEmbedding(
+        LlamaConfig(**TINY, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    )
+    yarn = modeling_llama.LlamaRotaryEmbedding(
+        LlamaConfig(
+            **TINY,
+            max_position_embeddings=64,
+            rope_parameters={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 16,
+            },
+        )
+    )
+    assert yarn.attention_scaling != 1
+    model = nn.ModuleList([nn.Linear(4, 4, dtype=HALF), usual, odd, grows, yarn]).to(DEVICE)
+    x, positions = random(2, 3, 4, dtype=HALF), torch.tensor([[0, 1, 2], [30, 31, 32]], device=DEVICE)
+    others = [(x.float(), positions), (x, positions.int()), (x, positions[None].expand(3, -1, -1))]
+    with fused(model) as swaps:
+        assert ["forward" in vars(module) for module in model] == [False, True, False, False, True]
+        during = [module(x, positions) for module in (usual, yarn)]
+        rest = [usual(*given) for given in others]
+    assert swaps.angles == ["LlamaRotaryEmbedding"] * 2
+    for module, out in zip((usual, yarn), during, strict=True):
+        for ours, theirs in zip(out, module(x, positions), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(HALF).eps, atol=1e-5)
+    for given, out in zip(others, rest, strict=True):
+        assert all(map(torch.equal, out, usual(*given)))
 
 
 @pytest.mark.gpu
@@ -568,6 +627,8 @@ def test_fused_targets_compute_the_same_and_are_restored(kind):
     assert list(swaps.mlps.values()) == {"gpt_oss": [], "mixtral": [], "gemma3": ["gelu_tanh"]}.get(kind, ["silu"])
     assert swaps.experts == {"gpt_oss": ["GptOssExperts"], "mixtral": ["MixtralExperts"]}.get(kind, [])
     assert swaps.rotaries == [home.__name__]
+    angles = {"llama": "Llama", "qwen3": "Qwen3", "gpt_oss": "GptOss", "mixtral": "Mixtral"}  # Gemma 3 has two kinds
+    assert swaps.angles == ([f"{angles[kind]}RotaryEmbedding"] if kind in angles else [])
     assert swaps.num_groups == len(model.model.layers)
     assert is_close(during, before)
     assert torch.equal(after, before)
@@ -587,6 +648,7 @@ def test_the_drafter_is_fused_too():
             during = drafter(ids, aux_hidden_states=states)
     assert swaps.norms == {"LlamaRMSNorm": "llama"}
     assert attention_eagle3.__name__ in swaps.rotaries
+    assert swaps.angles == ["LlamaRotaryEmbedding"]
     assert swaps.num_groups == len(drafter.layers)
     assert is_close(during.logits, before.logits)
     assert is_close(during.feedback, before.feedback)

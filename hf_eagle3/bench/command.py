@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from ..kernels.joined import join_projections
 from ..peers import is_spread
 from ..processes import Team, launch, list_arguments, must_launch
 from ..refusals import refuse_other_models
@@ -80,6 +81,11 @@ def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private clas
         metavar="TB/s",
         help="of the device, for the account of what weights cost to read (measured)",
     )
+    parser.add_argument(
+        "--join-projections",
+        action="store_true",
+        help="run query, key and value projections as one product (hf_eagle3.join_projections): for large batches",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="PATH", help="without suffix")
@@ -119,6 +125,8 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
     target = load_target(args, team.device, dtype)
     device = target.device
     drafter = make_random_drafter(target) if loaded is None else loaded.to(device).bind(target)
+    if args.join_projections:
+        join_projections(target, drafter)
     depth = settle_depth(drafter, args.num_draft_tokens)
     drafter.generation_config.num_assistant_tokens = depth
     target.generation_config.num_assistant_tokens = None  # one of the target's own would go before it

@@ -12,7 +12,8 @@ from torch import Tensor
 from .language import jit, require, round_up_to_power, tl
 
 BLOCK = 1024  # values a step
-WANTED = 264  # programs, two for each multiprocessor of an H100
+NUM_WARPS = 4
+WANTED = 1056  # programs, eight for each multiprocessor of an H100
 
 
 def argmax_rows_eager(x: Tensor) -> Tensor:
@@ -69,6 +70,6 @@ def argmax_rows(x: Tensor) -> Tensor:
     found = torch.empty(num_rows, num_splits, dtype=torch.int64, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     with torch.cuda.device_of(x):
-        _find_best[num_rows, num_splits](rows, found, V, rows.stride(0), num_splits, BLOCK=BLOCK, num_warps=4)
+        _find_best[num_rows, num_splits](rows, found, V, rows.stride(0), num_splits, BLOCK=BLOCK, num_warps=NUM_WARPS)
         _take_best[(num_rows,)](found, out, V, num_splits, BLOCK_S=round_up_to_power(num_splits), num_warps=1)
     return out

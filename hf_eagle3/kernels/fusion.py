@@ -31,12 +31,14 @@ from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_sm
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
 from .norms import VARIANTS, add_rms_norm, rms_norm
-from .rotary import apply_rotary
+from .rotary import apply_rotary, rotary_angles
 
 logger = logging.getLogger(__name__)
 
 NORM_SUFFIX = "RMSNorm"
 ROTARY_NAME = "apply_rotary_pos_emb"
+ANGLES_SUFFIX = "RotaryEmbedding"
+LONGEST = 2**17  # positions at which angles are compared
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16)
 MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
@@ -50,6 +52,7 @@ class Swaps:
 
     norms: dict[str, str] = field(default_factory=dict)  # class -> variant
     rotaries: list[str] = field(default_factory=list)  # modules of the host's
+    angles: list[str] = field(default_factory=list)  # classes
     mlps: dict[str, str] = field(default_factory=dict)  # class -> activation
     experts: list[str] = field(default_factory=list)  # classes
     num_groups: int = 0  # query, key and value projections that became one launch
@@ -71,6 +74,7 @@ def fused(*models: nn.Module) -> Iterator[Swaps]:
             with torch.no_grad():
                 _swap_norms(model, swaps, stack, stand_ins)
                 _swap_rotaries(model, swaps, stack)
+                _swap_angles(model, swaps, stack)
                 _swap_mlps(model, swaps, stack)
                 _swap_experts(model, swaps, stack)
                 _group_projections(model, swaps, stack)
@@ -265,6 +269,54 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool) -> Call
         return apply_rotary(q, k, cos, sin)
 
     return rotate
+
+
+def _swap_angles(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
+    """Let modules that make cosines and sines of positions do it in one kernel, where angles depend on nothing else."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    for module in model.modules():
+        inverse, scaling, kind = (
+            getattr(module, name, None) for name in ("inv_freq", "attention_scaling", "rope_type")
+        )
+        if not type(module).__name__.endswith(ANGLES_SUFFIX) or not isinstance(kind, str):
+            continue
+        if "dynamic" in kind or kind == "longrope" or not isinstance(scaling, float | int):  # with the longest row
+            continue
+        if not isinstance(inverse, Tensor) or inverse.dim() != 1 or not inverse.is_floating_point():
+            continue
+        needed = list(inspect.signature(type(module).forward).parameters)
+        if needed != ["self", "x", "position_ids"] or not _is_plain(module) or not _can_run(like):
+            continue
+        width = _find_width(module, inverse, float(scaling), like)
+        if width is not None:
+            swaps.angles.append(type(module).__name__)
+            _set(stack, vars(module), "forward", _make_angles(module, is_shared=width == len(inverse)))
+
+
+def _find_width(module: nn.Module, inverse: Tensor, scaling: float, like: Tensor) -> int | None:
+    """How many cosines `module` makes for a position, if they are the kernel's."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(LONGEST, (3, 5), generator=generator).to(like.device)
+    theirs = module(_random(3, 5, 1, like=like), positions)
+    width = theirs[0].shape[-1]
+    if width not in (len(inverse), 2 * len(inverse)):
+        return None
+    ours = rotary_angles(positions, inverse, scaling=scaling, dtype=like.dtype, is_shared=width == len(inverse))
+    return width if all(map(_agree, ours, theirs)) else None
+
+
+def _make_angles(module: Any, *, is_shared: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    original = module.forward
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = module.inv_freq
+        fits = _can_run(x) and position_ids.dim() == 2 and position_ids.dtype == torch.int64
+        if not fits or position_ids.device != x.device or inverse.device != x.device:
+            return original(x, position_ids)
+        scaling = float(module.attention_scaling)
+        return rotary_angles(position_ids, inverse, scaling=scaling, dtype=x.dtype, is_shared=is_shared)
+
+    return forward
 
 
 # ---- gated MLPs ----

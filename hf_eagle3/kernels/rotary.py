@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one kernel.
+"""Rotary position embedding of queries and keys in one kernel, and the cosines and sines that it takes in another.
 
 Rounds where the host does: after each product, and after the sum. So 16-bit results are the host's, bit for bit.
 """
@@ -32,6 +32,70 @@ def apply_rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
         return x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], dim=-1) * sin
 
     return turn(q), turn(k)
+
+
+def rotary_angles_eager(
+    positions: Tensor, inverse: Tensor, *, scaling: float, dtype: torch.dtype, is_shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at `positions` [B, T] int64, each [B, T, D] or, shared by a pair, [B, T, D/2].
+
+    Args:
+        inverse: [D/2], the angle of one position.
+        scaling: Multiplies both, before they are rounded to `dtype`.
+    """
+    angles = positions[..., None].float() * inverse.float()  # [B, T, D/2]
+    if not is_shared:
+        angles = torch.cat([angles, angles], dim=-1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+@jit()
+def _rotary_angles(
+    positions,
+    inverse,
+    cos,
+    sin,
+    scaling,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_HALF)
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(inverse + d, mask=d < HALF, other=0.0).to(tl.float32)
+    c = (tl.cos(angle) * scaling).to(cos.dtype.element_ty)
+    s = (tl.sin(angle) * scaling).to(sin.dtype.element_ty)
+    at = token * (HALF if IS_SHARED else 2 * HALF) + d
+    tl.store(cos + at, c, mask=d < HALF)
+    tl.store(sin + at, s, mask=d < HALF)
+    if not IS_SHARED:
+        tl.store(cos + at + HALF, c, mask=d < HALF)
+        tl.store(sin + at + HALF, s, mask=d < HALF)
+
+
+def rotary_angles(
+    positions: Tensor, inverse: Tensor, *, scaling: float, dtype: torch.dtype, is_shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The kernel of `rotary_angles_eager`; same arguments."""
+    require(positions.device)
+    positions, half = positions.contiguous(), len(inverse)
+    cos, sin = (
+        torch.empty(*positions.shape, half if is_shared else 2 * half, dtype=dtype, device=positions.device)
+        for _ in range(2)
+    )
+    with torch.cuda.device_of(positions):
+        _rotary_angles[(positions.numel(),)](
+            positions,
+            inverse.contiguous(),
+            cos,
+            sin,
+            scaling,
+            HALF=half,
+            BLOCK_HALF=round_up_to_power(half),
+            IS_SHARED=is_shared,
+            num_warps=1,
+        )
+    return cos, sin
 
 
 @jit()
