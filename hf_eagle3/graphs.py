@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .decode import DecodeConfig, DecodeState, Drafted, Phases, Settled, Verified
 from .features import StateRecorder
-from .kernels.fusion import fused
+from .kernels.fusion import fused, has_forward_hooks
 from .kernels.language import is_available
 from .peers import call_before_groups_end, find_peers, is_spread, local
 from .row_attention import attending_by_rows
@@ -134,7 +134,7 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str |
     if target.training or drafter.training:
         return "a model is in training mode"
     for module in (*target.modules(), *drafter.modules()):
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
     return why_busy(target)
 

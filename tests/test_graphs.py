@@ -482,8 +482,7 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
             with (
                 ATTEND_BY_ROWS(target),
                 ATTEND_BY_ROWS(drafter),
-                graphs.fused(target),
-                graphs.fused(drafter),
+                graphs.fused(target, drafter),
                 StateRecorder(target, drafter.bound_aux_layer_ids) as recorder,
             ):
                 phases.target, phases.drafter, phases.recorder = target, drafter, recorder
@@ -495,6 +494,23 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     torch.manual_seed(5)
     assert target.generate(**batch, **options).tolist() == captured
     graphs.release_graphs()
+
+
+@pytest.mark.gpu
+def test_rounds_are_captured_after_somebody_asked_for_hidden_states():
+    target = copy.deepcopy(make_target("llama")).cuda()
+    drafter, prompt = make_drafter(target).cuda(), make_prompt(9).cuda()
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "assistant_model": drafter, **GREEDY}
+    expected = target.generate(prompt, **options)
+    with torch.no_grad():
+        target(prompt, output_hidden_states=True)
+    graphs.release_graphs()
+    out = target.generate(prompt, **options)
+    assert out.speculation.graphs.startswith("captured")
+    assert torch.equal(out.sequences, expected.sequences)
+    handle = target.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "LlamaDecoderLayer has forward hooks" in target.generate(prompt, **options).speculation.graphs
+    handle.remove()
 
 
 @pytest.mark.gpu

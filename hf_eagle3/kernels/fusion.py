@@ -41,6 +41,7 @@ ANGLES_SUFFIX = "RotaryEmbedding"
 LONGEST = 2**17  # positions at which angles are compared
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16)
+HOST_HOOKS = "transformers.utils.output_capturing"
 MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
 # Of experts that are called otherwise, or a card that cannot run the kernel.
 UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, *language.KERNEL_ERRORS)
@@ -144,10 +145,20 @@ def _can_run(*tensors: Tensor) -> bool:
     )
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody is told when `module` runs.
+
+    Not counting the hooks that the host puts on a model when it is first asked for hidden states, and leaves there:
+    they do nothing where nobody asks.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != HOST_HOOKS for hook in hooks)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling `module` is calling its class's forward: nobody has hooked or replaced it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
+    is_hooked = has_forward_hooks(module) or module._backward_hooks or module._backward_pre_hooks
+    return "forward" not in vars(module) and not is_hooked
 
 
 def _takes_one(function: Callable) -> bool:
