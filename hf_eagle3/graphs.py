@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 8  # sets of graphs that an arena keeps
 FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
 BUSY = "another call of this target is under way"
-WORTH_CAPTURE = 128  # new tokens that a smaller batch must still be good for, to have graphs made for it
+WORTH_CAPTURE = 128  # for so many new tokens to come, or rounds that ran over too many rows, a smaller batch gets graphs
 SMALL = ("length", "root", "block", "states", "num_pending", "first", "shift", "last_position")  # of DecodeState
 
 
@@ -78,6 +78,7 @@ class Arena:
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self.pool = new_pool()
         self.unfit: dict[tuple, str] = {}  # why capture failed, by what tells sets of graphs apart
+        self.declined: Counter[tuple] = Counter()  # rounds, likewise, that ran over more rows than they needed
 
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
@@ -328,11 +329,19 @@ class CapturedPhases(Phases):
         self.recorded = self._record_or_not()
 
     def keep(self, rows: list[int], *, num_left: float) -> list[int]:
-        """Once half of the batch is done, go on with a smaller one, if that is worth its graphs."""
+        """Once half of the batch is done, go on with a smaller one, if that is worth its graphs.
+
+        It is if much is still to come, or if calls before would have gained as much by now.
+        """
         num_rows = len(self.state.length)
         size = 1 << (len(rows) - 1).bit_length()  # few sizes, few graphs
-        if 2 * size > num_rows or (num_left < WORTH_CAPTURE and self._key(size) not in self.arena.recorded):
+        if 2 * size > num_rows:
             return list(range(num_rows))
+        key = self._key(size)
+        if key not in self.arena.recorded and num_left < WORTH_CAPTURE:
+            self.arena.declined[key] += 1
+            if self.arena.declined[key] < WORTH_CAPTURE:
+                return list(range(num_rows))
         done = [b for b in range(num_rows) if b not in rows]
         rows = [*rows, *done[: size - len(rows)]]
         caches = self.arena.first_rows(size)

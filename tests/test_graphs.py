@@ -181,6 +181,22 @@ def test_batches_shrink_as_rows_end(target, counts, monkeypatch, eos):
     assert counts.captured > before
 
 
+def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, counts, monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+    batch = pad(prompts_of(9, 4, 6, 12))
+    eos = target.generate(**batch, max_new_tokens=19, **GREEDY)[:3, 30].unique().tolist()  # three rows end early
+    options = {"max_new_tokens": 19, "eos_token_id": eos, **GREEDY}
+    plain = target.generate(**batch, **options)
+    drafter, captured = make_drafter(target), []
+    for _ in range(6):
+        before = counts.captured
+        assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
+        captured.append(counts.captured - before)
+    assert captured[:2] == [3, 0]  # fewer tokens to come than a smaller batch is made for
+    assert sum(captured[2:]) >= 3  # ... until enough rounds had too many rows, and then no more
+    assert captured[-1] == 0
+
+
 @pytest.mark.parametrize("lateness", [0, 1, 2])
 def test_rounds_may_be_read_late(target, counts, monkeypatch, lateness):
     monkeypatch.setattr(graphs.CapturedPhases, "lateness", lateness)
