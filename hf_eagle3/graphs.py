@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 8  # sets of graphs that an arena keeps
 FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
 BUSY = "another call of this target is under way"
-WORTH_CAPTURE = 128  # for so many new tokens to come, or rounds that ran over too many rows, a smaller batch gets graphs
+WORTH_CAPTURE = 128  # tokens to come, or rounds that ran over too many rows, for which a smaller batch gets graphs
 SMALL = ("length", "root", "block", "states", "num_pending", "first", "shift", "last_position")  # of DecodeState
 
 

@@ -69,7 +69,7 @@ class RowLayer(CacheLayerMixin):
         assert self.values is not None
         assert self.cache.start is not None
         write = write_rows if is_available(key_states.device) else write_rows_eager
-        write(self.keys, self.values, key_states, value_states, self.cache.start.to(key_states.device))
+        write(self.keys, self.values, key_states, value_states, self.cache.start)
         if self.cache.is_first:
             return key_states, value_states
         keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))

@@ -22,7 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hf_eagle3.kernels import argmax, fusion, language
+from hf_eagle3.kernels import argmax, attention, fusion, language
 from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import (
     attend_rows,
@@ -34,6 +34,7 @@ from hf_eagle3.kernels.attention import (
 from hf_eagle3.kernels.experts import expert_linear, expert_linear_eager
 from hf_eagle3.kernels.fusion import Swaps, fused
 from hf_eagle3.kernels.joined import join_projections, view_as_one
+from hf_eagle3.kernels.late import Late
 from hf_eagle3.kernels.linear import (
     MAX_ROWS,
     ROWS,
@@ -51,7 +52,15 @@ from hf_eagle3.kernels.linear import (
 )
 from hf_eagle3.kernels.mlp import gate, gate_eager
 from hf_eagle3.kernels.norms import VARIANTS, add_rms_norm, add_rms_norm_eager, rms_norm, rms_norm_eager
-from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager, rotary_angles, rotary_angles_eager
+from hf_eagle3.kernels.rotary import (
+    Rotation,
+    apply_rotary,
+    apply_rotary_eager,
+    rotary_angles,
+    rotary_angles_eager,
+    rotate_and_write,
+    rotate_and_write_eager,
+)
 from hf_eagle3.modeling import attention_eagle3
 
 ON_GPU = torch.cuda.is_available()
@@ -515,6 +524,75 @@ def test_rotary_equals_its_twin(rows, is_shared, dtype):
     cos, sin = (random(rows, 3, 24 if is_shared else 48, dtype=dtype) for _ in range(2))
     for out, twin in zip(apply_rotary(q, k, cos, sin), apply_rotary_eager(q, k, cos, sin), strict=True):
         assert torch.equal(out, twin)
+
+
+@pytest.mark.gpu
+@by_dtype
+@pytest.mark.parametrize(("H", "H_kv", "D"), [(9, 2, 48), (4, 4, 32), (16, 1, 64)])
+def test_rotating_and_writing_equals_its_twin(H, H_kv, D, dtype):
+    # Heads of one product, as joined projections give them.
+    both = random(2, 3, (H + 2 * H_kv) * D, dtype=dtype)
+    q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in both.split([H * D, H_kv * D, H_kv * D], dim=-1))
+    cos, sin = (random(2, 3, D, dtype=dtype) for _ in range(2))
+    start = torch.tensor([0, 6], device=DEVICE)
+    results = []
+    for run in (rotate_and_write, rotate_and_write_eager):
+        rotation = Rotation(q, k, cos, sin, *(torch.full(x.shape, torch.nan).to(x) for x in (q, k)))
+        caches = [torch.zeros(2, 9, H_kv, D).to(q) for _ in range(2)]
+        run(rotation, v, *caches, start)
+        results.append([rotation.out_q, rotation.out_k, *caches])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use", ["write", "read", "write other values", "write other keys", "rotate again"])
+def test_a_rotation_is_there_for_whoever_reads_it(use, monkeypatch):
+    target = make_target("llama")
+    home = sys.modules[type(target).__module__]
+    q, k, v = (random(2, 3, 4, 16, dtype=HALF).transpose(1, 2) for _ in range(3))
+    cos, sin = (random(2, 3, 16, dtype=HALF) for _ in range(2))
+    wide = random(2, 3, 4, 32, dtype=HALF).transpose(1, 2)
+    start = torch.tensor([1, 0], device=DEVICE)
+    fused_calls = []
+    monkeypatch.setattr(attention, "rotate_and_write", lambda *a: fused_calls.append(1) or rotate_and_write(*a))
+
+    def run():
+        keys, values = (
+            torch.zeros(2, 5, 4, D, device=DEVICE, dtype=HALF) for D in (16, 32 if "values" in use else 16)
+        )
+        turned_q, turned_k = home.apply_rotary_pos_emb(q, k, cos, sin)
+        given = [turned_k, v]
+        if use == "read":
+            turned_k = turned_k + 0
+        elif use == "write other values":
+            given[1] = wide
+        elif use == "write other keys":
+            given[0] = k
+        elif use == "rotate again":
+            turned_q, turned_k = home.apply_rotary_pos_emb(turned_q, turned_k, cos, sin)
+        write_rows(keys, values, *given, start)
+        return turned_q, turned_k, keys, values
+
+    expected = run()
+    model = copy.deepcopy(target).to(DEVICE, HALF)
+    with fused(model):
+        out = run()
+    assert all(map(torch.equal, out, expected))
+    assert fused_calls == ([1] if use == "write" else [])
+
+
+def test_at_most_one_operation_is_late():
+    late, done = Late(), []
+    first, second = torch.zeros(1), torch.zeros(1)
+    late.finish()
+    late.put_off("a", first, (1,), lambda: done.append("a"))
+    assert late.take("b", first) is late.take("a", second) is None
+    late.put_off("b", second, (2,), lambda: done.append("b"))
+    assert done == ["a"]
+    assert late.take("b", second) == (2,)
+    late.finish()
+    assert done == ["a"]
+    assert late.take("b", second) is None
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .language import jit, require, round_up_to_power, shared_memory, tl
+from .late import take
+from .rotary import ROTATION, apply_rotary, rotate_and_write
 
 
 def attend_rows_eager(
@@ -352,8 +354,8 @@ def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values:
         start: [B] int64. Token t of row b goes to slot start[b] + t.
     """
     T = new_keys.shape[2]
-    slots = start[:, None] + torch.arange(T, device=start.device)  # [B, T]
-    rows = torch.arange(len(slots), device=start.device)[:, None]
+    slots = (start[:, None] + torch.arange(T, device=start.device)).to(keys.device)  # [B, T]
+    rows = torch.arange(len(slots), device=keys.device)[:, None]
     keys[rows, slots] = new_keys.transpose(1, 2)
     values[rows, slots] = new_values.transpose(1, 2)
 
@@ -397,11 +399,21 @@ def _write_rows(
 
 
 def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
-    """The kernel of `write_rows_eager`: one for both, where the twin needs four. Same arguments."""
+    """The kernel of `write_rows_eager`: one for both, where the twin needs four. Same arguments.
+
+    Keys whose rotation was put off are rotated on the way.
+    """
+    rotation = take(ROTATION, new_keys)
     require(keys.device)
+    start = start.to(keys.device)
     B, H_kv, T, D = new_keys.shape
     if any(x.stride(-1) != 1 for x in (keys, values, new_keys, new_values)):
         raise ValueError("keys and values, new and cached, must be contiguous in their last dimension, D.")
+    if rotation is not None and new_values.shape == new_keys.shape:
+        rotate_and_write(rotation, new_values, keys, values, start)
+        return
+    if rotation is not None:
+        apply_rotary(*rotation[:4], outs=rotation[4:])
     block_d = round_up_to_power(D)
     block_h = min(round_up_to_power(H_kv), max(1, 2048 // block_d))
     with torch.cuda.device_of(keys):

@@ -27,11 +27,12 @@ from . import language
 from .argmax import argmax_rows
 from .experts import MAX_CHOICES, expert_linear
 from .joined import PROJECTIONS, view_as_one
+from .late import LATE, Late, take
 from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
 from .norms import VARIANTS, add_rms_norm, rms_norm
-from .rotary import apply_rotary, rotary_angles
+from .rotary import ROTATION, Rotation, apply_rotary, rotary_angles
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ ANGLES_SUFFIX = "RotaryEmbedding"
 LONGEST = 2**17  # positions at which angles are compared
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16)
+SUM = "sum"  # what is put off for a norm
 HOST_HOOKS = "transformers.utils.output_capturing"
 MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
 # Of experts that are called otherwise, or a card that cannot run the kernel.
@@ -66,21 +68,22 @@ def fused(*models: nn.Module) -> Iterator[Swaps]:
     Sums that a norm comes right after are taken in that norm's kernel, and one finds the largest of a vocabulary. For
     capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
     """
-    swaps, stand_ins = Swaps(), _StandIns()
+    swaps = Swaps()
+    widths: set[int] = set()
     with ExitStack() as stack:
         for model in models:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             if not language.is_available(device):
                 continue
             with torch.no_grad():
-                _swap_norms(model, swaps, stack, stand_ins)
+                widths |= _swap_norms(model, swaps, stack)
                 _swap_rotaries(model, swaps, stack)
                 _swap_angles(model, swaps, stack)
                 _swap_mlps(model, swaps, stack)
                 _swap_experts(model, swaps, stack)
                 _group_projections(model, swaps, stack)
         logger.info("Fused %s: %s", ", ".join(type(model).__name__ for model in models), swaps)
-        stack.enter_context(stand_ins)
+        stack.enter_context(_StandIns(widths))
         yield swaps
 
 
@@ -108,7 +111,7 @@ class FusedElements:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         if not language.is_available(device):
             return []
-        swaps: tuple[Callable[[nn.Module, Swaps, ExitStack], None], ...] = (_swap_norms, _swap_rotaries, _swap_mlps)
+        swaps: tuple[Callable[[nn.Module, Swaps, ExitStack], object], ...] = (_swap_norms, _swap_rotaries, _swap_mlps)
         with _NotedSwaps() as stack, torch.no_grad():
             for swap in swaps:
                 swap(self._model, Swaps(), stack)
@@ -186,8 +189,10 @@ def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
 # ---- norms ----
 
 
-def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, stand_ins: _StandIns | None = None) -> None:
+def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> set[int]:
+    """Replace norms; how wide they are."""
     known: dict[tuple, str | None] = {}
+    widths = set()
     for module in model.modules():
         name = type(module).__name__
         weight = getattr(module, "weight", None)
@@ -201,7 +206,9 @@ def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack, stand_ins: _St
             known[key] = _find_variant(module, weight, eps)
         if (variant := known[key]) is not None:
             swaps.norms[name] = variant
-            _set(stack, vars(module), "forward", _make_norm(module, variant, eps, stand_ins))
+            widths.add(len(weight))
+            _set(stack, vars(module), "forward", _make_norm(module, variant, eps))
+    return widths
 
 
 def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
@@ -214,16 +221,20 @@ def _find_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
     return None
 
 
-def _make_norm(module: nn.Module, variant: str, eps: float, stand_ins: _StandIns | None) -> Callable[[Tensor], Tensor]:
+def _make_norm(module: nn.Module, variant: str, eps: float) -> Callable[[Tensor], Tensor]:
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = module.weight
-        if stand_ins is not None and (parts := stand_ins.take_sum(x, weight)) is not None:
-            return add_rms_norm(*parts, weight, eps=eps, variant=variant, total=x)[1]
-        if not _can_run(x, weight):
-            return original(x)
-        return rms_norm(x, weight, eps=eps, variant=variant)
+        parts = take(SUM, x)
+        if _can_run(x, weight):
+            if parts is None:
+                return rms_norm(x, weight, eps=eps, variant=variant)
+            first, second = parts
+            return add_rms_norm(first, second, weight, eps=eps, variant=variant, total=x)[1]
+        if parts is not None:
+            torch.add(*parts, out=x)
+        return original(x)
 
     return forward
 
@@ -277,7 +288,13 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool) -> Call
         )
         if not (is_known and fits):
             return original(q, k, cos, sin, *args, **kwargs)
-        return apply_rotary(q, k, cos, sin)
+        if (late := LATE.get()) is None:
+            return apply_rotary(q, k, cos, sin)
+        late.finish()
+        outs = torch.empty_like(q), torch.empty_like(k)
+        rotation = Rotation(q, k, cos, sin, *outs)
+        late.put_off(ROTATION, outs[1], rotation, lambda: apply_rotary(q, k, cos, sin, outs=outs))
+        return outs
 
     return rotate
 
@@ -478,19 +495,33 @@ def _make_experts(module: Any) -> Callable[..., Tensor]:
 
 
 class _StandIns(TorchFunctionMode):
-    """Kernels in place of what the host asks torch for: linear layers over few rows, sums before norms, argmax."""
+    """Kernels in place of what the host asks torch for: linear layers over few rows, sums before norms, argmax.
 
-    def __init__(self) -> None:
+    Args:
+        widths: Of the norms that take sums.
+    """
+
+    def __init__(self, widths: set[int]) -> None:
         super().__init__()
-        self._sum: tuple[Tensor, Tensor, Tensor] | None = None  # two tensors, and where their sum belongs
+        self._late, self._widths = Late(), widths
+
+    def __enter__(self) -> _StandIns:
+        self._token = LATE.set(self._late)
+        return super().__enter__()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        LATE.reset(self._token)
+        if kind is None:
+            self._late.finish()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__name__", None) != "__get__":  # what a property says needs no values
-            self.finish_sum()
-        if func in _ADDITIONS and not kwargs and _can_add(*args):
+            self._late.finish()
+        if func in _ADDITIONS and not kwargs and _can_add(self._widths, *args):
             total = torch.empty_like(args[0])
-            self._sum = (*args, total)
+            self._late.put_off(SUM, total, args, lambda: torch.add(*args, out=total))
             return total
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
             return linear_small(*args, **kwargs)
@@ -498,40 +529,19 @@ class _StandIns(TorchFunctionMode):
             return argmax_rows(args[0])
         return func(*args, **kwargs)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            self.finish_sum()
-
-    def finish_sum(self) -> None:
-        """Compute the sum that was put off, since somebody who is not a norm may be about to read it."""
-        if self._sum is not None:
-            (x, y, total), self._sum = self._sum, None
-            torch.add(x, y, out=total)
-
-    def take_sum(self, total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The parts of `total`, if it is what was put off: whoever asks, a norm of `weight`, computes it now."""
-        if self._sum is None or self._sum[2] is not total:
-            return None
-        x, y, _ = self._sum
-        self._sum = None
-        if not _can_run(total, weight):
-            torch.add(x, y, out=total)
-            return None
-        return x, y
-
 
 _ADDITIONS = (Tensor.add, torch.add)
 
 
-def _can_add(x: Any, y: Any = None, *more: Any) -> bool:
-    """Whether a norm's kernel can take the sum of `x` and `y`: of one shape, each in one piece."""
+def _can_add(widths: set[int], x: Any, y: Any = None, *more: Any) -> bool:
+    """Whether a norm's kernel can take the sum of `x` and `y`: of one shape and its width, each in one piece."""
     return (
         not more
         and isinstance(x, Tensor)
         and isinstance(y, Tensor)
         and x.shape == y.shape
         and x.dim() > 1
+        and x.shape[-1] in widths
         and x.numel() > 0
         and x.is_contiguous()
         and y.is_contiguous()

@@ -5,10 +5,25 @@ Rounds where the host does: after each product, and after the sum. So 16-bit res
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .language import jit, require, round_up_to_power, tl
+
+ROTATION = "rotation"  # put off (`late.py`) for whoever writes its keys to a cache
+
+
+class Rotation(NamedTuple):
+    """What goes into a rotation, and where its results belong."""
+
+    q: Tensor  # [B, H, T, D]
+    k: Tensor  # [B, H_kv, T, D]
+    cos: Tensor  # [B or 1, T, D or D/2]
+    sin: Tensor
+    out_q: Tensor
+    out_k: Tensor
 
 
 def apply_rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +117,14 @@ def rotary_angles(
 def _apply_rotary(
     q,
     k,
+    v,
     cos,
     sin,
     out_q,
     out_k,
+    keys,  # [B, L, H_kv, D], a cache
+    values,
+    start,  # [B] int64, the first slot to write to
     T,
     stride_qb,
     stride_qh,
@@ -123,12 +142,22 @@ def _apply_rotary(
     stride_ct,
     stride_sb,
     stride_st,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_cached_kb,
+    stride_cached_kl,
+    stride_cached_kh,
+    stride_cached_vb,
+    stride_cached_vl,
+    stride_cached_vh,
     H: tl.constexpr,
     H_KV: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     IS_SHARED: tl.constexpr,
+    HAS_CACHE: tl.constexpr,
 ):
     token = tl.program_id(0)
     b = (token // T).to(tl.int64)
@@ -146,50 +175,100 @@ def _apply_rotary(
         sin_2 = tl.load(sin_at + HALF, mask=is_d, other=0.0).to(tl.float32)[None, :]
 
     NUM_Q: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    NUM_K: tl.constexpr = (H_KV + BLOCK_H - 1) // BLOCK_H
     group = tl.program_id(1)
     if group < NUM_Q:
         h = group * BLOCK_H + tl.arange(0, BLOCK_H)
         mask = (h < H)[:, None] & is_d[None, :]
         x_at = q + b * stride_qb + t * stride_qt + h[:, None] * stride_qh + d[None, :]
         y_at = out_q + b * stride_oqb + t * stride_oqt + h[:, None] * stride_oqh + d[None, :]
-        _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF)
-    else:
+        y_1, y_2 = _turn(x_at, mask, cos_1, sin_1, cos_2, sin_2, HALF)
+        tl.store(y_at, y_1, mask=mask)
+        tl.store(y_at + HALF, y_2, mask=mask)
+    elif group < NUM_Q + NUM_K:
         h = (group - NUM_Q) * BLOCK_H + tl.arange(0, BLOCK_H)
         mask = (h < H_KV)[:, None] & is_d[None, :]
         x_at = k + b * stride_kb + t * stride_kt + h[:, None] * stride_kh + d[None, :]
         y_at = out_k + b * stride_okb + t * stride_okt + h[:, None] * stride_okh + d[None, :]
-        _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF)
+        y_1, y_2 = _turn(x_at, mask, cos_1, sin_1, cos_2, sin_2, HALF)
+        tl.store(y_at, y_1, mask=mask)
+        tl.store(y_at + HALF, y_2, mask=mask)
+        if HAS_CACHE:
+            slot = tl.load(start + b) + t
+            y_at = keys + b * stride_cached_kb + slot * stride_cached_kl + h[:, None] * stride_cached_kh + d[None, :]
+            tl.store(y_at, y_1, mask=mask)
+            tl.store(y_at + HALF, y_2, mask=mask)
+    elif HAS_CACHE:
+        h = (group - NUM_Q - NUM_K) * BLOCK_H + tl.arange(0, BLOCK_H)
+        mask = (h < H_KV)[:, None] & is_d[None, :]
+        slot = tl.load(start + b) + t
+        x_at = v + b * stride_vb + t * stride_vt + h[:, None] * stride_vh + d[None, :]
+        y_at = values + b * stride_cached_vb + slot * stride_cached_vl + h[:, None] * stride_cached_vh + d[None, :]
+        tl.store(y_at, tl.load(x_at, mask=mask), mask=mask)
+        tl.store(y_at + HALF, tl.load(x_at + HALF, mask=mask), mask=mask)
 
 
 @jit()
-def _turn(x_at, y_at, mask, cos_1, sin_1, cos_2, sin_2, HALF: tl.constexpr):
-    dtype: tl.constexpr = y_at.dtype.element_ty
+def _turn(x_at, mask, cos_1, sin_1, cos_2, sin_2, HALF: tl.constexpr):
+    dtype: tl.constexpr = x_at.dtype.element_ty
     x_1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     x_2 = tl.load(x_at + HALF, mask=mask, other=0.0).to(tl.float32)
     y_1 = (x_1 * cos_1).to(dtype).to(tl.float32) + (-x_2 * sin_1).to(dtype).to(tl.float32)
     y_2 = (x_2 * cos_2).to(dtype).to(tl.float32) + (x_1 * sin_2).to(dtype).to(tl.float32)
-    tl.store(y_at, y_1.to(dtype), mask=mask)
-    tl.store(y_at + HALF, y_2.to(dtype), mask=mask)
+    return y_1.to(dtype), y_2.to(dtype)
 
 
-def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel of `apply_rotary_eager`, for tensors of one dtype, each contiguous in its last dimension."""
+def apply_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, outs: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel of `apply_rotary_eager`, for tensors of one dtype, each contiguous in its last dimension.
+
+    Args:
+        outs: Where the results are to go, shaped as q and k; new tensors if left out.
+    """
+    outs = (torch.empty_like(q), torch.empty_like(k)) if outs is None else outs
+    _launch(Rotation(q, k, cos, sin, *outs))
+    return outs
+
+
+def rotate_and_write_eager(rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> None:
+    """Rotate, and put the keys and `v` [B, H_kv, T, D] into a cache, as `attention.write_rows_eager`."""
+    out_q, out_k = apply_rotary_eager(*rotation[:4])
+    rotation.out_q.copy_(out_q)
+    rotation.out_k.copy_(out_k)
+    slots = start[:, None] + torch.arange(v.shape[2], device=start.device)  # [B, T]
+    rows = torch.arange(len(slots), device=start.device)[:, None]
+    keys[rows, slots], values[rows, slots] = out_k.transpose(1, 2), v.transpose(1, 2)
+
+
+def rotate_and_write(rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> None:
+    """The kernel of `rotate_and_write_eager`: one, where apart there are two. All contiguous in the last dimension."""
+    _launch(rotation, (v, keys, values, start))
+
+
+def _launch(rotation: Rotation, cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None) -> None:
+    q, k, cos, sin, out_q, out_k = rotation
     require(q.device)
     B, H, T, D = q.shape
     H_kv = k.shape[1]
-    out_q, out_k = torch.empty_like(q), torch.empty_like(k)
+    v, keys, values, start = (k, out_k, out_k, out_k) if cache is None else cache  # without a cache not looked at
     block_h = min(8, round_up_to_power(max(H, H_kv)))
+    num_groups = -(-H // block_h) + (1 if cache is None else 2) * -(-H_kv // block_h)
     # A broadcast batch has stride 0.
     cos_stride_b = cos.stride(0) if cos.shape[0] == B else 0
     sin_stride_b = sin.stride(0) if sin.shape[0] == B else 0
     with torch.cuda.device_of(q):
-        _apply_rotary[B * T, -(-H // block_h) + -(-H_kv // block_h)](
+        _apply_rotary[B * T, num_groups](
             q,
             k,
+            v,
             cos,
             sin,
             out_q,
             out_k,
+            keys,
+            values,
+            start,
             T,
             *q.stride()[:3],
             *k.stride()[:3],
@@ -199,14 +278,17 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             cos.stride(1),
             sin_stride_b,
             sin.stride(1),
+            *v.stride()[:3],
+            *keys.stride()[:3],
+            *values.stride()[:3],
             H=H,
             H_KV=H_kv,
             HALF=D // 2,
             BLOCK_HALF=round_up_to_power(D // 2),
             BLOCK_H=block_h,
             IS_SHARED=cos.shape[-1] != D,
+            HAS_CACHE=cache is not None,
             num_warps=2,
             # Else LLVM makes 16-bit arithmetic of this, and of a rounded product and the sum one `fma`, rounded once.
             enable_fp_fusion=False,
         )
-    return out_q, out_k
