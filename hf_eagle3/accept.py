@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import draw
+from .sampling import draw, likeliest
 
 
 class Verdict(NamedTuple):
@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
 
 def accept_greedy(draft_tokens: Tensor, target_logits: Tensor) -> Verdict:
     """Keep the longest prefix of `draft_tokens` [B, K] that greedy decoding of `target_logits` [B, K+1, V] repeats."""
-    target_tokens = target_logits.argmax(-1)  # [B, K+1]
+    target_tokens = likeliest(target_logits)  # [B, K+1]
     matches = draft_tokens == target_tokens[:, :-1]  # [B, K]
     num_accepted = matches.long().cumprod(-1).sum(-1)  # [B]
     return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[:, None]).squeeze(-1))
@@ -69,5 +69,5 @@ def accept_simulated(draft_tokens: Tensor, target_logits: Tensor, length: float)
     whole, fraction = divmod(length - 1, 1)
     one_more = torch.rand(B, device=draft_tokens.device) < fraction
     num_accepted = (int(whole) + one_more.long()).clamp(max=K)  # [B]
-    target_tokens = target_logits.argmax(-1)  # [B, K+1]
+    target_tokens = likeliest(target_logits)  # [B, K+1]
     return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[:, None]).squeeze(-1))

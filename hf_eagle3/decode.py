@@ -27,7 +27,7 @@ from .prefill import Prompt, is_by_rows
 from .rows import RowCache, make_masks
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
-from .stopping import raise_if_nan
+from .stopping import has_nan, raise_if_nan
 from .transcript import Transcript, processors_for_rows
 
 
@@ -190,9 +190,10 @@ def draft_parallel(drafter: PreTrainedModel, state: DecodeState, *, depth: int, 
 
 
 def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor) -> Tensor:
-    """Logits [B, K+1, V], in the target's dtype, after the root and each of `draft_tokens` [B, K]."""
+    """Logits [B, K+1, V] after the root and each of `draft_tokens` [B, K]: float32, or 16 bits if the target's are."""
     tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, K+1]
-    return run_target(target, state, tokens).to(tokens.device)
+    logits = run_target(target, state, tokens).to(tokens.device)
+    return logits if logits.itemsize == 2 else logits.float()
 
 
 def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> Tensor:
@@ -303,7 +304,7 @@ class Drafted(NamedTuple):
 class Verified(NamedTuple):
     """What the target says to it."""
 
-    logits: Tensor  # [B, K+1, V], in the target's dtype; of the prompt float32
+    logits: Tensor  # [B, K+1, V], float32 or 16 bits
     states: Tensor | None  # [B, K+1, A*Ht]; None of the prompt, whose last state is pending already
 
 
@@ -400,8 +401,7 @@ class Phases:
         verdict = Verdict(*map(self.agree, verdict))
         commit(self.state, tokens, verdict, verified.states)
         block = self.state.block[:, : tokens.shape[1] + 1]
-        first = verified.logits[:, 0]  # [B, V]; argmax takes NaN for the largest
-        is_nan = first.gather(-1, first.argmax(-1)[:, None]).isnan().any()
+        is_nan = has_nan(verified.logits[:, 0])
         return Settled(torch.cat([block.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
 
     @property
@@ -447,7 +447,7 @@ def decode(
         done, K, started = rows, drafted.tokens.shape[1], transcript.num_tokens
         if phases.in_order:
             with clocks.host:
-                raise_if_nan(bool(verified.logits[:, 0].isnan().any()))
+                raise_if_nan(bool(has_nan(verified.logits[:, 0])))
                 verdict = accept_in_order(
                     *drafted,
                     verified.logits,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache import rewind
-from .sampling import ToProbs, draw
+from .sampling import ToProbs, draw, likeliest
 
 
 class Feature(NamedTuple):
@@ -36,7 +36,7 @@ Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 def choose_greedy(logits: Tensor) -> tuple[Tensor, None]:
     """The likeliest draft ids [B] of `logits` [B, V_d]."""
-    return logits.argmax(-1), None
+    return likeliest(logits), None
 
 
 def make_choose_sampled(to_probs: ToProbs) -> Choose:

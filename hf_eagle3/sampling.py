@@ -55,6 +55,14 @@ def make_to_probs(warpers: list[LogitsProcessor]) -> ToProbs:
     return to_probs
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """[...] int64, where the largest of `logits` [..., V] is.
+
+    The likeliest of 16 bits is the likeliest of 32, among which PyTorch looks three times as fast on a CPU.
+    """
+    return (logits.float() if logits.is_cpu and logits.itemsize == 2 else logits).argmax(-1)
+
+
 def draw(weights: Tensor) -> Tensor:
     """Draw one index per row of unnormalised `weights` [B, V], without waiting for the host."""
     noise = torch.empty_like(weights).exponential_()

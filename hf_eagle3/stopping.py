@@ -90,6 +90,15 @@ class NotANumberError(ValueError):
     """The target's logits are NaN."""
 
 
+def has_nan(logits: Tensor) -> Tensor:
+    """[] bool, whether any row of `logits` [B, V] holds a NaN, the largest of all to PyTorch.
+
+    By the way that finds the largest fastest: argmax among our kernels on a GPU, amax on a CPU.
+    """
+    largest = logits.gather(-1, logits.argmax(-1)[:, None]) if logits.is_cuda else logits.amax(-1)
+    return largest.isnan().any()
+
+
 def raise_if_nan(is_nan: bool) -> None:
     """Name what would otherwise end in token 0, or in a complaint of the sampler."""
     if is_nan:
@@ -104,7 +113,7 @@ class RaiseIfNan(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002  the host's signature
         """`scores` as they are."""
-        raise_if_nan(bool(scores.isnan().any()))
+        raise_if_nan(bool(has_nan(scores)))
         return scores
 
 

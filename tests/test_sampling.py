@@ -25,7 +25,8 @@ from hf_eagle3 import accept, candidates, sampling
 from hf_eagle3 import draft as drafting
 from hf_eagle3.accept import accept_sampled
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.sampling import STATELESS_WARPERS, draw, make_to_probs, stateless_warpers
+from hf_eagle3.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
+from hf_eagle3.stopping import has_nan
 
 TINY_V = 8
 PROMPT = (3, 1, 6)
@@ -407,3 +408,24 @@ def test_enumeration_agrees_with_a_forward_by_hand():
         for a, b in itertools.product(range(0, TINY_V, 3), repeat=2):
             logits = target(torch.tensor([[3, 1, 6, a, b]])).logits[0].log_softmax(-1)
             torch.testing.assert_close(joint[a, b].log(), logits[2, a] + logits[3, b])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_likeliest_is_the_first_of_the_largest(dtype):
+    logits = torch.randn(3, 4, 700).to(dtype)
+    logits[0, 1, [5, 9, 600]] = 20.0
+    logits[2, 3, 650] = torch.inf
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert likeliest(logits)[0, 1] == 5
+    close = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert likeliest(close).item() == 1  # no digits are lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", [None, (0, 0), (2, 699), (1, 350)], ids=str)
+def test_one_nan_is_found(place, dtype):
+    logits = torch.randn(3, 700).to(dtype)
+    logits[0, 7], logits[2, 8], logits[1] = torch.inf, -torch.inf, -torch.inf
+    if place is not None:
+        logits[place] = torch.nan
+    assert bool(has_nan(logits)) == (place is not None)
