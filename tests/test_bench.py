@@ -115,6 +115,15 @@ def test_no_room_for_one_kind_leaves_the_others(tmp_path, monkeypatch, i, in_cal
     assert f"[^1]: {reason}." in text
 
 
+@pytest.mark.parametrize("asked", [[], ["--join-projections"]])
+def test_projections_are_joined_where_asked(asked, tmp_path, monkeypatch):
+    joined = []
+    monkeypatch.setattr(command, "join_projections", lambda *models: joined.append(len(models)))
+    assert cli.main([*SIMULATED, *SMALL, *asked, "--out", str(tmp_path / "out")]) == 0
+    assert joined == [2] * len(asked)
+    assert ("--join-projections" in (tmp_path / "out.md").read_text()) == bool(asked)
+
+
 def test_no_room_for_anything_is_an_error(tmp_path, monkeypatch, capsys):
     run_out(monkeypatch, ways.DRAFTED, in_call=1, at_least=1)
     arguments = ["--kinds", "drafted", "--batch-sizes", "1", "--out", str(tmp_path / "out")]

@@ -399,6 +399,7 @@ def test_options_change_on_purpose():
                 "--dp-size",
                 "--tp-size",
                 "--device-map",
+                "--join-projections",
                 "--read-bandwidth",
             ),
             *("--dtype", "--device", "--out"),
