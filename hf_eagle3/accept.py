@@ -38,9 +38,9 @@ def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tens
     num_accepted = accepted.long().cumprod(-1).sum(-1)  # [B]
 
     # The residual max(p - q, 0) after a refusal; past the last draft token there is no q to take off, and plain p is left.
-    residual = p_next = take(target_probs, num_accepted)  # [B, V]
+    residual = p_next = pick(target_probs, num_accepted)  # [B, V]
     if K := draft_probs.shape[1]:
-        q_next = take(draft_probs, num_accepted.clamp(max=K - 1))  # [B, V]
+        q_next = pick(draft_probs, num_accepted.clamp(max=K - 1))  # [B, V]
         is_refused = (num_accepted < K).to(q_next.dtype)[:, None]  # [B, 1]
         residual = torch.addcmul(p_next, q_next, is_refused, value=-1).clamp_min_(0)  # [B, V]
     # Where p and q agree to the last bit, rounding can still refuse a token and leave nothing to draw from.
@@ -48,7 +48,7 @@ def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tens
     return Verdict(num_accepted, draw(residual))
 
 
-def take(probs: Tensor, at: Tensor) -> Tensor:
+def pick(probs: Tensor, at: Tensor) -> Tensor:
     """[B, V]: of each row of `probs` [B, T, V], what stands `at` [B] there. Faster on a GPU than two indices."""
     B, T, _ = probs.shape
     return probs.flatten(0, 1).index_select(0, torch.arange(0, B * T, T, device=at.device) + at)

@@ -290,7 +290,6 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool) -> Call
             return original(q, k, cos, sin, *args, **kwargs)
         if (late := LATE.get()) is None:
             return apply_rotary(q, k, cos, sin)
-        late.finish()
         outs = torch.empty_like(q), torch.empty_like(k)
         rotation = Rotation(q, k, cos, sin, *outs)
         late.put_off(ROTATION, outs[1], rotation, lambda: apply_rotary(q, k, cos, sin, outs=outs))
@@ -302,7 +301,7 @@ def _make_rotary(original: Callable, takes_full: bool, takes_half: bool) -> Call
 def _swap_angles(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     """Let modules that make cosines and sines of positions do it in one kernel, where angles depend on nothing else."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    for module in model.modules():
+    for module in model.modules() if _can_run(like) else ():
         inverse, scaling, kind = (
             getattr(module, name, None) for name in ("inv_freq", "attention_scaling", "rope_type")
         )
@@ -313,7 +312,7 @@ def _swap_angles(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
         if not isinstance(inverse, Tensor) or inverse.dim() != 1 or not inverse.is_floating_point():
             continue
         needed = list(inspect.signature(type(module).forward).parameters)
-        if needed != ["self", "x", "position_ids"] or not _is_plain(module) or not _can_run(like):
+        if needed != ["self", "x", "position_ids"] or not _is_plain(module):
             continue
         width = _find_width(module, inverse, float(scaling), like)
         if width is not None:

@@ -231,18 +231,16 @@ def apply_rotary(
     return outs
 
 
-def rotate_and_write_eager(rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> None:
-    """Rotate, and put the keys and `v` [B, H_kv, T, D] into a cache, as `attention.write_rows_eager`."""
-    out_q, out_k = apply_rotary_eager(*rotation[:4])
-    rotation.out_q.copy_(out_q)
-    rotation.out_k.copy_(out_k)
-    slots = start[:, None] + torch.arange(v.shape[2], device=start.device)  # [B, T]
-    rows = torch.arange(len(slots), device=start.device)[:, None]
-    keys[rows, slots], values[rows, slots] = out_k.transpose(1, 2), v.transpose(1, 2)
-
-
 def rotate_and_write(rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> None:
-    """The kernel of `rotate_and_write_eager`: one, where apart there are two. All contiguous in the last dimension."""
+    """The kernel of `apply_rotary_eager` and, with its keys, of `attention.write_rows_eager`: one instead of two.
+
+    Args:
+        rotation: Written to.
+        v: [B, H_kv, T, D], as all others contiguous in the last dimension.
+        keys: [B, L, H_kv, D], a cache, written to.
+        values: Likewise.
+        start: [B] int64, the slot of each row's first token.
+    """
     _launch(rotation, (v, keys, values, start))
 
 
