@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.kernels import language
 from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, write_rows, write_rows_eager
 from hf_eagle3.kernels.fusion import fused
@@ -547,7 +548,7 @@ def time_fusion_of(
         with change(model) as changed:
 
             def forward() -> Tensor:
-                out = changed(inputs_embeds=states, position_ids=slots, past_key_values=cache, use_cache=True)
+                out = changed(inputs_embeds=states, position_ids=slots, use_cache=True, **{CACHE_NAME: cache})
                 return out.last_hidden_state
 
             began = time.perf_counter()

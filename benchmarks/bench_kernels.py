@@ -30,6 +30,7 @@ from transformers import AttentionInterface, GptOssConfig, LlamaConfig, LlamaFor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.kernels import attention
 from hf_eagle3.kernels.attention import (
     attend_rows,
@@ -963,7 +964,7 @@ def run_stack(
     logits: list[Tensor] = []
 
     def forward() -> None:
-        logits[:] = [model(input_ids=ids, position_ids=slots, past_key_values=cache, use_cache=True).logits]
+        logits[:] = [model(input_ids=ids, position_ids=slots, use_cache=True, **{CACHE_NAME: cache}).logits]
 
     times = {}
     with change(model):

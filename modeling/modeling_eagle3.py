@@ -10,7 +10,9 @@ states, V target vocabulary, V_d draft vocabulary.
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -40,6 +42,7 @@ from .weights_eagle3 import (
 )
 
 logger = logging.get_logger(__name__)
+HOST_LOGGER = logging.get_logger(PreTrainedModel.__module__)
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 REMOTE_CODE = {
@@ -424,7 +427,10 @@ class Eagle3DrafterModel(PreTrainedModel):
         where = ", ".join(map(str, files)) or str(pretrained_model_name_or_path)
 
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with _without_report(cls):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
 
         info["mismatched_keys"] = model._load_flat_mask(info["mismatched_keys"], stored, names)
         by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
@@ -577,6 +583,24 @@ class Eagle3DrafterModel(PreTrainedModel):
         if (exporter := type(self).exporter) is None:
             raise ImportError("Exporting needs hf-eagle3: pip install hf-eagle3, then `import hf_eagle3`.")
         return exporter(self, folder, to=to, **kwargs)
+
+
+@contextmanager
+def _without_report(cls: type) -> Iterator[None]:
+    """Without the host's table of tensors that were missing, extra or misshapen: each is an error of ours, or made good.
+
+    Of a failed conversion the host's own error says to read the table.
+    """
+
+    def is_wanted(record: LogRecord) -> bool:
+        text = record.getMessage()
+        return f"{cls.__name__} LOAD REPORT" not in text or "CONVERSION" in text
+
+    HOST_LOGGER.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        HOST_LOGGER.removeFilter(is_wanted)
 
 
 def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:

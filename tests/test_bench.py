@@ -24,6 +24,7 @@ from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
 from hf_eagle3.bench.prompts import Prompts, read_questions
 from hf_eagle3.bench.shapes import make_random_drafter
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.processes import Team
 from hf_eagle3.stats import Speculation
 
@@ -556,6 +557,22 @@ def test_dflash_drafters_of_the_hosts_own(tmp_path, drafter):  # noqa: F811
     both = Prompts({"input_ids": ids.repeat(2, 1)}, ["all"] * 2, [1, 2])
     with pytest.raises(ValueError, match="one row at a time"):
         made[ways.DFLASH](both, 10)
+
+
+def test_the_hosts_own_assisted_decoding_is_a_row_where_it_runs(real, tmp_path):
+    further = ["--batch-sizes", "1", "2", "--kinds", "stock", "lookup", "drafted", "--out", str(tmp_path / "out")]
+    assert cli.main([*real, *further]) == 0
+    text, data = read(tmp_path / "out")
+    skipped = {(s["kind"], s["batch_size"]): s["reason"] for s in data["skipped"]}
+    assert skipped.pop((ways.LOOKUP, 2)) == "the host's assisted decoding takes one row at a time"
+    found = [r for r in data["results"] if r["kind"] == ways.LOOKUP]
+    if CACHE_NAME == "cache":  # from Transformers 5.24 on
+        assert [(r["batch_size"], r["num_identical"], r["num_rows"]) for r in found] == [(1, 5, 5)]
+        assert "| drafting against prompt lookup | " in text
+        assert skipped == {}
+    else:
+        assert "assisted generate is not supported with Static cache classes" in skipped[ways.LOOKUP, 1]
+        assert not found
 
 
 def test_what_is_no_dflash_drafter_is_refused(folders):  # noqa: F811

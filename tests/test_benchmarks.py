@@ -122,7 +122,7 @@ def test_layers_attend_by_row_lengths(script, monkeypatch):
     states = torch.randn(1, 4, 64).to(script.DEVICE, script.DTYPE)
     slots = torch.arange(4, device=script.DEVICE)[None]
     with torch.no_grad():
-        model(inputs_embeds=states, position_ids=slots, past_key_values=cache, use_cache=True)
+        model(inputs_embeds=states, position_ids=slots, use_cache=True, **{script.CACHE_NAME: cache})
     assert seen == [16, 16]
 
 

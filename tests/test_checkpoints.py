@@ -796,11 +796,24 @@ def check_against_reference(drafter: Eagle3DrafterModel, weights: Weights, publi
 # ---- what loads ----
 
 
+@pytest.fixture
+def host_says(caplog):
+    """What the host warns of while it loads; its own logger is quiet in tests."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel("WARNING")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
 @layouts
-def test_layout_loads_through_auto_model(layout, tmp_path):
+def test_layout_loads_through_auto_model(layout, tmp_path, host_says):
     published, weights, expected = LAYOUTS[layout]
     write(tmp_path, published, weights)
     drafter = AutoModel.from_pretrained(tmp_path)
+    assert "REPORT" not in host_says.text
     assert type(drafter) is Eagle3DrafterModel
     assert not drafter.training
     assert drafter.dtype == torch.bfloat16

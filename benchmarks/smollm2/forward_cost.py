@@ -14,6 +14,8 @@ import transformers
 from measure import ASSET
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
+from hf_eagle3.cache import CACHE_NAME
+
 CONTEXT, REPEATS = 100, 15
 
 
@@ -40,10 +42,10 @@ def main() -> None:
     config = drafter.config
 
     cache = DynamicCache()
-    target(torch.randint(0, config.vocab_size, (1, CONTEXT)), past_key_values=cache)
+    target(torch.randint(0, config.vocab_size, (1, CONTEXT)), **{CACHE_NAME: cache})
 
     def forward(num_tokens: int) -> None:
-        target(torch.randint(0, config.vocab_size, (1, num_tokens)), past_key_values=cache)
+        target(torch.randint(0, config.vocab_size, (1, num_tokens)), **{CACHE_NAME: cache})
         cache.crop(-num_tokens)
 
     drafter_cache = DynamicCache()

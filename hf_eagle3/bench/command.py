@@ -22,7 +22,7 @@ from .prompts import batch_questions, batch_random_prompts, describe_turns, read
 from .reads import Reads, Weights, account, find_weights, measure_read_bandwidth
 from .report import describe_machine, draw, to_json, to_markdown
 from .shapes import SHAPES, make_random_drafter, make_target
-from .ways import DFLASH, DRAFTED, KINDS, make_ways
+from .ways import DFLASH, DRAFTED, KINDS, OF_OTHERS, make_ways
 
 
 def add_bench_parser(commands: Any) -> None:  # Any: argparse's own private class
@@ -255,7 +255,7 @@ def account_for(
     """What weights cost to read in a round of each kind; plain kinds have one token a row, drafts K+1."""
     reads = []
     for r in results:
-        if r.kind == DFLASH:  # of which only its own code knows how many tokens it verifies
+        if r.kind in OF_OTHERS:  # only their own code knows how many tokens they verify
             continue
         is_drafted = r.kind == DRAFTED
         gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
+from ..cache import CACHE_NAME
+
 OWN_LOOP = {"target", "input_ids", "max_new_tokens", "stop_token_ids", "temperature"}  # z-lab/dflash:dflash/model.py
-# Transformers 5.23 generation/candidate_generator.py:DFlashTokenCandidateGenerator
-HOST_FORWARD = {"noise_embeds", "context_hidden_states", "position_ids", "past_key_values"}
+# Transformers 5.24 generation/candidate_generator.py:DFlashTokenCandidateGenerator
+HOST_FORWARD = {"noise_embeds", "context_hidden_states", "position_ids", CACHE_NAME}
 HOST_FIELDS = ("target_layer_ids", "block_size", "mask_token_id")
 ONE_ROW = "D-Flash drafters decode one row at a time, by their own code and by the host's"
 

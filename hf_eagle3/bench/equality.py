@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..cache import CACHE_NAME
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -130,7 +132,7 @@ def forward_singly(target: PreTrainedModel, ids: Tensor, *, keep: int) -> Tensor
     cache = DynamicCache(config=target.config)
     first = ids.shape[1] - keep + 1
     parts = [ids[:, :first], *(ids[:, s : s + 1] for s in range(first, ids.shape[1]))]
-    logits = [target(part, past_key_values=cache, use_cache=True).logits[0, -1:] for part in parts]
+    logits = [target(part, **{CACHE_NAME: cache}, use_cache=True).logits[0, -1:] for part in parts]
     return torch.cat(logits).float()
 
 

@@ -16,10 +16,9 @@ from ..graphs import count_cache_bytes, release_graphs
 from ..peers import find_peers
 from ..processes import Team
 from ..stats import Speculation
-from . import dflash
 from .equality import Agreement, OutputDiffersError, Text, compare
 from .prompts import Prompts, first_rows
-from .ways import DFLASH, DRAFTED, PLAIN, STOCK, Call, Way
+from .ways import DFLASH, DRAFTED, OF_OTHERS, ONE_ROW, PLAIN, STOCK, Call, Way
 
 T = TypeVar("T")
 
@@ -222,14 +221,14 @@ def is_survivable(error: Exception, kinds: Sequence[str], target: PreTrainedMode
     """Whether other kinds can be measured after `error` in these."""
     if isinstance(error, torch.OutOfMemoryError):
         return find_peers(target) is None  # who share a target would wait for this process, in the middle of a forward
-    return list(kinds) == [DFLASH]
+    return OF_OTHERS.issuperset(kinds)
 
 
 def describe_failure(error: Exception) -> str:
     """Why there is no number, in a sentence without its full stop."""
-    if str(error) == dflash.ONE_ROW:
-        return dflash.ONE_ROW
     text = str(error)
+    if text in ONE_ROW:
+        return text
     if isinstance(error, torch.OutOfMemoryError):  # what else is in the memory, and how to set PyTorch up, is long
         text = re.split(r" (?=Process \d|Including |Of the allocated |If reserved )", text)[0]
     return f"{type(error).__name__}: {text}".rstrip(".")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from .measure import Measured, Skipped
 from .reads import Reads
-from .ways import DFLASH, DRAFTED, PLAIN, STOCK
+from .ways import DFLASH, DRAFTED, LOOKUP, OF_OTHERS, PLAIN, STOCK
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,14 @@ def to_markdown(
     for name, kind in (
         ("drafting against generate()", STOCK),
         ("drafting against our loop without", PLAIN),
+        ("drafting against prompt lookup", LOOKUP),
         ("drafting against D-Flash", DFLASH),
     ):
         pairs = [(by_key.get((DRAFTED, size)), by_key.get((kind, size))) for size in sizes]
         cells = [
             "-" if a is None or b is None else f"{a.tokens_per_second / b.tokens_per_second:.2f}x" for a, b in pairs
         ]
-        if kind != DFLASH or set(cells) != {"-"}:
+        if kind not in OF_OTHERS or set(cells) != {"-"}:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     drafted = [by_key.get((DRAFTED, size)) for size in sizes]
     others = [by_key.get((DFLASH, size)) for size in sizes]

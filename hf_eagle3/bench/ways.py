@@ -14,8 +14,11 @@ from .prompts import Prompts
 
 STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
 STATIC = 'generate(cache_implementation="static")'  # which the host compiles
+LOOKUP = 'generate(prompt_lookup_num_tokens, cache_implementation="static")'  # likewise, from Transformers 5.24 on
 DFLASH = "D-Flash"
-KINDS = {"stock": STOCK, "static": STATIC, "plain": PLAIN, "drafted": DRAFTED}
+KINDS = {"stock": STOCK, "static": STATIC, "lookup": LOOKUP, "plain": PLAIN, "drafted": DRAFTED}
+OF_OTHERS = {LOOKUP, DFLASH}  # they draft, and not every release, target or batch size has them
+ONE_ROW = (dflash.ONE_ROW, "the host's assisted decoding takes one row at a time")
 
 
 class Call(NamedTuple):
@@ -48,6 +51,21 @@ def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[
     return seconds, rows, out
 
 
+def by_single_rows(way: Way) -> Way:
+    """`way`, which the host has for batches of one row only.
+
+    Raises:
+        ValueError: By the way made: there is more than one row.
+    """
+
+    def decode(prompts: Prompts, limit: int) -> Call:
+        if len(prompts.inputs["input_ids"]) > 1:
+            raise ValueError(ONE_ROW[1])
+        return way(prompts, limit)
+
+    return decode
+
+
 def make_ways(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
@@ -57,6 +75,7 @@ def make_ways(
 ) -> dict[str, Way]:
     """Each kind of decoding as a function."""
     eos = list_eos(target)
+    depth = drafter.generation_config.num_assistant_tokens
     # A model's own penalty, which D-Flash's code does not know, and which no tie is judged by.
     options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
@@ -77,6 +96,7 @@ def make_ways(
     ways = {
         STOCK: generate(),
         STATIC: generate(cache_implementation="static"),
+        LOOKUP: by_single_rows(generate(prompt_lookup_num_tokens=depth, cache_implementation="static")),
         PLAIN: generate(assistant_model=drafter, num_assistant_tokens=0),
         DRAFTED: generate(assistant_model=drafter),
     }
