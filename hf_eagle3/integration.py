@@ -1,7 +1,7 @@
 """The host functions that must know drafters, wrapped in this one place.
 
 Each wrap looks at its arguments and, unless a drafter is among them, calls the original with exactly what it was given.
-Written against Transformers 5.23.0.
+Written against Transformers 5.24.0.
 """
 
 import copy
@@ -368,7 +368,7 @@ def check_host() -> None:
     if missing := [f"{owner.__name__}.{name}" for owner, name, _ in WRAPS if name not in vars(owner)]:
         raise ImportError(
             f"hf-eagle3 does not know transformers {transformers.__version__}, which has no {', '.join(missing)}: "
-            "pip install -U hf-eagle3, or an older transformers (5.23.0 is known to work)."
+            "pip install -U hf-eagle3, or an older transformers (5.24.0 is known to work)."
         )
 
 

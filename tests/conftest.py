@@ -6,7 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 import torch
@@ -29,8 +32,10 @@ from transformers import (
 )
 
 import hf_eagle3
+from hf_eagle3.integration import WRAPS
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel, Eagle3DrafterOutput
 
+WRAPPED = {name for _, name, _ in WRAPS}
 V, H, NUM_LAYERS, WINDOW = 64, 32, 8, 8
 TEXT = {
     "vocab_size": V,
@@ -232,6 +237,34 @@ def _fixed_seeds() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def is_ours(frame: FrameType | None) -> bool:
+    """Whether a warning of the host, given in `frame`, is about a call of ours: not a caller's, nor another package's."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        is_wrap = name == "hf_eagle3.integration" and frame.f_code.co_name in WRAPPED
+        if not is_wrap and name.partition(".")[0] not in ("transformers", "torch", "functools", "contextlib"):
+            return name.partition(".")[0] == "hf_eagle3"
+        frame = frame.f_back
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _our_calls_are_not_deprecated(monkeypatch) -> None:
+    """What the host deprecates is an error where a call of ours asks for it."""
+    show = warnings.showwarning
+
+    def check(message, category, *args):
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == "warnings":
+            frame = frame.f_back
+        is_hosts = frame.f_globals.get("__name__", "").partition(".")[0] == "transformers"
+        if is_hosts and issubclass(category, FutureWarning | DeprecationWarning) and is_ours(frame):
+            raise message
+        show(message, category, *args)
+
+    monkeypatch.setattr(warnings, "showwarning", check)
 
 
 @pytest.fixture

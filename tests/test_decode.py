@@ -497,12 +497,12 @@ def test_a_cache_of_the_users_keeps_what_it_keeps_without(family):
     texts = []
     for assistant in ({}, {"assistant_model": make_drafter(target)}):
         cache = DynamicCache()
-        target.generate(**batch, past_key_values=cache, max_new_tokens=5, **GREEDY, **assistant)
+        target.generate(**batch, **{CACHE_NAME: cache}, max_new_tokens=5, **GREEDY, **assistant)
         cache.crop(70 - cache.get_seq_length())
         cache.batch_select_indices(torch.tensor([0]))
         ids = torch.cat([batch["input_ids"][:1, :70], make_prompt(7)], dim=1)
         out = target.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, **GREEDY
+            ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}, max_new_tokens=12, **GREEDY
         )
         texts.append(out.tolist())
     assert texts[0] == texts[1]

@@ -3,18 +3,20 @@
 import copy
 import sys
 import textwrap
+from contextlib import nullcontext
 from subprocess import run
 
 import pytest
 import torch
 import transformers
 from conftest import make_drafter, make_oracle, make_prompt, make_target
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 
 import hf_eagle3
 from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, integration
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.integration import WRAPS, is_drafter
 
 
@@ -206,6 +208,26 @@ def test_is_drafter_goes_by_model_type(target):
     assert not is_drafter(target)
     assert not is_drafter(None)
     assert not is_drafter("eagle3")
+
+
+# ---- what the host deprecates ----
+
+
+@pytest.mark.skipif(CACHE_NAME == "past_key_values", reason="Transformers deprecates past_key_values from 5.24 on")
+@pytest.mark.parametrize("assisted", [False, True], ids=["plain", "assisted"])
+@pytest.mark.parametrize("caller", ["somewhere", "peft.somewhere", "hf_eagle3.somewhere"])
+def test_an_old_name_is_an_error_in_calls_of_ours_alone(target, caller, assisted):
+    """As tests/conftest.py tells them apart: our wraps stand between a caller and the host, too."""
+    namespace = {"__name__": caller}
+    exec("def call(function, *args, **kwargs): return function(*args, **kwargs)", namespace)
+    assistant = {"assistant_model": make_drafter(target)} if assisted else {}
+    is_ours = caller.startswith("hf_eagle3")
+    with pytest.raises(FutureWarning, match="Use `cache` instead") if is_ours else nullcontext():
+        namespace["call"](
+            target.generate, make_prompt(5), past_key_values=DynamicCache(), max_new_tokens=2, **assistant
+        )
+    with pytest.raises(FutureWarning, match="Use `cache` instead") if is_ours else nullcontext():
+        namespace["call"](target, make_prompt(5), past_key_values=DynamicCache())
 
 
 # ---- hosts that will not do ----

@@ -301,7 +301,6 @@ def test_weights_may_change_between_calls(write):
     assert texts[0] != texts[1]  # it does matter
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
 def test_adapters_may_be_switched_between_calls(products):
     peft = pytest.importorskip("peft")
     base = LlamaForCausalLM(make_target("llama").config).eval()

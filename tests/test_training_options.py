@@ -89,12 +89,9 @@ def losses_of(trainer):
 # ---- adapters ----
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
-# PEFT asks the host by a name that is deprecated from Transformers 5.23 on.
-quiet_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 @needs_peft
-@quiet_peft
 @pytest.mark.parametrize("modules", [None, ["q_proj", "lm_head"]], ids=["default", "with_head"])
 def test_only_adapters_train_and_are_saved_and_merge(target, rows, tmp_path, modules):
     from peft import LoraConfig, PeftModel
@@ -134,7 +131,6 @@ def test_only_adapters_train_and_are_saved_and_merge(target, rows, tmp_path, mod
 
 
 @needs_peft
-@quiet_peft
 def test_adapters_resume(target, rows, tmp_path):
     from peft import LoraConfig
 

@@ -94,7 +94,6 @@ def read_loss(folder):
     return json.loads((folder / "eval_results.json").read_text())["eval_loss"]
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by it
 def test_adapters_are_trained_from_the_command_line(recipe, tmp_path):
     pytest.importorskip("peft")
     main(["--config", str(recipe)])
