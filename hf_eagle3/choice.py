@@ -10,15 +10,13 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .row_attention import FOLDED
+from .attention_trial import why_not_ours
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-# Those that take a ready-made mask of any shape; the last is what another thread's rounds may have put there.
-MASKED_ATTENTION = ("sdpa", "eager", FOLDED)
 # Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
 # decoding passes to each forward.
 KNOWN_INPUTS = {
@@ -70,8 +68,8 @@ def is_sliding(target: PreTrainedModel) -> bool:
     )
 
 
-def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
-    """What about the models rules out our loop; None if nothing does."""
+def why_not_target(target: PreTrainedModel) -> str | None:
+    """What about the target rules out our loop; None if nothing does."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     per_type = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, Mapping) else []
@@ -92,10 +90,7 @@ def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | N
         return f"{name} does not take masks and positions for each row"
     if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
         return f"the rotary embedding of {name} depends on the longest row"
-    for role, model_config in (("target", config), ("drafter", drafter.config)):
-        if model_config._attn_implementation not in MASKED_ATTENTION:
-            return f"the {role}'s attention is {model_config._attn_implementation}, not sdpa or eager"
-    return None
+    return why_not_ours(target)
 
 
 def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
@@ -156,7 +151,7 @@ def choose_loop(
     """
     if asked is not None and asked not in ASKED:
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
-    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
+    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
     if (
         why_not is None
         and is_sliding(target)

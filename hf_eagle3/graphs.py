@@ -11,8 +11,8 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .features import StateRecorder
 from .kernels.fusion import fused, has_forward_hooks
 from .kernels.language import is_available
 from .peers import call_before_groups_end, find_peers, is_spread, local
-from .row_attention import attending_by_rows
+from .row_attention import attending_by_rows, own_attention
 from .rows import RowCache, to_bucket
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,8 @@ def turns_of(target: PreTrainedModel) -> Turns:
 
 def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
     """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
-    marks: list[Any] = [target.config._attn_implementation, drafter.config._attn_implementation, id(drafter)]
+    configs = [model.config.get_text_config(decoder=True) for model in (target, drafter)]
+    marks: list[Any] = [*map(own_attention, configs), id(drafter)]
     for model in (target, drafter):
         for module in model.modules():
             marks.append(id(vars(module).get("forward")))  # no reference: the model may go
@@ -261,6 +262,7 @@ class CapturedPhases(Phases):
     """The phases of a round, replayed from graphs.
 
     Args:
+        around: Entered around the forwards of rounds that cannot be replayed.
         arena: Open. `state` uses its caches.
     """
 
@@ -271,11 +273,12 @@ class CapturedPhases(Phases):
         recorder: StateRecorder,
         state: DecodeState,
         config: DecodeConfig,
+        around: Sequence[AbstractContextManager],
         arena: Arena,
         *,
         keeps_scores: bool,
     ):
-        super().__init__(target, drafter, recorder, state, config)
+        super().__init__(target, drafter, recorder, state, config, around)
         self.arena, self.keeps_scores = arena, keeps_scores
         self.told = "replayed"
         self._seconds, self._bytes = 0.0, 0  # of captures
@@ -290,6 +293,11 @@ class CapturedPhases(Phases):
             Exception: Whatever comes of it.
         """
         self.recorded = self._record()
+
+    @property
+    def around(self) -> Sequence[AbstractContextManager]:
+        """Nothing around what is replayed."""
+        return super().around if self.recorded is None else ()
 
     @property
     def lateness(self) -> int:
