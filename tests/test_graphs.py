@@ -20,6 +20,7 @@ import hf_eagle3.own_loop as own_loop
 from hf_eagle3 import graphs, prefill
 from hf_eagle3.decode import Phases
 from hf_eagle3.features import StateRecorder
+from hf_eagle3.row_attention import UnfitError
 
 ATTEND_BY_ROWS = graphs.attending_by_rows
 
@@ -86,7 +87,7 @@ def counts(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
-@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
 def test_greedy_rows_are_the_targets(family, lengths, counts):
     _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), max_new_tokens=24)
     assert 1 < out.speculation.acceptance_length < 4
@@ -310,17 +311,28 @@ def test_calls_under_inference_mode_and_others_take_turns(target, counts):
     assert counts.captured == 3
 
 
-def test_kernels_that_a_card_cannot_run_are_done_without(target, counts, monkeypatch):
-    class OutOfResourcesError(Exception):
-        """As Triton's, which is no RuntimeError."""
+class OutOfResourcesError(Exception):
+    """As Triton's, which is no RuntimeError."""
 
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResourcesError("out of resource: shared memory"),
+        ValueError("query must be [B, H, T, D]"),  # a kernel refuses shapes
+        ImportError("This needs Triton"),
+        UnfitError("Attention brings a mask of its own"),
+        AssertionError("Not supported"),  # of a compiler
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_kernel_refuses_is_done_without(error, target, counts, monkeypatch):
     def fail(*_, **__):
-        raise OutOfResourcesError("out of resource: shared memory")
+        raise error
 
     monkeypatch.setattr(graphs, "capture", fail)
-    monkeypatch.setattr(own_loop, "CAPTURE_ERRORS", (*own_loop.CAPTURE_ERRORS, OutOfResourcesError))
     _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
-    assert "shared memory" in out.speculation.graphs
+    assert out.speculation.graphs == f"none ({type(error).__name__}: {error})"
 
 
 def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch):
@@ -458,7 +470,7 @@ def test_a_batch_that_cannot_shrink_goes_on_eagerly(target, counts, monkeypatch,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
 @pytest.mark.parametrize("lengths", [(5,), (30, 7, 1, 18)], ids=["one_row", "ragged"])
 def test_captured_rounds_on_a_gpu(family, lengths):
     target = copy.deepcopy(make_target(family)).cuda()

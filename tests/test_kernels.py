@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 from conftest import TEXT, make_drafter, make_target
+from test_decode import pad, prompts_of
+from test_graphs import capture_on_cpus
 from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig, MixtralForCausalLM
@@ -22,6 +24,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hf_eagle3 import graphs
 from hf_eagle3.kernels import argmax, attention, fusion, language
 from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import (
@@ -89,10 +92,10 @@ def assert_as_good(out, reference, truth):
     assert error <= max(2 * budget, 2 * torch.finfo(out.dtype).eps), f"{error:.2e}, budget {2 * budget:.2e}"
 
 
-def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32):
+def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32, *, D_v=None):
     """Rows of lengths of their own, from the shortest to the longest, NaN behind each; keys and values strided."""
     query = random(B, T, H, D, dtype=dtype).transpose(1, 2)
-    keys, values = random(B, L, 2, H_kv, D, dtype=dtype).unbind(2)
+    keys, values = random(B, L, H_kv, D + (D_v or D), dtype=dtype).tensor_split([D], dim=-1)
     start = torch.randint(0, L - T + 1, (B,), device=DEVICE)
     start[0], start[-1] = L - T, 0
     is_junk = torch.arange(L, device=DEVICE) >= start[:, None] + T  # [B, L]
@@ -287,7 +290,7 @@ def test_without_kernels_nothing_is_replaced_and_they_say_why():
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs them")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -306,6 +309,8 @@ ATTENTION = {
     "softcap, head of 96": ((2, 4, 2, 3, 96), {"softcap": 5.0}),
     "head of 256, scores far below the softcap": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 50.0}),
     "several tiles": ((2, 4, 1, 20, 32), {"window": 7}),
+    "narrow values": ((3, 4, 4, 4, 48), {"D_v": 32}),
+    "wide values, sinks and window": ((2, 8, 2, 3, 24), {"D_v": 64, "window": 9, "sinks": True}),
 }
 
 
@@ -316,7 +321,7 @@ ATTENTION = {
 def test_attention_equals_its_twin(shape, num_splits, dtype):
     (B, H, H_kv, T, D), options = ATTENTION[shape]
     options = dict(options)
-    rows = make_rows(B, H, H_kv, T, D, 70, dtype)
+    rows = make_rows(B, H, H_kv, T, D, 70, dtype, D_v=options.pop("D_v", None))
     sinks = random(H, dtype=dtype) if options.pop("sinks", False) else None
     out = attend_rows(*rows, scaling=D**-0.5, sinks=sinks, num_splits=num_splits, blocks=(16, 4, 2), **options)
     twin = attend_rows_eager(*rows, scaling=D**-0.5, sinks=sinks, **options)
@@ -348,14 +353,37 @@ def test_attention_refuses_what_it_cannot_read():
 
 
 @pytest.mark.gpu
-def test_writing_equals_its_twin():
-    rows, new = random(3, 20, 2, 3, 48), random(3, 4, 2, 3, 48)
+@pytest.mark.parametrize(("D", "D_v"), [(48, 48), (48, 20), (20, 48), (192, 128)])
+def test_writing_equals_its_twin(D, D_v):
+    rows, new = random(3, 20, 3, D + D_v), random(3, 4, 3, D + D_v)
     start = torch.tensor([0, 16, 7], device=DEVICE)
     expected = rows.clone()
-    new_keys, new_values = (x.transpose(1, 2) for x in new.unbind(2))
-    write_rows_eager(*expected.unbind(2), new_keys, new_values, start)
-    write_rows(*rows.unbind(2), new_keys, new_values, start)
+    new_keys, new_values = (x.transpose(1, 2) for x in new.tensor_split([D], dim=-1))
+    write_rows_eager(*expected.tensor_split([D], dim=-1), new_keys, new_values, start)
+    write_rows(*rows.tensor_split([D], dim=-1), new_keys, new_values, start)
     assert torch.equal(rows, expected)
+    with pytest.raises(ValueError, match=r"keys must be \[B, L, H_kv, D\]"):
+        write_rows(*rows.tensor_split([D + 1], dim=-1), new_keys, new_values, start)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow  # in the interpreter
+def test_values_narrower_than_keys_in_whole_rounds(monkeypatch):
+    """DeepSeek-V3's attention, written and read by kernels: captured on a GPU, recorded and run again elsewhere."""
+    target = make_target("deepseek_v3")
+    if ON_GPU:
+        target = copy.deepcopy(target).cuda()
+    else:
+        capture_on_cpus(monkeypatch)
+    drafter = make_drafter(target).to(DEVICE)
+    batch = {name: value.to(DEVICE) for name, value in pad(prompts_of(7, 4)).items()}
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    plain = target.generate(**batch, **options)
+    for told in ("captured", "replayed"):
+        out = target.generate(**batch, assistant_model=drafter, **options)
+        assert out.sequences.tolist() == plain.sequences.tolist()
+        assert out.speculation.graphs.startswith(told), out.speculation.graphs
+    graphs.release_graphs()
 
 
 LINEAR = {

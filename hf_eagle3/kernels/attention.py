@@ -264,9 +264,8 @@ def attend_rows(
             "query must be [B, H, T, D], keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] with H_kv dividing H, and "
             f"start [B]; got {tuple(query.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(start.shape)}."
         )
-    if not keys.stride(-1) == values.stride(-1) == 1:
-        raise ValueError("keys and values must be contiguous in their last dimension, D or D_v.")
-    query = in_one_piece(query)
+    if not query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1:
+        raise ValueError("query, keys and values must be contiguous in their last dimension, D or D_v.")
     block_m = min(64, max(16, round_up_to_power(T * G)))
     num_tiles = -(-T * G // block_m)
     block_d, block_dv = (max(16, round_up_to_power(width)) for width in (D, D_v))
@@ -334,11 +333,6 @@ def attend_rows(
                 num_warps=4,
             )
     return out
-
-
-def in_one_piece(x: Tensor) -> Tensor:
-    """`x`, or a copy whose last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def choose_blocks(slot_bytes: int, shared_memory: int) -> tuple[int, int, int]:
@@ -434,9 +428,8 @@ def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
             "keys must be [B, L, H_kv, D] and values [B, L, H_kv, D_v], for new ones [B, H_kv, T, D] and [B, H_kv, T, D_v]; "
             f"got {tuple(keys.shape)}, {tuple(values.shape)}, {tuple(new_keys.shape)} and {tuple(new_values.shape)}."
         )
-    if not keys.stride(-1) == values.stride(-1) == 1:
-        raise ValueError("keys and values must be contiguous in their last dimension, D or D_v.")
-    new_keys, new_values = in_one_piece(new_keys), in_one_piece(new_values)
+    if any(x.stride(-1) != 1 for x in (keys, values, new_keys, new_values)):
+        raise ValueError("keys and values, new and cached, must be contiguous in their last dimension, D or D_v.")
     if rotation is not None and new_values.shape == new_keys.shape:
         rotate_and_write(rotation, new_values, keys, values, start)
         return
