@@ -9,6 +9,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -738,6 +741,69 @@ def test_fused_targets_compute_the_same_and_are_restored(kind):
     assert torch.equal(after, before)
     assert is_untouched(model)
     assert home.apply_rotary_pos_emb is rotate
+
+
+def in_a_thread(function):
+    """What `function` returns in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_threads_that_leave_in_any_order_leave_nothing_behind(first_out):
+    """Two threads record rounds of models of one family, whose code has one name for its rotation."""
+    namespace, instance = {"rotate": len}, {}
+    stacks, pools = [ExitStack(), ExitStack()], [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+    for stack, pool, ours in zip(stacks, pools, (min, max), strict=True):
+        pool.submit(fusion._set, stack, namespace, "rotate", ours, len).result()
+        pool.submit(fusion._set, stack, instance, "forward", ours, len).result()
+    for place, name in ((namespace, "rotate"), (instance, "forward")):
+        assert [pool.submit(lambda n=name, p=place: p[n]([7, 3, 5])).result() for pool in pools] == [3, 7]
+        assert place[name]([7, 3, 5]) == 3  # this thread's: how many there are
+    for i in (first_out, 1 - first_out):
+        assert "forward" in instance
+        pools[i].submit(stacks[i].close).result()
+        assert namespace["rotate"]([7, 5, 1, 1]) == 4
+    assert namespace == {"rotate": len}
+    assert instance == {}
+    for pool in pools:
+        pool.shutdown()
+
+
+def test_what_somebody_puts_there_meanwhile_stays():
+    namespace, stack = {"rotate": len}, ExitStack()
+    fusion._set(stack, namespace, "rotate", max, len)
+    namespace["rotate"] = sum
+    stack.close()
+    assert namespace == {"rotate": sum}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_other_threads_run_none_of_our_kernels(kind, monkeypatch):
+    """Neither another model of the family nor the same one, while rounds are recorded."""
+    model = make_target(kind).to(DEVICE, HALF).eval()
+    other = copy.deepcopy(model)
+    ids, seen = torch.randint(2, 64, (2, 4), device=DEVICE), []
+    names = ("apply_rotary", "rms_norm", "add_rms_norm", "linear_group", "linear_gated", "expert_linear")
+    for name in names:
+        kernel = getattr(fusion, name)
+
+        def record(*args, kernel=kernel, **kwargs):
+            seen.append(threading.get_ident())
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(fusion, name, record)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with fused(model), torch.no_grad():
+        seen.clear()
+        for someone in (model, other):
+            assert torch.equal(in_a_thread(lambda m=someone: torch.no_grad()(m)(ids).logits), expected)
+        assert not seen
+        model(ids)
+        assert set(seen) == {threading.get_ident()}
+    assert is_untouched(model)
 
 
 @pytest.mark.gpu
