@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, SynthIDTextWatermarkingConfig
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .attention_trial import why_not_ours
@@ -116,10 +116,13 @@ def why_not_call(
         return f"the cache given is a {type(cache).__name__}"
     if setting("cache_implementation") not in (None, "dynamic"):
         return f"cache_implementation is {setting('cache_implementation')}"
+    if isinstance(setting("watermarking_config"), SynthIDTextWatermarkingConfig):  # keeps state of a whole batch
+        return "watermarking_config is set"
     for name in (
-        *("watermarking_config", "output_hidden_states", "output_attentions"),
-        "assistant_ensemble_weight",  # the host's lossy rule
-    ):
+        "output_hidden_states",
+        "output_attentions",
+        "assistant_ensemble_weight",
+    ):  # the last: the host's lossy rule
         if setting(name):
             return f"{name} is set"
     return "synced_gpus is set" if has_synced_gpus else None

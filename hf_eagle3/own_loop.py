@@ -2,6 +2,7 @@
 
 import logging
 import time
+import weakref
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -43,6 +44,8 @@ FEW_TOKENS = 4
 # A model that attends otherwise or waits for the device, a shape that a kernel refuses, a card that cannot run one:
 # eager rounds need none of it, and raise again what is the caller's own.
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
+# By target: reasons for eager rounds that were said.
+_told: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
 
 
 def run_own_loop(
@@ -107,6 +110,8 @@ def run_own_loop(
     with ExitStack() as stack:
         arena = None
         why_eager = "asked for" if choice.is_eager else why_not_captured(target, drafter)
+        if why_eager is not None and not choice.is_eager:
+            say_once(target, why_eager)
         longest = int(mask.sum(-1).max())
         if why_eager is None and not take_arena(target):
             why_eager = BUSY
@@ -188,6 +193,14 @@ def run_own_loop(
     )
     output.speculation = told
     return output
+
+
+def say_once(target: PreTrainedModel, why_eager: str) -> None:
+    """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
+    told = _told.setdefault(target, set())
+    if target.device.type == "cuda" and why_eager not in (*told, BUSY):
+        told.add(why_eager)
+        logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
 
 
 def leave(context: AbstractContextManager, turns: Turns) -> None:

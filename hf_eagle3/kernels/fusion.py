@@ -174,12 +174,13 @@ def _unset(namespace: dict[str, Any], name: str, standing: _ByThread) -> None:
 
 
 def _can_run(*tensors: Tensor) -> bool:
-    """Whether a kernel may take these: plain tensors of one 16-bit dtype on a GPU, and no gradient to keep."""
+    """Whether a kernel may take these: plain tensors of one 16-bit dtype on a GPU, no gradient to keep, no autocast."""
     first = tensors[0]
     return (
         all(type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype for x in tensors)
         and first.dtype in DTYPES
         and language.is_available(first.device)
+        and not torch.is_autocast_enabled(first.device.type)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
 
