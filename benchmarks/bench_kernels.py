@@ -494,7 +494,7 @@ def time_attention(report: Report, tiny: bool) -> None:
                 took = attempt(lambda calls=calls: microseconds(calls), f"cut {cut} {n}")
                 if isinstance(took, float):
                     found.append((took, cut, n))
-        default = attention.choose_blocks(D, 2, shared_memory(DEVICE))
+        default = attention.choose_blocks(2 * D * 2, shared_memory(DEVICE))
         n_default = choose_num_splits(B * H_kv, L, default[0])
         calls = [lambda q=query, k=k, v=v, s=start: attend_rows(q, k, v, s, scaling=D**-0.5) for k, v in caches]
         best = [f"{took:.1f}: {cut} x {n}" for took, cut, n in sorted(found)[:4]]

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, SynthIDTextWatermarkingConfig
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .row_attention import FOLDED
+from .attention_trial import why_not_ours
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-# Those that take a ready-made mask of any shape; the last is what another thread's rounds may have put there.
-MASKED_ATTENTION = ("sdpa", "eager", FOLDED)
 # Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
 # decoding passes to each forward.
 KNOWN_INPUTS = {
@@ -70,8 +68,8 @@ def is_sliding(target: PreTrainedModel) -> bool:
     )
 
 
-def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
-    """What about the models rules out our loop; None if nothing does."""
+def why_not_target(target: PreTrainedModel) -> str | None:
+    """What about the target rules out our loop; None if nothing does."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     per_type = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, Mapping) else []
@@ -92,10 +90,7 @@ def why_not_target(target: PreTrainedModel, drafter: PreTrainedModel) -> str | N
         return f"{name} does not take masks and positions for each row"
     if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
         return f"the rotary embedding of {name} depends on the longest row"
-    for role, model_config in (("target", config), ("drafter", drafter.config)):
-        if model_config._attn_implementation not in MASKED_ATTENTION:
-            return f"the {role}'s attention is {model_config._attn_implementation}, not sdpa or eager"
-    return None
+    return why_not_ours(target)
 
 
 def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
@@ -121,10 +116,13 @@ def why_not_call(
         return f"the cache given is a {type(cache).__name__}"
     if setting("cache_implementation") not in (None, "dynamic"):
         return f"cache_implementation is {setting('cache_implementation')}"
+    if isinstance(setting("watermarking_config"), SynthIDTextWatermarkingConfig):  # keeps state of a whole batch
+        return "watermarking_config is set"
     for name in (
-        *("watermarking_config", "output_hidden_states", "output_attentions"),
-        "assistant_ensemble_weight",  # the host's lossy rule
-    ):
+        "output_hidden_states",
+        "output_attentions",
+        "assistant_ensemble_weight",
+    ):  # the last: the host's lossy rule
         if setting(name):
             return f"{name} is set"
     return "synced_gpus is set" if has_synced_gpus else None
@@ -156,7 +154,7 @@ def choose_loop(
     """
     if asked is not None and asked not in ASKED:
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
-    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target, drafter)
+    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
     if (
         why_not is None
         and is_sliding(target)

@@ -348,7 +348,7 @@ class Phases:
     This defines what a round does; `graphs.CapturedPhases` replays it.
 
     Args:
-        around: Entered around the forwards of each round, to let the models compute the same in other ways.
+        around: Entered around the forwards of each eager round, to let the models compute the same in other ways.
     """
 
     def __init__(
@@ -360,7 +360,7 @@ class Phases:
         config: DecodeConfig,
         around: Sequence[AbstractContextManager] = (),
     ):
-        self.around = around
+        self._around = around
         self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
         self.warpers = stateless_warpers(config.processors)
         self.in_order = len(self.warpers) < len(config.processors)  # whether some processor looks at the text
@@ -403,6 +403,11 @@ class Phases:
         block = self.state.block[:, : tokens.shape[1] + 1]
         is_nan = has_nan(verified.logits[:, 0])
         return Settled(torch.cat([block.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
+
+    @property
+    def around(self) -> Sequence[AbstractContextManager]:
+        """What to enter around the forwards of the next round."""
+        return self._around
 
     @property
     def lateness(self) -> int:

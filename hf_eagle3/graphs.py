@@ -11,8 +11,8 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .features import StateRecorder
 from .kernels.fusion import fused, has_forward_hooks
 from .kernels.language import is_available
 from .peers import call_before_groups_end, find_peers, is_spread, local
-from .row_attention import attending_by_rows
+from .row_attention import attending_by_rows, own_attention
 from .rows import RowCache, to_bucket
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Arena:
         device: torch.device,
     ):
         self.num_rows, self.capacity, self.fingerprint, self.device = num_rows, capacity, fingerprint, device
+        self.autocast = describe_autocast(device)  # on which the dtype of keys and values depends
         self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self.pool = new_pool()
@@ -125,7 +126,13 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str |
     """What about the models keeps rounds from being captured; None if nothing does."""
     if is_spread(target) and find_peers(target) is None:  # by FSDP, which gathers weights as it goes
         return "processes have shards of the target's weights"
-    devices = {p.device for model in (target, drafter) for p in model.parameters()}
+    theirs, its = ({p.device for p in model.parameters()} for model in (target, drafter))
+    devices = theirs | its
+    if len(theirs) == len(its) == 1 and target.device.type == "cuda" != drafter.device.type:
+        return (
+            f"the drafter is on {drafter.device} and the target on {target.device}: call "
+            f'drafter.to("{target.device}"), or load it with device_map="{target.device}"'
+        )
     if any(device.type != "cuda" for device in devices):
         return f"the models are on {', '.join(sorted({d.type for d in devices}))}"
     if len(devices) > 1:
@@ -201,7 +208,8 @@ def turns_of(target: PreTrainedModel) -> Turns:
 
 def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
     """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
-    marks: list[Any] = [target.config._attn_implementation, drafter.config._attn_implementation, id(drafter)]
+    configs = [model.config.get_text_config(decoder=True) for model in (target, drafter)]
+    marks: list[Any] = [*map(own_attention, configs), id(drafter)]
     for model in (target, drafter):
         for module in model.modules():
             marks.append(id(vars(module).get("forward")))  # no reference: the model may go
@@ -222,7 +230,8 @@ def open_arena(
     num_slots = to_bucket(prompt_length + min(max_new, FIRST_ROOM) + slack)
     fingerprint = take_fingerprint(target, drafter)
     arena = _arenas.get(target)
-    if arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots):
+    is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)
+    if arena is not None and (is_too_small or arena.autocast != describe_autocast(target.device)):
         arena.forget()
         del _arenas[target]
         arena = None
@@ -261,6 +270,7 @@ class CapturedPhases(Phases):
     """The phases of a round, replayed from graphs.
 
     Args:
+        around: Entered around the forwards of rounds that cannot be replayed.
         arena: Open. `state` uses its caches.
     """
 
@@ -271,11 +281,12 @@ class CapturedPhases(Phases):
         recorder: StateRecorder,
         state: DecodeState,
         config: DecodeConfig,
+        around: Sequence[AbstractContextManager],
         arena: Arena,
         *,
         keeps_scores: bool,
     ):
-        super().__init__(target, drafter, recorder, state, config)
+        super().__init__(target, drafter, recorder, state, config, around)
         self.arena, self.keeps_scores = arena, keeps_scores
         self.told = "replayed"
         self._seconds, self._bytes = 0.0, 0  # of captures
@@ -290,6 +301,11 @@ class CapturedPhases(Phases):
             Exception: Whatever comes of it.
         """
         self.recorded = self._record()
+
+    @property
+    def around(self) -> Sequence[AbstractContextManager]:
+        """Nothing around what is replayed."""
+        return super().around if self.recorded is None else ()
 
     @property
     def lateness(self) -> int:
@@ -401,7 +417,7 @@ class CapturedPhases(Phases):
         """What tells sets of graphs apart."""
         config = self.config
         what = (config.depth, config.do_sample, config.simulated_length, self.in_order, self.state.shift.dim())
-        return num_rows, *what, *map(describe_warper, self.warpers)
+        return num_rows, *what, *describe_arithmetic(), *map(describe_warper, self.warpers)
 
     def _capture(self) -> Recorded:
         if find_peers(self.target) is not None:
@@ -425,6 +441,7 @@ class CapturedPhases(Phases):
             for model in (self.target, self.drafter):
                 stack.enter_context(attending_by_rows(model))
             stack.enter_context(fused(self.target, self.drafter))
+            stack.enter_context(casting_within(self.arena.device))
             warm_up(run_all, state.length.device)
             if self.config.depth:
                 draft, drafted = capture(phases.draft, pool=pool)
@@ -436,6 +453,33 @@ class CapturedPhases(Phases):
                 settle, settled = capture(phases.settle, drafted, verified, pool=pool)
         phases.target = phases.drafter = phases.recorder = None  # type: ignore[assignment]  # the models may go first
         return Recorded(phases, draft, verify, settle, drafted, verified, settled)
+
+
+def describe_autocast(device: torch.device) -> torch.dtype | None:
+    """What products on `device` are cast to in this thread, by `torch.autocast`; None if they are not."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def casting_within(device: torch.device) -> AbstractContextManager[Any]:
+    """Let what is recorded cast weights anew each time, if `torch.autocast` is on: those that it keeps go when it ends."""
+    dtype = describe_autocast(device)
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def describe_arithmetic() -> tuple:
+    """The global switches that products are chosen by when they are recorded."""
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on the old name cannot be read once the new one was set.
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    return (
+        getattr(matmul, name),
+        getattr(torch.backends, "fp32_precision", None),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def do_nothing() -> None:

@@ -41,7 +41,7 @@ from .graphs import turns_of
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .own_loop import run_own_loop
 from .peers import find_peers, make_agree
-from .refusals import is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
+from .refusals import advise, is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
 from .stats import Speculation, Stopwatch
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
@@ -138,7 +138,7 @@ def wrap_generate(original: Callable) -> Callable:
             call.arguments["assistant_model"] = None  # to the host, a plain call
         elif (setting("num_return_sequences") or 1) > 1:
             raise ValueError(
-                f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): leave out "
+                f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): {advise(choice.why)}leave out "
                 "num_return_sequences, or assistant_model."
             )
         return original(*call.args, **call.kwargs)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import weakref
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -28,7 +29,6 @@ from .graphs import (
     turns_of,
     why_not_captured,
 )
-from .kernels.language import KERNEL_ERRORS
 from .kernels.packed import PackedLinears
 from .peers import is_true_for_any, make_agree
 from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 
 # Experts that copy the weights they choose: at 8 tokens GptOss-20b's take 34 ms a forward, grouped ones 18 at 32 tokens.
 FEW_TOKENS = 4
-# Of a model that attends otherwise or waits for the device, or a card that cannot run a kernel.
-CAPTURE_ERRORS: tuple[type[Exception], ...] = (RuntimeError, NotImplementedError, *KERNEL_ERRORS)
+# A model that attends otherwise or waits for the device, a shape that a kernel refuses, a card that cannot run one:
+# eager rounds need none of it, and raise again what is the caller's own.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
+# By target: reasons for eager rounds that were said.
+_told: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
 
 
 def run_own_loop(
@@ -107,6 +110,8 @@ def run_own_loop(
     with ExitStack() as stack:
         arena = None
         why_eager = "asked for" if choice.is_eager else why_not_captured(target, drafter)
+        if why_eager is not None and not choice.is_eager:
+            say_once(target, why_eager)
         longest = int(mask.sum(-1).max())
         if why_eager is None and not take_arena(target):
             why_eager = BUSY
@@ -137,15 +142,16 @@ def run_own_loop(
         with turns, clocks.draft:
             state = prepare(drafter, prompt, depth=config.depth, max_length=config.max_length, cache=drafter_cache)
         models = (target, drafter, recorder, state, config)
-        around: list[AbstractContextManager] = []
+        over_masks = FoldedAttention(target, drafter, folds=not choice.is_eager)
+        around: list[AbstractContextManager] = [over_masks]
         if why_eager is not None and not choice.is_eager:  # layers on a CPU, if there are any
-            around = [FoldedAttention(target, drafter), PackedLinears(target, drafter)]
+            around.append(PackedLinears(target, drafter))
         for context in around:
             stack.callback(leave, context, turns)
         phases = Phases(*models, [turns, *around])
         if arena is not None:
             keeps_scores = transcript.scores is not None or transcript.logits is not None
-            captured = CapturedPhases(*models, arena, keeps_scores=keeps_scores)
+            captured = CapturedPhases(*models, [turns, *around], arena, keeps_scores=keeps_scores)
             try:
                 captured.begin()
                 phases = captured
@@ -157,7 +163,7 @@ def run_own_loop(
                     why_eager = f"{type(error).__name__}: {error}"
                     logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", why_eager)
             if is_true_for_any(target, why_eager is not None) and why_eager is None:
-                why_eager, phases = "another process could not capture them", Phases(*models, [turns])
+                why_eager, phases = "another process could not capture them", Phases(*models, [turns, *around])
             if why_eager is not None:
                 captured.give_up(why_eager)
         if why_eager is not None:
@@ -167,7 +173,7 @@ def run_own_loop(
         if isinstance(phases, CapturedPhases):
             told.graphs = phases.told
         if keeps_cache:
-            with turns:
+            with turns, over_masks:
                 fill_pads(target, prompt, phases.state, transcript)
             assert transcript.length is not None
             slots = slots_of_output(prompt, transcript.length, S, order)
@@ -187,6 +193,14 @@ def run_own_loop(
     )
     output.speculation = told
     return output
+
+
+def say_once(target: PreTrainedModel, why_eager: str) -> None:
+    """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
+    told = _told.setdefault(target, set())
+    if target.device.type == "cuda" and why_eager not in (*told, BUSY):
+        told.add(why_eager)
+        logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
 
 
 def leave(context: AbstractContextManager, turns: Turns) -> None:

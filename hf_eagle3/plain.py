@@ -33,6 +33,6 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     with target.device:
         drafter = Eagle3DrafterModel(config).to(target.dtype).eval()
     is_slow = target.device.type != "cpu" and why_not_captured(target, drafter) is not None
-    if is_slow or why_not_target(target, drafter) is not None:
+    if is_slow or why_not_target(target) is not None:
         return {}
     return {"assistant_model": drafter, "num_assistant_tokens": 0}

@@ -72,12 +72,17 @@ def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any:
         )
 
 
+def advise(why: str) -> str:
+    """What to leave out of a call that our own loop cannot take, if that is all; `why` is what rules it out."""
+    return f"leave out {why.removesuffix(' is set')}, " if why.endswith(" is set") else ""
+
+
 def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], why: str) -> None:
     """Raise if there is not exactly one row with something in it; `why` says what rules out our own loop."""
     if len(input_ids) > 1:
         raise ValueError(
-            f"An EAGLE-3 drafter can assist only one row at a time here ({why}), got a batch of {len(input_ids)}: call "
-            "generate() once for each row, or without assistant_model."
+            f"An EAGLE-3 drafter can assist only one row at a time here ({why}), got a batch of {len(input_ids)}: "
+            f"{advise(why)}call generate() once for each row, or without assistant_model."
         )
     if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise ValueError("The prompt is empty (input_ids of length 0): give at least one token, such as BOS.")

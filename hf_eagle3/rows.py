@@ -15,13 +15,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .kernels.attention import write_rows, write_rows_eager
-from .kernels.language import is_available
 
 Masks = Tensor | dict[str, Tensor]
 BY_ROWS = "eagle3_rows"  # the attention that asks the cache and no mask; see row_attention.py
 
 # The cache that the forward under way writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
+# Whether it does so by kernels: rounds that are captured. Eager ones do without, since a card may run none.
+BY_KERNELS: ContextVar[bool] = ContextVar("by_kernels", default=False)
 
 
 def to_bucket(num_slots: int) -> int:
@@ -31,7 +32,7 @@ def to_bucket(num_slots: int) -> int:
 
 
 class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer, [B, L, H_kv, D], written wherever the cache says."""
+    """Keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] of one layer, written wherever the cache says."""
 
     is_sliding = False  # full length even under a sliding window: the mask cuts
 
@@ -40,7 +41,7 @@ class RowLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for what is like `key_states` and `value_states` [B, H_kv, T, D]."""
+        """Make room for what is like `key_states` [B, H_kv, T, D] and `value_states` [B, H_kv, T, D_v]."""
         self.make_room(key_states, value_states, len(key_states))
 
     def make_room(self, keys_like: Tensor, values_like: Tensor, num_rows: int) -> None:
@@ -62,13 +63,13 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
-        """Write T new positions; what to attend to, [B, H_kv, num_visible, D]."""
+        """Write T new positions; what to attend to, [B, H_kv, num_visible, D] and [.., D_v]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         assert self.cache.start is not None
-        write = write_rows if is_available(key_states.device) else write_rows_eager
+        write = write_rows if BY_KERNELS.get() else write_rows_eager
         write(self.keys, self.values, key_states, value_states, self.cache.start)
         if self.cache.is_first:
             return key_states, value_states

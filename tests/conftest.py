@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -63,6 +65,19 @@ GEMMA = {
 }
 
 
+# Multi-head latent attention: values are narrower than keys, and so are what caches hold of either.
+MLA = {
+    **{key: value for key, value in TEXT.items() if key != "head_dim"},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": NUM_LAYERS,
+}
+
+
 def _gemma3_vlm() -> PreTrainedModel:
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
@@ -92,6 +107,7 @@ TARGETS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_oss": lambda: GptOssForCausalLM(
         GptOssConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
     ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**MLA)),
     "gemma3_vlm": _gemma3_vlm,
     "qwen_vlm": _qwen_vlm,
 }

@@ -36,6 +36,8 @@ from transformers import (
     PhiForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
     pipeline,
 )
 
@@ -889,3 +891,28 @@ def test_target_on_two_devices():
     options = {"max_new_tokens": 12, **GREEDY}
     out = spread.generate(**batch, assistant_model=make_drafter(spread).cuda(), **options)
     assert out.tolist() == spread.generate(**batch, **options).tolist()
+
+
+# ---- watermarks ----
+
+
+@pytest.mark.parametrize("scheme", ["lefthash", "selfhash"])
+@pytest.mark.parametrize("lengths", [(9,), (12, 5, 7)], ids=["one_row", "ragged"])
+def test_watermarks_are_plain_decodings(lengths, scheme, target):
+    batch, mark = pad(prompts_of(*lengths)), WatermarkingConfig(bias=8.0, seeding_scheme=scheme)
+    plain, _ = assert_same(target, batch, max_new_tokens=12, watermarking_config=mark)
+    assert not torch.equal(plain.sequences, target.generate(**batch, max_new_tokens=12, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5], ngram_len=2)}, "watermarking_config"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"output_hidden_states": True, "num_return_sequences": 2, "do_sample": True}, "output_hidden_states"),
+    ],
+    ids=["synth_id", "hidden_states", "several"],
+)
+def test_batches_that_only_the_hosts_loop_could_take_say_what_to_leave_out(options, name, target):
+    with pytest.raises(ValueError, match=f"one row at a time here .*: leave out {name}, "):
+        target.generate(**pad(prompts_of(4, 5)), assistant_model=make_drafter(target), **{**GREEDY, **options})

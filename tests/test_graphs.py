@@ -7,6 +7,8 @@ them. It shows that phases read and write static memory alone; row attention run
 import copy
 import threading
 import time
+import types
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import hf_eagle3.own_loop as own_loop
 from hf_eagle3 import graphs, prefill
 from hf_eagle3.decode import Phases
 from hf_eagle3.features import StateRecorder
+from hf_eagle3.row_attention import UnfitError
 
 ATTEND_BY_ROWS = graphs.attending_by_rows
 
@@ -86,7 +89,7 @@ def counts(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
-@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
 def test_greedy_rows_are_the_targets(family, lengths, counts):
     _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), max_new_tokens=24)
     assert 1 < out.speculation.acceptance_length < 4
@@ -310,17 +313,28 @@ def test_calls_under_inference_mode_and_others_take_turns(target, counts):
     assert counts.captured == 3
 
 
-def test_kernels_that_a_card_cannot_run_are_done_without(target, counts, monkeypatch):
-    class OutOfResourcesError(Exception):
-        """As Triton's, which is no RuntimeError."""
+class OutOfResourcesError(Exception):
+    """As Triton's, which is no RuntimeError."""
 
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResourcesError("out of resource: shared memory"),
+        ValueError("query must be [B, H, T, D]"),  # a kernel refuses shapes
+        ImportError("This needs Triton"),
+        UnfitError("Attention brings a mask of its own"),
+        AssertionError("Not supported"),  # of a compiler
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_kernel_refuses_is_done_without(error, target, counts, monkeypatch):
     def fail(*_, **__):
-        raise OutOfResourcesError("out of resource: shared memory")
+        raise error
 
     monkeypatch.setattr(graphs, "capture", fail)
-    monkeypatch.setattr(own_loop, "CAPTURE_ERRORS", (*own_loop.CAPTURE_ERRORS, OutOfResourcesError))
     _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
-    assert "shared memory" in out.speculation.graphs
+    assert out.speculation.graphs == f"none ({type(error).__name__}: {error})"
 
 
 def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch):
@@ -454,11 +468,145 @@ def test_a_batch_that_cannot_shrink_goes_on_eagerly(target, counts, monkeypatch,
     assert "Rounds of 2 rows cannot be captured, so they run eagerly: CUDA out of memory." in caplog.text
 
 
+def assert_same_up_to_ties(out, plain):
+    """Greedy outputs in 16 bits: a row may part where its two likeliest tokens are as good as equal."""
+    assert out.sequences.shape == plain.sequences.shape
+    first = plain.sequences.shape[1] - len(plain.logits)
+    for b, (ours, theirs) in enumerate(zip(out.sequences, plain.sequences, strict=True)):
+        differs = (ours != theirs).nonzero()
+        if len(differs):
+            best, second = plain.logits[int(differs[0]) - first][b].float().topk(2).values
+            assert best - second < 0.05 * best.abs(), f"row {b} parts at {int(differs[0])}"
+
+
+def make_arithmetic_check(target, *, device="cpu"):
+    """What compares a batch with plain decoding in whatever arithmetic is on, and how much was captured after each."""
+    batch = {name: value.to(device) for name, value in pad(prompts_of(9, 4)).items()}
+    options = {"max_new_tokens": 15, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
+    plain = target.generate(**batch, **options)
+    oracle, seen = make_oracle(target, plain.sequences.cpu(), pad(prompts_of(9, 4))).to(device), []
+
+    def check(context, *, is_exact=True):
+        with context:
+            plain = target.generate(**batch, **options)
+            out = target.generate(**batch, assistant_model=oracle, **options)
+        assert out.speculation.graphs.startswith(("captured", "replayed")), out.speculation.graphs
+        assert not is_exact or torch.equal(out.sequences, plain.sequences)
+        assert_same_up_to_ties(out, plain)
+        seen.append(out.speculation.graphs.split(" in ")[0])
+
+    return check, seen
+
+
+@contextmanager
+def tf32(is_on):
+    """float32 products by TF32, or not."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, is_on
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_graphs_are_of_the_arithmetic_that_they_were_captured_under(target, counts):
+    check, seen = make_arithmetic_check(target)
+    for is_on in (False, True, False):
+        check(tf32(is_on))
+    assert seen == ["captured", "captured", "replayed"]
+
+
+def test_graphs_and_caches_are_of_the_autocast_that_they_were_made_under(target, counts):
+    check, seen = make_arithmetic_check(target)
+    check(nullcontext())
+    dtypes = [graphs._arenas[target].caches[0].layers[0].values.dtype]
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", dtype=torch.bfloat16)):
+        check(context, is_exact=False)
+        dtypes.append(graphs._arenas[target].caches[0].layers[0].values.dtype)
+    check(nullcontext())
+    assert seen == ["captured", "captured", "replayed", "captured"]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def replace_layers(target):
+    """What `use_kernels=True` does: instances get forwards of somebody's own."""
+
+    def norm(self, hidden_states):
+        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    for module in target.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = types.MethodType(norm, module)
+    return target
+
+
+def test_layers_that_the_hosts_kernels_replaced_are_captured(counts):
+    target = replace_layers(copy.deepcopy(make_target("llama")))
+    _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
+    assert out.speculation.graphs.startswith("captured")
+
+
+def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
+    monkeypatch.setattr(type(target), "device", torch.device("cuda"), raising=False)
+    for reason in ("LlamaMLP has forward hooks", "LlamaMLP has forward hooks", graphs.BUSY, "the models are on cpu"):
+        own_loop.say_once(target, reason)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "LlamaMLP has forward hooks.",
+        "the models are on cpu.",
+    ]
+
+
 # ---- on a GPU ----
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", *FAMILIES])
+def test_arithmetic_on_a_gpu():
+    target = copy.deepcopy(make_target("llama")).cuda()
+    check, seen = make_arithmetic_check(target, device="cuda")
+    check(nullcontext())
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        check(torch.autocast("cuda", dtype=dtype), is_exact=False)
+        check(torch.autocast("cuda", dtype=dtype), is_exact=False)
+    check(nullcontext())
+    check(tf32(True), is_exact=False)
+    assert seen == ["captured", *["captured", "replayed"] * 3, "captured", "captured"]
+    graphs.release_graphs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_under_autocast_to_another_dtype(family):
+    target = copy.deepcopy(make_target(family)).to("cuda", torch.bfloat16)
+    check, _ = make_arithmetic_check(target, device="cuda")
+    for context in (nullcontext(), torch.autocast("cuda", dtype=torch.float16), nullcontext()):
+        check(context, is_exact=False)
+    graphs.release_graphs()
+
+
+@pytest.mark.gpu
+def test_a_drafter_left_on_the_cpu_is_named_once(caplog):
+    target = copy.deepcopy(make_target("llama")).cuda()
+    drafter, prompt = make_drafter(make_target("llama")).cpu(), make_prompt(9).cuda()
+    plain = target.generate(prompt, max_new_tokens=12, **GREEDY)
+    for _ in range(2):
+        out = target.generate(
+            prompt, assistant_model=drafter, max_new_tokens=12, return_dict_in_generate=True, **GREEDY
+        )
+        assert torch.equal(out.sequences, plain)
+        assert 'drafter.to("cuda:0")' in out.speculation.graphs
+    assert caplog.text.count('drafter.to("cuda:0")') == 1
+
+
+@pytest.mark.gpu
+def test_replaced_layers_are_captured_on_a_gpu():
+    target = replace_layers(copy.deepcopy(make_target("llama"))).cuda()
+    check, _ = make_arithmetic_check(target, device="cuda")
+    check(nullcontext())
+    graphs.release_graphs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
 @pytest.mark.parametrize("lengths", [(5,), (30, 7, 1, 18)], ids=["one_row", "ragged"])
 def test_captured_rounds_on_a_gpu(family, lengths):
     target = copy.deepcopy(make_target(family)).cuda()

@@ -21,7 +21,7 @@ LAYERS = [
     ["own_loop"],
     ["depths"],
     ["candidates", "choice", "diagnosis", "graphs", "plain", "refusals", "training"],
-    ["row_attention"],
+    ["attention_trial", "row_attention"],
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],
     ["accept", "features", "stopping", "unroll"],

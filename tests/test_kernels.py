@@ -9,10 +9,15 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
 from conftest import TEXT, make_drafter, make_target
+from test_decode import pad, prompts_of
+from test_graphs import capture_on_cpus
 from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig, MixtralForCausalLM
@@ -22,6 +27,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hf_eagle3 import graphs
 from hf_eagle3.kernels import argmax, attention, fusion, language
 from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import (
@@ -89,10 +95,10 @@ def assert_as_good(out, reference, truth):
     assert error <= max(2 * budget, 2 * torch.finfo(out.dtype).eps), f"{error:.2e}, budget {2 * budget:.2e}"
 
 
-def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32):
+def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32, *, D_v=None):
     """Rows of lengths of their own, from the shortest to the longest, NaN behind each; keys and values strided."""
     query = random(B, T, H, D, dtype=dtype).transpose(1, 2)
-    keys, values = random(B, L, 2, H_kv, D, dtype=dtype).unbind(2)
+    keys, values = random(B, L, H_kv, D + (D_v or D), dtype=dtype).tensor_split([D], dim=-1)
     start = torch.randint(0, L - T + 1, (B,), device=DEVICE)
     start[0], start[-1] = L - T, 0
     is_junk = torch.arange(L, device=DEVICE) >= start[:, None] + T  # [B, L]
@@ -287,7 +293,7 @@ def test_without_kernels_nothing_is_replaced_and_they_say_why():
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs them")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -306,6 +312,8 @@ ATTENTION = {
     "softcap, head of 96": ((2, 4, 2, 3, 96), {"softcap": 5.0}),
     "head of 256, scores far below the softcap": ((1, 2, 1, 2, 256), {"window": 33, "softcap": 50.0}),
     "several tiles": ((2, 4, 1, 20, 32), {"window": 7}),
+    "narrow values": ((3, 4, 4, 4, 48), {"D_v": 32}),
+    "wide values, sinks and window": ((2, 8, 2, 3, 24), {"D_v": 64, "window": 9, "sinks": True}),
 }
 
 
@@ -316,7 +324,7 @@ ATTENTION = {
 def test_attention_equals_its_twin(shape, num_splits, dtype):
     (B, H, H_kv, T, D), options = ATTENTION[shape]
     options = dict(options)
-    rows = make_rows(B, H, H_kv, T, D, 70, dtype)
+    rows = make_rows(B, H, H_kv, T, D, 70, dtype, D_v=options.pop("D_v", None))
     sinks = random(H, dtype=dtype) if options.pop("sinks", False) else None
     out = attend_rows(*rows, scaling=D**-0.5, sinks=sinks, num_splits=num_splits, blocks=(16, 4, 2), **options)
     twin = attend_rows_eager(*rows, scaling=D**-0.5, sinks=sinks, **options)
@@ -348,14 +356,37 @@ def test_attention_refuses_what_it_cannot_read():
 
 
 @pytest.mark.gpu
-def test_writing_equals_its_twin():
-    rows, new = random(3, 20, 2, 3, 48), random(3, 4, 2, 3, 48)
+@pytest.mark.parametrize(("D", "D_v"), [(48, 48), (48, 20), (20, 48), (192, 128)])
+def test_writing_equals_its_twin(D, D_v):
+    rows, new = random(3, 20, 3, D + D_v), random(3, 4, 3, D + D_v)
     start = torch.tensor([0, 16, 7], device=DEVICE)
     expected = rows.clone()
-    new_keys, new_values = (x.transpose(1, 2) for x in new.unbind(2))
-    write_rows_eager(*expected.unbind(2), new_keys, new_values, start)
-    write_rows(*rows.unbind(2), new_keys, new_values, start)
+    new_keys, new_values = (x.transpose(1, 2) for x in new.tensor_split([D], dim=-1))
+    write_rows_eager(*expected.tensor_split([D], dim=-1), new_keys, new_values, start)
+    write_rows(*rows.tensor_split([D], dim=-1), new_keys, new_values, start)
     assert torch.equal(rows, expected)
+    with pytest.raises(ValueError, match=r"keys must be \[B, L, H_kv, D\]"):
+        write_rows(*rows.tensor_split([D + 1], dim=-1), new_keys, new_values, start)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow  # in the interpreter
+def test_values_narrower_than_keys_in_whole_rounds(monkeypatch):
+    """DeepSeek-V3's attention, written and read by kernels: captured on a GPU, recorded and run again elsewhere."""
+    target = make_target("deepseek_v3")
+    if ON_GPU:
+        target = copy.deepcopy(target).cuda()
+    else:
+        capture_on_cpus(monkeypatch)
+    drafter = make_drafter(target).to(DEVICE)
+    batch = {name: value.to(DEVICE) for name, value in pad(prompts_of(7, 4)).items()}
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    plain = target.generate(**batch, **options)
+    for told in ("captured", "replayed"):
+        out = target.generate(**batch, assistant_model=drafter, **options)
+        assert out.sequences.tolist() == plain.sequences.tolist()
+        assert out.speculation.graphs.startswith(told), out.speculation.graphs
+    graphs.release_graphs()
 
 
 LINEAR = {
@@ -710,6 +741,69 @@ def test_fused_targets_compute_the_same_and_are_restored(kind):
     assert torch.equal(after, before)
     assert is_untouched(model)
     assert home.apply_rotary_pos_emb is rotate
+
+
+def in_a_thread(function):
+    """What `function` returns in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_threads_that_leave_in_any_order_leave_nothing_behind(first_out):
+    """Two threads record rounds of models of one family, whose code has one name for its rotation."""
+    namespace, instance = {"rotate": len}, {}
+    stacks, pools = [ExitStack(), ExitStack()], [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+    for stack, pool, ours in zip(stacks, pools, (min, max), strict=True):
+        pool.submit(fusion._set, stack, namespace, "rotate", ours, len).result()
+        pool.submit(fusion._set, stack, instance, "forward", ours, len).result()
+    for place, name in ((namespace, "rotate"), (instance, "forward")):
+        assert [pool.submit(lambda n=name, p=place: p[n]([7, 3, 5])).result() for pool in pools] == [3, 7]
+        assert place[name]([7, 3, 5]) == 3  # this thread's: how many there are
+    for i in (first_out, 1 - first_out):
+        assert "forward" in instance
+        pools[i].submit(stacks[i].close).result()
+        assert namespace["rotate"]([7, 5, 1, 1]) == 4
+    assert namespace == {"rotate": len}
+    assert instance == {}
+    for pool in pools:
+        pool.shutdown()
+
+
+def test_what_somebody_puts_there_meanwhile_stays():
+    namespace, stack = {"rotate": len}, ExitStack()
+    fusion._set(stack, namespace, "rotate", max, len)
+    namespace["rotate"] = sum
+    stack.close()
+    assert namespace == {"rotate": sum}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_other_threads_run_none_of_our_kernels(kind, monkeypatch):
+    """Neither another model of the family nor the same one, while rounds are recorded."""
+    model = make_target(kind).to(DEVICE, HALF).eval()
+    other = copy.deepcopy(model)
+    ids, seen = torch.randint(2, 64, (2, 4), device=DEVICE), []
+    names = ("apply_rotary", "rms_norm", "add_rms_norm", "linear_group", "linear_gated", "expert_linear")
+    for name in names:
+        kernel = getattr(fusion, name)
+
+        def record(*args, kernel=kernel, **kwargs):
+            seen.append(threading.get_ident())
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(fusion, name, record)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with fused(model), torch.no_grad():
+        seen.clear()
+        for someone in (model, other):
+            assert torch.equal(in_a_thread(lambda m=someone: torch.no_grad()(m)(ids).logits), expected)
+        assert not seen
+        model(ids)
+        assert set(seen) == {threading.get_ident()}
+    assert is_untouched(model)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ Flash-decoding: the slots that a row can see are divided among programs, each of
 kernel joins them. What makes it cheap for speculative decoding: the T tokens of a row and the G query heads that share a
 KV head form one tile, so that keys and values are read once, and a row costs its own length, not the cache's capacity.
 
-B rows, T new tokens each, L slots in the cache, H query heads, H_kv KV heads, G = H / H_kv, D head dimension.
+B rows, T new tokens each, L slots in the cache, H query heads, H_kv KV heads, G = H / H_kv. Queries and keys have D
+features, values D_v: fewer in multi-head latent attention.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def attend_rows_eager(
     Args:
         query: [B, H, T, D].
         keys: [B, L, H_kv, D], those of the new tokens included. What lies behind a row's last token is never used.
-        values: [B, L, H_kv, D].
+        values: [B, L, H_kv, D_v].
         start: [B] int64. Token t of row b sits at slot start[b] + t, and sees its own slot and those before.
         scaling: Multiplies the scores.
         window: How many slots a token sees at most, its own included.
@@ -41,7 +42,7 @@ def attend_rows_eager(
         softcap: Scores are squashed into (-softcap, softcap).
 
     Returns:
-        [B, T, H, D] in the query's dtype.
+        [B, T, H, D_v] in the query's dtype.
     """
     B, H, T, _ = query.shape
     L, H_kv = keys.shape[1:3]
@@ -64,7 +65,7 @@ def attend_rows_eager(
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    out = torch.einsum("bhgtl,blhd->bthgd", weights, v)  # [B, T, H_kv, G, D]
+    out = torch.einsum("bhgtl,blhd->bthgd", weights, v)  # [B, T, H_kv, G, D_v]
     return out.reshape(B, T, H, -1).to(query.dtype)
 
 
@@ -83,8 +84,8 @@ def _attend_split(
     values,
     start,
     sinks,
-    out,  # [B, T, H, D]
-    partial,  # [B*H_kv, num_splits, T*G, D] float32
+    out,  # [B, T, H, D_v]
+    partial,  # [B*H_kv, num_splits, T*G, D_v] float32
     stats,  # [B*H_kv, num_splits, T*G, 2] float32: largest score, sum of exponentials; to the base 2
     T,
     scaling,
@@ -103,7 +104,9 @@ def _attend_split(
     H_KV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -125,6 +128,8 @@ def _attend_split(
     is_row = t < T
     d = tl.arange(0, BLOCK_D)
     is_d = d < D
+    dv = tl.arange(0, BLOCK_DV)
+    is_dv = dv < D_V
     q_at = query + b * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :]
     q = tl.load(q_at, mask=is_row[:, None] & is_d[None, :], other=0.0)
 
@@ -141,15 +146,15 @@ def _attend_split(
     k_base = keys + b * stride_kb + h_kv * stride_kh + begin.to(tl.int64) * stride_kl
     v_base = values + b * stride_vb + h_kv * stride_vh + begin.to(tl.int64) * stride_vl
     k_at = k_base + slot[:, None] * stride_kl + d[None, :]
-    v_at = v_base + slot[:, None] * stride_vl + d[None, :]
+    v_at = v_base + slot[:, None] * stride_vl + dv[None, :]
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for n in range(begin, end, BLOCK_N):
         # Zeros behind the end: junk there could be NaN, which even a weight of 0 lets through.
-        is_loaded = (n + slot < end)[:, None] & is_d[None, :]
-        k = tl.load(k_at, mask=is_loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
+        is_slot = (n + slot < end)[:, None]
+        k = tl.load(k_at, mask=is_slot & is_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if HAS_SOFTCAP:
             scores = _tanh(scores * (scaling / softcap)) * (softcap * 1.4426950408889634)
@@ -166,7 +171,7 @@ def _attend_split(
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(best - shift)
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(v_at, mask=is_loaded, other=0.0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(v_at, mask=is_slot & is_dv[None, :], other=0.0)  # [BLOCK_N, BLOCK_DV]
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         best = new_best
         k_at += BLOCK_N * stride_kl
@@ -179,14 +184,14 @@ def _attend_split(
             fade = tl.exp2(best - new_best)
             total = total * fade + tl.exp2(sink - new_best)
             acc = acc * fade[:, None]
-        out_at = out + ((b * T + t) * (H_KV * G) + head)[:, None] * D + d[None, :]
-        tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None] & is_d[None, :])
+        out_at = out + ((b * T + t) * (H_KV * G) + head)[:, None] * D_V + dv[None, :]
+        tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None] & is_dv[None, :])
     else:
         at = (pair.to(tl.int64) * num_splits + split) * (T * G) + row
         tl.store(stats + at * 2, best, mask=is_row)
         tl.store(stats + at * 2 + 1, total, mask=is_row)
         if begin < end:
-            tl.store(partial + at[:, None] * D + d[None, :], acc, mask=is_row[:, None] & is_d[None, :])
+            tl.store(partial + at[:, None] * D_V + dv[None, :], acc, mask=is_row[:, None] & is_dv[None, :])
 
 
 @jit("T", "num_splits")
@@ -199,8 +204,8 @@ def _join_splits(
     num_splits,
     H_KV: tl.constexpr,
     G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
@@ -210,7 +215,7 @@ def _join_splits(
     t = row // G
     head = (pair % H_KV) * G + row % G
     s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_DV)
     at = (pair.to(tl.int64) * num_splits + s) * (T * G) + row  # [BLOCK_S]
     best = tl.load(stats + at * 2, mask=s < num_splits, other=float("-inf"))
     total = tl.load(stats + at * 2 + 1, mask=s < num_splits, other=0.0)
@@ -220,13 +225,13 @@ def _join_splits(
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         overall = tl.maximum(overall, sink)
     fade = tl.exp2(best - overall)
-    acc = tl.load(partial + at[:, None] * D + d[None, :], mask=is_filled[:, None] & (d < D)[None, :], other=0.0)
-    joined = tl.sum(acc * fade[:, None], 0)  # [BLOCK_D]
+    acc = tl.load(partial + at[:, None] * D_V + d[None, :], mask=is_filled[:, None] & (d < D_V)[None, :], other=0.0)
+    joined = tl.sum(acc * fade[:, None], 0)  # [BLOCK_DV]
     denominator = tl.sum(total * fade, 0)
     if HAS_SINKS:
         denominator += tl.exp2(sink - overall)
-    out_at = out + ((b * T + t) * (H_KV * G) + head) * D + d
-    tl.store(out_at, (joined / denominator).to(out.dtype.element_ty), mask=d < D)
+    out_at = out + ((b * T + t) * (H_KV * G) + head) * D_V + d
+    tl.store(out_at, (joined / denominator).to(out.dtype.element_ty), mask=d < D_V)
 
 
 def attend_rows(
@@ -253,27 +258,28 @@ def attend_rows(
     require(query.device)
     B, H, T, D = query.shape
     L, H_kv = keys.shape[1:3]
-    G = H // H_kv
-    if H % H_kv or keys.shape != (B, L, H_kv, D) or values.shape != keys.shape or start.shape != (B,):
+    D_v, G = values.shape[-1], H // H_kv
+    if H % H_kv or keys.shape != (B, L, H_kv, D) or values.shape[:-1] != keys.shape[:-1] or start.shape != (B,):
         raise ValueError(
-            "query must be [B, H, T, D], keys and values [B, L, H_kv, D] with H_kv dividing H, and start [B]; got "
-            f"{tuple(query.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(start.shape)}."
+            "query must be [B, H, T, D], keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] with H_kv dividing H, and "
+            f"start [B]; got {tuple(query.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(start.shape)}."
         )
     if not query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1:
-        raise ValueError("query, keys and values must be contiguous in their last dimension, D.")
+        raise ValueError("query, keys and values must be contiguous in their last dimension, D or D_v.")
     block_m = min(64, max(16, round_up_to_power(T * G)))
     num_tiles = -(-T * G // block_m)
-    block_n, num_warps, num_stages = blocks or choose_blocks(D, query.element_size(), shared_memory(query.device))
+    block_d, block_dv = (max(16, round_up_to_power(width)) for width in (D, D_v))
+    slot_bytes = (block_d + block_dv) * keys.element_size()
+    block_n, num_warps, num_stages = blocks or choose_blocks(slot_bytes, shared_memory(query.device))
     if num_splits is None:
         num_splits = choose_num_splits(B * H_kv * num_tiles, L if window is None else min(L, window + T), block_n)
-    block_d = max(16, round_up_to_power(D))
     rows = T * G
 
-    out = query.new_empty(B, T, H, D)
+    out = query.new_empty(B, T, H, D_v)
     if num_splits == 1:
         partial = stats = out  # not written
     else:
-        partial = torch.empty(B * H_kv, num_splits, rows, D, dtype=torch.float32, device=query.device)
+        partial = torch.empty(B * H_kv, num_splits, rows, D_v, dtype=torch.float32, device=query.device)
         stats = torch.empty(B * H_kv, num_splits, rows, 2, dtype=torch.float32, device=query.device)
     sinks_at = out if sinks is None else sinks
     with torch.cuda.device_of(query):
@@ -297,7 +303,9 @@ def attend_rows(
             H_KV=H_kv,
             G=G,
             D=D,
+            D_V=D_v,
             BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             IS_SPLIT=num_splits > 1,
@@ -318,8 +326,8 @@ def attend_rows(
                 num_splits,
                 H_KV=H_kv,
                 G=G,
-                D=D,
-                BLOCK_D=block_d,
+                D_V=D_v,
+                BLOCK_DV=block_dv,
                 BLOCK_S=round_up_to_power(num_splits),
                 HAS_SINKS=sinks is not None,
                 num_warps=4,
@@ -327,13 +335,17 @@ def attend_rows(
     return out
 
 
-def choose_blocks(D: int, itemsize: int, shared_memory: int) -> tuple[int, int, int]:
-    """Slots a step, warps and pipeline stages, of which keys and values fit into the memory of a multiprocessor."""
-    slot_bytes = 2 * round_up_to_power(D) * itemsize
+def choose_blocks(slot_bytes: int, shared_memory: int) -> tuple[int, int, int]:
+    """Slots a step, warps and pipeline stages, of which keys and values fit into the memory of a multiprocessor.
+
+    `slot_bytes` is what a key and a value take of it.
+    """
     num_stages, budget = (4, 140_000) if shared_memory > 160_000 else (3, 90_000)
     block_n = 128
     while block_n > 16 and num_stages * block_n * slot_bytes > budget:
         block_n //= 2
+    while num_stages > 1 and num_stages * block_n * slot_bytes > budget:
+        num_stages -= 1
     return block_n, 4, num_stages
 
 
@@ -348,9 +360,9 @@ def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values:
 
     Args:
         keys: [B, L, H_kv, D], written to.
-        values: [B, L, H_kv, D], written to.
+        values: [B, L, H_kv, D_v], written to.
         new_keys: [B, H_kv, T, D].
-        new_values: [B, H_kv, T, D].
+        new_values: [B, H_kv, T, D_v].
         start: [B] int64. Token t of row b goes to slot start[b] + t.
     """
     T = new_keys.shape[2]
@@ -382,6 +394,7 @@ def _write_rows(
     stride_nvt,
     H_KV: tl.constexpr,
     D: tl.constexpr,
+    D_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -392,10 +405,11 @@ def _write_rows(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (h < H_KV) & (d < D)
+    mask_v = (h < H_KV) & (d < D_V)
     key = tl.load(new_keys + b * stride_nkb + t * stride_nkt + h * stride_nkh + d, mask=mask)
     tl.store(keys + b * stride_kb + slot * stride_kl + h * stride_kh + d, key, mask=mask)
-    value = tl.load(new_values + b * stride_nvb + t * stride_nvt + h * stride_nvh + d, mask=mask)
-    tl.store(values + b * stride_vb + slot * stride_vl + h * stride_vh + d, value, mask=mask)
+    value = tl.load(new_values + b * stride_nvb + t * stride_nvt + h * stride_nvh + d, mask=mask_v)
+    tl.store(values + b * stride_vb + slot * stride_vl + h * stride_vh + d, value, mask=mask_v)
 
 
 def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
@@ -407,14 +421,21 @@ def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
     require(keys.device)
     start = start.to(keys.device)
     B, H_kv, T, D = new_keys.shape
+    D_v = new_values.shape[-1]
+    caches = (B, keys.shape[1], H_kv, D), (B, keys.shape[1], H_kv, D_v)
+    if (keys.shape, values.shape) != caches or new_values.shape != (B, H_kv, T, D_v):
+        raise ValueError(
+            "keys must be [B, L, H_kv, D] and values [B, L, H_kv, D_v], for new ones [B, H_kv, T, D] and [B, H_kv, T, D_v]; "
+            f"got {tuple(keys.shape)}, {tuple(values.shape)}, {tuple(new_keys.shape)} and {tuple(new_values.shape)}."
+        )
     if any(x.stride(-1) != 1 for x in (keys, values, new_keys, new_values)):
-        raise ValueError("keys and values, new and cached, must be contiguous in their last dimension, D.")
+        raise ValueError("keys and values, new and cached, must be contiguous in their last dimension, D or D_v.")
     if rotation is not None and new_values.shape == new_keys.shape:
         rotate_and_write(rotation, new_values, keys, values, start)
         return
     if rotation is not None:
         apply_rotary(*rotation[:4], outs=rotation[4:])
-    block_d = round_up_to_power(D)
+    block_d = round_up_to_power(max(D, D_v))
     block_h = min(round_up_to_power(H_kv), max(1, 2048 // block_d))
     with torch.cuda.device_of(keys):
         _write_rows[B * T, -(-H_kv // block_h)](
@@ -430,6 +451,7 @@ def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
             *new_values.stride()[:3],
             H_KV=H_kv,
             D=D,
+            D_V=D_v,
             BLOCK_H=block_h,
             BLOCK_D=block_d,
         )

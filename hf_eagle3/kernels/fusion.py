@@ -8,9 +8,11 @@ take at run time (other dtypes, many rows, a gradient to keep) goes to the host'
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +51,10 @@ MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
 UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, *language.KERNEL_ERRORS)
 
 
+# A namespace, a name in it, what is put there, and in place of what.
+Swap = tuple[dict[str, Any], str, Callable, Callable]
+
+
 @dataclass(slots=True)
 class Swaps:
     """What `fused` put kernels into."""
@@ -66,7 +72,8 @@ def fused(*models: nn.Module) -> Iterator[Swaps]:
     """Run linear layers and experts of `models` over few rows, norms, rotary embeddings and gated MLPs as kernels.
 
     Sums that a norm comes right after are taken in that norm's kernel, and one finds the largest of a vocabulary. For
-    capture and the warm-up before it; the graph keeps the kernels. On leaving, everything is as it was.
+    capture and the warm-up before it; the graph keeps the kernels. Other threads notice nothing of it, whatever models
+    they run; on leaving, everything is as it was.
     """
     swaps = Swaps()
     widths: set[int] = set()
@@ -95,7 +102,7 @@ class FusedElements:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._swaps: list[tuple[dict[str, Any], str, object]] | None = None
+        self._swaps: list[Swap] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
@@ -107,7 +114,7 @@ class FusedElements:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _find(self) -> list[tuple[dict[str, Any], str, object]]:
+    def _find(self) -> list[Swap]:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         if not language.is_available(device):
             return []
@@ -123,27 +130,57 @@ class _NotedSwaps(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self.swaps: list[tuple[dict[str, Any], str, object]] = []
+        self.swaps: list[Swap] = []
 
 
-def _set(stack: ExitStack, namespace: dict[str, Any], name: str, value: object) -> None:
-    """Put `value` into `namespace` until `stack` unwinds."""
+class _ByThread:
+    """Stands in a namespace for a function. Threads that put one of their own there call that, all others the first."""
+
+    def __init__(self, original: Callable, *, is_inherited: bool):
+        functools.update_wrapper(self, original)
+        self.original = original
+        self.is_inherited = is_inherited  # the namespace had none of its own: an instance, which has its class's
+        self.ours: dict[int, Callable] = {}  # by thread
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: whatever the original takes and gives
+        return self.ours.get(threading.get_ident(), self.original)(*args, **kwargs)
+
+
+_namespaces = threading.Lock()  # of what `_ByThread` stands in
+
+
+def _set(stack: ExitStack, namespace: dict[str, Any], name: str, value: Callable, original: Callable) -> None:
+    """Let this thread call `value` by `name` in `namespace`, in place of `original`, until `stack` unwinds."""
     if isinstance(stack, _NotedSwaps):
-        stack.swaps.append((namespace, name, value))
-    if name in namespace:
-        stack.callback(namespace.__setitem__, name, namespace[name])
-    else:
-        stack.callback(namespace.pop, name)
-    namespace[name] = value
+        stack.swaps.append((namespace, name, value, original))
+    with _namespaces:
+        standing = namespace.get(name)
+        if not isinstance(standing, _ByThread):
+            standing = namespace[name] = _ByThread(original, is_inherited=name not in namespace)
+        standing.ours[threading.get_ident()] = value
+    stack.callback(_unset, namespace, name, standing)
+
+
+def _unset(namespace: dict[str, Any], name: str, standing: _ByThread) -> None:
+    """Undo `_set` in this thread. The last one puts the original back."""
+    with _namespaces:
+        standing.ours.pop(threading.get_ident(), None)
+        if standing.ours or namespace.get(name) is not standing:
+            return
+        if standing.is_inherited:
+            del namespace[name]
+        else:
+            namespace[name] = standing.original
 
 
 def _can_run(*tensors: Tensor) -> bool:
-    """Whether a kernel may take these: plain tensors of one 16-bit dtype on a GPU, and no gradient to keep."""
+    """Whether a kernel may take these: plain tensors of one 16-bit dtype on a GPU, no gradient to keep, no autocast."""
     first = tensors[0]
     return (
         all(type(x) in (Tensor, nn.Parameter) and x.dtype == first.dtype for x in tensors)
         and first.dtype in DTYPES
         and language.is_available(first.device)
+        and not torch.is_autocast_enabled(first.device.type)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
 
@@ -207,7 +244,7 @@ def _swap_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> set[int]:
         if (variant := known[key]) is not None:
             swaps.norms[name] = variant
             widths.add(len(weight))
-            _set(stack, vars(module), "forward", _make_norm(module, variant, eps))
+            _set(stack, vars(module), "forward", _make_norm(module, variant, eps), module.forward)
     return widths
 
 
@@ -252,12 +289,14 @@ def _swap_rotaries(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
     like = next(p for p in model.parameters() if p.is_floating_point())
     for name, home in homes.items():
         original = getattr(home, ROTARY_NAME)
+        if isinstance(original, _ByThread):  # another thread records rounds of a model of that family
+            original = original.original
         if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"] or like.dtype not in DTYPES:
             continue
         widths = tuple(width for width in (64, 32) if _turns_alike(original, width, like))
         if widths:
             swaps.rotaries.append(name)
-            _set(stack, vars(home), ROTARY_NAME, _make_rotary(original, 64 in widths, 32 in widths))
+            _set(stack, vars(home), ROTARY_NAME, _make_rotary(original, 64 in widths, 32 in widths), original)
 
 
 def _turns_alike(original: Callable, width: int, like: Tensor) -> bool:
@@ -317,7 +356,8 @@ def _swap_angles(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
         width = _find_width(module, inverse, float(scaling), like)
         if width is not None:
             swaps.angles.append(type(module).__name__)
-            _set(stack, vars(module), "forward", _make_angles(module, is_shared=width == len(inverse)))
+            forward = _make_angles(module, is_shared=width == len(inverse))
+            _set(stack, vars(module), "forward", forward, module.forward)
 
 
 def _find_width(module: nn.Module, inverse: Tensor, scaling: float, like: Tensor) -> int | None:
@@ -366,7 +406,7 @@ def _swap_mlps(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
             known[kind] = _find_activation(module, parts[0].weight)
         if (activation := known[kind]) is not None:
             swaps.mlps[kind.__name__] = activation
-            _set(stack, vars(module), "forward", _make_mlp(module, activation))
+            _set(stack, vars(module), "forward", _make_mlp(module, activation), module.forward)
 
 
 def _find_activation(module: nn.Module, like: Tensor) -> str | None:
@@ -434,7 +474,7 @@ def _swap_experts(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
         if known[kind]:
             if kind.__name__ not in swaps.experts:
                 swaps.experts.append(kind.__name__)
-            _set(stack, vars(module), "forward", forward)
+            _set(stack, vars(module), "forward", forward, module.forward)
 
 
 def _experts_agree(module: Any, forward: Callable[..., Tensor]) -> bool:
@@ -589,7 +629,7 @@ def _group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None
         group = _Group(parts)
         swaps.num_groups += 1
         for i, part in enumerate(parts):
-            _set(stack, vars(part), "forward", group.make_forward(i))
+            _set(stack, vars(part), "forward", group.make_forward(i), part.forward)
 
 
 class _Group:
