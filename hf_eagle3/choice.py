@@ -1,7 +1,7 @@
 """Which decode loop a call gets, and why."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,25 +105,24 @@ def has_holes(mask: Tensor) -> bool:
 
 
 def why_not_call(
-    setting: Callable[[str], Any], inputs: Mapping[str, Any], *, has_synced_gpus: bool
+    settings: GenerationConfig, inputs: Mapping[str, Any], *, has_synced_gpus: bool
 ) -> str | None:  # Any: whatever was given
     """What about the call rules out our loop; None if nothing does."""
-    known = vars(GenerationConfig())
-    if further := sorted(k for k, v in inputs.items() if v is not None and k not in known and k not in KNOWN_INPUTS):
+    if further := sorted(
+        k for k, v in inputs.items() if v is not None and not hasattr(settings, k) and k not in KNOWN_INPUTS
+    ):
         return f"the prompt has {', '.join(further)}"
     cache = find_cache(inputs)
     if cache is not None and not (type(cache) is DynamicCache and kinds_of_layers(cache) <= CACHE_LAYERS):
         return f"the cache given is a {type(cache).__name__}"
-    if setting("cache_implementation") not in (None, "dynamic"):
-        return f"cache_implementation is {setting('cache_implementation')}"
-    if isinstance(setting("watermarking_config"), SynthIDTextWatermarkingConfig):  # keeps state of a whole batch
+    if settings.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation is {settings.cache_implementation}"
+    if isinstance(settings.watermarking_config, SynthIDTextWatermarkingConfig):  # keeps state of a whole batch
         return "watermarking_config is set"
-    for name in (
-        "output_hidden_states",
-        "output_attentions",
-        "assistant_ensemble_weight",
-    ):  # the last: the host's lossy rule
-        if setting(name):
+    if getattr(settings, "assistant_ensemble_weight", None) is not None:  # the host's lossy rule
+        return "assistant_ensemble_weight is set"
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(settings, name):
             return f"{name} is set"
     return "synced_gpus is set" if has_synced_gpus else None
 
@@ -132,9 +131,9 @@ def choose_loop(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
     *,
-    asked: str | None,
+    asked: Any,  # whatever was given
     depth: int,
-    setting: Callable[[str], Any],
+    settings: GenerationConfig,
     inputs: Mapping[str, Any],
     has_synced_gpus: bool,
 ) -> Choice:
@@ -145,16 +144,16 @@ def choose_loop(
         drafter: Bound to it.
         asked: `decode_loop`: "own", "eager", "host" or None.
         depth: K.
-        setting: The call's generation settings by name.
-        inputs: What `generate` was given by name beside its own parameters.
+        settings: The call's, as the host resolves them.
+        inputs: What else `generate` was given by name beside its own parameters.
         has_synced_gpus: Whether several processes must keep step.
 
     Raises:
         ValueError: What was asked for is unknown, or impossible.
     """
-    if asked is not None and asked not in ASKED:
+    if asked is not None and not (isinstance(asked, str) and asked in ASKED):
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
-    why_not = why_not_call(setting, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
+    why_not = why_not_call(settings, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
     if (
         why_not is None
         and is_sliding(target)

@@ -41,6 +41,7 @@ class DecodeConfig:
     max_length: int | None  # of a row without pads: nothing at or behind that position is ever read
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     keeps_rows: bool = False  # rows that are done stay, so that the target's cache can be returned
+    in_step: bool = False  # rows accept as many tokens as one another, since a processor may look at the whole batch
 
 
 @dataclass(slots=True)
@@ -272,7 +273,9 @@ def accept_in_order(
     for b, row in enumerate(rows):
         k, token = 0, 0
         for k in range(K + 1 if transcript.is_live(row) else 0):
-            scores = processors[row](transcript.prefix(row), logits[b, k][None].to(torch.float32, copy=True))  # [1, V]
+            # [1, V]. Processors that write in place change what is returned as logits, too, as in plain decoding.
+            chosen_from = logits[b, k][None].to(torch.float32, copy=True)
+            scores = processors[row](transcript.prefix(row), chosen_from)  # [1, V]
             proposed = draft_tokens[b : b + 1, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
             if do_sample:
                 p = scores.softmax(dim=-1)[:, None]  # [1, 1, V]
@@ -284,7 +287,7 @@ def accept_in_order(
             verdict = Verdict(*map(agree, verdict))
             is_accepted = bool(verdict.num_accepted)  # a wait for each token: the next prefix depends on it
             token = int(proposed) if is_accepted else int(verdict.next_token)
-            is_done = transcript.append(row, token, scores[0], logits[b, k])
+            is_done = transcript.append(row, token, scores[0], chosen_from[0])
             if is_done or not is_accepted:
                 break
         # A row that ends on a draft token is dropped, so its next token does not matter.
@@ -292,6 +295,60 @@ def accept_in_order(
         last.append(token)
     device = draft_tokens.device
     return Verdict(torch.tensor(counts, device=device), torch.tensor(last, device=device))
+
+
+def accept_in_step(
+    draft_tokens: Tensor,  # [B, K]
+    q: Tensor | None,  # [B, K, V], None for a greedy draft
+    logits: Tensor,  # [B, K+1, V]
+    *,
+    rows: list[int],  # all of them: none leaves
+    transcript: Transcript,
+    processors: list[LogitsProcessorList],  # one, for all rows
+    do_sample: bool,
+    agree: Agree,
+) -> Verdict:
+    """Accept column by column over all rows, for processors that may look at the whole batch.
+
+    They are called with exactly the batches of plain decoding, once each and in order. Since the next batch depends on
+    all rows, the round ends for all where one refuses its draft token. Rows that have ended are in the batches with the
+    pads that were put in the place of their drafts; a row that ends here has a draft of its own, so the round ends, too.
+    """
+    B, K = draft_tokens.shape
+    assert len(rows) == B == len(transcript.texts)
+    drafts = draft_tokens.tolist()
+    for k in range(K + 1):
+        chosen_from = logits[:, k].to(torch.float32, copy=True)  # [B, V]
+        scores = processors[0](transcript.shown, chosen_from)  # [B, V]
+        proposed = draft_tokens[:, k : k + 1]  # [B, 1], or [B, 0] past the last draft token
+        shape = (B, 1 + proposed.shape[1], -1)  # the second position, if there is one, is not looked at
+        if do_sample:
+            p = scores.softmax(dim=-1)[:, None]  # [B, 1, V]
+            q_here = p[:, :0] if k == K or q is None else q[:, k : k + 1]  # [B, 0 or 1, V]
+            verdict = accept_sampled(proposed, q_here, p.expand(shape))
+        else:
+            verdict = accept_greedy(proposed, scores[:, None].expand(shape))
+        is_kept, tokens = (agree(x).tolist() for x in verdict)  # a wait for each column, as in plain decoding
+        goes_on = k < K
+        for b in range(B):
+            if transcript.is_padded(b):
+                tokens[b] = transcript.pad
+            elif is_kept[b]:
+                tokens[b] = drafts[b][k]
+            else:
+                goes_on = False
+        num_padded = transcript.num_padded
+        transcript.append_column(tokens, scores, chosen_from)
+        if not goes_on or transcript.is_over or transcript.num_padded > num_padded:
+            break
+    device = draft_tokens.device
+    return Verdict(torch.full((B,), k, device=device), torch.tensor(tokens, device=device))
+
+
+def put_pads(draft_tokens: Tensor, transcript: Transcript) -> None:
+    """Let rows that have ended draft their pads, [B, K] in place, as plain decoding goes on with those."""
+    if padded := [b for b in range(len(draft_tokens)) if transcript.is_padded(b)]:
+        draft_tokens[padded] = transcript.pad
 
 
 class Drafted(NamedTuple):
@@ -363,7 +420,8 @@ class Phases:
         self._around = around
         self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
         self.warpers = stateless_warpers(config.processors)
-        self.in_order = len(self.warpers) < len(config.processors)  # whether some processor looks at the text
+        # Whether some processor looks at the text, so that tokens are chosen one after the other.
+        self.in_order = config.in_step or len(self.warpers) < len(config.processors)
         self.agree = make_agree(target)
         self.choose: Choose = make_choose_sampled(make_to_probs(self.warpers)) if config.do_sample else choose_greedy
 
@@ -442,7 +500,11 @@ def decode(
     """
     config = phases.config
     rows = list(range(len(prompt.lengths)))
-    processors = processors_for_rows(config.processors, transcript.num_hidden, transcript.prompt)
+    processors = [config.processors]
+    if not config.in_step or len(rows) == 1:
+        processors = processors_for_rows(config.processors, transcript.num_hidden, transcript.prompt)
+    accept = accept_in_step if config.in_step else accept_in_order
+    taken: list[list[Taken]] = [[] for _ in rows]
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
     longest_prompt = prompt.columns.shape[1]
     launched: deque[Launched] = deque()
@@ -453,7 +515,7 @@ def decode(
         if phases.in_order:
             with clocks.host:
                 raise_if_nan(bool(has_nan(verified.logits[:, 0])))
-                verdict = accept_in_order(
+                verdict = accept(
                     *drafted,
                     verified.logits,
                     rows=rows,
@@ -476,15 +538,14 @@ def decode(
 
         if transcript.num_tokens != started:
             for row in done:
-                if new := transcript.num_tokens[row] - started[row]:
-                    # Near the length limit the last draft tokens never had a chance.
-                    room = K if transcript.max_new is None else min(K, transcript.max_new - started[row] - 1)
-                    told.count(room, new - 1)
-                    told.rows[row].count(room, new - 1)
+                # Near the length limit the last draft tokens never had a chance.
+                room = K if transcript.max_new is None else min(K, transcript.max_new - started[row] - 1)
+                taken[row].append(Taken(room, started[row], transcript.num_tokens[row]))
             with clocks.host:
-                transcript.stream()
+                transcript.show()
             yield done
             if transcript.is_over:
+                count(taken, transcript, told)
                 return
             kept = [b for b, row in enumerate(rows) if transcript.is_live(row)]
             if len(kept) < len(rows) and not config.keeps_rows:
@@ -500,7 +561,28 @@ def decode(
                 stack.enter_context(context)
             with clocks.draft:
                 drafted = phases.draft()
+            if config.in_step:
+                put_pads(drafted.tokens, transcript)
             verified = phases.verify(drafted)
+
+
+class Taken(NamedTuple):
+    """What a round gave a row, before anything was cut off."""
+
+    room: int  # draft tokens that could have been kept
+    start: int  # new tokens before the round
+    end: int  # and after it
+
+
+def count(taken: list[list[Taken]], transcript: Transcript, told: Speculation) -> None:
+    """Count the rounds of each row, up to where its text ends."""
+    assert transcript.length is not None
+    for row, rounds in enumerate(taken):
+        end = min(len(transcript.texts[row]), transcript.length)
+        for room, start, end_of_round in rounds:
+            if (new := min(end_of_round, end) - start) > 0:
+                told.count(room, new - 1)
+                told.rows[row].count(room, new - 1)
 
 
 def take_down(

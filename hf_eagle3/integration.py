@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import logging
+import numbers
 import os
 import sys
 import time
@@ -25,9 +26,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import ContinuousMixin, GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import ModelOutput
 
@@ -41,7 +43,16 @@ from .graphs import turns_of
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .own_loop import run_own_loop
 from .peers import find_peers, make_agree
-from .refusals import advise, is_drafter, refuse_inputs, refuse_mistaken_llama, refuse_settings, refuse_static_cache
+from .refusals import (
+    advise,
+    is_drafter,
+    refuse_cache,
+    refuse_continuous_batching,
+    refuse_inputs,
+    refuse_mistaken_llama,
+    refuse_names,
+    refuse_settings,
+)
 from .stats import Speculation, Stopwatch
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
@@ -51,6 +62,7 @@ logger = logging.getLogger(__name__)
 # back out of a sliding-window cache.
 MINIMUM_TRANSFORMERS = "5.17.0"
 DEFAULT_DEPTH = 3
+MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
 
 # What the host's `PreTrainedConfig.get_config_dict` takes for itself (5.23 configuration_utils.py).
 HUB_KEYS = frozenset(
@@ -61,15 +73,30 @@ HUB_KEYS = frozenset(
 )
 
 
+def find_own_setting(name: str, target: PreTrainedModel, given: GenerationConfig | None, call: dict[str, Any]) -> Any:
+    """A setting that the host gives a default, or does not know, from where the host takes those that it does know.
+
+    What the call says goes first, even if it is None; then the config given to it, then the target's own.
+    """
+    if name in call:
+        return call[name]
+    places = (getattr(config, name, None) for config in (given, target.generation_config))
+    return next((value for value in places if value is not None), None)
+
+
 def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
     """K: what the call says, else the drafter's generation config, else a default.
 
     Raises:
-        ValueError: It is not a whole number from 0 on.
+        ValueError: It is not a whole number from 0 to `MAX_DEPTH`.
     """
     depth = next(k for k in (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH) if k is not None)
-    if int(depth) != depth or depth < 0:
-        raise ValueError(f"num_assistant_tokens is the number of tokens to draft each round, 0 for none; got {depth}.")
+    is_number = isinstance(depth, numbers.Real) and not isinstance(depth, bool)
+    if not is_number or depth not in range(MAX_DEPTH + 1):
+        raise ValueError(
+            f"num_assistant_tokens is the number of tokens to draft each round, up to {MAX_DEPTH}, 0 for none; got "
+            f"{depth!r}."
+        )
     return int(depth)
 
 
@@ -83,6 +110,7 @@ def wrap_generate(original: Callable) -> Callable:
         drafter: Any = kwargs.get("assistant_model")  # Any: it may come from remote code
         if drafter is None and args:
             drafter = signature.bind(self, *args, **kwargs).arguments.get("assistant_model")
+        refuse_names(drafter)
         refuse_mistaken_llama(drafter)
         if not is_drafter(drafter):
             return original(self, *args, **kwargs)
@@ -90,42 +118,40 @@ def wrap_generate(original: Callable) -> Callable:
         call = signature.bind(self, *args, **kwargs)
         further = call.arguments.setdefault("kwargs", {})
         given = call.arguments.get("generation_config")
-
-        def setting(name: str) -> Any:  # a generation setting, from wherever the host would take it
-            places = (further.get(name), getattr(given, name, None), getattr(self.generation_config, name, None))
-            return next((value for value in places if value is not None), None)
-
         if call.arguments.get("custom_generate") is not None:
             raise ValueError(
                 "custom_generate brings its own decode loop, which an EAGLE-3 drafter cannot assist: leave out "
                 "custom_generate or assistant_model."
             )
+        depth = resolve_depth(find_own_setting("num_assistant_tokens", self, given, further), drafter)
+        asked = find_own_setting("decode_loop", self, given, further)
+        if asked is None and "decode_loop" not in further:
+            asked = getattr(drafter.generation_config, "decode_loop", None)
+        for name in ("num_assistant_tokens", "decode_loop"):
+            further.pop(name, None)
+        settings, inputs = self._prepare_generation_config(given, **further)  # copies
         drafter.bind(self)
-        refuse_settings(setting)
-        if setting("output_attentions") and self.config.get_text_config()._attn_implementation != "eager":
+        refuse_settings(settings)
+        if settings.output_attentions and self.config.get_text_config()._attn_implementation != "eager":
             raise ValueError(
                 "The target's attention gives no weights to return (output_attentions=True): call "
                 "target.set_attn_implementation('eager') first, or leave out output_attentions."
             )
         # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
-        depth = resolve_depth(setting("num_assistant_tokens"), drafter)
         if given is None:
             further["num_assistant_tokens"] = depth
         else:
-            further.pop("num_assistant_tokens", None)
             call.arguments["generation_config"] = given = copy.deepcopy(given)
             given.num_assistant_tokens = depth
-        asked = setting("decode_loop") or getattr(drafter.generation_config, "decode_loop", None)
-        further.pop("decode_loop", None)
         with turns_of(self):  # while graphs are recorded, layers are not as they are
             choice = choose_loop(
                 self,
                 drafter,
                 asked=asked,
                 depth=depth,
-                setting=setting,
+                settings=settings,
                 has_synced_gpus=bool(call.arguments.get("synced_gpus")),
-                inputs=further,
+                inputs=inputs,
             )
         logger.info(
             "%s (%s): depth %d, target states at boundaries %s.",
@@ -136,7 +162,7 @@ def wrap_generate(original: Callable) -> Callable:
         further.pop("assistant_tokenizer", None)  # draft tokens are the target's by their ids
         if choice.loop == OWN_LOOP:
             call.arguments["assistant_model"] = None  # to the host, a plain call
-        elif (setting("num_return_sequences") or 1) > 1:
+        elif settings.num_return_sequences > 1:
             raise ValueError(
                 f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): {advise(choice.why)}leave out "
                 "num_return_sequences, or assistant_model."
@@ -223,7 +249,9 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         choice = take_choice(criteria)
         why = choice.why if choice is not None else "called from outside generate()"
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
-        refuse_static_cache(None, arguments["model_kwargs"].get(CACHE_NAME))
+        refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))
+        # The host compiles a target with a static cache on a GPU, and compiled code does not call our hooks.
+        arguments["generation_config"].disable_compile = True
 
         stop = None
         agree = make_agree(self)
@@ -284,6 +312,18 @@ def wrap_sample(original: Callable) -> Callable:
         )
 
     return _sample
+
+
+# Transformers 5.23 generation/continuous_batching/continuous_api.py:ContinuousMixin
+def wrap_continuous_batching(original: Callable) -> Callable:
+    """Refuse a drafter, which the host would leave out without a word, or as an argument that it does not know."""
+
+    @functools.wraps(original)
+    def continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        refuse_continuous_batching(kwargs.get("assistant_model"))
+        return original(self, *args, **kwargs)
+
+    return continuous_batching
 
 
 # Transformers 5.23 generation/utils.py:_speculative_sampling
@@ -354,6 +394,9 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
     (GenerationMixin, "_sample", wrap_sample),
     (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
+    (ContinuousMixin, "generate_batch", wrap_continuous_batching),
+    (ContinuousMixin, "init_continuous_batching", wrap_continuous_batching),
+    (ContinuousMixin, "continuous_batching_context_manager", wrap_continuous_batching),
 )
 _originals: dict[tuple[Any, str], Any] = {}  # as they stand in the namespace of the class or module
 

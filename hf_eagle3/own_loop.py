@@ -35,7 +35,7 @@ from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
 from .row_attention import FoldedAttention
 from .rows import RowCache, to_bucket
 from .stats import Speculation, Stopwatch
-from .transcript import Transcript
+from .transcript import Transcript, looks_at_batch
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,14 @@ def run_own_loop(
 
     is_dict = generation_config.return_dict_in_generate
     pad = generation_config._pad_token_tensor
+    whole_batch = [processor for processor in processors if looks_at_batch(processor)]
     transcript = Transcript(
         prompt_ids,
         criteria,
         num_hidden=num_hidden,
         pad_token_id=None if pad is None else int(pad),
         streamer=streamer,
+        in_step=bool(whole_batch),
         keep_scores=bool(is_dict and generation_config.output_scores),
         keep_logits=bool(is_dict and generation_config.output_logits),
         agree=make_agree(target),
@@ -102,9 +104,13 @@ def run_own_loop(
         processors=processors,
         max_length=None if transcript.max_new is None else S + transcript.max_new,
         simulated_length=getattr(drafter.generation_config, "simulated_acceptance_length", None),
-        keeps_rows=keeps_cache and len(given) > 1,
+        keeps_rows=(keeps_cache or transcript.in_step) and len(given) > 1,
+        in_step=transcript.in_step,
     )
     why = choice.why if config.simulated_length is None else f"{choice.why}; acceptance is simulated"
+    if transcript.in_step and len(given) > 1:
+        names = [type(thing).__name__ for thing in (*whole_batch, *transcript.batch_criteria)]
+        why += f"; rows in step, as {' and '.join(names)} may look at all of them"
     told = Speculation(choice.loop, why, choice.depth)
     clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
     with ExitStack() as stack:

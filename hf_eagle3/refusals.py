@@ -1,15 +1,33 @@
 """What a drafter cannot help with: refused in one line that says what to do, before any work."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import StaticCache
+from transformers import GenerationConfig, QuantizedCache, StaticCache
+from transformers.generation.configuration_utils import GenerationMode
 
 from .modeling import Eagle3DrafterConfig
 
-# Settings that draft by other means.
-OTHER_DRAFTS = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "speculation_type")
+
+def is_given(value: Any) -> bool:  # noqa: ARG001  Any: whatever was set, and is not None
+    """Any value leads the host elsewhere, 0 and an empty list among them."""
+    return True
+
+
+# Settings that lead the host to another way of decoding, and for which of their values (None is none of them).
+OTHER_WAYS: Mapping[str, Callable[[Any], bool]] = {
+    "num_beams": lambda value: value != 1,
+    "num_beam_groups": lambda value: value != 1,
+    "guidance_scale": lambda value: value != 1,  # runs the target on a context of its own
+    "use_cache": lambda value: not value,
+    "cache_implementation": lambda value: value == "paged",  # continuous batching
+    **dict.fromkeys(("constraints", "force_words_ids", "dola_layers"), is_given),
+    # They draft by other means.
+    **dict.fromkeys(("assistant_early_exit", "prompt_lookup_num_tokens", "speculation_type"), is_given),
+    "use_mtp": bool,
+}
 
 
 def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_model
@@ -42,33 +60,49 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
         )
 
 
-def refuse_settings(setting: Callable[[str], Any]) -> None:
-    """Raise if a drafter cannot help with a call of these settings; `setting(name)` is None for what is unset."""
-    other_loops = {
-        "num_beams": (setting("num_beams") or 1) > 1,
-        "num_beam_groups": (setting("num_beam_groups") or 1) > 1,
-        "penalty_alpha": bool(setting("penalty_alpha")) and not setting("do_sample"),
-        "guidance_scale": (setting("guidance_scale") or 1) != 1,  # runs the target on a context of its own
-        "use_cache": setting("use_cache") is False,
-        **{name: bool(setting(name)) for name in ("constraints", "force_words_ids", "dola_layers")},
-        **{name: bool(setting(name)) for name in OTHER_DRAFTS},
-    }
-    if refused := [name for name, is_set in other_loops.items() if is_set]:
-        values = ", ".join(f"{name}={setting(name)!r}" for name in refused)
+def refuse_names(model: Any) -> None:  # Any: whatever was passed as assistant_model
+    """Raise if a name or a path was given where a loaded drafter is expected."""
+    if isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"assistant_model is {os.fspath(model)!r}, expected a loaded drafter: "
+            f'assistant_model=AutoModel.from_pretrained("{os.fspath(model)}").'
+        )
+
+
+def refuse_settings(settings: GenerationConfig) -> None:
+    """Raise if a drafter cannot help with a call of these settings, as the host resolves them."""
+    values = {name: getattr(settings, name, None) for name in OTHER_WAYS}
+    refused = [name for name, value in values.items() if value is not None and OTHER_WAYS[name](value)]
+    if not refused and settings.get_generation_mode() == GenerationMode.CONTRASTIVE_SEARCH:
+        refused, values = ["penalty_alpha"], {"penalty_alpha": settings.penalty_alpha}
+    if refused:
+        given = ", ".join(f"{name}={values[name]!r}" for name in refused)
         raise ValueError(
-            f"An EAGLE-3 drafter assists greedy decoding and sampling, with a cache; got {values}. "
+            f"An EAGLE-3 drafter assists greedy decoding and sampling, with a cache; got {given}. "
             f"Leave out {' and '.join(refused)}, or assistant_model."
         )
-    refuse_static_cache(setting("cache_implementation"), None)
 
 
-def refuse_static_cache(implementation: str | None, cache: Any) -> None:  # Any: a user may pass anything
-    """Raise if the target's cache cannot forget refused draft tokens."""
-    is_compileable = implementation in ("static", "offloaded_static", "hybrid", "sliding_window", "hybrid_chunked")
-    if is_compileable or isinstance(cache, StaticCache):
+def refuse_cache(cache: Any) -> None:  # Any: a user may pass anything
+    """Raise if the target's cache cannot forget refused draft tokens: a quantised one, or a static one of some kinds.
+
+    Which static ones can, the host says: up to 5.23 none, from 5.24 on those that no window can make forget.
+    """
+    if isinstance(cache, QuantizedCache) or (isinstance(cache, StaticCache) and not cache.is_croppable):
         raise ValueError(
-            f"An EAGLE-3 drafter needs a target cache that can be cut back, not {implementation or 'a StaticCache'}: "
-            "leave out cache_implementation and past_key_values, or call generate() without assistant_model."
+            f"An EAGLE-3 drafter needs a target cache that can be cut back, not this {type(cache).__name__}: leave out "
+            "cache_implementation and past_key_values, or call generate() without assistant_model."
+        )
+
+
+def refuse_continuous_batching(model: Any) -> None:  # Any: whatever was passed as assistant_model
+    """Raise if a drafter was given to the host's continuous batching, which would leave it out without a word."""
+    refuse_names(model)
+    refuse_mistaken_llama(model)
+    if is_drafter(model):
+        raise ValueError(
+            "The host's continuous batching does not draft: call generate(assistant_model=drafter) for batches of "
+            "prompts padded on the left, or leave out assistant_model."
         )
 
 

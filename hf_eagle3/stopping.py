@@ -49,10 +49,10 @@ class TokenwiseStop(StoppingCriteriaList):
             return is_done
         while self.length < self.verified_length and not is_done.any():
             self.length += 1
-            if self.streamer is not None:
-                self.streamer.put(input_ids[0, self.length - 1 : self.length].cpu())
             known = scores[: len(scores) + self.length - self.verified_length] if scores else scores
             is_done = self.agree(super().__call__(input_ids[:, : self.length], known, **kwargs).long()).bool()
+            if self.streamer is not None:
+                self.streamer.put(input_ids[0, self.length - 1 : self.length].cpu())
         return is_done
 
     @property

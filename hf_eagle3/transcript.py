@@ -13,16 +13,25 @@ from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EosTokenCriteria,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from .peers import Agree, keep
 
+# Criteria that decide each row by its own tokens, so that they may be asked row by row.
+BY_ROW_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
+
 
 class Transcript:
     """The new tokens of B rows.
+
+    Rows may be ahead of one another. Criteria that may look at the whole batch, and the streamer, get one column after
+    the other, each once all rows have it and exactly as plain decoding shows it: rows that ended earlier are padded. A
+    row that was ahead of the column where such a criterion ends it is cut back.
 
     Args:
         prompt: [B, T] as plain decoding would show it, pads on the left.
@@ -30,6 +39,7 @@ class Transcript:
         criteria: The call's.
         pad_token_id: For rows that end before others.
         streamer: The call's; gets a column [B] once all rows have it.
+        in_step: Whether all rows are as long as one another, since a processor looks at the whole batch.
         agree: Makes one of what several processes of a target would say of an end.
     """
 
@@ -41,6 +51,7 @@ class Transcript:
         num_hidden: list[int],
         pad_token_id: int | None,
         streamer: BaseStreamer | None,
+        in_step: bool = False,
         keep_scores: bool = False,
         keep_logits: bool = False,
         agree: Agree = keep,
@@ -50,7 +61,10 @@ class Transcript:
         self.num_hidden, self.agree = num_hidden, agree
         self.texts: list[list[int]] = [[] for _ in range(B)]
         self.finish: list[int | None] = [None] * B  # new tokens at which a row's criteria first agreed
-        self.num_streamed = 0
+        # What plain decoding shows after `num_columns` of them, [B, T + n], and what each was chosen by, [B, V].
+        self.shown = prompt if B > 1 else prompt[:, num_hidden[0] :]
+        self.known: tuple[Tensor, ...] | None = () if keep_scores else None
+        self.num_columns = 0
         self.scores: list[list[Tensor]] | None = [[] for _ in range(B)] if keep_scores else None  # [V] each
         self.logits: list[list[Tensor]] | None = [[] for _ in range(B)] if keep_logits else None
 
@@ -60,7 +74,11 @@ class Transcript:
         self.eos = {token for ids in eos for token in ids}
         # The host pads finished rows only where some criterion has an end-of-sequence token.
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
-        self.criteria = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self.row_criteria = [c for c in others if type(c) in BY_ROW_CRITERIA]
+        self.batch_criteria = StoppingCriteriaList([c for c in others if type(c) not in BY_ROW_CRITERIA])
+        # Criteria that may read scores are shown those of rows that have ended, too, which only rows in step compute.
+        self.in_step = in_step or (B > 1 and keep_scores and bool(self.batch_criteria))
 
     def prefix(self, row: int) -> Tensor:
         """[1, T + n] the row as plain decoding would show it."""
@@ -78,20 +96,47 @@ class Transcript:
             assert logits is not None
             self.logits[row].append(logits.to(torch.float32, copy=True))
         is_done = token in self.eos or (self.max_new is not None and len(text) >= self.max_new)
-        if self.criteria and self.finish[row] is None:
+        if self.row_criteria and self.finish[row] is None:
             prefix = self.prefix(row)
-            known = tuple(s[None] for s in self.scores[row]) if self.scores is not None else None
-            # Each is asked, as by the host: some count their calls.
-            answers = [bool(torch.as_tensor(criterion(prefix, known)).all()) for criterion in self.criteria]
+            answers = [bool(criterion(prefix, None).all()) for criterion in self.row_criteria]
             is_done = is_done or bool(self.agree(torch.tensor(answers, device=prefix.device).long()).any())
         if is_done and self.finish[row] is None:
             self.finish[row] = len(text)
         return not self.is_live(row)
 
+    def append_column(self, tokens: list[int], scores: Tensor, logits: Tensor) -> None:
+        """Add a token of each row and what they were chosen by, [B, V] each, where rows are as long as one another.
+
+        A row that has ended gets no token, but the scores that plain decoding computes for it behind its end.
+        """
+        for row, token in enumerate(tokens):
+            if not self.is_padded(row):
+                self.append(row, token, scores[row], logits[row])
+                continue
+            for kept, given in ((self.scores, scores), (self.logits, logits)):
+                if kept is not None:
+                    kept[row].append(given[row].to(torch.float32, copy=True))
+        self.show()
+
     @property
     def num_tokens(self) -> list[int]:
         """New tokens of each row so far."""
         return [len(text) for text in self.texts]
+
+    def is_padded(self, row: int) -> bool:
+        """Whether a row has ended and pads follow."""
+        return self.pads and self.finish[row] is not None
+
+    @property
+    def pad(self) -> int:
+        """What follows rows that end before others."""
+        assert self.pad_token_id is not None  # the host takes an end-of-sequence token where it has no other
+        return self.pad_token_id
+
+    @property
+    def num_padded(self) -> int:
+        """How many rows have ended and are padded."""
+        return sum(self.is_padded(row) for row in range(len(self.texts)))
 
     def is_live(self, row: int) -> bool:
         """Whether a row has more to say. Where the host does not pad, it goes on until the last row is finished."""
@@ -121,14 +166,40 @@ class Transcript:
             return self.pad_token_id
         return text[step] if step < len(text) else None
 
-    def stream(self) -> None:
-        """Pass on each column that all rows have."""
-        while self.streamer is not None and (self.length is None or self.num_streamed < self.length):
-            column = [self._token(row, self.num_streamed) for row in range(len(self.texts))]
+    def show(self) -> None:
+        """Ask criteria about each column that all rows have, and stream it."""
+        is_shown = self.in_step or bool(self.batch_criteria)
+        while (is_shown or self.streamer is not None) and (self.length is None or self.num_columns < self.length):
+            column = [self._token(row, self.num_columns) for row in range(len(self.texts))]
             if any(token is None for token in column):
                 return
-            self.streamer.put(torch.tensor(column, dtype=torch.long))
-            self.num_streamed += 1
+            self.num_columns += 1
+            if is_shown:
+                new = torch.tensor(column, dtype=self.shown.dtype, device=self.shown.device)
+                self.shown = torch.cat([self.shown, new[:, None]], dim=-1)
+            if self.batch_criteria:
+                self._ask()
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(column, dtype=torch.long))
+
+    def _ask(self) -> None:
+        """Ask the criteria that may look at the whole batch about what is shown, as the host's `_sample` does."""
+        if self.scores is not None and self.known is not None:
+            self.known = (*self.known, torch.stack([rows[self.num_columns - 1] for rows in self.scores]))
+        answers = self.batch_criteria(self.shown, self.known)
+        is_done = ((1 & ~answers) == 0).reshape(len(self.texts), -1).all(-1)  # [B]
+        for row, is_over in enumerate(self.agree(is_done.long()).tolist()):
+            if is_over:
+                self._end(row, self.num_columns)
+
+    def _end(self, row: int, length: int) -> None:
+        """End a row after `length` new tokens, however far ahead it is."""
+        finish = self.finish[row]
+        self.finish[row] = length if finish is None else min(finish, length)
+        if self.pads:
+            for kept in (self.texts, self.scores, self.logits):
+                if kept is not None:
+                    del kept[row][length:]
 
     def sequences(self, prompt: Tensor) -> Tensor:
         """[B, T + n]: `prompt` [B, T] as it was given, the new tokens, pads."""
@@ -146,6 +217,10 @@ class Transcript:
         )
 
 
+# Packages whose processors treat each row by itself: the host's, and those that were tried in batches, row by row.
+BY_ROW_PACKAGES = ("transformers", "xgrammar", "outlines", "lmformatenforcer")
+
+
 # What processors keep for each prompt: the pads that a repetition penalty skips; prompts, and their n-grams; xgrammar's
 # grammars.
 HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams", "compiled_grammars")
@@ -153,6 +228,29 @@ HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams", "
 
 # What they count from the beginning of a prompt with its pads.
 COUNTS_FROM_PROMPT = ("prompt_length_to_skip", "regulation_start", "begin_index", "max_length", "prompt_ignore_length")
+
+
+def looks_at_batch(processor: Any) -> bool:  # Any: whatever may be called
+    """Whether a processor may look at the whole batch, or keep what it has seen of all rows in one place.
+
+    One that asks a function of the user's may, too.
+    """
+    is_asking = type(processor) is PrefixConstrainedLogitsProcessor
+    return is_asking or type(processor).__module__.partition(".")[0] not in BY_ROW_PACKAGES
+
+
+def copy_for_row(processor: LogitsProcessor) -> LogitsProcessor:
+    """A copy with containers of its own; what they hold, such as grammars and tokenizers, is shared."""
+    copied = copy.copy(processor)
+    vars(copied).update({name: copy_containers(value) for name, value in vars(processor).items()})
+    return copied
+
+
+def copy_containers(value: Any) -> Any:  # Any: whatever a processor keeps
+    """`value`, with each plain dict and list in it copied."""
+    if type(value) is dict:
+        return {key: copy_containers(held) for key, held in value.items()}
+    return [copy_containers(held) for held in value] if type(value) is list else value
 
 
 def is_sized(value: Any) -> bool:  # Any: whatever a processor keeps by that name
@@ -165,8 +263,8 @@ def processors_for_rows(
 ) -> list[LogitsProcessorList]:
     """For each row the processors that see it alone, in calls of one row and without the `num_hidden` pads of `prompt`.
 
-    In a batch, a processor of somebody's own gets a shallow copy for each row, so that what it keeps between calls
-    belongs to one text. A host processor that asks for the row's number is told it.
+    For processors that do not look at the whole batch, or for one row. In a batch, one that keeps something between calls
+    gets a copy for each row, so that it belongs to one text.
     """
     num_rows = len(num_hidden)
     if num_rows == 1 and not num_hidden[0]:
@@ -177,9 +275,6 @@ def processors_for_rows(
     counted = (*COUNTS_FROM_PROMPT, *(["min_length"] if has_min_new else []))
 
     def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
-        if type(processor) is PrefixConstrainedLogitsProcessor:
-            ask: Any = processor._prefix_allowed_tokens_fn  # Any: the user's function
-            return PrefixConstrainedLogitsProcessor(lambda _, prefix: ask(row, prefix), num_beams=1)
         is_hosts = type(processor).__module__.startswith("transformers.")
         counts = {
             name: value - num_hidden[row]
@@ -194,7 +289,7 @@ def processors_for_rows(
             return EncoderNoRepeatNGramLogitsProcessor(processor.ngram_size, text)
         by_row = {name: value for name, value in vars(processor).items() if name in HOLDS_ROWS and is_sized(value)}
         if by_row:
-            processor = copy.copy(processor)
+            processor = copy_for_row(processor)
             for name, value in by_row.items():
                 number = row * len(value) // num_rows  # several rows may answer one prompt
                 own = value[number : number + 1]
@@ -206,6 +301,6 @@ def processors_for_rows(
             if hasattr(processor, "batch_size"):
                 processor.batch_size = 1
             return processor
-        return processor if is_hosts else copy.copy(processor)
+        return processor if is_hosts or num_rows == 1 else copy_for_row(processor)
 
     return [LogitsProcessorList([for_row(p, row) for p in processors]) for row in range(num_rows)]
