@@ -48,6 +48,22 @@ def accept_sampled(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tens
     return Verdict(num_accepted, draw(residual))
 
 
+def accept_next(proposed: Tensor, q: Tensor | None, scores: Tensor, *, do_sample: bool) -> Verdict:
+    """Decide about a single position: keep what is proposed there, or choose a token.
+
+    Args:
+        proposed: [B, 1] the draft token of each row, or [B, 0] past the last one.
+        q: [B, 1, V] what it was drawn from, or [B, 0, V]; None where it was not drawn.
+        scores: [B, V], the target's.
+        do_sample: Whether tokens are drawn.
+    """
+    shape = (len(scores), 1 + proposed.shape[1], -1)  # a second position is not looked at
+    if not do_sample:
+        return accept_greedy(proposed, scores[:, None].expand(shape))
+    p = scores.softmax(dim=-1)[:, None]  # [B, 1, V]
+    return accept_sampled(proposed, p[:, :0] if q is None else q, p.expand(shape))
+
+
 def pick(probs: Tensor, at: Tensor) -> Tensor:
     """[B, V]: of each row of `probs` [B, T, V], what stands `at` [B] there. Faster on a GPU than two indices."""
     B, T, _ = probs.shape

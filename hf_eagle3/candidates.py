@@ -14,7 +14,7 @@ from .draft import Choose, Draft, choose_greedy, draft_chain, extend, make_choos
 from .features import StateRecorder
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Stopwatch
-from .stopping import TokenwiseStop
+from .stopping import InOrder, TokenwiseStop
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Session:
     depth: int  # K
     stopwatch: Stopwatch  # of the draft steps
     stop: TokenwiseStop | None = None  # where the call's criteria are asked token by token
+    in_order: InOrder | None = None  # where tokens are drawn one after the other, for processors that look at the text
     verdicts: list[tuple[int, int]] = field(default_factory=list)  # draft tokens verified and kept, for each forward
 
 
@@ -36,6 +37,7 @@ class DraftLogProbs(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch advises
+    in_order: InOrder | None = None  # who has chosen the tokens already, if anybody has
 
 
 class Eagle3CandidateGenerator(CandidateGenerator):
@@ -97,7 +99,11 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         if draft.probs is None:
             return candidate_input_ids, None
         assert model_outputs is not None  # only the first iteration has none
-        return candidate_input_ids, self._scatter_log(draft.probs, model_outputs.logits)
+        log_q = self._scatter_log(draft.probs, model_outputs.logits)
+        log_q.in_order = self.session.in_order
+        if log_q.in_order is not None:
+            log_q.in_order.begin(candidate_input_ids[:, -self.num_drafted :], log_q.as_subclass(Tensor).exp())
+        return candidate_input_ids, log_q
 
     def _draft(self, input_ids: Tensor, model_kwargs: dict[str, Any], num_refused: int, depth: int) -> Draft | None:
         """The draft after `input_ids` [1, S], or None if there is no position to draft from."""
@@ -119,7 +125,7 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         feature = extend(drafter, tokens, states, self.cache, position_ids=position_ids)
         return draft_chain(drafter, feature, self.cache, depth=depth, choose=self.choose)
 
-    def _scatter_log(self, probs: Tensor, target_logits: Tensor) -> Tensor:
+    def _scatter_log(self, probs: Tensor, target_logits: Tensor) -> DraftLogProbs:
         """Log q [1, K, V] of `probs` [1, K, V_d], -inf outside the draft vocabulary, on the target's device."""
         B, K, _ = probs.shape
         log_q = probs.new_full((B, K, target_logits.shape[-1]), -torch.inf)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from .accept import Verdict, accept_greedy, accept_sampled, accept_simulated
+from .accept import Verdict, accept_greedy, accept_next, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
 from .features import StateRecorder
@@ -277,13 +277,8 @@ def accept_in_order(
             chosen_from = logits[b, k][None].to(torch.float32, copy=True)
             scores = processors[row](transcript.prefix(row), chosen_from)  # [1, V]
             proposed = draft_tokens[b : b + 1, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
-            if do_sample:
-                p = scores.softmax(dim=-1)[:, None]  # [1, 1, V]
-                # Past the last draft token, and as the second position, which is not looked at: p itself.
-                q_here = p[:, :0] if k == K or q is None else q[b : b + 1, k : k + 1]  # [1, 0 or 1, V]
-                verdict = accept_sampled(proposed, q_here, p.expand(1, 1 + proposed.shape[1], -1))
-            else:
-                verdict = accept_greedy(proposed, scores[:, None].expand(1, 1 + proposed.shape[1], -1))
+            q_here = None if q is None else q[b : b + 1, k : k + 1]  # [1, 0 or 1, V]
+            verdict = accept_next(proposed, q_here, scores, do_sample=do_sample)
             verdict = Verdict(*map(agree, verdict))
             is_accepted = bool(verdict.num_accepted)  # a wait for each token: the next prefix depends on it
             token = int(proposed) if is_accepted else int(verdict.next_token)
@@ -321,13 +316,8 @@ def accept_in_step(
         chosen_from = logits[:, k].to(torch.float32, copy=True)  # [B, V]
         scores = processors[0](transcript.shown, chosen_from)  # [B, V]
         proposed = draft_tokens[:, k : k + 1]  # [B, 1], or [B, 0] past the last draft token
-        shape = (B, 1 + proposed.shape[1], -1)  # the second position, if there is one, is not looked at
-        if do_sample:
-            p = scores.softmax(dim=-1)[:, None]  # [B, 1, V]
-            q_here = p[:, :0] if k == K or q is None else q[:, k : k + 1]  # [B, 0 or 1, V]
-            verdict = accept_sampled(proposed, q_here, p.expand(shape))
-        else:
-            verdict = accept_greedy(proposed, scores[:, None].expand(shape))
+        q_here = None if q is None else q[:, k : k + 1]  # [B, 0 or 1, V]
+        verdict = accept_next(proposed, q_here, scores, do_sample=do_sample)
         is_kept, tokens = (agree(x).tolist() for x in verdict)  # a wait for each column, as in plain decoding
         goes_on = k < K
         for b in range(B):

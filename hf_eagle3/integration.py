@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.generation import ContinuousMixin, GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.pipelines import base as pipelines
 from transformers.utils import ModelOutput
 
 from .accept import accept_sampled
@@ -46,6 +47,7 @@ from .peers import find_peers, make_agree
 from .refusals import (
     advise,
     is_drafter,
+    is_drafter_config,
     refuse_cache,
     refuse_continuous_batching,
     refuse_inputs,
@@ -259,14 +261,21 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             stop = TokenwiseStop(criteria, input_ids.shape[1], streamer, agree)
             arguments["stopping_criteria"] = stop
             arguments["streamer"] = None if streamer is None else Muted(streamer)
-        is_greedy = not arguments["generation_config"].do_sample
-        arguments["logits_processor"] = InOrder(arguments["logits_processor"], is_greedy=is_greedy)
+        settings = arguments["generation_config"]
+        eos = getattr(settings, "_eos_token_tensor", None)
+        in_order = InOrder(
+            arguments["logits_processor"],
+            is_greedy=not settings.do_sample,
+            eos_token_ids=[] if eos is None else eos.tolist(),
+        )
+        arguments["logits_processor"] = in_order
         depth = arguments["generation_config"].num_assistant_tokens
         boundaries = drafter.bound_aux_layer_ids
 
         start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
         with StateRecorder(self, boundaries) as recorder, continue_from_cache(self, input_ids, arguments):
-            session = Session(drafter, recorder, depth, stopwatch, stop)
+            chooses = in_order.looks_at_text and getattr(settings, "assistant_ensemble_weight", None) is None
+            session = Session(drafter, recorder, depth, stopwatch, stop, in_order if chooses else None)
             arguments["assistant_model"] = session
             output = original(*call.args, **call.kwargs)
         num_behind = stop.num_behind if stop is not None else 0
@@ -342,19 +351,41 @@ def wrap_speculative_sampling(original: Callable) -> Callable:
         is_done_candidate: Any = False,  # up to 5.17; our criteria never say so of candidates
         assistant_ensemble_weight: float | None = None,
     ) -> tuple[Tensor, Any]:
-        ours = isinstance(candidate_logits, DraftLogProbs)
-        if not ours or assistant_ensemble_weight is not None:  # the weight asks for the host's lossy rule
+        if not isinstance(candidate_logits, DraftLogProbs) or assistant_ensemble_weight is not None:  # a lossy rule
             further = {"assistant_ensemble_weight": assistant_ensemble_weight, "is_done_candidate": is_done_candidate}
             further = {name: value for name, value in further.items() if name in parameters}
             return original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **further)
+        if candidate_logits.in_order is not None:
+            tokens, num_accepted = candidate_logits.in_order.take()
+            return candidate_input_ids.new_tensor([tokens]), num_accepted
         draft_tokens = candidate_input_ids[:, -candidate_length:]  # [1, K]
         log_q = candidate_logits.as_subclass(Tensor)  # [1, K, V]
         verdict = accept_sampled(draft_tokens, log_q.exp(), new_logits.softmax(dim=-1))
-        num_accepted = verdict.num_accepted.item()  # the round's wait
+        num_accepted = int(verdict.num_accepted)  # the round's wait
         return torch.cat([draft_tokens[:, :num_accepted], verdict.next_token[:, None]], dim=-1), num_accepted
 
     parameters = inspect.signature(original).parameters
     return _speculative_sampling
+
+
+# Transformers 5.23 pipelines/base.py:load_assistant_model
+def wrap_load_assistant_model(original: Callable) -> Callable:
+    """A drafter for a pipeline, given as such or by its name.
+
+    The host looks for its class among its own, and for a tokenizer, which nobody would ask: draft tokens are the target's
+    by their ids.
+    """
+
+    @functools.wraps(original)
+    def load_assistant_model(model: PreTrainedModel, assistant_model: Any, assistant_tokenizer: Any) -> Any:
+        drafter = assistant_model
+        if isinstance(drafter, (str, os.PathLike)) and is_drafter_config(AutoConfig.from_pretrained(drafter)):
+            drafter = AutoModel.from_pretrained(drafter).to(device=model.device, dtype=model.dtype)
+        if not is_drafter(drafter) or not model.can_generate():
+            return original(model, assistant_model, assistant_tokenizer)
+        return drafter, None
+
+    return load_assistant_model
 
 
 # Packages that serve drafters by classes of their own, and read configs by `AutoConfig` for them.
@@ -394,6 +425,7 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
     (GenerationMixin, "_sample", wrap_sample),
     (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
+    (pipelines, "load_assistant_model", wrap_load_assistant_model),
     (ContinuousMixin, "generate_batch", wrap_continuous_batching),
     (ContinuousMixin, "init_continuous_batching", wrap_continuous_batching),
     (ContinuousMixin, "continuous_batching_context_manager", wrap_continuous_batching),

@@ -32,7 +32,12 @@ OTHER_WAYS: Mapping[str, Callable[[Any], bool]] = {
 
 def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_model
     """Whether `model` is an EAGLE-3 drafter: ours, or the same code loaded with `trust_remote_code=True`."""
-    return getattr(getattr(model, "config", None), "model_type", None) == Eagle3DrafterConfig.model_type
+    return is_drafter_config(getattr(model, "config", None))
+
+
+def is_drafter_config(config: Any) -> bool:  # Any: as above
+    """Whether `config` is that of an EAGLE-3 drafter."""
+    return getattr(config, "model_type", None) == Eagle3DrafterConfig.model_type
 
 
 def refuse_other_models(model: Any, source: str) -> None:  # Any: whatever was loaded

@@ -8,13 +8,15 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .accept import accept_next
 from .cache import CACHE_NAME, rewind
 from .peers import Agree, keep
+from .sampling import stateless_warpers
 
 logger = logging.getLogger(__name__)
 
@@ -62,28 +64,59 @@ class TokenwiseStop(StoppingCriteriaList):
 
 
 class InOrder(LogitsProcessorList):
-    """The call's processors, asked in greedy decoding about text alone, each prefix once, as in plain decoding.
+    """The call's processors, asked about text alone, each prefix once, as in plain decoding.
 
-    The host asks about all positions of a block, before it knows which draft tokens are kept. Those behind a token that
-    the target would not have chosen are going to be thrown away, so nobody is asked about them. In sampling that cannot
-    be known: there, all are asked.
+    The host asks about all positions of a block, before it knows which draft tokens are kept. So each token is chosen
+    here as soon as its scores are known, and nobody is asked about what lies behind a refused token or an end.
+
+    Args:
+        processors: The call's.
+        is_greedy: Whether the likeliest token is chosen. Otherwise the tokens of a block that `begin` announced are
+            chosen here, and of any other block all positions are asked about.
+        eos_token_ids: What ends a text.
     """
 
-    def __init__(self, processors: LogitsProcessorList, *, is_greedy: bool):
+    def __init__(self, processors: LogitsProcessorList, *, is_greedy: bool, eos_token_ids: list[int]):
         super().__init__([RaiseIfNan(), *processors])
-        self.is_greedy = is_greedy
-        self.length: int | None = None  # of the last prefix that was asked about
-        self.next_token: Tensor | None = None  # [1] chosen after it
+        self.is_greedy, self.eos_token_ids = is_greedy, eos_token_ids
+        self.looks_at_text = len(stateless_warpers(processors)) < len(processors)
+        self.length: int | None = None  # of the last prefix that was asked about, where tokens are chosen here
+        self.next_token: int | None = None  # chosen after it, if the text goes on
+        self.draft: tuple[Tensor, Tensor] | None = None  # a sampled one, [1, K], and its law q [1, K, V]
+        self.tokens: list[int] = []  # chosen after it
+
+    def begin(self, draft_tokens: Tensor, q: Tensor) -> None:
+        """Let the tokens of the next block be chosen here: `draft_tokens` [1, K] were drawn from `q` [1, K, V]."""
+        self.draft, self.tokens, self.length = (draft_tokens, q), [], None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Processed `scores` [1, V] after `input_ids` [1, S]."""
-        if self.is_greedy and self.length is not None:
-            follows = input_ids.shape[1] == self.length + 1 and bool(input_ids[0, -1] == self.next_token)
+        if self.length is not None:
+            follows = input_ids.shape[1] == self.length + 1 and int(input_ids[0, -1]) == self.next_token
             if not follows:
                 return scores
         processed = super().__call__(input_ids, scores, **kwargs)
-        self.length, self.next_token = input_ids.shape[1], processed.argmax(-1)
+        if self.is_greedy or self.draft is not None:
+            self.length, self.next_token = input_ids.shape[1], self._choose(processed)
         return processed
+
+    def _choose(self, scores: Tensor) -> int | None:
+        """The token after `scores` [1, V] if the text goes on with a draft token, as far as is known."""
+        if self.draft is None:
+            token, goes_on = int(scores.argmax(-1)), True
+        else:
+            k, (draft_tokens, q) = len(self.tokens), self.draft
+            proposed = draft_tokens[:, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
+            verdict = accept_next(proposed, q[:, k : k + 1], scores, do_sample=True)
+            goes_on = bool(verdict.num_accepted)
+            token = int(proposed if goes_on else verdict.next_token)
+            self.tokens.append(token)
+        return token if goes_on and token not in self.eos_token_ids else None
+
+    def take(self) -> tuple[list[int], int]:
+        """The tokens of the block that was begun, and how many of them come before the last."""
+        self.draft, self.length = None, None
+        return self.tokens, len(self.tokens) - 1
 
 
 class NotANumberError(ValueError):
@@ -160,5 +193,7 @@ def cut_output(output: ModelOutput | Tensor, num_tokens: int) -> ModelOutput | T
 
 def is_whole(cache: Cache) -> bool:
     """Whether each layer still holds all positions it has seen, so that any number of them can be forgotten."""
+    if isinstance(cache, StaticCache):
+        return cache.is_croppable
     layers = [layer for layer in cache.layers if layer.is_initialized]
     return all(hasattr(layer, "keys") and layer.keys.shape[-2] == layer.get_seq_length() for layer in layers)

@@ -50,6 +50,10 @@ REMOTE_CODE = {
     "AutoModel": "modeling_eagle3.Eagle3DrafterModel",
     "AutoModelForCausalLM": "modeling_eagle3.Eagle3DrafterModel",
 }
+NEEDS_PACKAGE = (
+    "Drafting with an EAGLE-3 drafter needs hf-eagle3: pip install hf-eagle3, then `import hf_eagle3` before "
+    "target.generate(assistant_model=drafter)."
+)
 REMOTE_CODE_FILES = ("attention_eagle3.py", "configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
 
 
@@ -173,6 +177,10 @@ class Eagle3DrafterModel(PreTrainedModel):
             init.zeros_(self.d2t)
             if self.config.is_parallel:
                 init.normal_(self.mask_hidden, std=self.config.initializer_range)
+
+    def __getstate__(self) -> dict:
+        """What a pickle and a deep copy hold: nothing of the target, so that a copy borrows again from its own."""
+        return {**self.__dict__, "_borrowed": {}, "_shards": {}}
 
     # ---- the target ----
 
@@ -404,6 +412,20 @@ class Eagle3DrafterModel(PreTrainedModel):
         is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < num_real  # [B, T]
         states = aux_hidden_states.where(is_real[..., None], self.mask_hidden.to(aux_hidden_states.dtype))
         return input_ids.masked_fill(~is_real, token), states
+
+    # ---- the host's own assisted decoding, which would take this for a language model ----
+
+    def generate(self, *args, **kwargs):  # noqa: ARG002  whatever the host's takes
+        """Raise: a drafter says nothing by itself, and the host's own assisted decoding cannot use it.
+
+        Raises:
+            ImportError: Always.
+        """
+        raise ImportError(NEEDS_PACKAGE)
+
+    def _supports_logits_to_keep(self) -> bool:
+        # The first thing that the host asks of an assistant, before any forward.
+        raise ImportError(NEEDS_PACKAGE)
 
     # ---- files ----
 

@@ -14,7 +14,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     T5Config,
@@ -418,7 +417,6 @@ def test_speculation_tells_the_story(target):
         ({"use_cache": False}, "use_cache"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "attn_implementation"),
-        ({"cache_implementation": "static"}, "static"),
         ({"num_assistant_tokens": 0, "decode_loop": "host"}, "num_assistant_tokens=0"),
         ({"num_assistant_tokens": -3}, "0 for none; got -3"),
         ({"num_assistant_tokens": 1.5}, "0 for none; got 1.5"),
@@ -442,12 +440,6 @@ def test_refused_before_any_work_and_usable_afterwards(target, settings, says):
     assert not forwards
     assert "\n" not in str(caught.value)
     assert target.generate(prompt, max_new_tokens=4, assistant_model=drafter, **GREEDY).shape == (1, 8)
-
-
-def test_static_cache_object_is_refused(target):
-    cache = StaticCache(config=target.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="cut back, not a StaticCache"):
-        target.generate(make_prompt(4), **{CACHE_NAME: cache}, assistant_model=make_drafter(target), max_new_tokens=4)
 
 
 def test_drafter_of_another_target_is_refused(target):

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import make_drafter, make_oracle, make_prompt, make_target
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from test_host_behaviour import tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, pipeline
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 
@@ -228,6 +229,62 @@ def test_an_old_name_is_an_error_in_calls_of_ours_alone(target, caller, assisted
         )
     with pytest.raises(FutureWarning, match="Use `cache` instead") if is_ours else nullcontext():
         namespace["call"](target, make_prompt(5), past_key_values=DynamicCache())
+
+
+# ---- pipelines ----
+
+
+@pytest.mark.parametrize("given", ["name", "path", "published", "drafter", "drafter_and_tokenizer"])
+def test_pipeline_takes_a_drafter_by_its_name(target, tmp_path, given):
+    """Neither a class of the host's nor a tokenizer is looked for."""
+    drafter, words, options = make_drafter(target), tokenizer(), {"max_new_tokens": 8, "do_sample": False}
+    folder = tmp_path / "drafter"
+    if given == "published":
+        drafter.config.verifier_name_or_path = None
+        drafter.export(folder, to="sglang", target=target)
+    else:
+        drafter.save_pretrained(folder)
+    assistant = {
+        "assistant_model": drafter if given.startswith("drafter") else folder if given == "path" else str(folder)
+    }
+    if given == "drafter_and_tokenizer":
+        assistant["assistant_tokenizer"] = words
+    plain = pipeline("text-generation", model=target, tokenizer=words)(["w5 w9 w11", "w7 w8 w9"], **options)
+    drafting = pipeline("text-generation", model=target, tokenizer=words, **assistant)
+    assert isinstance(drafting.assistant_model, Eagle3DrafterModel)
+    assert (drafting.assistant_model.device, drafting.assistant_model.dtype) == (target.device, target.dtype)
+    calls = []
+    drafting.assistant_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert drafting(["w5 w9 w11", "w7 w8 w9"], batch_size=2, **options) == plain
+    assert len(plain[0][0]["generated_text"].split()) > 7
+    assert calls
+
+
+def test_pipeline_loads_both_by_name(target, tmp_path):
+    target.save_pretrained(tmp_path / "target")
+    tokenizer().save_pretrained(tmp_path / "target")
+    make_drafter(target).to(torch.bfloat16).save_pretrained(tmp_path / "drafter")
+    names = {"model": str(tmp_path / "target"), "assistant_model": str(tmp_path / "drafter")}
+    drafting = pipeline("text-generation", **names)
+    assert drafting.assistant_model.dtype == drafting.model.dtype == torch.float32
+    options = {"max_new_tokens": 8, "do_sample": False}
+    plain = pipeline("text-generation", model=names["model"])("w5 w9 w11", **options)
+    assert drafting("w5 w9 w11", **options) == plain
+
+
+def test_other_assistants_of_a_pipeline_are_the_hosts(target, tmp_path):
+    small = LlamaForCausalLM(type(target.config)(**target.config.to_dict() | {"num_hidden_layers": 1})).eval()
+    small.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    outs = []
+    for restore in (hf_eagle3.uninstall, hf_eagle3.install):
+        restore()
+        for assistant in (small, str(tmp_path)):
+            made = pipeline("text-generation", model=target, tokenizer=tokenizer(), assistant_model=assistant)
+            outs.append((type(made.assistant_model), made("w5 w9 w11", max_new_tokens=8, do_sample=False)))
+    assert outs[0] == outs[1] == outs[2] == outs[3]
+    with pytest.raises(OSError, match="no/such/folder"):
+        pipeline("text-generation", model=target, tokenizer=tokenizer(), assistant_model="/no/such/folder")
 
 
 # ---- hosts that will not do ----

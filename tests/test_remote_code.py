@@ -21,7 +21,13 @@ SCRIPT = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+class NoLogitsToKeep(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **kwargs)
+
 
 try:
     import hf_eagle3
@@ -52,6 +58,25 @@ except ValueError as error:  # of a module made for that folder
     assert type(error).__name__ == "CheckpointError" and "fc.weight is missing" in str(error)
 else:
     raise SystemExit("a missing tensor went unnoticed")
+
+def refused(call):
+    try:
+        call()
+    except ImportError as error:
+        assert "pip install hf-eagle3" in str(error) and "import hf_eagle3" in str(error), error
+    else:
+        raise SystemExit("drafting without hf_eagle3 went unnoticed")
+
+
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 8}
+forwards = []
+for target in (LlamaForCausalLM(LlamaConfig(**sizes)), NoLogitsToKeep(LlamaConfig(**sizes))):
+    target.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for options in ({}, {"do_sample": True}):
+        refused(lambda: target.generate(inputs["ids"], assistant_model=drafter, max_new_tokens=4, **options))
+refused(lambda: LlamaForCausalLM(LlamaConfig(**sizes)).generate(inputs["ids"].repeat(2, 1), assistant_model=drafter))
+refused(lambda: drafter.generate(inputs["ids"]))
+assert not forwards
 print("all is well", type(drafter).__module__.split(".")[0])
 """
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from conftest import make_drafter
 from test_decode import assert_same_caches, make_oracle, pad, prompts_of
 from test_generate import word_tokenizer
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from hf_eagle3.choice import ASKED
 
 GREEDY = {"do_sample": False}
 T = 9  # columns of the prompts below
@@ -250,3 +253,22 @@ PROCESSORS = [CountsInDict, CountsInList, CountsInTensor, CountsCalls, LooksAtOt
 def test_processors_are_called_as_in_plain_decoding(target, make, eos):
     asked = {"eos_token_id": eos, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, streams=True, **asked)
+
+
+@pytest.mark.parametrize("eos", [None, [5, 17, 23, 31, 44]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("loop", ASKED)
+def test_a_processor_is_called_once_for_each_token_of_the_text(target, loop, do_sample, eos):
+    """In every loop: never about a draft token that was refused, nor about what lies behind an end."""
+    noting = CountsCalls()
+    options = {"do_sample": do_sample, "temperature": 0.6, "eos_token_id": eos, "max_new_tokens": 24}
+    drafter = make_drafter(target, draft_vocab_size=64)
+    prompts = prompts_of(9) if loop == "host" else prompts_of(*LENGTHS)
+    out = target.generate(
+        **pad(prompts),
+        assistant_model=drafter,
+        decode_loop=loop,
+        logits_processor=LogitsProcessorList([noting]),
+        **options,
+    )
+    assert [ids for ids, *_ in noting.calls] == [out[:, :n].tolist() for n in range(T, out.shape[1])]

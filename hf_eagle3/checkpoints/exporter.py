@@ -273,7 +273,7 @@ def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target:
         return f"vllm serve {name} --speculative-config '{json.dumps(speculation)}'"
     if engine == SPECULATORS:
         return f"vllm serve {folder}"
-    return f'AutoModel.from_pretrained("{folder}")  # after `import hf_eagle3`, or with trust_remote_code=True'
+    return f'AutoModel.from_pretrained("{folder}")  # after `import hf_eagle3`'
 
 
 # ---- what was written is what was meant ----
