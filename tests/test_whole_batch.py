@@ -1,14 +1,19 @@
 """Criteria and processors that look at the whole batch, or keep state: asked as plain decoding asks, no more, no less."""
 
+import copy
+
 import pytest
 import torch
-from conftest import make_drafter
+from conftest import make_drafter, make_target
 from test_decode import assert_same_caches, make_oracle, pad, prompts_of
 from test_generate import word_tokenizer
+from test_graphs import capture_on_cpus
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from hf_eagle3 import release_graphs
 from hf_eagle3.choice import ASKED
+from hf_eagle3.decode import Phases
 
 GREEDY = {"do_sample": False}
 T = 9  # columns of the prompts below
@@ -56,7 +61,7 @@ class RemembersRows(Criterion):
 
 class AllRows(Criterion):
     def decide(self, new):
-        return all(bool(torch.isin(row, torch.arange(10, 22)).any()) for row in new)
+        return all(any(token in range(10, 22) for token in row) for row in new.tolist())
 
 
 class FirstRow(Criterion):
@@ -73,17 +78,17 @@ class EachRow(Criterion):
     """One answer a row, by a token and by how often it was asked."""
 
     def decide(self, new):
-        return (new[:, -1] + len(self.calls)) % 5 == 0
+        return (new[:, -1] + len(self.calls)) % 5 == 0  # [B]
 
 
 class OneTensor(Criterion):
     def decide(self, new):
-        return torch.tensor(int(new[-1, -1]) % 7 == 0)
+        return torch.tensor(int(new[-1, -1]) % 7 == 0, device=new.device)
 
 
 class OneInTensor(Criterion):
     def decide(self, new):
-        return torch.tensor([int(new[-1, -1]) % 7 == 0])
+        return torch.tensor([int(new[-1, -1]) % 7 == 0], device=new.device)
 
 
 class Never(Criterion):
@@ -144,7 +149,7 @@ def assert_as_plain(target, batch, make, *, depth=4, wrong_share=0.15, **options
         text = plain.sequences
     else:
         text = target.generate(**batch, **{"max_new_tokens": 16, **GREEDY, **base})
-    oracle = make_oracle(target, text, batch, wrong_share=wrong_share)
+    oracle = make_oracle(target, text, batch, wrong_share=wrong_share).to(target.device)
     out, our_calls, our_puts = run(
         target, batch, **{kind: make()}, **options, assistant_model=oracle, num_assistant_tokens=depth
     )
@@ -272,3 +277,53 @@ def test_a_processor_is_called_once_for_each_token_of_the_text(target, loop, do_
         **options,
     )
     assert [ids for ids, *_ in noting.calls] == [out[:, :n].tolist() for n in range(T, out.shape[1])]
+
+
+@pytest.mark.parametrize("make", [RemembersRows, EachRow, CountsInDict, LooksAtOthers], ids=lambda c: c.__name__)
+def test_rows_padded_on_the_right_are_as_if_padded_on_the_left(target, make):
+    kind = "criterion" if issubclass(make, StoppingCriteria) else "processor"
+    out, calls, _ = run(target, pad(prompts_of(*LENGTHS)), **{kind: make()})
+    right = {**pad(prompts_of(*LENGTHS), "right"), "assistant_model": make_drafter(target)}
+    ours, our_calls, _ = run(target, right, **{kind: make()})
+    assert ours.sequences[:, T:].tolist() == out.sequences[:, T:].tolist()
+    assert [call[:2] for call in our_calls] == [call[:2] for call in calls]
+
+
+@pytest.mark.parametrize("make", [Steps, Never, CountsInDict, CountsCalls], ids=lambda c: c.__name__)
+def test_prompts_of_embeddings_are_asked_about(target, make):
+    kind = "criterion" if issubclass(make, StoppingCriteria) else "processor"
+    batch = pad(prompts_of(*LENGTHS))
+    batch["inputs_embeds"] = target.get_input_embeddings()(batch.pop("input_ids"))
+    out, calls, _ = run(target, batch, **{kind: make()}, max_new_tokens=24)
+    ours, our_calls, _ = run(
+        target, {**batch, "assistant_model": make_drafter(target)}, **{kind: make()}, max_new_tokens=24
+    )
+    assert ours.sequences.tolist() == out.sequences.tolist()
+    assert [call[:2] for call in our_calls] == [call[:2] for call in calls]
+
+
+# ---- captured rounds, read late ----
+
+
+@pytest.mark.parametrize("lateness", [0, 2])
+@pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("make", [RemembersRows, EachRow, CountsInTensor], ids=lambda c: c.__name__)
+def test_captured_rounds_that_are_read_late_ask_alike(target, make, eos, lateness, monkeypatch):
+    counts = capture_on_cpus(monkeypatch)
+    monkeypatch.setattr(Phases, "lateness", lateness)
+    _, out = assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, streams=True)
+    assert out.speculation.graphs.startswith("captured in")
+    assert counts.replayed > 3
+    release_graphs()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("scores", [{}, {"output_scores": True}], ids=["", "scores"])
+@pytest.mark.parametrize("make", [*CRITERIA, *PROCESSORS], ids=lambda c: c.__name__)
+def test_captured_rounds_on_a_gpu_ask_alike(make, scores, eos):
+    target = copy.deepcopy(make_target("llama")).cuda()
+    batch = {name: value.cuda() for name, value in pad(prompts_of(*LENGTHS)).items()}
+    _, out = assert_as_plain(target, batch, make, eos_token_id=eos, streams=True, **scores)
+    if not isinstance(out, str):
+        assert out.speculation.graphs.startswith(("captured in", "replayed"))
