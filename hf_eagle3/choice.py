@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
-from transformers.generation import GenerationMixin, SynthIDTextWatermarkingConfig
+from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .attention_trial import why_not_ours
@@ -117,8 +117,6 @@ def why_not_call(
         return f"the cache given is a {type(cache).__name__}"
     if settings.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation is {settings.cache_implementation}"
-    if isinstance(settings.watermarking_config, SynthIDTextWatermarkingConfig):  # keeps state of a whole batch
-        return "watermarking_config is set"
     if getattr(settings, "assistant_ensemble_weight", None) is not None:  # the host's lossy rule
         return "assistant_ensemble_weight is set"
     for name in ("output_hidden_states", "output_attentions"):

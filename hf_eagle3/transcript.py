@@ -17,6 +17,7 @@ from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -221,6 +222,10 @@ class Transcript:
 BY_ROW_PACKAGES = ("transformers", "xgrammar", "outlines", "lmformatenforcer")
 
 
+# The host's that do not: one asks a function of the user's, one keeps state for all rows.
+WHOLE_BATCH_PROCESSORS = (PrefixConstrainedLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+
+
 # What processors keep for each prompt: the pads that a repetition penalty skips; prompts, and their n-grams; xgrammar's
 # grammars.
 HOLDS_ROWS = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams", "compiled_grammars")
@@ -231,12 +236,9 @@ COUNTS_FROM_PROMPT = ("prompt_length_to_skip", "regulation_start", "begin_index"
 
 
 def looks_at_batch(processor: Any) -> bool:  # Any: whatever may be called
-    """Whether a processor may look at the whole batch, or keep what it has seen of all rows in one place.
-
-    One that asks a function of the user's may, too.
-    """
-    is_asking = type(processor) is PrefixConstrainedLogitsProcessor
-    return is_asking or type(processor).__module__.partition(".")[0] not in BY_ROW_PACKAGES
+    """Whether a processor may look at the whole batch, or keep what it has seen of all rows in one place."""
+    is_foreign = type(processor).__module__.partition(".")[0] not in BY_ROW_PACKAGES
+    return is_foreign or type(processor) in WHOLE_BATCH_PROCESSORS
 
 
 def copy_for_row(processor: LogitsProcessor) -> LogitsProcessor:
