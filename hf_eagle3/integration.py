@@ -252,8 +252,6 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         why = choice.why if choice is not None else "called from outside generate()"
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
         refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))
-        # The host compiles a target with a static cache on a GPU, and compiled code does not call our hooks.
-        arguments["generation_config"].disable_compile = True
 
         stop = None
         agree = make_agree(self)
@@ -261,7 +259,9 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             stop = TokenwiseStop(criteria, input_ids.shape[1], streamer, agree)
             arguments["stopping_criteria"] = stop
             arguments["streamer"] = None if streamer is None else Muted(streamer)
-        settings = arguments["generation_config"]
+        arguments["generation_config"] = settings = copy.copy(arguments["generation_config"])
+        # The host compiles a target with a static cache on a GPU, and compiled code does not call our hooks.
+        settings.disable_compile = True
         eos = getattr(settings, "_eos_token_tensor", None)
         in_order = InOrder(
             arguments["logits_processor"],

@@ -1,5 +1,6 @@
 """What a drafter cannot help with: refused in one line that says what to do, before any work."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,17 +12,17 @@ from transformers.generation.configuration_utils import GenerationMode
 from .modeling import Eagle3DrafterConfig
 
 
-def is_given(value: Any) -> bool:  # noqa: ARG001  Any: whatever was set, and is not None
-    """Any value leads the host elsewhere, 0 and an empty list among them."""
-    return True
+def is_given(value: Any) -> bool:  # Any: whatever was set
+    """Whether it is set at all: 0 and an empty list count, too."""
+    return value is not None
 
 
-# Settings that lead the host to another way of decoding, and for which of their values (None is none of them).
+# Settings that lead the host to another way of decoding, and for which of their values.
 OTHER_WAYS: Mapping[str, Callable[[Any], bool]] = {
-    "num_beams": lambda value: value != 1,
-    "num_beam_groups": lambda value: value != 1,
-    "guidance_scale": lambda value: value != 1,  # runs the target on a context of its own
-    "use_cache": lambda value: not value,
+    "num_beams": lambda value: value not in (None, 1),
+    "num_beam_groups": lambda value: value not in (None, 1),
+    "guidance_scale": lambda value: value not in (None, 1),  # runs the target on a context of its own
+    "use_cache": lambda value: not value,  # the host goes wrong on its own where it is None
     "cache_implementation": lambda value: value == "paged",  # continuous batching
     **dict.fromkeys(("constraints", "force_words_ids", "dola_layers"), is_given),
     # They draft by other means.
@@ -68,16 +69,16 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
 def refuse_names(model: Any) -> None:  # Any: whatever was passed as assistant_model
     """Raise if a name or a path was given where a loaded drafter is expected."""
     if isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            f"assistant_model is {os.fspath(model)!r}, expected a loaded drafter: "
-            f'assistant_model=AutoModel.from_pretrained("{os.fspath(model)}").'
+        name = json.dumps(str(os.fspath(model)))
+        raise ValueError(
+            f"assistant_model is {name}, expected a loaded model: a drafter loads by AutoModel.from_pretrained({name})."
         )
 
 
 def refuse_settings(settings: GenerationConfig) -> None:
     """Raise if a drafter cannot help with a call of these settings, as the host resolves them."""
     values = {name: getattr(settings, name, None) for name in OTHER_WAYS}
-    refused = [name for name, value in values.items() if value is not None and OTHER_WAYS[name](value)]
+    refused = [name for name, value in values.items() if OTHER_WAYS[name](value)]
     if not refused and settings.get_generation_mode() == GenerationMode.CONTRASTIVE_SEARCH:
         refused, values = ["penalty_alpha"], {"penalty_alpha": settings.penalty_alpha}
     if refused:

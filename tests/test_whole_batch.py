@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from conftest import make_drafter, make_target
-from test_decode import assert_same_caches, make_oracle, pad, prompts_of
+from test_decode import _families, assert_same_caches, make_oracle, pad, prompts_of  # noqa: F401  a fixture
 from test_generate import word_tokenizer
 from test_graphs import capture_on_cpus
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_eagle3 import release_graphs
+from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.choice import ASKED
 from hf_eagle3.decode import Phases
 
@@ -158,8 +159,12 @@ def assert_as_plain(target, batch, make, *, depth=4, wrong_share=0.15, **options
     else:
         assert out.sequences.tolist() == plain.sequences.tolist()
         assert_same_caches(target, plain, out)
-        is_new = plain.sequences[:, T:]
-        assert out.speculation.num_tokens <= is_new.numel()
+        for ours, theirs in zip(out[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
+            torch.testing.assert_close(ours.keys[:, :, T:], theirs.keys[:, :, T:], rtol=1e-3, atol=1e-3)
+        rows = plain.sequences[:, T:].tolist()
+        if options.get("eos_token_id"):  # behind the last token that is no pad there are pads
+            rows = [row[: max(i + 1 for i, token in enumerate(row) if token)] for row in rows]
+        assert out.speculation.num_tokens == sum(map(len, rows))
         for name in ("scores", "logits"):
             assert (out.get(name) is None) == (plain.get(name) is None)
             if plain.get(name) is not None and kind == "processor":
@@ -183,6 +188,19 @@ def test_criteria_are_asked_as_in_plain_decoding(target, make, eos):
 @pytest.mark.parametrize("make", [EachRow, RemembersRows, Never], ids=lambda c: c.__name__)
 def test_criteria_see_the_scores_of_plain_decoding(target, make, eos):
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, output_scores=True)
+
+
+@pytest.mark.parametrize("scores", [{}, {"output_scores": True}], ids=["", "scores"])
+@pytest.mark.parametrize("make", [FirstRow, Steps, EachRow, OneTensor, List, Raises], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("loop", ASKED)
+def test_one_row_is_asked_about_as_in_plain_decoding_by_every_loop(target, make, loop, scores):
+    batch, options = pad(prompts_of(T)), {"eos_token_id": [5, 17, 23], "streams": True, **scores}
+    plain, calls, puts = run(target, batch, criterion=make(), **options)
+    assistant = {"assistant_model": make_drafter(target, draft_vocab_size=64), "decode_loop": loop}
+    out, our_calls, our_puts = run(target, batch, criterion=make(), **options, **assistant)
+    assert (out == plain) if isinstance(plain, str) else (out.sequences.tolist() == plain.sequences.tolist())
+    assert [call[:2] for call in our_calls] == [call[:2] for call in calls]
+    assert our_puts == puts
 
 
 class Processor(Noting, LogitsProcessor):
@@ -255,7 +273,8 @@ PROCESSORS = [CountsInDict, CountsInList, CountsInTensor, CountsCalls, LooksAtOt
 
 @pytest.mark.parametrize("eos", [None, [5, 17, 23, 31, 44]], ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", PROCESSORS, ids=lambda c: c.__name__)
-def test_processors_are_called_as_in_plain_decoding(target, make, eos):
+def test_processors_are_called_as_in_plain_decoding(make, eos):
+    target = make_target("mistral" if make is CountsInDict else "llama")
     asked = {"eos_token_id": eos, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, streams=True, **asked)
 
