@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.utils import logging
 from ..modeling import Eagle3DrafterModel
 from .data import TokenDataset, check_token_ids
 from .loading import end_tokens
+from .locks import only_writer
 from .states import OnlineStates
 from .stored_states import (
     AUX,
@@ -256,18 +258,28 @@ class StateWriter:
         Raises:
             StoredStatesError: The folder has states of something else.
             FileExistsError: The folder has other things in it.
+            FolderInUseError: Another run writes to it.
             OSError: The disk is too small, or became full; what is written is kept, and can be gone on from.
             ValueError: States that are not finite, or with which the head does not say what the target says.
         """
-        manifest = self._begin()
-        names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
-        todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
-        if not todo:
-            logger.info(f"{self._folder} is complete.")
-            return self._folder
-        self._check_space(todo)
-        self._check_sample()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if self._folder.is_dir():
+                stack.enter_context(only_writer(self._folder))
+            manifest = self._begin()
+            names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
+            todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
+            if not todo:
+                logger.info(f"{self._folder} is complete.")
+                return self._folder
+            self._check_space(todo)
+            self._check_sample()
+            if not self._folder.is_dir():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(self._folder))
+            self._write_all(manifest, todo)
+        return self._folder
+
+    def _write_all(self, manifest: dict[str, Any], todo: Collection[str]) -> None:
         for leftover in self._folder.glob(f"*{TMP}"):
             leftover.unlink()
         for name in todo:
@@ -279,7 +291,6 @@ class StateWriter:
             head = {name: tensor.contiguous().cpu() for name, tensor in self._head.items()}
             self._write_tensors(HEAD, head, manifest, todo)
         self._write_shards(manifest, todo)
-        return self._folder
 
     # ---- before writing ----
 
