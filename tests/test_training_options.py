@@ -698,8 +698,8 @@ def test_slots_that_do_not_train_cost_little(share, total):
 
 
 def test_arithmetic_of_targets_is_as_counted_by_hand():
-    llama = TargetShape(7.50e9, 4096, (None,) * 32)
-    gpt_oss = TargetShape(5.13e9, 4096, (None, 128) * 18)
+    llama = TargetShape(7.50e9, ((4096, None),) * 32)
+    gpt_oss = TargetShape(5.13e9, ((4096, None), (4096, 128)) * 18)
     assert target_flops(llama, 4096) / 1e9 == pytest.approx(16.08, abs=0.02)
     assert target_flops(gpt_oss, 4096) / 1e9 == pytest.approx(10.90, abs=0.02)
 
@@ -730,7 +730,7 @@ def test_forecasts_are_what_was_measured(name, work):
     is_stored = work in STORED
     forecast = make_forecast(
         LLAMA,
-        None if is_stored else TargetShape(7_504_924_672, 4096, (None,) * 32),
+        None if is_stored else TargetShape(7_504_924_672, ((4096, None),) * 32),
         trained=LLAMA.parameters,
         target_bytes=0 if is_stored else LLAMA_BYTES,
         lengths=[length],
@@ -771,7 +771,7 @@ def test_shapes_are_read_off_models(target, rows, tmp_path):
     assert shape.parameters == matrices
     read = TargetShape.of(target)
     assert read.active == sum(p.numel() for p in target.parameters()) - target.model.embed_tokens.weight.numel()
-    assert read.windows == (None,) * 8
+    assert read.attending == ((32, None),) * 8
     trainer = train(target, rows, tmp_path, max_steps=2)
     forecast = trainer.forecast()
     assert forecast.trained == sum(p.numel() for p in drafter.parameters())
