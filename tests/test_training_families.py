@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_eagle3 import Eagle3Trainer
-from hf_eagle3.training import new_drafter
+from hf_eagle3.training import StoredStates, new_drafter, store_states
 from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.evaluation import generate_and_count, generate_and_walk
 from hf_eagle3.training.forecast import TargetShape, target_flops
@@ -32,8 +32,10 @@ TINY = {
     "eos_token_id": 2,
     "initializer_range": 0.1,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 8),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 8),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
+    ),
     "num_key_value_heads": 2,
     "head_dim": 8,
     "rotary_dim": 8,
@@ -335,6 +337,20 @@ def test_a_narrow_drafter_has_the_targets_embeddings_as_its_own():
     drafter = new_drafter(target, torch.arange(3, 43))
     assert (drafter.config.hidden_size, drafter.config.target_hidden_size) == (16, 32)
     assert torch.equal(drafter.embed_tokens.weight, target.get_input_embeddings().weight)
+
+
+def test_states_of_a_target_with_a_narrow_head_are_stored(tmp_path):
+    target, rows = make_target("opt"), make_rows()
+    stored = StoredStates(store_states(target, rows, tmp_path / "states", [2, 4, 5]))
+    args = make_args(tmp_path, max_steps=1, min_coverage=0.0, aux_layer_ids=[2, 4, 5])
+    losses = []
+    for source in (
+        {"states": stored, "train_dataset": stored.dataset},
+        {"target_model": target, "train_dataset": rows},
+    ):
+        trainer = Eagle3Trainer(args=args, **source)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_forecast_counts_each_layer_as_it_attends():

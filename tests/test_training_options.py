@@ -537,8 +537,10 @@ def test_masks_that_cannot_be_are_refused_in_datasets_too(target, rows, tmp_path
 
 def test_a_target_of_few_layers_needs_boundaries(rows, tmp_path):
     shallow = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 4})).eval()
-    with pytest.raises(ValueError, match=r"The target has 4 layers.*--aux_layer_ids"):
-        Eagle3Trainer(target_model=shallow, args=make_args(tmp_path), train_dataset=rows)
+    shallower = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 2})).eval()
+    for model, n in ((shallow, 4), (shallower, 2)):
+        with pytest.raises(ValueError, match=rf"The target has {n} layers.*--aux_layer_ids"):
+            Eagle3Trainer(target_model=model, args=make_args(tmp_path), train_dataset=rows)
     args = make_args(tmp_path, aux_layer_ids=[1, 2, 3], max_steps=1)
     Eagle3Trainer(target_model=shallow, args=args, train_dataset=rows).train()
 

@@ -135,7 +135,7 @@ def default_aux_layer_ids(target: PreTrainedModel) -> tuple[int, ...]:
     """
     n = target.config.get_text_config(decoder=True).num_hidden_layers
     ids = tuple(sorted({2, n // 2, n - 3}))
-    if len(ids) < 3:
+    if len(ids) < 3 or n < 3:
         raise ValueError(
             f"In a target of {n} layers the usual boundaries 2, n/2 and n-3 are {list(ids)}, not three. Give aux_layer_ids."
         )
@@ -193,7 +193,7 @@ class StateWriter:
         self._source = OnlineStates(target, self._boundaries, batch_tokens)
         if self._source.head.weight is None:
             self._refuse_head()
-        self._aux_bytes = max(1, len(self._boundaries)) * self._last_bytes
+        self._aux_bytes = max(1, len(self._boundaries)) * self._text.hidden_size * self._dtype.itemsize
         self._plan = plan_shards(self._dataset, self._aux_bytes, self._last_bytes, shard_size)
 
     def _tokenize(self, dataset: Iterable[Mapping[str, Any]], max_length: int | None) -> TokenDataset:
@@ -214,8 +214,14 @@ class StateWriter:
         return dataset
 
     @property
+    def _last_size(self) -> int:
+        """What the head reads, which may be narrower than the layers (OPT 350M)."""
+        head = self._source.head.weight
+        return self._text.hidden_size if head is None else head.shape[-1]
+
+    @property
     def _last_bytes(self) -> int:
-        return self._text.hidden_size * self._dtype.itemsize
+        return self._last_size * self._dtype.itemsize
 
     def _resolve(self, given: Eagle3DrafterModel | Sequence[int] | None) -> tuple[int, ...]:
         if isinstance(given, Eagle3DrafterModel):
@@ -345,6 +351,7 @@ class StateWriter:
             "last_hidden_states": "after the final norm",
             "dtype": str(self._dtype).removeprefix("torch."),
             "hidden_size": self._text.hidden_size,
+            "last_size": self._last_size,
             "vocab_size": self._text.vocab_size,
             "num_documents": len(self._plan.lengths),
             "num_tokens": int(self._plan.lengths.sum()),
@@ -502,7 +509,7 @@ class StateWriter:
 
     def _shard(self, members: range, bar: tqdm) -> tuple[dict[str, Tensor], dict[int, str]]:
         """The states of consecutive documents, one behind the other, and those that are not finite, with where."""
-        plan, width = self._plan, self._text.hidden_size
+        plan, width = self._plan, self._last_size
         aux = torch.empty(int(plan.num_aux[members].sum()), self._aux_bytes // self._dtype.itemsize, dtype=self._dtype)
         last = torch.empty(int(plan.num_last[members].sum()), width, dtype=self._dtype)
         aux_done = last_done = 0
