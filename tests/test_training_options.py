@@ -533,8 +533,10 @@ def test_masks_that_cannot_be_are_refused_in_datasets_too(target, rows, tmp_path
 
 def test_a_target_of_few_layers_needs_boundaries(rows, tmp_path):
     shallow = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 4})).eval()
-    with pytest.raises(ValueError, match=r"The target has 4 layers.*--aux_layer_ids"):
-        Eagle3Trainer(target_model=shallow, args=make_args(tmp_path), train_dataset=rows)
+    shallower = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 2})).eval()
+    for model, n in ((shallow, 4), (shallower, 2)):
+        with pytest.raises(ValueError, match=rf"The target has {n} layers.*--aux_layer_ids"):
+            Eagle3Trainer(target_model=model, args=make_args(tmp_path), train_dataset=rows)
     args = make_args(tmp_path, aux_layer_ids=[1, 2, 3], max_steps=1)
     Eagle3Trainer(target_model=shallow, args=args, train_dataset=rows).train()
 
@@ -694,8 +696,8 @@ def test_slots_that_do_not_train_cost_little(share, total):
 
 
 def test_arithmetic_of_targets_is_as_counted_by_hand():
-    llama = TargetShape(7.50e9, 4096, (None,) * 32)
-    gpt_oss = TargetShape(5.13e9, 4096, (None, 128) * 18)
+    llama = TargetShape(7.50e9, ((4096, None),) * 32)
+    gpt_oss = TargetShape(5.13e9, ((4096, None), (4096, 128)) * 18)
     assert target_flops(llama, 4096) / 1e9 == pytest.approx(16.08, abs=0.02)
     assert target_flops(gpt_oss, 4096) / 1e9 == pytest.approx(10.90, abs=0.02)
 
@@ -726,7 +728,7 @@ def test_forecasts_are_what_was_measured(name, work):
     is_stored = work in STORED
     forecast = make_forecast(
         LLAMA,
-        None if is_stored else TargetShape(7_504_924_672, 4096, (None,) * 32),
+        None if is_stored else TargetShape(7_504_924_672, ((4096, None),) * 32),
         trained=LLAMA.parameters,
         target_bytes=0 if is_stored else LLAMA_BYTES,
         lengths=[length],
@@ -767,7 +769,7 @@ def test_shapes_are_read_off_models(target, rows, tmp_path):
     assert shape.parameters == matrices
     read = TargetShape.of(target)
     assert read.active == sum(p.numel() for p in target.parameters()) - target.model.embed_tokens.weight.numel()
-    assert read.windows == (None,) * 8
+    assert read.attending == ((32, None),) * 8
     trainer = train(target, rows, tmp_path, max_steps=2)
     forecast = trainer.forecast()
     assert forecast.trained == sum(p.numel() for p in drafter.parameters())

@@ -462,20 +462,28 @@ def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterCo
     dtype = published.tensors[find_first_query(published)].dtype
     try:
         config = Eagle3DrafterConfig(**fields, dtype=dtype, architectures=["Eagle3DrafterModel"])
-        rope = config.rope_parameters or {}
-        if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"no drafter has rotary parameters {rope}")
-        try:
-            frequencies = LlamaRotaryEmbedding(config).inv_freq
-        except KeyError as error:
-            raise ValueError(
-                f"rotary parameters {rope} are of a kind that Transformers does not know: {error}"
-            ) from error
-        if frequencies.shape != (config.head_dim // 2,) or not torch.isfinite(frequencies).all():
-            raise ValueError(f"rotary parameters {rope} do not give {config.head_dim // 2} frequencies")
+        check_rope(config)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{published.file}: {error}") from error
     return config
+
+
+def check_rope(config: Eagle3DrafterConfig) -> None:
+    """Raise ValueError if a drafter cannot have the rotary parameters of `config`: no export of it could be loaded."""
+    rope = config.rope_parameters or {}
+    if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"no drafter has rotary parameters {rope}: it rotates whole heads, in all layers alike. Leave out "
+            "partial_rotary_factor, and give one set."
+        )
+    try:
+        frequencies = LlamaRotaryEmbedding(config).inv_freq
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"rotary parameters {rope} are of a kind that Transformers does not know: {type(error).__name__}: {error}"
+        ) from error
+    if frequencies.shape != (config.head_dim // 2,) or not torch.isfinite(frequencies).all():
+        raise ValueError(f"rotary parameters {rope} do not give {config.head_dim // 2} frequencies")
 
 
 def find_first_query(published: Published) -> str:

@@ -27,7 +27,7 @@ class Walk(NamedTuple):
         return Walk(self.rounds + other.rounds, self.accepted + other.accepted)
 
 
-def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
+def walk(hits: np.ndarray, loss_mask: np.ndarray, *, is_cut: bool = False) -> Walk:
     """Decode one document without running a model: from slot i, a round of m matches goes on at slot i + m + 1.
 
     Exact when the text is what the target generates greedily. The first token of a turn comes from the prompt's own
@@ -36,6 +36,7 @@ def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
     Args:
         hits: [K, T] bool, whether the draft token k at slot i is token i + 2 + k of the text; false past the turn.
         loss_mask: [T] bool, the tokens the target generated.
+        is_cut: A limit ended the turns. A decoder knows it, and drafts nothing where one token is left.
     """
     K, T = hits.shape
     prefix = np.logical_and.accumulate(hits, axis=0)  # [K, T]
@@ -44,7 +45,7 @@ def walk(hits: np.ndarray, loss_mask: np.ndarray) -> Walk:
     for start in starts:
         end = start + np.argmin(loss_mask[start:]) if not loss_mask[start:].all() else T  # one past the turn
         slot = start - 1
-        while slot >= 0 and slot + 2 < end:
+        while slot >= 0 and slot + 2 + is_cut < end:
             # The round adds a token of the target's own, and the turn has room for so many: as a decoder counts.
             matched = prefix[:, slot] & (np.arange(K) < end - slot - 3)
             rounds += 1

@@ -1,6 +1,7 @@
 """`Eagle3TrainingArguments`: the host's training arguments, and what training a drafter adds."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -16,6 +17,37 @@ VERSIONS: dict[str, dict[str, bool]] = {
     "3.1": {"fc_norm": True, "norm_output": True},
 }
 NORMS = ("fc_norm", "norm_output", "norm_before_fc")
+
+# Fields of the host's that training a drafter does not honour: refused unless left at their default. What to do instead.
+REFUSED: Mapping[str, str] = {
+    "label_smoothing_factor": "a drafter is taught the target's own distribution, which has no labels to smooth",
+    "neftune_noise_alpha": "a drafter reads its target's embeddings, which stay as they are",
+    "bf16_full_eval": "evaluation runs as training does: set bf16",
+    "fp16_full_eval": "evaluation runs as training does: set fp16",
+    "activation_checkpointing_kwargs": "what follows attention is recomputed, in one way",
+    "gradient_checkpointing_kwargs": "what follows attention is recomputed, in one way",
+    "use_cache": "training keeps no cache",
+    "average_tokens_across_devices": "the loss is normed over the tokens of all processes",
+    "prediction_loss_only": "evaluation measures acceptance; eval_generate_prompts=0 leaves out generating",
+    "eval_do_concat_batches": "compute_metrics is given sums over the whole evaluation, and no predictions",
+    "include_for_metrics": "compute_metrics is given sums over the whole evaluation, and no inputs",
+    "batch_eval_metrics": "compute_metrics is called once, with sums over the whole evaluation",
+    "label_names": "rows have input_ids and loss_mask, and no labels",
+    "length_column_name": "lengths are counted from the rows",
+    "remove_unused_columns": "the collator reads loss_mask, which no forward takes",
+    "debug": "a loss or gradient that is no number is found and named without it",
+    "do_predict": "a drafter has no predictions of its own; evaluate on rows instead (eval_dataset, --eval_file)",
+    "deepspeed": "a drafter is trained with DDP or FSDP2",
+    "parallelism_config": "rows are split over processes, and no row is",
+}
+# Refused before the host asks for what they need.
+WITH_PACKAGES = ("deepspeed", "parallelism_config")
+NOT_REENTRANT = {"use_reentrant": False}  # how activations are recomputed, said or not
+# The same of `accelerator_config`.
+REFUSED_OF_ACCELERATE: Mapping[str, str] = {
+    "split_batches": "per_device_train_batch_size is that of a process",
+    "dispatch_batches": "each process makes its own batches, which cannot be sent as tensors",
+}
 
 
 @dataclass
@@ -133,7 +165,11 @@ class Eagle3TrainingArguments(TrainingArguments):
         chooses = given.load_best_model_at_end or given.save_strategy == "best"
         if chooses and given.metric_for_best_model is None:
             given.metric_for_best_model = "eval_acceptance_length"
+        if given.include_num_input_tokens_seen == "non_padding":  # batches have none
+            given.include_num_input_tokens_seen = "all"
+        self.refuse_unhonoured(WITH_PACKAGES)
         super().__post_init__()
+        self.refuse_unhonoured()
         for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -151,6 +187,20 @@ class Eagle3TrainingArguments(TrainingArguments):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}; got {getattr(self, name)!r}.")
 
+    def refuse_unhonoured(self, names: Iterable[str] = REFUSED) -> None:
+        """Raise ValueError if a field is set that training a drafter does not honour; the message says what instead."""
+        fields = self.__dataclass_fields__
+        reasons = [
+            f"{name}={value!r}: {REFUSED[name]}"
+            for name in names
+            if name in fields and not _is_default(value := getattr(self, name), fields[name])
+        ]
+        for name, why in REFUSED_OF_ACCELERATE.items():
+            if is_set := getattr(self.accelerator_config, name, None):
+                reasons.append(f"accelerator_config {name}={is_set!r}: {why}")
+        if reasons:
+            raise ValueError(f"Training a drafter does not honour {'; '.join(reasons)}. Leave that out.")
+
     def drafter_fields(self) -> dict[str, Any]:
         """Fields of a new drafter's config that these arguments settle."""
         fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
@@ -166,3 +216,9 @@ class Eagle3TrainingArguments(TrainingArguments):
         """What the host calls activation checkpointing; up to Transformers 5.22, gradient checkpointing."""
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         return bool(getattr(self, name))
+
+
+def _is_default(value: Any, field: Field) -> bool:
+    """Whether `value` means what `field` is by default; of what is empty, all means the same."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return value in (default, NOT_REENTRANT) or (not value and not default)

@@ -1,6 +1,6 @@
 """What an evaluation measures: sums over teaching, rounds walked along the answers, and rounds really decoded."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..graphs import release_graphs
 from ..modeling import Eagle3DrafterModel
 from .acceptance import Walk, walk
-from .batch import Batch
+from .batch import Batch, Collator
 from .data import trains_something
 from .distributed import sum_over_processes
 from .stored_states import NO_DOCUMENT
@@ -103,7 +103,7 @@ def add_walks(walked: Walk, accelerator: Accelerator) -> Walk:
     return Walk(rounds, np.array(accepted, dtype=np.int64))
 
 
-def walk_batch(hits: Tensor, batch: Batch) -> Walk:
+def walk_batch(hits: Tensor, batch: Batch, *, is_cut: bool = False) -> Walk:
     """`walk` over each document of a batch; `hits` [K, L] as in `StepSums`."""
     rows, trained = batch["rows"].cpu(), batch["trained"]
     mask = batch["loss_mask"].cpu().numpy()
@@ -111,7 +111,7 @@ def walk_batch(hits: Tensor, batch: Batch) -> Walk:
     whole[:, (rows if trained is None else rows[trained.cpu()]).numpy()] = hits.cpu().numpy()
     total, start = Walk(0, np.zeros(len(hits), dtype=np.int64)), 0
     for length in batch["lengths"]:
-        total += walk(whole[:, start : start + length], mask[start : start + length])
+        total += walk(whole[:, start : start + length], mask[start : start + length], is_cut=is_cut)
         start += length
     return total
 
@@ -142,7 +142,7 @@ def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index
 
 @torch.no_grad()
 def generate_and_count(
-    target: PreTrainedModel, drafter: Eagle3DrafterModel, prompts: Sequence[Tensor], depth: int, max_new_tokens: int
+    target: PreTrainedModel, drafter: Eagle3DrafterModel, prompts: Iterable[Tensor], depth: int, max_new_tokens: int
 ) -> Walk:
     """Decode greedily from each of `prompts` [T] with the real loop, and count its rounds."""
     total = Walk(0, np.zeros(depth, dtype=np.int64))
@@ -165,4 +165,33 @@ def generate_and_count(
     if target.device.type == "cuda":
         release_graphs()  # training needs the memory
         torch.cuda.empty_cache()
+    return total
+
+
+@torch.no_grad()
+def generate_and_walk(
+    target: PreTrainedModel,
+    prompts: Iterable[Tensor],
+    max_new_tokens: int,
+    collate: Collator,
+    find_hits: Callable[[Batch], Tensor],
+) -> Walk:
+    """What `generate_and_count` counts, for a target that no drafter can assist.
+
+    The target answers each of `prompts` [T] greedily by itself, and rounds are walked along its answers.
+
+    Args:
+        target: Answers.
+        prompts: What it answers.
+        max_new_tokens: Of an answer.
+        collate: Makes a batch of one row.
+        find_hits: [K, L] as in `StepSums`, of a batch.
+    """
+    total = Walk(0, np.zeros(collate.ttt_steps, dtype=np.int64))
+    for prompt in prompts:
+        ids = prompt[None].to(target.device)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        text = target.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].cpu().numpy()
+        batch = collate([{"input_ids": text, "loss_mask": np.arange(len(text)) >= len(prompt)}])
+        total += walk_batch(find_hits(batch), batch, is_cut=len(text) == len(prompt) + max_new_tokens)
     return total

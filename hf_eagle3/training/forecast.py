@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
+from .sizes import find_size, layer_configs
 from .ttt import CHUNK_ELEMENTS
 
 # Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
@@ -23,6 +24,8 @@ SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12
 UTILISATION = 0.70
 STATE_BYTES = 18  # a trained weight: float32 itself, two Adam moments, gradient; and a bf16 copy for arithmetic
 HALF = 2  # bytes of a number in bf16
+# Kinds of layers whose cost of a token does not grow with those before it; "mamba" up to Transformers 5.17.
+NOT_ATTENDING = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
 
 
 @dataclass(frozen=True)
@@ -85,34 +88,32 @@ class TargetShape:
     """What of a target's forward costs time."""
 
     active: float  # weights that take part in one token's forward: without embeddings, with the experts it goes to
-    heads_width: int
-    windows: tuple[int | None, ...]  # by layer, the sliding window; None sees all
+    attending: tuple[
+        tuple[int, int | None], ...
+    ]  # by layer that attends: width of all heads, and window; None sees all
 
     @classmethod
     def of(cls, target: PreTrainedModel) -> "TargetShape":
         """The shape of `target`; of one with quantised weights, as many as they have elements."""
         config = target.config.get_text_config(decoder=True)
         embeddings, head = target.get_input_embeddings(), target.get_output_embeddings()
-        experts = next(
-            (
-                n
-                for name in ("num_local_experts", "num_experts", "n_routed_experts")
-                if (n := getattr(config, name, 0))
-            ),
-            0,
-        )
-        share = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1
+        experts = find_size(config, "num_local_experts", "num_experts", "n_routed_experts")
+        share = (find_size(config, "num_experts_per_tok") or experts) / experts if experts else 1
         active = 0.0
         for name, weight in target.named_parameters():
             active += weight.numel() * (share if ".experts." in name and weight.dim() > 1 else 1)
         if embeddings is not None and (head is None or embeddings.weight is not head.weight):
             active -= embeddings.weight.numel()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-        return cls(active, heads * head_dim, windows)
+        layers = zip(kinds, layer_configs(config), strict=False)
+        return cls(active, tuple(attention_of(kind, layer) for kind, layer in layers if kind not in NOT_ATTENDING))
+
+
+def attention_of(kind: str, layer: PreTrainedConfig) -> tuple[int, int | None]:
+    """Width of all heads and window of a layer of `kind`, by its config; 0 and None where there are no heads."""
+    heads = find_size(layer, "num_attention_heads") or 0
+    head_dim = find_size(layer, "head_dim") or (layer.hidden_size // heads if heads else 0)
+    return heads * head_dim, find_size(layer, "sliding_window") if "sliding" in kind else None
 
 
 def drafter_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0, *, recomputed: bool = False) -> float:
@@ -145,8 +146,8 @@ def backward_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0, *,
 
 def target_flops(shape: TargetShape, T: float) -> float:
     """Operations a token of the target's forward over a document of T tokens."""
-    seen = sum(T if window is None else min(T, 2 * window) for window in shape.windows)
-    return 2 * shape.active + 2 * seen * shape.heads_width
+    attention = sum(width * (T if window is None else min(T, 2 * window)) for width, window in shape.attending)
+    return 2 * shape.active + 2 * attention
 
 
 def activation_bytes(

@@ -85,7 +85,7 @@ def make_drafter(
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
-    if args.aux_layer_ids is None and len({2, n // 2, n - 3}) < 3:  # as a config without them is read
+    if args.aux_layer_ids is None and (n < 3 or len({2, n // 2, n - 3}) < 3):  # as a config without them is read
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
             f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."

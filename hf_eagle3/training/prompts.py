@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..plain import decode_plainly
 from ..processes import Team
-from .conversations import Message, read_messages
+from .conversations import Message, content_text, read_messages, read_tools
 from .files import append_rows, keep_lines, read_rows, read_whole_lines
 from .rendering import MARKER, ChatRenderer, find_end
 
@@ -40,8 +40,8 @@ class Prompt(NamedTuple):
     @property
     def user_texts(self) -> list[str]:
         """All that the user says."""
-        said = [message.get("content") for message in self.messages if message["role"] == "user"]
-        return [text for text in said if isinstance(text, str)] + list(self.later)
+        said = [content_text(message.get("content")) for message in self.messages if message["role"] == "user"]
+        return [text for text in said if text] + list(self.later)
 
     @property
     def fingerprint(self) -> str:
@@ -68,9 +68,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _read_prompt(row: Mapping[str, Any]) -> Prompt:
-    tools, source = row.get("tools"), row.get("source")
-    if isinstance(tools, str):
-        tools = json.loads(tools)
+    tools, source = read_tools(row.get("tools")), row.get("source")
     if row.get("turns"):
         if not all(isinstance(turn, str) for turn in row["turns"]):
             raise ValueError(f"turns must be a list of what the user says, got {row['turns']!r:.80}.")
@@ -91,7 +89,7 @@ def _read_prompt(row: Mapping[str, Any]) -> Prompt:
             f"the conversation must end with the user's turn, or be of user and assistant only; its roles are {roles}."
         )
     first = roles.index("user")
-    later = tuple(message["content"] for message in messages[first + 1 :] if message["role"] == "user")
+    later = tuple(content_text(message["content"]) for message in messages[first + 1 :] if message["role"] == "user")
     return Prompt(messages[: first + 1], later, source, tools)
 
 

@@ -11,6 +11,7 @@ from .state_writer import fingerprint_data
 from .vocabulary import vocabulary_fingerprint
 
 FILE_NAME = "hf_eagle3_recipe.json"
+ALL_THE_SAME = "ignore_recipe_mismatch=True resumes all the same."
 SHAPE = (
     *("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual", "num_hidden_layers", "hidden_size"),
     *("intermediate_size", "draft_vocab_size"),
@@ -44,26 +45,38 @@ def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     (folder / FILE_NAME).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
-def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """The recipe of a checkpoint; None if it has none."""
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of a checkpoint.
+
+    Raises:
+        ValueError: It has none, or one that cannot be read.
+    """
     path = folder / FILE_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {FILE_NAME}, so how it was trained is not known. {ALL_THE_SAME}")
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}), so how it was trained is not known. {ALL_THE_SAME}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is damaged: expected a table, got {recipe!r:.60}. {ALL_THE_SAME}")
+    return recipe
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Compare the recipe in `folder`, if there is one, with that of now.
+    """Compare the recipe in `folder` with that of now. What either does not know (null) is not compared.
 
     Raises:
-        ValueError: They differ; the message names the fields.
+        ValueError: They differ, or there is none; the message names the fields.
     """
-    stored = read_recipe(folder) or {}
+    stored = read_recipe(folder)
     other = [
-        f"{name} was {stored[name]!r}, and is {recipe[name]!r}"
+        f"{name} was {stored[name]!r}, and is {recipe[name]!r}" if name in stored else f"{name} was not written down"
         for name in recipe
-        if stored.get(name) is not None and recipe[name] is not None and stored[name] != recipe[name]
+        if name not in stored or (None not in (stored[name], recipe[name]) and stored[name] != recipe[name])
     ]
     if other:
         raise ValueError(
             f"{folder} was trained in another way: {'; '.join(other)}. Go on with what it was trained with, or start "
-            "from its weights (model=...) instead of resuming. ignore_recipe_mismatch=True resumes all the same."
+            f"from its weights (model=...) instead of resuming. {ALL_THE_SAME}"
         )

@@ -7,16 +7,36 @@ thinking, each turn gets a row of its own, with the history as it was served.
 """
 
 import datetime
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import Conversation, Message, read_messages
+from .conversations import Conversation, Message, content_text, part_texts, read_messages
 
+# Short conversations that a template is tried with.
+USER: Message = {"role": "user", "content": "x"}
+CALL_ID = "abcdefghi"  # nine letters, as Mistral's templates ask for
+CALL_ARGUMENTS = {"x": "y"}
+CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": CALL_ID, "function": {"name": "f", "arguments": CALL_ARGUMENTS}}],
+}
+RESULT = {"tool_call_id": CALL_ID, "name": "f"}
+# By role: messages before one of it, its other keys, and messages after.
+PROBES: Mapping[str, tuple[list[Message], Mapping[str, Any], list[Message]]] = {
+    "system": ([], {}, [USER]),
+    "developer": ([], {}, [USER]),
+    "assistant": ([USER], {}, []),
+    "tool": ([USER, CALL], RESULT, []),
+    "ipython": ([USER, CALL], RESULT, []),
+}
 DATE = datetime.date(2026, 1, 1)  # what a template that asks for the date gets: the same in every run
 MARKER = "\ue000turn\ue001"  # private use: no template and no scaffold begins like it
 THOUGHT = "\ue002thought\ue003"  # the same, for reasoning
@@ -89,21 +109,77 @@ class ChatRenderer:
         Raises:
             ValueError: The template refuses them, or there is no template.
         """
-        template = self.tokenizer.get_chat_template(None, tools=tools)
-        if "strftime_now" in template:
-            template = _date_macro(self.date) + template
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
+            return self._apply(
+                [self._as_served(message) for message in messages],
                 tools=tools,
-                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
-                tokenize=False,
                 **{**self.template_kwargs, **(template_kwargs or {})},
             )
         except (TemplateError, TypeError) as error:
             roles = [message["role"] for message in messages]
             raise ValueError(f"The chat template cannot render the roles {roles}: {error}") from error
+
+    def _apply(self, messages: Sequence[Message], *, tools: list[Any] | None = None, **kwargs: Any) -> str:
+        """What the template makes of `messages` as they are."""
+        template = self.tokenizer.get_chat_template(None, tools=tools)
+        if "strftime_now" in template:
+            template = _date_macro(self.date) + template
+        return self.tokenizer.apply_chat_template(
+            list(messages), tools=tools, chat_template=template, tokenize=False, **kwargs
+        )
+
+    # ---- what the template wants ----
+
+    def _as_served(self, message: Message) -> Message:
+        """`message` as engines give it to this template: content in parts as one text where it wants text.
+
+        Engines give arguments of tool calls as objects. A template that adds them to text would fail at them, or write
+        them as Python does; it gets JSON text, which is what the target writes.
+
+        Raises:
+            ValueError: The content has a part that is no text.
+        """
+        served = dict(message)
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            parts = [{"type": "text", "text": text} for text in part_texts(content)]
+            served["content"] = parts if self._takes_parts(message["role"]) else content_text(content)
+        if message.get("tool_calls") and self._wants_json_text:
+            served["tool_calls"] = [_with_json_text(call) for call in message["tool_calls"]]
+        return served
+
+    def _takes_parts(self, role: str) -> bool:
+        """Whether content in parts comes out of the template as the same content in one text does."""
+        if role not in self._parts_by_role:
+            before, about, after = PROBES.get(role, ([], {}, []))
+            as_text, as_parts = (
+                self._try([*before, {"role": role, "content": content, **about}, *after])
+                for content in (MARKER, [{"type": "text", "text": MARKER}])
+            )
+            is_text_known = as_text is not None and MARKER in as_text
+            self._parts_by_role[role] = as_parts == as_text if is_text_known else as_parts is not None
+        return self._parts_by_role[role]
+
+    @cached_property
+    def _parts_by_role(self) -> dict[str, bool]:
+        return {}
+
+    @cached_property
+    def _wants_json_text(self) -> bool:
+        """Whether the template cannot write the arguments of a tool call from an object."""
+        as_object = self._try([USER, CALL])
+        if as_object is not None and str(CALL_ARGUMENTS) not in as_object:  # as Python would write them
+            return False
+        as_text = self._try([USER, {**CALL, "tool_calls": list(map(_with_json_text, CALL["tool_calls"]))}])
+        return as_text is not None and as_text != as_object
+
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        """What the template makes of `messages`; None if it raises."""
+        try:
+            return self._apply(messages, **self.template_kwargs)
+        except (TemplateError, TypeError):
+            return None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of rendered `text`, which has its special tokens already."""
@@ -115,6 +191,7 @@ class ChatRenderer:
         Raises:
             ValueError: The renderings without and with the message do not show where its prompt ends.
         """
+        conversation = conversation._replace(messages=list(map(self._as_served, conversation.messages)))
         before = self._render_part(conversation, number, add_generation_prompt=True)
         through = self._render_part(conversation, number + 1)
         if not through.startswith(before):
@@ -207,9 +284,7 @@ class ChatRenderer:
     @staticmethod
     def _check_answer(message: Message, number: int, text: str) -> None:
         """Raise ValueError if the template left out of `text` what the assistant says."""
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(part.get("text") or "" for part in content)
+        content = content_text(message.get("content"))
         said = [content.strip().split("\n")[-1]]
         said += [str(message[key]).strip().split("\n")[-1] for key in REASONING_KEYS if message.get(key)]
         said += [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
@@ -283,6 +358,14 @@ def tokenize_conversation(
         ValueError: No assistant turn, or a template that does not show what it adds for one.
     """
     return merge_turns(find_turns(Conversation(read_messages(list(messages))), ChatRenderer(tokenizer, eos_token_ids)))
+
+
+def _with_json_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as JSON text."""
+    arguments = call["function"]["arguments"]
+    if isinstance(arguments, str):
+        return dict(call)
+    return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 def _like(message: Message, text: str) -> dict[str, Any]:

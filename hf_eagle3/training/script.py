@@ -17,6 +17,7 @@ from .stored_states import StoredStates
 from .trainer import Eagle3Trainer
 
 FILE_SUFFIXES = (".jsonl", ".json", ".gz")
+SWITCHES: Mapping[str, bool] = {"true": True, "false": False}  # in place of a name
 
 DESCRIPTION = """Train an EAGLE-3 drafter for a target, from scratch or from a drafter you have. Any option can also be
 a line of a YAML file, given by --config; what is typed counts more."""
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     if is_first:
         sys.stderr.write(f"{trainer.forecast()}\n")
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    trainer.train(resume_from_checkpoint=SWITCHES.get(str(resume).lower(), resume))
     metrics = trainer.evaluate() if eval_rows is not None else {}
     if metrics:
         trainer.save_metrics("eval", metrics)

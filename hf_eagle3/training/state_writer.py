@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.utils import logging
 from ..modeling import Eagle3DrafterModel
 from .data import TokenDataset, check_token_ids
 from .loading import end_tokens
+from .locks import only_writer
 from .states import OnlineStates
 from .stored_states import (
     AUX,
@@ -133,7 +135,7 @@ def default_aux_layer_ids(target: PreTrainedModel) -> tuple[int, ...]:
     """
     n = target.config.get_text_config(decoder=True).num_hidden_layers
     ids = tuple(sorted({2, n // 2, n - 3}))
-    if len(ids) < 3:
+    if len(ids) < 3 or n < 3:
         raise ValueError(
             f"In a target of {n} layers the usual boundaries 2, n/2 and n-3 are {list(ids)}, not three. Give aux_layer_ids."
         )
@@ -191,7 +193,7 @@ class StateWriter:
         self._source = OnlineStates(target, self._boundaries, batch_tokens)
         if self._source.head.weight is None:
             self._refuse_head()
-        self._aux_bytes = max(1, len(self._boundaries)) * self._last_bytes
+        self._aux_bytes = max(1, len(self._boundaries)) * self._text.hidden_size * self._dtype.itemsize
         self._plan = plan_shards(self._dataset, self._aux_bytes, self._last_bytes, shard_size)
 
     def _tokenize(self, dataset: Iterable[Mapping[str, Any]], max_length: int | None) -> TokenDataset:
@@ -212,8 +214,14 @@ class StateWriter:
         return dataset
 
     @property
+    def _last_size(self) -> int:
+        """What the head reads, which may be narrower than the layers (OPT 350M)."""
+        head = self._source.head.weight
+        return self._text.hidden_size if head is None else head.shape[-1]
+
+    @property
     def _last_bytes(self) -> int:
-        return self._text.hidden_size * self._dtype.itemsize
+        return self._last_size * self._dtype.itemsize
 
     def _resolve(self, given: Eagle3DrafterModel | Sequence[int] | None) -> tuple[int, ...]:
         if isinstance(given, Eagle3DrafterModel):
@@ -256,18 +264,28 @@ class StateWriter:
         Raises:
             StoredStatesError: The folder has states of something else.
             FileExistsError: The folder has other things in it.
+            FolderInUseError: Another run writes to it.
             OSError: The disk is too small, or became full; what is written is kept, and can be gone on from.
             ValueError: States that are not finite, or with which the head does not say what the target says.
         """
-        manifest = self._begin()
-        names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
-        todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
-        if not todo:
-            logger.info(f"{self._folder} is complete.")
-            return self._folder
-        self._check_space(todo)
-        self._check_sample()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if self._folder.is_dir():
+                stack.enter_context(only_writer(self._folder))
+            manifest = self._begin()
+            names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
+            todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
+            if not todo:
+                logger.info(f"{self._folder} is complete.")
+                return self._folder
+            self._check_space(todo)
+            self._check_sample()
+            if not self._folder.is_dir():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(self._folder))
+            self._write_all(manifest, todo)
+        return self._folder
+
+    def _write_all(self, manifest: dict[str, Any], todo: Collection[str]) -> None:
         for leftover in self._folder.glob(f"*{TMP}"):
             leftover.unlink()
         for name in todo:
@@ -279,7 +297,6 @@ class StateWriter:
             head = {name: tensor.contiguous().cpu() for name, tensor in self._head.items()}
             self._write_tensors(HEAD, head, manifest, todo)
         self._write_shards(manifest, todo)
-        return self._folder
 
     # ---- before writing ----
 
@@ -334,6 +351,7 @@ class StateWriter:
             "last_hidden_states": "after the final norm",
             "dtype": str(self._dtype).removeprefix("torch."),
             "hidden_size": self._text.hidden_size,
+            "last_size": self._last_size,
             "vocab_size": self._text.vocab_size,
             "num_documents": len(self._plan.lengths),
             "num_tokens": int(self._plan.lengths.sum()),
@@ -491,7 +509,7 @@ class StateWriter:
 
     def _shard(self, members: range, bar: tqdm) -> tuple[dict[str, Tensor], dict[int, str]]:
         """The states of consecutive documents, one behind the other, and those that are not finite, with where."""
-        plan, width = self._plan, self._text.hidden_size
+        plan, width = self._plan, self._last_size
         aux = torch.empty(int(plan.num_aux[members].sum()), self._aux_bytes // self._dtype.itemsize, dtype=self._dtype)
         last = torch.empty(int(plan.num_last[members].sum()), width, dtype=self._dtype)
         aux_done = last_done = 0

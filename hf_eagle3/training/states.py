@@ -1,11 +1,12 @@
 """The target's hidden states of a batch: what a drafter reads, and what the target's head reads."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -81,7 +82,8 @@ class OnlineStates:
         has_kernels = use_kernels and not self._is_shared
         self._kernels: AbstractContextManager[None] = FusedElements(target) if has_kernels else nullcontext()
         self.head = TargetHead.of(target)
-        self._is_checked, self._packs = False, packs
+        self._counts_length = rotates_by_length(target)
+        self._is_checked, self._packs = False, False if self._counts_length else packs
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -118,7 +120,7 @@ class OnlineStates:
         lengths = batch["lengths"]
         documents = torch.from_numpy(batch["tokens"]).split(lengths)
         if not self._is_checked:
-            self._check_head(documents[0][None, :64].to(self._target.device))
+            self._check_target(documents[0][None, :64].to(self._target.device))
         if self._packs is None:
             self._packs = self._can_pack(documents)
         run = self._run_packed if self._packs and len(documents) > 1 else self._run_side_by_side
@@ -132,10 +134,11 @@ class OnlineStates:
         lengths = [len(document) for document in documents]
         aux: list[Tensor] = [documents[0]] * len(documents)
         last = list(aux)
-        for group in group_by_length(lengths, self._max_tokens):
+        for group in group_by_length(lengths, self._max_tokens, 0 if self._counts_length else MAX_PADDING):
             rows = torch.nn.utils.rnn.pad_sequence([documents[i] for i in group], batch_first=True)  # [b, T]
             if device.type == "cuda":
-                rows = F.pad(rows, (0, -rows.shape[1] % LENGTH_STEP)).pin_memory()
+                step = 1 if self._counts_length else LENGTH_STEP
+                rows = F.pad(rows, (0, -rows.shape[1] % step)).pin_memory()
             group_aux, group_last = self._run(rows.to(self._target.device, non_blocking=True), device)
             for row, i in enumerate(group):
                 aux[i], last[i] = group_aux[row, : lengths[i]], group_last[row, : lengths[i]]
@@ -184,24 +187,56 @@ class OnlineStates:
             if self.head.weight is None:
                 last = self._target(input_ids=rows, use_cache=False, **positions).logits
             else:
-                decoder = find_layers(self._target)[0]
-                last = decoder(input_ids=rows, use_cache=False, **positions).last_hidden_state
-            return recorder.take(device), last.to(device)
+                last = find_text_model(self._target)(input_ids=rows, use_cache=False, **positions).last_hidden_state
+            aux = recorder.take(device)
+        if aux.shape[:-1] != rows.shape:
+            raise ValueError(
+                f"A drafter reads one state [B, T, H] of its target at each boundary, and the layers of "
+                f"{type(self._target).__name__} hand on several streams: {list(aux.shape)} where {list(rows.shape)} tokens "
+                "were run. No drafter can be trained for it."
+            )
+        return aux, last.to(device)
 
-    def _check_head(self, row: Tensor) -> None:
-        """Take logits as the target gives them, from now on, if its head applied from outside gives others."""
+    def _check_target(self, row: Tensor) -> None:
+        """Try the target on `row` [1, T].
+
+        Where its head applied from outside gives other logits, they are taken as the target gives them from now on.
+
+        Raises:
+            ValueError: What it says of a token depends on later ones.
+        """
         self._is_checked = True
-        if self.head.weight is None:
-            return
         with sdpa_kernel(KERNELS, set_priority=True):
-            last = find_layers(self._target)[0](input_ids=row, use_cache=False).last_hidden_state
             logits = self._target(input_ids=row, use_cache=False).logits
+            self._refuse_lookahead(row, logits)
+            if self.head.weight is None:
+                return
+            last = find_text_model(self._target)(input_ids=row, use_cache=False).last_hidden_state
         if not self.head.check(last[0], logits[0]):
             logger.warning(
                 f"{type(self._target).__name__} does more than a linear layer to its last hidden states, so all of its "
                 "logits are kept in memory while training: correct, but larger and slower."
             )
             self.head = TargetHead(None, None, self.head.vocab_size)
+
+    def _refuse_lookahead(self, row: Tensor, logits: Tensor) -> None:
+        """Compare `logits` [1, T, V] of `row` with those of a row that ends with another token."""
+        other = row.clone()
+        other[:, -1] = (other[:, -1] + 1) % self.head.vocab_size
+        ours, theirs = (x[0, :-1].float() for x in (logits, self._target(input_ids=other, use_cache=False).logits))
+        if float((ours - theirs).norm()) > 8 * torch.finfo(logits.dtype).eps * float(ours.norm()):
+            raise ValueError(
+                f"{type(self._target).__name__} is not causal: what it says of a token depends on the tokens after it, "
+                "which are not there yet when it generates. Load it as a decoder (is_decoder=True in its config, if it "
+                "was trained as one), or choose another target."
+            )
+
+
+def find_text_model(target: PreTrainedModel) -> nn.Module:
+    """The part of `target` from token ids to the last hidden states, which its head reads."""
+    module = find_layers(target)[0]
+    # In encoders that may be decoders (BERT), layers lie in a module that takes embeddings.
+    return module if "input_ids" in inspect.signature(module.forward).parameters else target.get_decoder()
 
 
 def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
@@ -215,14 +250,21 @@ def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[slice]:
     yield slice(first, len(lengths))
 
 
-def group_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Documents to run side by side: as many as fit, as long as padding stays below `MAX_PADDING`."""
+def rotates_by_length(target: PreTrainedModel) -> bool:
+    """Whether the angles of `target` depend on the longest text of a forward, so that a short one must not be padded."""
+    rope = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    sets = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in sets)
+
+
+def group_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = MAX_PADDING) -> Iterator[list[int]]:
+    """Documents to run side by side: as many as fit, as long as padding is no larger share than `max_padding`."""
     group: list[int] = []
     used = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         width = lengths[group[0]] if group else lengths[i]
         total = width * (len(group) + 1)
-        if group and (total > max_tokens or total - used - lengths[i] > MAX_PADDING * total):
+        if group and (total > max_tokens or total - used - lengths[i] > max_padding * total):
             yield group
             group, used = [], 0
         group.append(i)

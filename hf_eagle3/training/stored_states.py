@@ -188,7 +188,8 @@ class Documents:
         self._counts = {AUX: columns["num_aux"], LAST: columns["num_last"]}  # [D]
         self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
         width = manifest["hidden_size"]
-        self.widths = {AUX: width * max(1, len(manifest["aux_layer_ids"])), LAST: width}
+        # Folders of earlier versions do not have last_size.
+        self.widths = {AUX: width * max(1, len(manifest["aux_layer_ids"])), LAST: manifest.get("last_size", width)}
         self._open: dict[int, dict[str, Any]] = {}  # by shard: safetensors' slices
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,9 +1,11 @@
 """`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, enable_full_determinism, get_last_checkpoint, set_seed
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    SaveStrategy,
+    enable_full_determinism,
+    rotate_checkpoints,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ..checkpoints.card import write_card
+from ..checkpoints.convert import check_rope
 from ..checkpoints.exporter import describe_target
+from ..choice import why_not_target
 from ..modeling import Eagle3DrafterModel
 from ..peers import find_peers, is_spread
 from ..refusals import is_drafter, refuse_other_models
@@ -29,6 +41,15 @@ from .acceptance import Walk
 from .arguments import Eagle3TrainingArguments
 from .batch import Batch, Collator, live_steps
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
+from .checkpointing import (
+    SAVING,
+    STATE_FILE,
+    check_whole,
+    find_whole_checkpoint,
+    publish,
+    replacing_files,
+    tidy,
+)
 from .data import TokenDataset, check_token_ids, trains_something
 from .distributed import (
     base_drafter,
@@ -49,6 +70,7 @@ from .evaluation import (
     add_walks,
     by_step,
     generate_and_count,
+    generate_and_walk,
     prompts_of,
     simulated_acceptance_length,
     walk_batch,
@@ -64,6 +86,7 @@ from .loading import (
     place_target,
     refuse_empty_models,
 )
+from .locks import only_writer
 from .losses import LOSSES
 from .packing import PackedDataset
 from .recipe import check_recipe, describe_recipe, write_recipe
@@ -79,6 +102,14 @@ logger = logging.get_logger(__name__)
 POSITION_FILE = "hf_eagle3_position.json"  # where in the data a checkpoint stands
 OPTIMIZER_FILE, SCHEDULER_FILE, WEIGHTS_FILE = "optimizer.pt", "scheduler.pt", "model.safetensors"  # as the host's
 ALPHA_FILE = "mean_alpha.json"
+CARD = "README.md"
+# What the host's Trainer takes and a drafter's does not honour: what to do instead.
+UNHONOURED: Mapping[str, str] = {
+    "data_collator": "rows become batches in one way, by documents and slots",
+    "model_init": "give model, or none for a new drafter",
+    "compute_loss_func": "choose a loss by loss_type",
+    "preprocess_logits_for_metrics": "compute_metrics is given sums over the whole evaluation, and no logits",
+}
 FORECAST_ROWS = 1000  # looked at for a forecast
 
 
@@ -129,7 +160,7 @@ class Eagle3Trainer(Trainer):
         if target_model is None and states is None:
             raise ValueError("Eagle3Trainer needs target_model: the model whose output the drafter learns to propose.")
         args = Eagle3TrainingArguments() if args is None else args
-        _refuse_settings(args)
+        _refuse_settings(args, kwargs)
         # The host does so later, when a new drafter and adapters have drawn their weights.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         if processing_class is None and isinstance(target_model, str):
@@ -224,6 +255,7 @@ class Eagle3Trainer(Trainer):
         self._guard = FiniteGuard(self.accelerator, Path(args.output_dir))
         self._average: Average | None = None
         self._resumed: Path | None = None  # the checkpoint that training goes on from
+        self._is_saving = False  # whether a checkpoint is being written
         self._log = TrainLog()
         self._alphas = torch.zeros(2, args.ttt_steps, device=args.device)  # alpha and live slots of this update
         own_configs.restore()
@@ -340,15 +372,49 @@ class Eagle3Trainer(Trainer):
             ValueError: It was not.
             FloatingPointError: The loss became NaN or infinite; its batch is in `output_dir`.
         """
-        folder = resume_from_checkpoint or None
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-            if folder is None:
-                raise ValueError(f"There is no checkpoint to resume from in {self.args.output_dir}.")
-        self._resumed = Path(folder) if folder else None
-        if self._resumed is not None and not self.args.ignore_recipe_mismatch:
-            check_recipe(self._resumed, self._recipe)
-        return super().train(resume_from_checkpoint=folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        with ExitStack() as stack:
+            if self.args.save_strategy != SaveStrategy.NO:
+                self._first(lambda: self._prepare_output(stack))
+            self._resumed = self._first(lambda: self._find_checkpoint(resume_from_checkpoint))
+            if self._resumed is not None and not self.args.ignore_recipe_mismatch:
+                check_recipe(self._resumed, self._recipe)
+            folder = None if self._resumed is None else str(self._resumed)
+            return super().train(folder, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _prepare_output(self, stack: ExitStack) -> None:
+        """Lock `output_dir` until `stack` closes, and clear up after a run that was killed."""
+        folder = Path(self.args.output_dir)
+        stack.enter_context(only_writer(folder))
+        tidy(folder)
+
+    def _find_checkpoint(self, asked: str | bool | None) -> Path | None:
+        """The whole checkpoint that is asked for by name, or by True for the newest."""
+        if not asked:
+            return None
+        if asked is True:
+            return find_whole_checkpoint(Path(self.args.output_dir))
+        check_whole(Path(asked))
+        return Path(asked)
+
+    def _first(self, function: Callable[[], Any]) -> Any:
+        """What `function` gives in the first process, for all; what it raises is raised in all."""
+        found: list[Any] = [None, None]  # its result, and its error
+        if self.is_world_process_zero():
+            try:
+                found[0] = function()
+            except (ValueError, OSError) as error:
+                found[1] = error
+        result, wrong = broadcast_object_list(found)
+        if wrong is not None:
+            raise wrong
+        return result
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # Any: the host's
+        """As the host's, which would go one update beyond the last if a run was killed after its last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def begin(self) -> None:
         """Before the first update, when weights are wrapped and loaded."""
@@ -456,6 +522,18 @@ class Eagle3Trainer(Trainer):
                 self._average.swap()
             self._log.pause(time.perf_counter() - start)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """There is nothing to predict.
+
+        Raises:
+            ValueError: Always; the message says what to call.
+        """
+        del args, kwargs
+        raise ValueError(
+            "A drafter predicts what its target says next, and has no predictions of rows. trainer.evaluate(rows) measures "
+            "how many of them the target accepts; generate(assistant_model=...) uses them."
+        )
+
     @torch.no_grad()
     def evaluation_loop(
         self,
@@ -521,17 +599,37 @@ class Eagle3Trainer(Trainer):
         """Rounds of greedy decoding from the prompts of the first of `rows`, by all processes together."""
         args, target = self.args, self.target_model
         assert target is not None  # asked before
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
-        served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
-        prompts = list(prompts_of(rows, args.eval_generate_prompts))
         index, count = number_targets(target, self.accelerator)
-        mine = prompts[index::count]  # where processes share a target, each counts the same rounds
+        mine = list(prompts_of(rows, args.eval_generate_prompts))[index::count]
         is_quiet = args.disable_tqdm or args.local_process_index > 0
         bar = tqdm(mine, desc="Generating", disable=is_quiet, leave=False)
-        return add_walks(
-            generate_and_count(target, served, bar, args.eval_depth, args.eval_max_new_tokens), self.accelerator
+        # Where processes share a target, each counts the same rounds.
+        return add_walks(self._decode(target, bar), self.accelerator)
+
+    def _decode(self, target: PreTrainedModel, prompts: Iterable[Tensor]) -> Walk:
+        """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
+        why_not = why_not_target(target, self.drafter)
+        if why_not is None:
+            served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
+            return generate_and_count(target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
+        logger.warning_once(
+            f"{why_not}: in evaluation the target answers by itself, and acceptance lengths are walked along its greedy "
+            "answers, which gives what decoding with the drafter would."
         )
+        served = served_copy(model, torch.float32, args.device).bind(target)
+        nothing = torch.zeros(args.eval_depth, device=args.device)
+        method = Method(LOSSES["cross_entropy"], nothing, nothing)
+
+        def find_hits(batch: Batch) -> Tensor:
+            batch = self._place(batch)
+            states = self._source.states(batch)
+            with self.accelerator.autocast():
+                return ttt(served, batch, states, self._source.head, self._vocabulary, method)[1].hits
+
+        collate = Collator(args.eval_depth, every_slot=self.drafter.config.num_hidden_layers > 1)
+        return generate_and_walk(target, prompts, args.eval_max_new_tokens, collate, find_hits)
 
     def _place(self, inputs: Batch) -> Batch:
         """`inputs` on this process's device."""
@@ -554,10 +652,61 @@ class Eagle3Trainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def _get_output_dir(self, trial: Any) -> str:  # Any: the host's
+        """Where checkpoints go; while one is written, a folder beside."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / SAVING) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # Any: the host's
+        """As the host's, beside its place; once all processes have written their files, it is renamed."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            write_recipe(Path(output_dir or self.args.output_dir), self._recipe)
+            shutil.rmtree(run_dir / SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        self._publish(run_dir / SAVING / name, run_dir / name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(str(run_dir), limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _publish(self, folder: Path, place: Path) -> None:
+        """Rename a checkpoint that is written. All processes must call."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == folder:
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / STATE_FILE))
+        self.accelerator.wait_for_everyone()
+        # Files of processes on another machine, with a disk of its own, follow.
+        for is_mine in (self.args.should_save, self.is_local_process_zero()):
+            if is_mine and folder.exists():
+                publish(folder, place)
+                shutil.rmtree(folder.parent, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the host's, when the checkpoint is in its place."""
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the host's, with how it was trained; each file takes the place of an earlier one at once."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with replacing_files(folder) as beside:
+            if (card := folder / CARD).exists():  # PEFT adds to the one that is there
+                shutil.copy(card, beside)
+            super()._save(str(beside), state_dict)
+            write_recipe(beside, self._recipe)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -706,13 +855,20 @@ class TrainLog:
         }
 
 
-def _refuse_settings(args: Eagle3TrainingArguments) -> None:
+def _refuse_settings(args: Any, options: Mapping[str, Any]) -> None:  # Any: whatever was given as args
     if args.n_gpu > 1:
         raise ValueError(
             f"This process sees {args.n_gpu} GPUs and would use them all by DataParallel, which cannot train a drafter. "
             f"Start a process for each: accelerate launch --num_processes {args.n_gpu} {Path(sys.argv[0]).name} ...; or "
             "set CUDA_VISIBLE_DEVICES to one GPU."
         )
+    if not isinstance(args, Eagle3TrainingArguments):
+        raise TypeError(
+            f"args must be Eagle3TrainingArguments, which has the host's fields and those of TTT, got {type(args).__name__}."
+        )
+    args.refuse_unhonoured()
+    if refused := [f"{name}: {UNHONOURED[name]}" for name in UNHONOURED if options.get(name) is not None]:
+        raise ValueError(f"Eagle3Trainer does not take {'; '.join(refused)}. Leave that out.")
 
 
 def _check_drafter(drafter: Any, will_adapt: bool) -> None:  # whatever was given as model
@@ -732,6 +888,7 @@ def _check_drafter(drafter: Any, will_adapt: bool) -> None:  # whatever was give
             f"Train the drafter in float32 (load it with dtype=torch.float32), got {drafter.dtype}: half precision "
             "rounds small updates away. Use bf16=True for fast arithmetic."
         )
+    check_rope(drafter.config)
     if drafter.config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             "TTT needs an attention that takes its mask: load the drafter with attn_implementation='sdpa', got "
