@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,9 +292,11 @@ def test_without_kernels_nothing_is_replaced_and_they_say_why():
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs them")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("which", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_kernel_shapes.py"))]
+    command = [sys.executable, "-m", "pytest", *files, "-m", which, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
