@@ -174,8 +174,8 @@ def test_chunked_prompts_and_caches_of_earlier_turns(name, further):
     answers = []
     for options in ({}, {"assistant_model": drafter}):
         cache = DynamicCache(config=target.config)
-        options = {**options, **further, CACHE_NAME: cache, "max_new_tokens": 9, **GREEDY}
-        one = target.generate(first, **options)
+        options = {**options, CACHE_NAME: cache, "max_new_tokens": 9, **GREEDY}
+        one = target.generate(first, **options, **further)
         two = target.generate(torch.cat([one, more], dim=1), **options)
         answers.append((two.tolist(), cache.get_seq_length()))
     assert answers[0] == answers[1]

@@ -373,6 +373,19 @@ def test_writing_equals_its_twin(D, D_v):
 
 
 @pytest.mark.gpu
+def test_writing_into_a_wider_cache():
+    """Autocast makes values narrower than what the host keeps them in."""
+    rows, new = torch.zeros(2, 9, 1, 16, device=DEVICE), random(2, 1, 4, 16)
+    start = torch.tensor([0, 5], device=DEVICE)
+    expected = (rows.clone(), rows.clone())
+    write_rows_eager(*expected, new, new.to(HALF), start)
+    found = (rows.clone(), rows.clone())
+    write_rows(*found, new, new.to(HALF), start)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[1][1, 5:, 0], new.to(HALF).float()[1, 0])
+
+
+@pytest.mark.gpu
 @pytest.mark.slow  # in the interpreter
 def test_values_narrower_than_keys_in_whole_rounds(monkeypatch):
     """DeepSeek-V3's attention, written and read by kernels: captured on a GPU, recorded and run again elsewhere."""
