@@ -17,8 +17,10 @@ from .cache import CACHE_NAME
 from .row_attention import StandIn, attend_as_loaded, make_own_mask, own_attention, weigh
 
 TRIED = "eagle3_tried"  # the name in a config while its attention is tried
-# Functions of the host: softmax attention with the scale, window, soft cap and sinks that a layer hands over.
-KNOWN = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
+# Softmax attention with the scale, window, soft cap and sinks that a layer hands over, by its function or its name. Any
+# flash attention is, and kernels of it: that is how the host tells them, too.
+KNOWN_FUNCTIONS = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
+KNOWN_NAMES = ("eager", "sdpa", "flex_attention")
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # how far results may be apart, as a share of their size
 COARSE = 3e-2  # likewise in 16 bits
 PROMPT_TOKENS = 8
@@ -52,7 +54,7 @@ def why_not_ours(target: PreTrainedModel) -> str | None:
     name = own_attention(config)
     functions = AttentionInterface()
     function = functions.get(name)
-    if name == "eager" or function in KNOWN:
+    if name in KNOWN_NAMES or "flash" in name or function in KNOWN_FUNCTIONS:
         return None
     with _one_trial:
         found = _found.setdefault(target, {})

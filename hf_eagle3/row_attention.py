@@ -45,7 +45,7 @@ class StandIn(str):
 
 def own_attention(config: PreTrainedConfig) -> str:
     """The name of the attention that a model was loaded with, also while rounds attend by ours."""
-    name = config._attn_implementation
+    name = config._attn_implementation or "eager"  # as layers take what nobody has set
     return getattr(name, "own", name)
 
 

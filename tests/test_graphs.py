@@ -17,11 +17,13 @@ from test_decode import FAMILIES, GREEDY, OLD, _families, assert_same, make_orac
 from test_generate import Raise
 from torch import Tensor
 from transformers import LogitsProcessorList
+from transformers.models.llama import modeling_llama
 
 import hf_eagle3.own_loop as own_loop
 from hf_eagle3 import graphs, prefill
 from hf_eagle3.decode import Phases
 from hf_eagle3.features import StateRecorder
+from hf_eagle3.kernels import fusion
 from hf_eagle3.row_attention import UnfitError
 
 ATTEND_BY_ROWS = graphs.attending_by_rows
@@ -519,13 +521,20 @@ def test_graphs_are_of_the_arithmetic_that_they_were_captured_under(target, coun
 def test_graphs_and_caches_are_of_the_autocast_that_they_were_made_under(target, counts):
     check, seen = make_arithmetic_check(target)
     check(nullcontext())
-    dtypes = [graphs._arenas[target].caches[0].layers[0].values.dtype]
-    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", dtype=torch.bfloat16)):
-        check(context, is_exact=False)
-        dtypes.append(graphs._arenas[target].caches[0].layers[0].values.dtype)
+    for _ in range(2):
+        check(torch.autocast("cpu", dtype=torch.bfloat16), is_exact=False)
     check(nullcontext())
     assert seen == ["captured", "captured", "replayed", "captured"]
-    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("loop", ["own", "eager"])
+def test_autocast_on_a_cpu(loop, target):
+    batch, options = pad(prompts_of(9, 4)), {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
+    drafter = make_drafter(target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = target.generate(**batch, output_logits=True, **options)
+        out = target.generate(**batch, assistant_model=drafter, decode_loop=loop, **options)
+    assert_same_up_to_ties(out, plain)
 
 
 def replace_layers(target):
@@ -557,6 +566,50 @@ def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
 
 
 # ---- on a GPU ----
+
+
+@pytest.mark.gpu
+def test_models_of_one_family_are_recorded_in_threads_and_others_are_left_alone(monkeypatch):
+    """Two threads record rounds of two models at once, while a third model of their family decodes plainly."""
+    rotate, rotating, apply_rotary = modeling_llama.apply_rotary_pos_emb, set(), fusion.apply_rotary
+
+    def record(*args, **kwargs):
+        rotating.add(threading.get_ident())
+        return apply_rotary(*args, **kwargs)
+
+    monkeypatch.setattr(fusion, "apply_rotary", record)
+    targets = [copy.deepcopy(make_target("llama")).to("cuda", torch.bfloat16) for _ in range(3)]
+    drafters = [make_drafter(target).to("cuda", torch.bfloat16) for target in targets[:2]]
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
+    batches = [
+        {name: value.cuda() for name, value in pad(prompts_of(*range(3, 4 + n))).items()} for n in (0, 1, 2, 4, 6)
+    ]
+    plain = [targets[2].generate(**batch, **options) for batch in batches]
+    failed, told = [], []
+
+    def decode(target, drafter):
+        try:
+            for batch, expected in zip(batches, plain, strict=True):  # each size is recorded
+                out = target.generate(**batch, assistant_model=drafter, **options)
+                assert_same_up_to_ties(out, expected)
+                told.append(out.speculation.graphs)
+        except Exception as error:  # noqa: BLE001  shown below
+            failed.append(error)
+
+    threads = [threading.Thread(target=decode, args=pair) for pair in zip(targets, drafters, strict=False)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        for batch, expected in zip(batches, plain, strict=True):
+            out = targets[2].generate(**batch, **options)
+            assert all(map(torch.equal, out.logits, expected.logits))  # to the last bit
+    assert not failed
+    assert any(text.startswith("captured") for text in told), told
+    assert rotating
+    assert threading.get_ident() not in rotating
+    assert modeling_llama.apply_rotary_pos_emb is rotate
+    assert not any("forward" in vars(module) for model in (*targets, *drafters) for module in model.modules())
+    graphs.release_graphs()
 
 
 @pytest.mark.gpu

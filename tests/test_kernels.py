@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,9 +292,11 @@ def test_without_kernels_nothing_is_replaced_and_they_say_why():
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU runs them")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("which", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, str(Path(__file__).with_name("test_kernel_shapes.py"))]
+    command = [sys.executable, "-m", "pytest", *files, "-m", which, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -367,6 +370,19 @@ def test_writing_equals_its_twin(D, D_v):
     assert torch.equal(rows, expected)
     with pytest.raises(ValueError, match=r"keys must be \[B, L, H_kv, D\]"):
         write_rows(*rows.tensor_split([D + 1], dim=-1), new_keys, new_values, start)
+
+
+@pytest.mark.gpu
+def test_writing_into_a_wider_cache():
+    """Autocast makes values narrower than what the host keeps them in."""
+    rows, new = torch.zeros(2, 9, 1, 16, device=DEVICE), random(2, 1, 4, 16)
+    start = torch.tensor([0, 5], device=DEVICE)
+    expected = (rows.clone(), rows.clone())
+    write_rows_eager(*expected, new, new.to(HALF), start)
+    found = (rows.clone(), rows.clone())
+    write_rows(*found, new, new.to(HALF), start)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[1][1, 5:, 0], new.to(HALF).float()[1, 0])
 
 
 @pytest.mark.gpu

@@ -356,7 +356,7 @@ def choose_num_splits(num_programs: int, num_slots: int, block_n: int, *, wanted
 
 
 def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
-    """Put the keys and values of T new tokens into each row of a cache.
+    """Put the keys and values of T new tokens into each row of a cache, in its dtype.
 
     Args:
         keys: [B, L, H_kv, D], written to.
@@ -368,8 +368,8 @@ def write_rows_eager(keys: Tensor, values: Tensor, new_keys: Tensor, new_values:
     T = new_keys.shape[2]
     slots = (start[:, None] + torch.arange(T, device=start.device)).to(keys.device)  # [B, T]
     rows = torch.arange(len(slots), device=keys.device)[:, None]
-    keys[rows, slots] = new_keys.transpose(1, 2)
-    values[rows, slots] = new_values.transpose(1, 2)
+    keys[rows, slots] = new_keys.transpose(1, 2).to(keys.dtype)
+    values[rows, slots] = new_values.transpose(1, 2).to(values.dtype)
 
 
 @jit("T")
