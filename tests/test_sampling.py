@@ -120,8 +120,14 @@ def assert_generated_as(samples: Tensor, law: Tensor) -> None:
     assert_distributed_as(samples[:, 1:3], law.sum(0))
 
 
-@pytest.mark.parametrize("loop", ["host", "own", "own_in_order"])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    ("law", "loop"),
+    [
+        pytest.param(law, loop, marks=() if loop == "own" or law in ("plain", "all") else pytest.mark.slow)
+        for law in LAWS
+        for loop in ("host", "own", "own_in_order")  # the loops share the warpers, and in "own" all rows are one call
+    ],
+)
 def test_generate_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
     options = dict(LAWS[law])
