@@ -154,9 +154,11 @@ def traced():
 
 
 @pytest.mark.parametrize(
-    ("num_calls", "warm_up"), [(330, 80), pytest.param(1000, 200, marks=pytest.mark.slow)], ids=["330", "1000"]
+    ("num_calls", "warm_up", "least"),
+    [(330, 80, 4), pytest.param(1000, 200, 20, marks=pytest.mark.slow)],
+    ids=["330", "1000"],
 )
-def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up):
+def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up, least):
     target, drafter = make_models()
     prompts = {n: torch.tensor([[(5 * n + 3 * i) % 28 + 3 for i in range(n)]]) for n in (1, 5, 9)}
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -185,4 +187,4 @@ def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up):
     assert [sorted(vars(module)) for module in modules] == places
     for loop in ASKED:  # each kind of failure did happen, many times
         for outcome in ("done", "processor", "criterion", "streamer", "target", "drafter"):
-            assert seen[loop, outcome] >= num_calls // 50, seen
+            assert seen[loop, outcome] >= least, seen
