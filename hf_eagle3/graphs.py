@@ -103,7 +103,7 @@ class Arena:
 _lock = threading.Lock()  # of the next two: which calls and threads use a target
 _busy: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # targets whose arena a call uses
 _turns: "weakref.WeakKeyDictionary[PreTrainedModel, Turns]" = weakref.WeakKeyDictionary()
-_one_capture = threading.Lock()  # PyTorch knows one at a time
+_one_capture = threading.Lock()  # PyTorch knows one at a time, and nobody may wait for a whole device meanwhile
 _failed: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking them
 _arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
 
@@ -568,9 +568,10 @@ def new_pool() -> Any:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was launched on `device`."""
+    """Wait for all that was launched on `device`, and for a capture in another thread, which that would break."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with _one_capture:
+            torch.cuda.synchronize(device)
 
 
 def memory_in_use(device: torch.device) -> int:

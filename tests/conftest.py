@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers, and processes that tests start, share the cores
 
 import functools
 import sys
@@ -37,6 +38,7 @@ import hf_eagle3
 from hf_eagle3.integration import WRAPS
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel, Eagle3DrafterOutput
 
+MAX_WORKERS = 8  # each holds a gigabyte
 WRAPPED = {name for _, name, _ in WRAPS}
 V, H, NUM_LAYERS, WINDOW = 64, 32, 8, 8
 TEXT = {
@@ -243,6 +245,22 @@ def make_oracle(target: PreTrainedModel, text: Tensor, *, wrong_share: float = 0
 def make_prompt(length: int) -> Tensor:
     """[1, T] random tokens without special ones."""
     return torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread a run of the whole suite over the cores; a few files, what -k finds and what needs a GPU run in one process.
+
+    As -n says, where it is given. A worker takes seconds to start, and builds each fixture for itself: so each gets a
+    stretch of the suite and, once done, some of another's.
+    """
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.pluginmanager.hasplugin("xdist") or config.option.numprocesses is not None:
+        return
+    is_whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+    if is_whole and "not gpu" in config.option.markexpr:
+        config.option.numprocesses, config.option.dist = "logical", "worksteal"
+        config.option.maxprocesses = config.option.maxprocesses or MAX_WORKERS
 
 
 @pytest.fixture(autouse=True)

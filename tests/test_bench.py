@@ -587,7 +587,7 @@ def test_what_is_no_dflash_drafter_is_refused(folders):  # noqa: F811
 # ---- several processes ----
 
 
-@pytest.mark.any_release
+@pytest.mark.slow
 def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -606,7 +606,7 @@ def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
     assert two["results"][1]["agreement"] == {"num_rows": 5, "num_identical": 5, "largest_gap": 0.0}
 
 
-@pytest.mark.any_release
+@pytest.mark.slow
 def test_two_processes_share_the_target(real, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

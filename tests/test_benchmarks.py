@@ -141,6 +141,7 @@ def test_the_hosts_module_is_put_back_after_liger(script, monkeypatch):
     assert script.modeling_llama.apply_rotary_pos_emb is before
 
 
+@pytest.mark.slow
 def test_our_side_of_the_comparison_with_engines_runs(tmp_path):
     """In a process of its own, on a toy shape, with the tables of what is not there left empty."""
     command = [sys.executable, BENCHMARKS / "bench_engines.py", "speed", "--engine", "sglang", "--tiny"]

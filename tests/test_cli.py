@@ -125,7 +125,7 @@ def test_demo_command_prints_answers_and_a_table(demo, capsys):
 
 
 def test_demo_has_prompts_of_its_own(demo, capsys):
-    assert demo("--max-new-tokens", "2", "--repeats", "1") == 0
+    assert demo("--max-new-tokens", "2", "--repeats", "1", "--num-draft-tokens", "2") == 0
     out = capsys.readouterr().out
     assert all(f"=== {prompt}" in out for prompt in cli.PROMPTS)
 

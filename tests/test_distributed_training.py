@@ -26,6 +26,9 @@ AVERAGED = {
 }
 
 
+in_two_processes = pytest.mark.slow  # which take a minute, most of it to start
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What one process makes, then what two make, which go on from some of it."""
@@ -70,6 +73,7 @@ def assert_same_weights(a, b):
         torch.testing.assert_close(value, b[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
+@in_two_processes
 @pytest.mark.parametrize(
     "name", ["ddp", "ddp_accumulated", "fsdp", "fsdp_by_layer", "fsdp_efficient", "tp", "tp_fsdp"]
 )
@@ -82,12 +86,14 @@ def test_two_processes_train_as_one(folder, name):
     assert "pytorch_model_fsdp.bin" not in names
 
 
+@in_two_processes
 @pytest.mark.parametrize(("name", "argument"), [("target", "target_model"), ("drafter", "model")])
 def test_models_that_only_the_first_process_loaded_are_refused(folder, name, argument):
     said = read(folder, f"refused_{name}")
     assert said.startswith(f"{argument} was loaded in the first process only (fsdp_cpu_ram_efficient_loading)")
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["ddp_long", "fsdp_long"])
 def test_twenty_updates_stay_together(folder, tmp_path, name):
     run("long", tmp_path, **ALONE, **LONG)
@@ -95,12 +101,14 @@ def test_twenty_updates_stay_together(folder, tmp_path, name):
     assert_same_run(read(folder, name), read(tmp_path, "long"), 1e-3)
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["ddp_resumed", "fsdp_resumed", "tp_resumed"])
 def test_what_one_process_began_two_go_on_with(folder, name):
     assert_same_run(read(folder, name), read(folder, "one"))
     assert_same_weights(folder / name, folder / "one")
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
 def test_what_two_processes_began_one_goes_on_with(folder, tmp_path, name):
     run("again", tmp_path, resume=str(folder / name / "checkpoint-2"), **ALONE)
@@ -108,6 +116,7 @@ def test_what_two_processes_began_one_goes_on_with(folder, tmp_path, name):
     assert_same_weights(tmp_path / "again", folder / "one")
 
 
+@in_two_processes
 def test_resuming_with_larger_updates_goes_on_at_the_same_row(folder):
     """Two updates of four rows were one update of eight: three are left, with the rows and the rates they have there."""
     moved, one = read(folder, "ddp_moved"), read(folder, "one")
@@ -119,6 +128,7 @@ def test_resuming_with_larger_updates_goes_on_at_the_same_row(folder):
     assert (epochs, batches, trainer.state.global_step) == (0, 1, 1)
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["ddp_silent", "fsdp_silent"])
 def test_a_process_without_anything_to_learn_holds_up_no_other(folder, tmp_path, name):
     alone = run("silent", tmp_path, rows=make_rows(40, SILENT), per_device_train_batch_size=2, max_steps=2)
@@ -127,6 +137,7 @@ def test_a_process_without_anything_to_learn_holds_up_no_other(folder, tmp_path,
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["ddp_average", "fsdp_average"])
 def test_the_average_of_the_weights_is_one_over_all_processes(folder, tmp_path, name):
     run("average", tmp_path, **ALONE, **AVERAGED)
@@ -134,6 +145,7 @@ def test_the_average_of_the_weights_is_one_over_all_processes(folder, tmp_path, 
     assert_same_weights(folder / name, tmp_path / "average")
 
 
+@in_two_processes
 def test_processes_that_share_a_target_may_have_documents_of_other_lengths(folder, tmp_path):
     """Of one, each update has several forwards of the target, of the other a single one."""
     run("uneven", tmp_path, rows=make_uneven_rows(), **ALONE, target_batch_tokens=40)
@@ -147,17 +159,20 @@ def test_processes_may_have_a_target_for_each_two(folder):
     assert_same_run(read(folder, "tp_of_four"), read(folder, "one"))
 
 
+@in_two_processes
 def test_acceptance_that_steers_a_loss_is_that_of_all_processes(folder, tmp_path):
     run("hybrid", tmp_path, loss_type="lk_hybrid", **ALONE)
     assert_same_run(read(folder, "ddp_hybrid"), read(tmp_path, "hybrid"))
 
 
+@in_two_processes
 def test_adapters_train_in_two_processes_as_in_one(folder, tmp_path):
     pytest.importorskip("peft")
     run("adapted", tmp_path, lora=4, **ALONE)
     assert_same_run(read(folder, "ddp_adapted"), read(tmp_path, "adapted"))
 
 
+@in_two_processes
 def test_sharded_training_in_half_precision_arithmetic_comes_near(folder, tmp_path):
     """Sums stay in float32, of losses and of gradients."""
     alone = run("half", tmp_path, bf16=True, **ALONE)

@@ -90,7 +90,7 @@ def test_there_and_back(case, engine, tmp_path):
     assert same_tensors(drafter, again)
     prompt = make_prompt(9)
     one, other = (
-        target.generate(prompt, assistant_model=d, max_new_tokens=12, return_dict_in_generate=True)
+        target.generate(prompt, assistant_model=d, max_new_tokens=6, return_dict_in_generate=True)
         for d in (drafter, again)
     )
     assert torch.equal(one.sequences, other.sequences)

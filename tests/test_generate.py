@@ -1,6 +1,7 @@
 """`generate(assistant_model=drafter)` gives what `generate()` gives."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -27,9 +28,16 @@ GREEDY = {"do_sample": False}
 FEEDS = ["whole_sequence", "new_tokens_only"]
 
 
-def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, **settings):
+@functools.cache
+def plain_of(family, length, max_new_tokens):
+    """What a target says without a drafter."""
+    options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, **GREEDY}
+    return make_target(family).generate(make_prompt(length), **options)
+
+
+def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, plain=None, **settings):
     """Greedy text with an oracle equals greedy text without; returns both outputs and the oracle."""
-    plain = target.generate(prompt, return_dict_in_generate=True, **GREEDY, **settings)
+    plain = plain or target.generate(prompt, return_dict_in_generate=True, **GREEDY, **settings)
     mask = settings.get("attention_mask")
     text = plain.sequences[0] if mask is None else plain.sequences[0, (mask == 0).sum() :]
     oracle = make_oracle(target, text, **(drafter_options or {}))
@@ -51,14 +59,15 @@ def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, **
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 @pytest.mark.parametrize("family", TARGETS)
 def test_greedy_text_is_the_targets(family, depth, length):
-    _, out, _ = assert_same_with_oracle(make_target(family), make_prompt(length), depth=depth, max_new_tokens=24)
+    options = {"depth": depth, "max_new_tokens": 24, "plain": plain_of(family, length, 24)}
+    _, out, _ = assert_same_with_oracle(make_target(family), make_prompt(length), **options)
     assert 1 < out.speculation.acceptance_length < depth + 1
 
 
 @pytest.mark.parametrize("variant", DRAFTERS)
 @pytest.mark.parametrize("family", TARGETS)
 def test_every_drafter_keeps_its_cache_in_step(family, variant):
-    options = {"drafter_options": DRAFTERS[variant], "max_new_tokens": 16}
+    options = {"drafter_options": DRAFTERS[variant], "max_new_tokens": 16, "plain": plain_of(family, 20, 16)}
     assert_same_with_oracle(make_target(family), make_prompt(20), **options)
 
 
@@ -67,7 +76,7 @@ def test_every_drafter_keeps_its_cache_in_step(family, variant):
 def test_random_drafter_changes_nothing(family, variant):
     target, prompt = make_target(family), make_prompt(9)
     drafter = make_drafter(target, **DRAFTERS[variant])
-    plain = target.generate(prompt, max_new_tokens=12, **GREEDY)
+    plain = plain_of(family, 9, 12).sequences
     assert target.generate(prompt, max_new_tokens=12, assistant_model=drafter, **GREEDY).tolist() == plain.tolist()
 
 

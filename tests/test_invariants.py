@@ -43,7 +43,7 @@ ALL_EXPERTS = {
     ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=3, num_experts_per_tok=3)),
 }
-MAX_NEW = 20
+MAX_NEW = 14
 
 
 class BanByPrefix(LogitsProcessor):

@@ -115,7 +115,7 @@ def test_modeling_link_is_relative():
     assert link.readlink() == Path("../modeling")
 
 
-@pytest.mark.any_release
+@pytest.mark.slow
 def test_wheel_and_sdist_hold_modeling_once(tmp_path):
     # Asked for without importing it here: setuptools replaces parts of the standard library on import.
     if int(metadata.version("setuptools").split(".")[0]) < 77:

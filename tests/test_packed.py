@@ -41,7 +41,7 @@ def products(monkeypatch) -> Products:
 
 
 def generate(target, prompt, drafter, **options):
-    return target.generate(prompt, max_new_tokens=NEW, assistant_model=drafter, **options)
+    return target.generate(prompt, assistant_model=drafter, **{"max_new_tokens": NEW, **options})
 
 
 def are_as_they_were(target) -> bool:
@@ -233,10 +233,11 @@ def test_text_is_the_targets(family, depth, products):
     target = make_target(family)
     drafter = make_drafter(target)
     for prompt in (make_prompt(7), make_prompt(12).view(2, 6)):
-        plain = target.generate(prompt, max_new_tokens=NEW)
+        plain = target.generate(prompt, max_new_tokens=14)
         for loop in ("own", "eager"):
             products.clear()
-            out = generate(target, prompt, drafter, decode_loop=loop, num_assistant_tokens=depth)
+            options = {"decode_loop": loop, "num_assistant_tokens": depth, "max_new_tokens": 14}
+            out = generate(target, prompt, drafter, **options)
             assert torch.equal(out, plain)
             assert any(products) == (loop == "own")
             assert are_as_they_were(target)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import DRAFTERS, H, V, make_drafter, make_prompt, make_target
-from test_decode import GREEDY, assert_same, pad, prompts_of
+from test_decode import GREEDY, assert_same, pad, plain_of, prompts_of
 from test_graphs import counts  # noqa: F401  a fixture
 
 from hf_eagle3 import decode, draft, graphs
@@ -27,8 +27,8 @@ WINDOW = {**PARALLEL, "sliding_window": 6, "norm_before_fc": True}
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen_vlm"])
 def test_greedy_rows_are_the_targets(family, depth, lengths):
-    batch = pad(prompts_of(*lengths))
-    _, out = assert_same(make_target(family), batch, depth=depth, drafter_options=PARALLEL, max_new_tokens=24)
+    options = {"drafter_options": PARALLEL, "max_new_tokens": 24, "plain": plain_of(family, lengths, 24)}
+    _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), depth=depth, **options)
     assert 1 < out.speculation.acceptance_length < depth + 1
 
 

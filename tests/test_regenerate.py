@@ -660,7 +660,7 @@ def test_the_command_answers_files_and_what_the_target_makes_up(folder, capsys):
     assert "was begun with max_new_tokens 8" in capsys.readouterr().err
 
 
-@pytest.mark.any_release
+@pytest.mark.slow
 def test_the_command_starts_processes_that_write_one_file(folder, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -682,7 +682,7 @@ def test_the_command_starts_processes_that_write_one_file(folder, monkeypatch, c
     assert "--dp-size is a number of processes, at least 1; got 0" in capfd.readouterr().err
 
 
-@pytest.mark.any_release
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_others_end_and_what_they_wrote_is_kept(folder, tmp_path):
     write_rows(prompts := tmp_path / "many.jsonl", [{"prompt": letter} for letter in "abcdefgh"])
     arguments = ["--target", str(folder / "target"), "--prompt_file", str(prompts), "--temperature", "0"]

@@ -29,6 +29,9 @@ def halves(target):
     return places | {f"model.layers.{i}": int(2 * i >= n) for i in range(n)}
 
 
+in_two_processes = pytest.mark.slow  # which take a minute, most of it to start
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What each of two processes says."""
@@ -38,6 +41,7 @@ def both(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@in_two_processes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_greedy_batch_is_what_one_process_says(both, family):
     one, other = (result[f"greedy {family}"] for result in both)
@@ -49,6 +53,7 @@ def test_a_greedy_batch_is_what_one_process_says(both, family):
     assert one["sequences"] == whole.sequences.tolist()
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["no_fc", "two_layers", "peagle", "in order"])
 def test_every_drafter_and_processors_that_look_at_the_text(both, name):
     one, other = (result[f"greedy {name}"] for result in both)
@@ -57,6 +62,7 @@ def test_every_drafter_and_processors_that_look_at_the_text(both, name):
     assert 1.5 < one["acceptance_length"] < 4
 
 
+@in_two_processes
 def test_what_a_drafter_borrows_is_whole_in_each_process(both, target):
     drafter = make_drafter(target, **DRAFTERS["no_fc"])
     wanted = [drafter._borrowed[name].tolist() for name in ("embed_tokens", "lm_head")]
@@ -66,6 +72,7 @@ def test_what_a_drafter_borrows_is_whole_in_each_process(both, target):
         assert result["gathered once"]
 
 
+@in_two_processes
 def test_processes_with_one_seed_sample_one_text(both, target):
     one, other = (result["sampled, one seed"] for result in both)
     assert one == other
@@ -75,6 +82,7 @@ def test_processes_with_one_seed_sample_one_text(both, target):
     assert sampled(target, oracle, batch, 5) == {**one, "graphs": "none (the models are on cpu)"}
 
 
+@in_two_processes
 @pytest.mark.parametrize("name", ["sampled, a seed for each", "sampled in order"])
 def test_processes_with_seeds_of_their_own_sample_one_text_all_the_same(both, name):
     one, other = (result[name] for result in both)
@@ -84,6 +92,7 @@ def test_processes_with_seeds_of_their_own_sample_one_text_all_the_same(both, na
         assert one["sequences"] == both[0]["sampled, one seed"]["sequences"]  # the first one's
 
 
+@in_two_processes
 @pytest.mark.parametrize("loop", ["own", "host"])
 def test_where_the_first_process_stops_all_do(both, loop):
     for result in both:
@@ -94,6 +103,7 @@ def test_where_the_first_process_stops_all_do(both, loop):
     assert both[0][f"streamed, {loop}"] == both[0][f"streamer, {loop}"]["sequences"][0][9:]
 
 
+@in_two_processes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_rounds_say_the_same(both, family):
     """With the stand-in for graphs of `test_graphs`."""
@@ -106,6 +116,7 @@ def test_captured_rounds_say_the_same(both, family):
     assert sampled == others
 
 
+@in_two_processes
 def test_where_one_process_cannot_capture_none_does(both):
     one, other = (result["captured by one"] for result in both)
     assert one["graphs"] == "none (another process could not capture them)"
@@ -113,6 +124,7 @@ def test_where_one_process_cannot_capture_none_does(both):
     assert one["sequences"] == other["sequences"] == one["plain"]
 
 
+@in_two_processes
 def test_rounds_on_cpus_are_not_captured(both):
     assert both[0]["greedy llama"]["graphs"] == "none (the models are on cpu)"
 

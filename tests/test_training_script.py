@@ -72,6 +72,7 @@ def test_the_command_trains_by_a_recipe_and_what_is_typed_counts_more(recipe, tm
     assert parse(["--config", str(recipe)])[2].learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_processes_share_a_target_by_a_recipe(recipe, tmp_path, monkeypatch, capfd):
     """From one drafter, two processes with half the rows each come to where one comes."""
     main(["--config", str(recipe)])
@@ -163,6 +164,7 @@ def test_what_goes_wrong_is_said_in_one_line(recipe, folder, tmp_path, capsys, m
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_one(recipe, tmp_path):
     """Also a new drafter's first weights, in processes of their own."""
     found = []
