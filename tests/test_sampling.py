@@ -138,8 +138,11 @@ def test_generate_samples_the_targets_distribution(law, loop):
     assert_generated_as(generate_rows(rows, loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
 
 
-@pytest.mark.parametrize("loop", ["host", "own", "own_in_order"])
-@pytest.mark.parametrize("law", ["plain", "all"])
+@pytest.mark.parametrize(
+    ("law", "loop"),
+    [("plain", "own"), ("all", "own"), ("all", "host"), ("all", "own_in_order")]
+    + [pytest.param("plain", loop, marks=pytest.mark.slow) for loop in ("host", "own_in_order")],
+)
 def test_a_parallel_draft_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
     options = {**LAWS[law], "is_parallel": True}
