@@ -122,8 +122,8 @@ def assert_generated_as(samples: Tensor, law: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("law", "loop"),
-    [
-        ("all", "host_in_order"),
+    [("all", "host_in_order")]
+    + [
         pytest.param(law, loop, marks=() if loop == "own" or law in ("plain", "all") else pytest.mark.slow)
         for law in LAWS
         for loop in ("host", "own", "own_in_order")  # the loops share the warpers, and in "own" all rows are one call
