@@ -108,6 +108,10 @@ FAULTS: dict[str, tuple[str, Callable[[dict, Weights], object], dict[str, dict]]
 }
 
 
+# Others in the table have the same trait wrong.
+OF_A_KIND = {"specforge_norm_output", "random_embeddings", "last_boundary_normed"}
+
+
 def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3DrafterModel:
     layout, edit, _ = FAULTS[fault]
     trained.export(folder, to=layout, target="some-owner/some-target")
@@ -119,7 +123,9 @@ def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3Drafte
 
 
 @pytest.mark.any_release
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault in OF_A_KIND else ()) for fault in FAULTS]
+)
 def test_planted_fault_is_found_and_named(fault, trained, target, prompts, tmp_path):
     trained.bind(target)
     drafter = plant(trained, fault, tmp_path / "published")

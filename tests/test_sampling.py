@@ -122,17 +122,11 @@ def assert_generated_as(samples: Tensor, law: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("law", "loop"),
-    [
-        ("all", "host_in_order"),
-        *(
-            pytest.param(law, loop, marks=() if loop == "own" or law in ("plain", "all") else pytest.mark.slow)
-            for law in LAWS
-            for loop in (
-                "host",
-                "own",
-                "own_in_order",
-            )  # the loops share the warpers, and in "own" all rows are one call
-        ),
+    [("all", "host_in_order")]
+    + [
+        pytest.param(law, loop, marks=() if loop == "own" or law in ("plain", "all") else pytest.mark.slow)
+        for law in LAWS
+        for loop in ("host", "own", "own_in_order")  # the loops share the warpers, and in "own" all rows are one call
     ],
 )
 def test_generate_samples_the_targets_distribution(law, loop):
@@ -144,8 +138,11 @@ def test_generate_samples_the_targets_distribution(law, loop):
     assert_generated_as(generate_rows(rows, loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
 
 
-@pytest.mark.parametrize("loop", ["host", "own", "own_in_order"])
-@pytest.mark.parametrize("law", ["plain", "all"])
+@pytest.mark.parametrize(
+    ("law", "loop"),
+    [("plain", "own"), ("all", "own"), ("all", "host"), ("all", "own_in_order")]
+    + [pytest.param("plain", loop, marks=pytest.mark.slow) for loop in ("host", "own_in_order")],
+)
 def test_a_parallel_draft_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
     options = {**LAWS[law], "is_parallel": True}
