@@ -132,7 +132,8 @@ def on_gpus(folder, families):
 def main(folder, families):
     results = {"version": transformers.__version__}
     targets = {family: load_split(folder, family) for family in families}
-    results["has experts"] = targets[EXPERTS].model.layers[0].mlp.experts._is_expert_parallel
+    experts = targets[EXPERTS].model.layers[0].mlp.experts.gate_up_proj  # [E, ...]
+    results["has experts"] = experts.placements[0].is_shard(0)
     for family, target in targets.items():
         results[f"greedy {family}"] = greedy(target, {"fc_norm": True, "norm_output": True})
     target = targets["llama"]
