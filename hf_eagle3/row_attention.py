@@ -28,6 +28,10 @@ FOLDED = "eagle3_folded"  # rounds on a CPU of models that attend by sdpa
 OVER_MASKS = "eagle3_over_masks"  # eager rounds of models that attend by what takes no ready-made mask
 
 
+_lock = threading.Lock()  # of the next
+_users: dict[int, set[int]] = {}  # id of a config -> ids of the `FoldedAttention`s that are inside
+
+
 class UnfitError(RuntimeError):
     """A layer attends in a way that an attention of ours does not know."""
 
@@ -140,15 +144,16 @@ AttentionMaskInterface.register(BY_ROWS, make_no_mask)
 def attending_by_rows(model: PreTrainedModel) -> Iterator[None]:
     """Let `model`'s text layers attend by rows, and their cache be written by kernels where there are any."""
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = StandIn(BY_ROWS, own_attention(config))
+    before, own = config._attn_implementation_internal, own_attention(config)
+    config._attn_implementation_internal = StandIn(BY_ROWS, own)
     token = BY_KERNELS.set(is_available(model.device))
     try:
         yield
     finally:
         BY_KERNELS.reset(token)
-        if before != BY_ROWS:  # whoever entered first leaves last
-            config._attn_implementation_internal = before
+        with _lock:
+            if before != BY_ROWS:  # whoever entered first leaves last
+                config._attn_implementation_internal = before if id(config) in _users else own
 
 
 # ---- over masks ----
@@ -243,10 +248,6 @@ AttentionMaskInterface.register(OVER_MASKS, make_round_mask)
 def attention_of_rounds(own: str, *, folds: bool) -> str:
     """The attention of eager rounds, which come with masks, of a model that was loaded with `own`."""
     return {"eager": own, "sdpa": FOLDED if folds else own}.get(own, OVER_MASKS)
-
-
-_lock = threading.Lock()  # of the next
-_users: dict[int, set[int]] = {}  # id of a config -> ids of the contexts that are inside
 
 
 class FoldedAttention:

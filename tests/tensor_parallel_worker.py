@@ -22,14 +22,24 @@ BATCH = (30, 7, 1, 18)
 RANK = int(os.environ.get("RANK", "0"))
 
 
-def load_split(folder):
-    """The target of `folder`, of which each process has a part."""
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
+EXPERTS = "gpt_oss, experts"  # each process has some of a mixture's experts, whole
+# Transformers 5.17 has a switch for what later ones give a number of processes for.
+BY_EXPERTS = (
+    {"ep_size": 2} if "ep_size" in DistributedConfig.__dataclass_fields__ else {"enable_expert_parallel": True}
+)
+
+
+def load_split(folder, family):
+    """The target `family` in `folder`, of which each process has a part."""
+    more = BY_EXPERTS if family == EXPERTS else {}
+    config = DistributedConfig(tp_plan="auto", **more)
+    return AutoModelForCausalLM.from_pretrained(folder / family.split(",")[0], distributed_config=config).eval()
 
 
 def save_targets(folder, families):
     for family in families:
-        make_target(family).save_pretrained(folder / family)
+        if family != EXPERTS:
+            make_target(family).save_pretrained(folder / family)
 
 
 class StopAfter(StoppingCriteria):
@@ -101,7 +111,7 @@ def on_gpus(folder, families):
     """Captured and eager rounds, greedy and sampled."""
     results = {"version": transformers.__version__}
     for family in families:
-        target = load_split(folder / family)
+        target = load_split(folder, family)
         batch = {name: value.to(target.device) for name, value in pad(prompts_of(*BATCH)).items()}
         options = {**GREEDY, "max_new_tokens": 24}
         plain = target.generate(**batch, **options)
@@ -121,7 +131,9 @@ def on_gpus(folder, families):
 
 def main(folder, families):
     results = {"version": transformers.__version__}
-    targets = {family: load_split(folder / family) for family in families}
+    targets = {family: load_split(folder, family) for family in families}
+    experts = targets[EXPERTS].model.layers[0].mlp.experts.gate_up_proj  # [E, ...]
+    results["has experts"] = experts.placements[0].is_shard(0)
     for family, target in targets.items():
         results[f"greedy {family}"] = greedy(target, {"fc_norm": True, "norm_output": True})
     target = targets["llama"]

@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 from conftest import DRAFTERS, make_drafter, make_target
-from tensor_parallel_worker import BATCH, GREEDY, sampled, save_targets
+from tensor_parallel_worker import BATCH, EXPERTS, GREEDY, sampled, save_targets
 from test_decode import make_oracle, pad, prompts_of
 from test_distributed_training import launch
 from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import peers
 
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss"]
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss", EXPERTS]
 
 
 def two_gpus(test):
@@ -49,8 +49,13 @@ def test_a_greedy_batch_is_what_one_process_says(both, family):
     assert one["sequences"] == one["plain"]
     assert one["loop"] == "own decode loop"
     assert 1.5 < one["acceptance_length"] < 4
-    whole = make_target(family).generate(**pad(prompts_of(*BATCH)), max_new_tokens=24, **GREEDY)
+    whole = make_target(family.split(",")[0]).generate(**pad(prompts_of(*BATCH)), max_new_tokens=24, **GREEDY)
     assert one["sequences"] == whole.sequences.tolist()
+
+
+@in_two_processes
+def test_experts_are_spread_where_that_is_asked_for(both):
+    assert all(result["has experts"] for result in both)
 
 
 @in_two_processes
@@ -139,7 +144,7 @@ def test_a_target_of_one_process_has_no_peers(target):
 def on_one_gpu(family):
     """Greedily, on one GPU, in float32."""
     batch = {name: value.cuda() for name, value in pad(prompts_of(*BATCH)).items()}
-    target = copy.deepcopy(make_target(family)).cuda()
+    target = copy.deepcopy(make_target(family.split(",")[0])).cuda()
     return target.generate(**batch, max_new_tokens=24, **GREEDY).sequences.tolist()
 
 
@@ -160,7 +165,7 @@ def test_two_gpus_share_a_target(tmp_path):
 
 
 @two_gpus
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:-1])
 def test_a_target_spread_over_two_gpus(family, tmp_path):
     make_target(family).save_pretrained(tmp_path)
     spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=halves(make_target(family)))
