@@ -211,6 +211,18 @@ def test_is_drafter_goes_by_model_type(target):
     assert not is_drafter("eagle3")
 
 
+def test_the_line_that_an_export_ends_with_works_as_it_stands(target, tmp_path):
+    named = copy.deepcopy(target.config)
+    named.name_or_path = "someone/llama"
+    exported = make_drafter(target).export(tmp_path / "out", to="hf", target=named)
+    line, _, condition = exported.command.partition("  # ")
+    assert condition == "after `import hf_eagle3`"
+    drafter = eval(line, {"AutoModel": AutoModel})
+    options = {"max_new_tokens": 6, "do_sample": False}
+    out = target.generate(make_prompt(5), assistant_model=drafter, **options)
+    assert out.tolist() == target.generate(make_prompt(5), **options).tolist()
+
+
 # ---- what the host deprecates ----
 
 
