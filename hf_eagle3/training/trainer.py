@@ -610,7 +610,7 @@ class Eagle3Trainer(Trainer):
         """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
         args, model = self.args, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
-        why_not = why_not_target(target, self.drafter)
+        why_not = why_not_target(target)
         if why_not is None:
             served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
             return generate_and_count(target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
