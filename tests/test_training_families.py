@@ -27,6 +27,7 @@ V = 64
 # Fields of whatever config has them.
 TINY = {
     "vocab_size": V,
+    "unpadded_vocab_size": V,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -114,6 +115,7 @@ OTHERS = {
     "glm4": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "inkling2_loop_text": {"loop_layer_index_start": 2, "loop_layer_index_end": 6},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention", "mamba", "attention", "moe"]
