@@ -131,6 +131,7 @@ OTHERS = {
             "long_factor": [2.0] * 4,
         },
     },
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 # What is refused, and by which words.
@@ -144,6 +145,7 @@ REFUSED = {
     "deepseek_v4": STREAMS,
     "hy_v4": STREAMS,
     "gemma3n_text": STREAMS,
+    "prophetnet": STREAMS,
 }
 SAMPLE = (
     *("gpt2", "opt", "bloom", "falcon", "mpt", "gemma4_text", "glm4", "nemotron", "phi3"),
@@ -162,6 +164,8 @@ def tiny_config(family):
 
 def make_target(family):
     """A tiny random target; skips the test where the family is none of this host's, or does not get tiny."""
+    if family == "xlstm":
+        pytest.skip("the host's cache is of another shape than its layers at these sizes, in plain generate too")
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("no family of this host")
     try:
