@@ -27,6 +27,7 @@ V = 64
 # Fields of whatever config has them.
 TINY = {
     "vocab_size": V,
+    "unpadded_vocab_size": V,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -114,6 +115,7 @@ OTHERS = {
     "glm4": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "inkling2_loop_text": {"loop_layer_index_start": 2, "loop_layer_index_end": 6},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention", "mamba", "attention", "moe"]
@@ -129,6 +131,7 @@ OTHERS = {
             "long_factor": [2.0] * 4,
         },
     },
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 # What is refused, and by which words.
@@ -142,6 +145,7 @@ REFUSED = {
     "deepseek_v4": STREAMS,
     "hy_v4": STREAMS,
     "gemma3n_text": STREAMS,
+    "prophetnet": STREAMS,
 }
 SAMPLE = (
     *("gpt2", "opt", "bloom", "falcon", "mpt", "gemma4_text", "glm4", "nemotron", "phi3"),
@@ -160,6 +164,8 @@ def tiny_config(family):
 
 def make_target(family):
     """A tiny random target; skips the test where the family is none of this host's, or does not get tiny."""
+    if family == "xlstm":
+        pytest.skip("the host's cache is of another shape than its layers at these sizes, in plain generate too")
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("no family of this host")
     try:
