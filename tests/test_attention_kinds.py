@@ -6,6 +6,7 @@ and refuse any other, so that a round which reaches them fails.
 
 import copy
 import importlib.util
+import itertools
 import threading
 
 import conftest
@@ -321,8 +322,14 @@ def check_on_gpu(target, drafter, *, can_wait=False):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *itertools.product(["llama", "gemma3", "gemma2", "deepseek_v3"], [torch.float32, torch.bfloat16]),
+        ("gpt_oss", torch.float32),  # in 16 bits random routers are near ties, and other experts give other logits
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["flash_attention_2", HUB, "my_attention"])
 def test_rounds_are_captured_whatever_serves_prompts(name, family, dtype):
     target = load(family, name).to("cuda", dtype)

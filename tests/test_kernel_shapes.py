@@ -240,7 +240,4 @@ def test_attention_of_training(D, window, dtype):
     reference, reference_grads = run(attend_eagerly, *tensors, window)
     out, grads = run(attend, *tensors, window)
     for ours, theirs, exact in zip((out, *grads), (reference, *reference_grads), (truth, *true_grads), strict=True):
-        if dtype == torch.float32:
-            torch.testing.assert_close(ours.double(), exact, rtol=1.3e-6, atol=1e-5)  # the defaults of float32
-        else:
-            assert_as_good(ours, theirs, exact)
+        assert_as_good(ours, theirs, exact)
