@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -414,6 +415,16 @@ FLOAT32_TIE = 1e-4
 PASSES = ("same", "tie", "refused")
 
 
+def cast(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on a device and in a dtype, but for rotary frequencies, which loading leaves in float32."""
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    model.to(device, dtype)
+    for name, buffer in model.named_buffers():
+        if name in frequencies:
+            buffer.data = frequencies[name].to(device)
+    return model
+
+
 class Outcome(NamedTuple):
     """What became of one call with a drafter."""
 
@@ -470,7 +481,8 @@ def make_oracle(target: PreTrainedModel, plain: Tensor, batch: dict[str, Tensor]
         aux_layer_ids=aux_layer_ids,
         num_aux_hidden_states=len(aux_layer_ids),
     )
-    return randomize_drafter(Oracle(config)).bind(target).tell(texts).to(target.device, target.dtype)
+    oracle = randomize_drafter(Oracle(config)).bind(target).tell(texts)
+    return cast(oracle, target.device, target.dtype)
 
 
 def prompts_of(batch: dict[str, Tensor]) -> list[list[int]]:
@@ -562,19 +574,26 @@ def sweep(
         target = build(family)
     except Exception as error:  # noqa: BLE001  a package that is not there, or sizes that are not known here
         return dict.fromkeys(calls, Outcome("untried", why=f"not built: {describe(error)}"))
-    target.to(device, dtype)
+    cast(target, device, dtype)
     return {call: decode(target, make_batch(lengths, device)) for call, lengths in calls.items()}
 
 
 # ---- tables ----
 
-MARKS = "<!-- families: begin -->", "<!-- families: end -->"
+MARKS = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 HEADER = "| family | class | one row | three rows |\n|---|---|---|---|\n"
+LOOPS = {
+    "own decode loop": "our loop",
+    "host assisted decoding": "host's loop",
+    "hf-eagle3": "refused",
+    "the host": "refused by the host",
+}
 
 
 def record(path: Path, family: Family, outcomes: dict[str, Outcome], **further: str) -> None:
     """Append a line to the results of a sweep; several processes may."""
-    line = {"family": str(family), "class": family.class_name, "transformers": transformers.__version__, **further}
+    line = {"family": family.name, "class": family.class_name, "kind": family.kind, **further}
+    line |= {"transformers": transformers.__version__, "torch": torch.__version__}
     line["calls"] = {call: outcome._asdict() for call, outcome in outcomes.items()}
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -582,44 +601,59 @@ def record(path: Path, family: Family, outcomes: dict[str, Outcome], **further: 
 
 def say(outcome: Outcome, class_name: str) -> str:
     """An outcome in a few words, without the name of the class."""
-    said = {
-        "own decode loop": "our loop",
-        "host assisted decoding": f"the host's loop: {outcome.why}",
-        "hf-eagle3": f"refused: {outcome.why}",
-        "the host": f"refused by the host: {outcome.why}",
-    }.get(outcome.loop, outcome.why)
+    parts = [LOOPS.get(outcome.loop, "")]
     if outcome.verdict not in ("same", "refused"):
-        said = f"{outcome.verdict}: {said}"
-    said = re.sub(rf"\b{class_name}\b", "it", said)
-    said = re.split(r"(?<=\))[,:]|: (?=call |leave )|\. (?=Call|Leave)", said.replace("\n", " ").replace("|", "/"))[0]
-    return said.replace("An EAGLE-3 drafter can assist only one row at a time here", "one row at a time")
+        parts.insert(0, outcome.verdict)
+    if outcome.loop != "own decode loop" or outcome.verdict == "wrong":
+        # The reason, without the advice that follows it.
+        why = re.sub(rf"\b{class_name}\b", "it", outcome.why.replace("\n", " ").replace("|", "/"))
+        why = re.split(r", got a batch|: (?=call |leave )|\. (?=Call|Leave)|, or assistant_model", why)[0]
+        parts.append(why.replace("An EAGLE-3 drafter can assist only one row at a time here", "one row at a time"))
+    if "cpu" not in outcome.graphs:
+        parts.append(outcome.graphs)
+    if 0 < outcome.num_distinct < FEW_TOKENS:
+        parts.append("text repeats itself")
+    return "; ".join(filter(None, parts))
 
 
-def row_of(family: str, class_name: str, calls: dict[str, Outcome]) -> str:
+def row_of(name: str, class_name: str, outcomes: dict[str, Outcome]) -> str:
     """A line of the table."""
-    single = dict.fromkeys(say(calls[call], class_name) for call in ("one row", "another length") if call in calls)
-    batch = say(calls["three rows"], class_name)
-    kind_and_name = family.partition("-")[2] if not family.startswith("image-text-") else family[len("image-text-") :]
-    return f"| {kind_and_name} | `{class_name}` | {'; '.join(single)} | {batch} |"
+    *single, batch = (say(outcome, class_name) for outcome in outcomes.values())
+    return f"| {name} | `{class_name}` | {' / '.join(dict.fromkeys(single))} | {batch} |"
 
 
-def table(lines: Iterable[dict[str, Any]]) -> str:
-    """The table of a sweep's results."""
-    rows = [
-        row_of(line["family"], line["class"], {call: Outcome(**o) for call, o in line["calls"].items()})
-        for line in lines
-    ]
-    return HEADER + "\n".join(sorted(rows)) + "\n"
+def table(lines: list[dict[str, Any]]) -> str:
+    """The results of a sweep, counted and one by one."""
+    calls = {(line["family"], line["class"]): {c: Outcome(**o) for c, o in line["calls"].items()} for line in lines}
+    counts = Counter(
+        (LOOPS.get(o.loop, "") if o.verdict in PASSES else o.verdict, call)
+        for outcomes in calls.values()
+        for call, o in outcomes.items()
+        if call != "another length"
+    )
+    count = {
+        call: ", ".join(f"{n} {what}" for (what, c), n in counts.most_common() if c == call) for _, call in counts
+    }
+    rows = sorted(row_of(*family, outcomes) for family, outcomes in calls.items())
+    versions = f"Transformers {lines[0]['transformers']}, torch {lines[0]['torch']}"
+    device = "".join(f", {lines[0][key]}" for key in ("device", "dtype") if key in lines[0])
+    told = "; ".join(f"{call}: {numbers}" for call, numbers in count.items())
+    return (
+        f"{versions}{device}. {len(rows)} families. {told[:1].upper()}{told[1:]}.\n\n{HEADER}" + "\n".join(rows) + "\n"
+    )
 
 
 def main(results: str, page: str | None = None) -> None:
+    """Print the tables of `results`, one a dtype, or put that of a sweep on a CPU into `page`."""
     lines = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    by_dtype = [
+        [line for line in lines if line.get("dtype") == d] for d in dict.fromkeys(x.get("dtype") for x in lines)
+    ]
     if page is None:
-        print(table(lines))  # noqa: T201
+        print("\n".join(map(table, by_dtype)))  # noqa: T201
         return
     before, _, rest = Path(page).read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    Path(page).write_text(f"{before}{MARKS[0]}\n{table(lines)}{MARKS[1]}{after}")
+    Path(page).write_text(f"{before}{MARKS[0]}{table(by_dtype[0])}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 if __name__ == "__main__":
