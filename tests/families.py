@@ -255,6 +255,11 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # Configs of a family that decode in another way than its default.
 VARIANTS: dict[tuple[str, str, str], dict[str, Any]] = {
+    # What loading an encoder as a causal model gives.
+    **{
+        (encoder, "causal", "is_decoder=False"): {"is_decoder": False}
+        for encoder in ("big_bird", "megatron-bert", "roformer")
+    },
     ("gemma4_text", "causal", "shared keys"): {"layer_types": LOCAL_AND_GLOBAL, "num_kv_shared_layers": 2},
     ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 24},
     ("paligemma", "image-text", "Gemma 2"): {"text_config": "gemma2"},
@@ -349,15 +354,17 @@ STD = 0.5  # of weights: wide enough for varied text
 STD_OF = {
     **dict.fromkeys(
         (
-            *("bart", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot-small", "bloom", "camembert"),
+            *("bart", "bert-generation", "bigbird_pegasus", "blenderbot-small", "bloom", "camembert"),
             *("ctrl", "data2vec-text", "mvp", "nanochat", "plbart", "roberta", "trocr", "xlm-roberta", "xmod"),
             *("kosmos-2.5", "roc_bert"),
         ),
         0.05,
     ),
-    **dict.fromkeys(("bert", "ernie", "rembert", "marian"), 0.1),
+    **dict.fromkeys(("bert", "big_bird", "ernie", "rembert", "marian"), 0.1),
     **dict.fromkeys(("gptj", "xglm"), 0.3),
-    **dict.fromkeys(("apertus", "apertus1p5_text", "electra", "gpt2", "gpt-sw3", "jais2", "starcoder2"), 1.0),
+    **dict.fromkeys(
+        ("apertus", "apertus1p5_text", "electra", "gpt2", "gpt-sw3", "jais2", "starcoder2", "roformer"), 1.0
+    ),
 }
 
 
