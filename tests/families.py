@@ -149,7 +149,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] * 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "diffusion_gemma": {
+        "canvas_length": 16,
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    },
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "layer_types": LOCAL_AND_GLOBAL},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": {
