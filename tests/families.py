@@ -422,7 +422,7 @@ CALLS = {"one row": (21,), "another length": (5,), "three rows": (9, 4, 13)}
 FEW_TOKENS = 3  # distinct ones in a text that says little about what was decoded
 # Gaps between logits, as a share of the largest, that float32 does not resolve over a few layers.
 FLOAT32_TIE = 1e-4
-PASSES = ("same", "tie", "refused")
+PASSES = ("same", "tie", "alone", "refused")
 
 
 def cast(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -438,7 +438,9 @@ def cast(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype)
 class Outcome(NamedTuple):
     """What became of one call with a drafter."""
 
-    verdict: str  # same, tie, refused; wrong, raw, ignored; untried where there is no plain text to compare with
+    # same, tie, alone (rows of a batch as by themselves, where plain decoding mixes them), refused; wrong, raw, ignored;
+    # untried where there is no plain text to compare with.
+    verdict: str
     loop: str = ""  # which loop ran, or who refused
     why: str = ""  # the reason for the loop, the words of a refusal, or what went wrong
     graphs: str = ""
@@ -532,13 +534,21 @@ def decode(target: PreTrainedModel, batch: dict[str, Tensor]) -> Outcome:
     differences = list(first_differences(plain.sequences, out.sequences))
     if not differences:
         return outcome
-    is_tie = out.sequences.shape == plain.sequences.shape and all(
-        is_near_tie(target, prompt, ours[T:], theirs[T:], plain.logits[t - T][b])
-        for b, t in differences
-        for prompt, ours, theirs in [(prompts_of(batch)[b], out.sequences[b], plain.sequences[b])]
-    )
     where = ", ".join(f"row {b} at new token {t - T}" for b, t in differences)
-    return outcome._replace(verdict="tie" if is_tie else "wrong", why=f"{told.why}; texts part: {where}")
+    outcome = outcome._replace(why=f"{told.why}; texts part: {where}")
+    if out.sequences.shape != plain.sequences.shape:
+        return outcome._replace(verdict="wrong")
+    rows = [(b, prompts_of(batch)[b], out.sequences[b, T:], plain.sequences[b, T:]) for b, _ in differences]
+    if all(is_near_tie(target, *texts, [logits[b] for logits in plain.logits]) for b, *texts in rows):
+        return outcome._replace(verdict="tie")
+    is_alone = all(torch.equal(ours, decode_alone(target, prompt)) for _, prompt, ours, _ in rows)
+    return outcome._replace(verdict="alone" if is_alone else "wrong")
+
+
+def decode_alone(target: PreTrainedModel, prompt: list[int]) -> Tensor:
+    """The new tokens [n] after a row that is in no batch."""
+    ids = torch.tensor([prompt], device=target.device)
+    return target.generate(ids, max_new_tokens=NEW)[0, len(prompt) :]
 
 
 def first_differences(plain: Tensor, ours: Tensor) -> Iterable[tuple[int, int]]:
@@ -549,12 +559,14 @@ def first_differences(plain: Tensor, ours: Tensor) -> Iterable[tuple[int, int]]:
             yield b, int(differs.long().argmax()) if differs.any() else S
 
 
-def is_near_tie(target: PreTrainedModel, prompt: list[int], ours: Tensor, theirs: Tensor, logits: Tensor) -> bool:
-    """Whether rounding explains where two texts [n] first differ; `logits` [V] are plain decoding's there."""
+def is_near_tie(
+    target: PreTrainedModel, prompt: list[int], ours: Tensor, theirs: Tensor, logits: list[Tensor]
+) -> bool:
+    """Whether rounding explains where two texts [n] first differ; `logits` are n of [V], plain decoding's."""
     t = int((ours != theirs).long().argmax())
     if target.dtype == torch.float32:
-        gap = logits.max() - logits[ours[t]]
-        return bool(gap <= FLOAT32_TIE * logits.abs().max())
+        gap = logits[t].max() - logits[t][ours[t]]
+        return bool(gap <= FLOAT32_TIE * logits[t].abs().max())
     text = Text("the text", torch.tensor(prompt, device=target.device), theirs.tolist(), ours.tolist())
     gap, budget = measure_gap(target, text, t)
     return gap <= budget
@@ -612,7 +624,9 @@ def record(path: Path, family: Family, outcomes: dict[str, Outcome], **further: 
 def say(outcome: Outcome, class_name: str) -> str:
     """An outcome in a few words, without the name of the class."""
     parts = [LOOPS.get(outcome.loop, "")]
-    if outcome.verdict not in ("same", "refused"):
+    if outcome.verdict == "alone":
+        parts.append("each row as by itself")
+    elif outcome.verdict not in ("same", "refused"):
         parts.insert(0, outcome.verdict)
     if outcome.loop != "own decode loop" or outcome.verdict == "wrong":
         # The reason, without the advice that follows it.

@@ -90,8 +90,8 @@ def test_refusals_are_told_from_accidents(target):
 
 def test_only_rounding_is_a_tie(target):
     plain, ours = torch.tensor([5, 7]), torch.tensor([5, 9])
-    logits = torch.zeros(64).index_fill(0, torch.tensor([7]), 10.0)
+    logits = [torch.zeros(64), torch.zeros(64).index_fill(0, torch.tensor([7]), 10.0)]
     for below, is_tie in ((1e-4, True), (0.1, False)):
-        logits[9] = 10.0 - below
+        logits[1][9] = 10.0 - below
         assert families.is_near_tie(target, [3, 4], ours, plain, logits) == is_tie
     assert list(families.first_differences(torch.tensor([[5, 7], [1, 2]]), torch.tensor([[5, 9], [1, 2]]))) == [(0, 1)]
