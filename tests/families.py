@@ -264,7 +264,7 @@ VARIANTS: dict[tuple[str, str, str], dict[str, Any]] = {
         for encoder in ("big_bird", "megatron-bert", "roformer")
     },
     ("gemma4_text", "causal", "shared keys"): {"layer_types": LOCAL_AND_GLOBAL, "num_kv_shared_layers": 2},
-    ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 24},
+    ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 28},
     ("paligemma", "image-text", "Gemma 2"): {"text_config": "gemma2"},
     ("phi3", "causal", "longrope"): {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
 }
@@ -416,9 +416,9 @@ def randomize(model: PreTrainedModel, std: float) -> None:
 
 # ---- what a drafter makes of it ----
 
-NEW = 16  # tokens to generate
+NEW = 12  # tokens to generate
 # Lengths of prompts, padded on the left. A single row has no attention mask.
-CALLS = {"one row": (21,), "another length": (5,), "three rows": (9, 4, 13)}
+CALLS = {"one row": (24,), "another length": (5,), "three rows": (9, 4, 13)}
 FEW_TOKENS = 3  # distinct ones in a text that says little about what was decoded
 # Gaps between logits, as a share of the largest, that float32 does not resolve over a few layers.
 FLOAT32_TIE = 1e-4
