@@ -264,7 +264,7 @@ VARIANTS: dict[tuple[str, str, str], dict[str, Any]] = {
         for encoder in ("big_bird", "megatron-bert", "roformer")
     },
     ("gemma4_text", "causal", "shared keys"): {"layer_types": LOCAL_AND_GLOBAL, "num_kv_shared_layers": 2},
-    ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 28},
+    ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 20},
     ("paligemma", "image-text", "Gemma 2"): {"text_config": "gemma2"},
     ("phi3", "causal", "longrope"): {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
 }
