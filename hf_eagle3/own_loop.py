@@ -29,7 +29,6 @@ from .graphs import (
     turns_of,
     why_not_captured,
 )
-from .kernels.fusion import HOST_HOOKS
 from .kernels.packed import PackedLinears
 from .peers import is_true_for_any, make_agree
 from .prefill import Prompt, counts_from_zero, is_text_only, pads_to_the_left, prefill, read_mask, reorder
@@ -255,10 +254,10 @@ def find_crossed_switch(target: PreTrainedModel, lengths: list[int], max_new: in
 
 
 def has_hooks_of_others(target: PreTrainedModel) -> bool:
-    """Whether somebody else than the host and us is told when a module of `target` runs."""
+    """Whether somebody else than the host, PyTorch, accelerate and us is told when a module of `target` runs."""
     hooks = (h for m in target.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    places = (str(getattr(hook, "__module__", None)) for hook in hooks)
-    return any(place != HOST_HOOKS and not place.startswith(f"{__package__}.") for place in places)
+    packages = (str(getattr(hook, "__module__", None)).partition(".")[0] for hook in hooks)
+    return any(package not in ("transformers", "torch", "accelerate", __package__) for package in packages)
 
 
 def leave(context: AbstractContextManager, turns: Turns) -> None:
