@@ -55,7 +55,7 @@ def parameters_by_layer_type(module: nn.Module) -> dict[str | None, dict[str, An
         return {}
     by_type = kinds if isinstance(kinds, dict) else {None: kinds}
     return {
-        layer_type: parameters if layer_type is None else parameters[layer_type]
+        layer_type: {**(parameters if layer_type is None else parameters[layer_type]), "rope_type": kind}
         for layer_type, kind in by_type.items()
         if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
     }
@@ -130,8 +130,11 @@ class LengthRotary:
     def why_not(self) -> str | None:
         """What tells this from the host's own forward at some lengths; None if nothing does."""
         reason = None
-        for self.rounds_long in (True, False):
-            if (reason := self._compare()) is None:
+        for rounds_long in (True, False):
+            trial = LengthRotary(self.module)
+            trial.rounds_long = rounds_long
+            if (reason := trial._compare()) is None:
+                self.rounds_long = rounds_long
                 break
         return reason
 
@@ -140,21 +143,21 @@ class LengthRotary:
         # The host's keeps the length that it last saw, so a new copy is asked.
         theirs = copy.deepcopy(module, {id(module.config): module.config})
         vars(theirs).pop("forward", None)
-        for layer_type in self._parameters:
-            more = () if layer_type is None else (layer_type,)
-            forget_lengths(theirs, layer_type)
-            switch = self.switch
-            device = theirs.get_buffer(f"{'' if layer_type is None else f'{layer_type}_'}inv_freq").device
-            x = torch.empty(1, device=device)
-            for length in (1, switch, switch + 1, 2 * switch + 3):
-                position_ids = torch.tensor([[0, length // 2, length - 1]], device=device)
-                try:
-                    expected = theirs(x, position_ids, *more)
+        device = next(theirs.buffers()).device
+        try:
+            for layer_type in self._parameters:
+                forget_lengths(theirs, layer_type)
+                for length in (1, self.switch, self.switch + 1, 2 * self.switch + 3):
+                    position_ids = torch.tensor([[0, length // 2, length - 1]], device=device)
+                    x = torch.empty(1, device=position_ids.device)
+                    expected = theirs(x, position_ids, *(() if layer_type is None else (layer_type,)))
                     ours = self.rotate(x, position_ids, at_once(position_ids), layer_type)
-                except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-                    return f"{type(error).__name__}: {error}"
-                if any(a.shape != b.shape or not torch.allclose(a, b) for a, b in zip(ours, expected, strict=True)):
-                    return f"at length {length} it rotates in a way that is not known here"
+                    if any(
+                        a.shape != b.shape or not torch.allclose(a, b) for a, b in zip(ours, expected, strict=True)
+                    ):
+                        return f"at length {length} it rotates in a way that is not known here"
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
         return None
 
     @property
