@@ -11,12 +11,14 @@ from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .attention_trial import why_not_ours
+from .features import find_skippable
+from .rotation import why_not_rotated
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # the last for layers that share others'
 # Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
 # decoding passes to each forward.
 KNOWN_INPUTS = {
@@ -71,9 +73,6 @@ def is_sliding(target: PreTrainedModel) -> bool:
 def why_not_target(target: PreTrainedModel) -> str | None:
     """What about the target rules out our loop; None if nothing does."""
     config = target.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    per_type = [v for v in rope.values() if isinstance(v, dict)] if isinstance(rope, Mapping) else []
-    ropes = [rope, *per_type]
     kinds = kinds_of_layers(DynamicCache(config=config))
     layer_types = set(getattr(config, "layer_types", None) or LAYER_TYPES)
     name = type(target).__name__
@@ -88,14 +87,18 @@ def why_not_target(target: PreTrainedModel) -> str | None:
         or "position_ids" not in inspect.signature(target.forward).parameters
     ):
         return f"{name} does not take masks and positions for each row"
-    if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
-        return f"the rotary embedding of {name} depends on the longest row"
-    return why_not_ours(target)
+    return why_not_rotated(target) or why_not_ours(target)
 
 
 def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
     """The cache that `generate` was given, by either of its names."""
     return next((inputs[name] for name in ("past_key_values", "cache") if inputs.get(name) is not None), None)
+
+
+def holds_images(target: PreTrainedModel, cache: DynamicCache | None) -> bool:
+    """Whether layers of `target` that a text without images skips have something in `cache`."""
+    layers = dict(enumerate(cache.layers)) if cache is not None else {}
+    return any(layers[i].is_initialized and layers[i].keys.numel() for i in find_skippable(target) if i in layers)
 
 
 def has_holes(mask: Tensor) -> bool:
@@ -152,6 +155,8 @@ def choose_loop(
     if asked is not None and not (isinstance(asked, str) and asked in ASKED):
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
     why_not = why_not_call(settings, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
+    if why_not is None and holds_images(target, find_cache(inputs)):
+        why_not = "the cache given holds images"
     if (
         why_not is None
         and is_sliding(target)

@@ -9,22 +9,24 @@ Shapes: B rows in the batch, K draft tokens.
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from .accept import Verdict, accept_greedy, accept_next, accept_sampled, accept_simulated
 from .cache import CACHE_NAME
 from .draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
-from .features import StateRecorder
+from .features import StateRecorder, find_layers
 from .peers import Agree, make_agree
 from .prefill import Prompt, is_by_rows
-from .rows import RowCache, make_masks
+from .preparation import AskedPositions
+from .rotation import at_once, one_by_one, rotating
+from .rows import WRITING, Masks, RowCache, make_masks
 from .sampling import make_to_probs, stateless_warpers
 from .stats import Speculation, Stopwatch
 from .stopping import has_nan, raise_if_nan
@@ -40,8 +42,9 @@ class DecodeConfig:
     processors: LogitsProcessorList
     max_length: int | None  # of a row without pads: nothing at or behind that position is ever read
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
-    keeps_rows: bool = False  # rows that are done stay, so that the target's cache can be returned
+    keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
     in_step: bool = False  # rows accept as many tokens as one another, since a processor may look at the whole batch
+    starts_anew: int | None = None  # after so many tokens of a text the target computes its cache anew
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class DecodeState:
     last_position: Tensor  # [] int64: nothing behind it is ever read, and a learned position embedding may end there
     target_cache: RowCache
     drafter_cache: RowCache
+    asked: AskedPositions | None = None  # the target's position ids where `shift` does not say them
 
 
 class Clocks(NamedTuple):
@@ -113,9 +117,10 @@ def prepare(
         num_pending=torch.ones_like(prompt.lengths),
         first=first,
         shift=prompt.shift,
-        last_position=prompt.lengths.new_tensor(2**62 if max_length is None else max_length - 1),
+        last_position=prompt.lengths.new_tensor(2**62 if max_length is None else max_length - 1 + prompt.extra),
         target_cache=prompt.cache,
         drafter_cache=cache,
+        asked=prompt.asked,
     )
 
 
@@ -201,17 +206,62 @@ def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> T
     """Logits [B, T, V] of `tokens` [B, T], the first in each row's slot length-1."""
     cache = state.target_cache
     slots = (state.length - 1)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    places = torch.minimum(slots, state.last_position)
+    position_ids = places + state.shift if state.asked is None else state.asked(places, tokens)
     text_config = target.config.get_text_config(decoder=True)
     with cache.writing(slots):
-        out = target(
-            input_ids=tokens,
-            attention_mask=make_masks(text_config, slots, cache.num_visible, target.dtype),
-            position_ids=torch.minimum(slots, state.last_position) + state.shift,
-            **{CACHE_NAME: cache},
-            use_cache=True,
-            return_dict=True,
-        )
+        masks = make_masks(text_config, slots, cache.num_visible, target.dtype)
+        with handing_over(masks, target) as masks, rotating(one_by_one):
+            out = target(
+                input_ids=tokens,
+                attention_mask=masks,
+                position_ids=position_ids,
+                **{CACHE_NAME: cache},
+                use_cache=True,
+                return_dict=True,
+            )
     return out.logits
+
+
+@contextmanager
+def handing_over(masks: Masks | None, target: PreTrainedModel) -> Iterator[Masks | None]:
+    """What to give `target` as a mask so that its text decoder gets `masks`.
+
+    Masks by layer type go to the decoder itself where another module calls it, since that may want a tensor.
+    """
+    decoder, _ = find_layers(target)
+    if not isinstance(masks, dict) or target.config is target.config.get_text_config(decoder=True):
+        yield masks
+        return
+    cache = WRITING.get()
+
+    def hand_over(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, ({**kwargs, "attention_mask": masks} if WRITING.get() is cache else kwargs)
+
+    handle = decoder.register_forward_pre_hook(hand_over, with_kwargs=True)
+    try:
+        yield None
+    finally:
+        handle.remove()
+
+
+def start_anew(target: PreTrainedModel, cache: RowCache, text: Tensor) -> None:
+    """Let the `cache` of one row hold what it would if `text` [1, n] had been its prompt."""
+    slots = torch.arange(text.shape[1], device=text.device)[None]  # [1, n]
+    cache.reserve(text.shape[1])
+    options = {"logits_to_keep": 1} if target._supports_logits_to_keep() else {}
+    with cache.writing(slots, is_first=True), rotating(at_once):
+        target(input_ids=text, position_ids=slots, **{CACHE_NAME: cache}, use_cache=True, return_dict=True, **options)
+
+
+def stop_before(verdict: Verdict, draft_tokens: Tensor, limit: Tensor) -> Verdict:
+    """`verdict` over `draft_tokens` [B, K], with no more of them kept than `limit` [B]: the next one is the next token."""
+    if not draft_tokens.shape[1]:
+        return verdict
+    limit = limit.clamp(max=draft_tokens.shape[1])
+    kept = draft_tokens.gather(1, limit.clamp(max=draft_tokens.shape[1] - 1)[:, None])[:, 0]
+    is_over = verdict.num_accepted > limit
+    return Verdict(torch.minimum(verdict.num_accepted, limit), torch.where(is_over, kept, verdict.next_token))
 
 
 def commit(state: DecodeState, draft_tokens: Tensor, verdict: Verdict, states: Tensor | None) -> None:
@@ -244,6 +294,8 @@ def keep_rows(state: DecodeState, kept: list[int]) -> None:
     state.first, state.shift = state.first[rows], state.shift[..., rows, :]
     state.target_cache.select(rows)
     state.drafter_cache.select(rows)
+    if state.asked is not None:
+        state.asked.keep(kept)
 
 
 def scatter_probs(drafter: PreTrainedModel, probs: Tensor, vocab_size: int) -> Tensor:
@@ -262,6 +314,7 @@ def accept_in_order(
     processors: list[LogitsProcessorList],
     do_sample: bool,
     agree: Agree,
+    limits: list[int],  # draft tokens that may be kept, for each of the rows
 ) -> Verdict:
     """Accept token by token in Python, for processors that look at the text.
 
@@ -272,7 +325,7 @@ def accept_in_order(
     counts, last = [], []
     for b, row in enumerate(rows):
         k, token = 0, 0
-        for k in range(K + 1 if transcript.is_live(row) else 0):
+        for k in range(min(K, limits[b]) + 1 if transcript.is_live(row) else 0):
             # [1, V]. Processors that write in place change what is returned as logits, too, as in plain decoding.
             chosen_from = logits[b, k][None].to(torch.float32, copy=True)
             scores = processors[row](transcript.prefix(row), chosen_from)  # [1, V]
@@ -302,6 +355,7 @@ def accept_in_step(
     processors: list[LogitsProcessorList],  # one, for all rows
     do_sample: bool,
     agree: Agree,
+    limits: list[int],  # draft tokens that may be kept, for each of the rows
 ) -> Verdict:
     """Accept column by column over all rows, for processors that may look at the whole batch.
 
@@ -312,14 +366,15 @@ def accept_in_step(
     B, K = draft_tokens.shape
     assert len(rows) == B == len(transcript.texts)
     drafts = draft_tokens.tolist()
-    for k in range(K + 1):
+    last = min([K, *(limits[b] for b in range(B) if not transcript.is_padded(b))])
+    for k in range(last + 1):
         chosen_from = logits[:, k].to(torch.float32, copy=True)  # [B, V]
         scores = processors[0](transcript.shown, chosen_from)  # [B, V]
         proposed = draft_tokens[:, k : k + 1]  # [B, 1], or [B, 0] past the last draft token
         q_here = None if q is None else q[:, k : k + 1]  # [B, 0 or 1, V]
         verdict = accept_next(proposed, q_here, scores, do_sample=do_sample)
         is_kept, tokens = (agree(x).tolist() for x in verdict)  # a wait for each column, as in plain decoding
-        goes_on = k < K
+        goes_on = k < last
         for b in range(B):
             if transcript.is_padded(b):
                 tokens[b] = transcript.pad
@@ -447,6 +502,10 @@ class Phases:
         else:
             verdict = accept_greedy(tokens, scores)
         verdict = Verdict(*map(self.agree, verdict))
+        if (last := self.config.starts_anew) is not None:
+            # Behind so many tokens the draft was verified over a cache that plain decoding no longer has.
+            room = (last - self.state.length).clamp(min=0)
+            verdict = stop_before(verdict, tokens, torch.where(self.state.length <= last, room, tokens.shape[1]))
         commit(self.state, tokens, verdict, verified.states)
         block = self.state.block[:, : tokens.shape[1] + 1]
         is_nan = has_nan(verified.logits[:, 0])
@@ -460,7 +519,21 @@ class Phases:
     @property
     def lateness(self) -> int:
         """How many rounds may be launched before one is read: on a GPU it then need not wait for the host."""
-        return int(self.state.length.is_cuda)
+        return int(self.state.length.is_cuda and self.config.starts_anew is None)
+
+    def start_anew(self, place: int, text: Tensor) -> None:
+        """Let the row in that place of the batch have a cache as if its `text` [n] had been the prompt."""
+        with self.entered():
+            start_anew(self.target, self.state.target_cache.view(place, 1, of=len(self.state.length)), text[None])
+            self.recorder.take(self.drafter.device)  # the drafter has seen states of these positions
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside of all that is entered around the forwards of a round."""
+        with ExitStack() as stack:
+            for context in self.around:
+                stack.enter_context(context)
+            yield
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""
@@ -496,7 +569,7 @@ def decode(
     accept = accept_in_step if config.in_step else accept_in_order
     taken: list[list[Taken]] = [[] for _ in rows]
     told.rows = [Speculation(told.loop, told.why, told.depth) for _ in rows]
-    longest_prompt = prompt.columns.shape[1]
+    longest_prompt = prompt.extra + prompt.columns.shape[1]
     launched: deque[Launched] = deque()
 
     drafted, verified = Drafted(phases.state.block[:, :0], None), Verified(prompt.logits, None)
@@ -505,6 +578,9 @@ def decode(
         if phases.in_order:
             with clocks.host:
                 raise_if_nan(bool(has_nan(verified.logits[:, 0])))
+                limits = [K] * len(rows)
+                if (last := config.starts_anew) is not None and K:
+                    limits = [last - n if n <= last else K for n in phases.state.length.tolist()]
                 verdict = accept(
                     *drafted,
                     verified.logits,
@@ -513,6 +589,7 @@ def decode(
                     processors=processors,
                     do_sample=config.do_sample,
                     agree=phases.agree,
+                    limits=limits,
                 )
             commit(phases.state, drafted.tokens, verdict, verified.states)
         else:
@@ -546,9 +623,13 @@ def decode(
 
         unseen = len(launched) * (config.depth + 1)
         phases.reserve(longest_prompt + max(transcript.num_tokens) + unseen + 2 * config.depth + 2)
-        with ExitStack() as stack:
-            for context in phases.around:
-                stack.enter_context(context)
+        for b, row in enumerate(rows):
+            if config.starts_anew is not None and transcript.is_live(row):
+                said = prompt.tokens.new_tensor(transcript.texts[row])
+                text = torch.cat([prompt.tokens[row, : prompt.num_states[row]], said])
+                if len(text) == config.starts_anew + 1:
+                    phases.start_anew(b, text)
+        with phases.entered():
             with clocks.draft:
                 drafted = phases.draft()
             if config.in_step:

@@ -1,10 +1,12 @@
 """Reading the target's residual stream at the boundaries a drafter asks for, from any host model."""
 
+import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +32,18 @@ def find_layers(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
+def find_skippable(target: PreTrainedModel) -> set[int]:
+    """Decoder layers of `target` that do not run for a text without images, as Mllama's that look at images."""
+    return set(getattr(target.config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
+
+
 class StateRecorder:
     """Keeps the aux hidden states of the target's last forward, through hooks on exactly the boundaries needed.
 
     Boundary i < n is the input of layer i; boundary n is the output of the last layer, before the final norm, and n + 1
-    what leaves that norm. No boundaries at all means n + 1 alone. Use as a context manager: the hooks go when it closes.
-    Forwards of other threads than the one that opened it are theirs.
+    what leaves that norm. No boundaries at all means n + 1 alone. The input of a layer that is skipped is that of the
+    next one that runs. Use as a context manager: the hooks go when it closes. Forwards of other threads than the one
+    that opened it are theirs.
 
     Args:
         target: Any decoder of the host; a vision-language model is read at its text decoder.
@@ -52,13 +60,23 @@ class StateRecorder:
     def __enter__(self) -> "StateRecorder":
         self._thread = threading.get_ident()
         decoder, layers = find_layers(self._target)
-        n = len(layers)
-        for boundary in self._aux_layer_ids or (n + 1,):
-            if boundary < n:
-                hook = layers[boundary].register_forward_pre_hook(self._on_input(boundary), with_kwargs=True)
+        n, skippable = len(layers), find_skippable(self._target)
+        self._boundaries = self._aux_layer_ids or (n + 1,)
+        for boundary in self._boundaries:
+            first, last = boundary, boundary
+            while last in skippable:
+                last += 1
+            if last < n:
+                has_run: list[int] = []
+                for layer in range(first, last + 1):
+                    keep = self._on_input(boundary, has_run, is_last=layer == last)
+                    self._handles.append(layers[layer].register_forward_pre_hook(keep, with_kwargs=True))
             else:
-                hook = (layers[-1] if boundary == n else decoder).register_forward_hook(self._on_output(boundary))
-            self._handles.append(hook)
+                module = layers[-1] if boundary == n else decoder
+                self._handles.append(module.register_forward_hook(self._on_output(boundary)))
+        # Gemma 4 runs its later layers over the positions alone that logits are asked of.
+        if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
+            self._handles.append(decoder.register_forward_pre_hook(self._keep_all_positions, with_kwargs=True))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -77,16 +95,27 @@ class StateRecorder:
         finally:
             self._in_chunks = False
 
+    def _keep_all_positions(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return args, ({**kwargs, "logits_to_keep": 0} if threading.get_ident() == self._thread else kwargs)
+
     def _keep(self, boundary: int, state: Tensor) -> None:
         if threading.get_ident() != self._thread:
             return
+        if (
+            state.dim() == 4
+        ):  # Gemma 3n has several streams, one of which each layer predicts and corrects the others by
+            state = state[self._target.config.get_text_config(decoder=True).altup_active_idx]
         if not self._in_chunks:
             self._states[boundary].clear()
         self._states[boundary].append(state)
 
-    def _on_input(self, boundary: int) -> Callable:
+    def _on_input(self, boundary: int, has_run: list[int], *, is_last: bool) -> Callable:
+        """A hook for one of the layers whose first to run has the boundary as its input, the `is_last` one always."""
+
         def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._keep(boundary, args[0] if args else kwargs["hidden_states"])
+            if not has_run:
+                self._keep(boundary, args[0] if args else kwargs["hidden_states"])
+            has_run[:] = [] if is_last else [boundary]
 
         return keep
 

@@ -26,7 +26,7 @@ from .kernels.fusion import fused, has_forward_hooks
 from .kernels.language import is_available
 from .peers import call_before_groups_end, find_peers, is_spread, local
 from .row_attention import attending_by_rows, own_attention
-from .rows import RowCache, to_bucket
+from .rows import RowCache, count_cached_layers, to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def open_arena(
         arena.fingerprint = fingerprint
         arena.unfit.clear()
     if arena is None:
-        layers = target.config.get_text_config(decoder=True).num_hidden_layers, drafter.config.num_hidden_layers
+        layers = count_cached_layers(target), drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
         _arenas[target] = arena
     try:

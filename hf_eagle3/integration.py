@@ -50,10 +50,12 @@ from .refusals import (
     is_drafter_config,
     refuse_cache,
     refuse_continuous_batching,
+    refuse_host_loop,
     refuse_inputs,
     refuse_mistaken_llama,
     refuse_names,
     refuse_settings,
+    refuse_target,
 )
 from .stats import Speculation, Stopwatch
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
@@ -133,6 +135,7 @@ def wrap_generate(original: Callable) -> Callable:
             further.pop(name, None)
         settings, inputs = self._prepare_generation_config(given, **further)  # copies
         drafter.bind(self)
+        refuse_target(self)
         refuse_settings(settings)
         if settings.output_attentions and self.config.get_text_config()._attn_implementation != "eager":
             raise ValueError(
@@ -251,6 +254,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         choice = take_choice(criteria)
         why = choice.why if choice is not None else "called from outside generate()"
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
+        refuse_host_loop(self, arguments["generation_config"].max_length, why)
         refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None

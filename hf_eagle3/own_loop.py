@@ -31,9 +31,12 @@ from .graphs import (
 )
 from .kernels.packed import PackedLinears
 from .peers import is_true_for_any, make_agree
-from .prefill import Prompt, pads_to_the_left, prefill, read_mask, reorder
+from .prefill import Prompt, counts_from_zero, is_text_only, pads_to_the_left, prefill, read_mask, reorder
+from .preparation import Switch, find_asked, find_switch, name_of
+from .rotation import find_switch as find_rotation_switch
+from .rotation import own_lengths
 from .row_attention import FoldedAttention
-from .rows import RowCache, to_bucket
+from .rows import RowCache, count_cached_layers, to_bucket
 from .stats import Speculation, Stopwatch
 from .transcript import Transcript, looks_at_batch
 
@@ -98,14 +101,24 @@ def run_own_loop(
         agree=make_agree(target),
     )
     keeps_cache = bool(is_dict or choice.has_cache)
+    # Hooks of others may count on the rows that they were given, as PEFT's do where each row has an adapter.
+    is_whole = has_hooks_of_others(target)
+    switch = find_crossed_switch(target, mask.sum(-1).tolist(), transcript.max_new)
+    if switch is not None and not (is_text_only(model_kwargs) and counts_from_zero(model_kwargs, mask)):
+        raise ValueError(
+            f"{type(target).__name__} computes its cache anew where a text passes {switch.after} tokens, which a drafter "
+            "can follow in text from its beginning alone; this prompt has more. Leave that out, lower max_new_tokens, or "
+            "call generate() without assistant_model."
+        )
     config = DecodeConfig(
         depth=choice.depth,
         do_sample=bool(generation_config.do_sample),
         processors=processors,
         max_length=None if transcript.max_new is None else S + transcript.max_new,
         simulated_length=getattr(drafter.generation_config, "simulated_acceptance_length", None),
-        keeps_rows=(keeps_cache or transcript.in_step) and len(given) > 1,
+        keeps_rows=(keeps_cache or is_whole or transcript.in_step) and len(given) > 1,
         in_step=transcript.in_step,
+        starts_anew=None if switch is None else switch.after,
     )
     why = choice.why if config.simulated_length is None else f"{choice.why}; acceptance is simulated"
     if transcript.in_step and len(given) > 1:
@@ -115,7 +128,12 @@ def run_own_loop(
     clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
     with ExitStack() as stack:
         arena = None
+        stack.enter_context(own_lengths(target))
         why_eager = "asked for" if choice.is_eager else why_not_captured(target, drafter)
+        if why_eager is None and switch is not None:
+            why_eager = f"{type(target).__name__} computes its cache anew where a text passes {switch.after} tokens"
+        if why_eager is None and (asked := find_asked(target)) is not None:
+            why_eager = f"{type(target).__name__} is asked for the position of each token by {name_of(asked)}"
         if why_eager is not None and not choice.is_eager:
             say_once(target, why_eager)
         longest = int(mask.sum(-1).max())
@@ -131,8 +149,8 @@ def run_own_loop(
             arena = stack.enter_context(open_arena(target, drafter, **sizes))
             target_cache, drafter_cache = arena.first_rows(len(given))
         else:
-            num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
-            target_cache, drafter_cache = RowCache(num_layers, to_bucket(longest + 2 * choice.depth + 3)), None
+            capacity = to_bucket(longest + 2 * choice.depth + 3)
+            target_cache, drafter_cache = RowCache(count_cached_layers(target), capacity), None
         recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
         turns = turns_of(target)
         with turns:
@@ -141,6 +159,7 @@ def run_own_loop(
                 device=drafter.device,
                 cache=target_cache,
                 move=not choice.has_cache,
+                is_whole=is_whole,
             )
         if len(given) * (choice.depth + 1) <= FEW_TOKENS:
             # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
@@ -183,6 +202,7 @@ def run_own_loop(
                 fill_pads(target, prompt, phases.state, transcript)
             assert transcript.length is not None
             slots = slots_of_output(prompt, transcript.length, S, order)
+            host_cache = prompt.host_cache
             phases.state.target_cache.to_host(host_cache, slots)
     if streamer is not None:
         streamer.end()
@@ -209,6 +229,37 @@ def say_once(target: PreTrainedModel, why_eager: str) -> None:
         logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
 
 
+def find_crossed_switch(target: PreTrainedModel, lengths: list[int], max_new: int | None) -> Switch | None:
+    """Where texts of this call pass the point at which `target` drops its cache, and that matters; None if they do not.
+
+    Args:
+        lengths: Of the prompts.
+        max_new: Tokens that each may get.
+
+    Raises:
+        ValueError: Plain decoding forgets the text there.
+    """
+    switch = find_switch(target)
+    if switch is None or not any(
+        n <= switch.after and (max_new is None or n + max_new > switch.after) for n in lengths
+    ):
+        return None
+    if not switch.computes_anew:
+        raise ValueError(
+            f"Where a text passes {switch.after} tokens, {type(target).__name__} forgets it all in this version of "
+            f"Transformers, which a drafter cannot follow: end before that ({max(lengths)} tokens of prompt, "
+            f"max_new_tokens={max_new}), pip install -U transformers, or call generate() without assistant_model."
+        )
+    return switch if find_rotation_switch(target) is not None else None  # else what is computed is what was there
+
+
+def has_hooks_of_others(target: PreTrainedModel) -> bool:
+    """Whether somebody else than the host, PyTorch, accelerate and us is told when a module of `target` runs."""
+    hooks = (h for m in target.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    packages = (str(getattr(hook, "__module__", None)).partition(".")[0] for hook in hooks)
+    return any(package not in ("transformers", "torch", "accelerate", __package__) for package in packages)
+
+
 def leave(context: AbstractContextManager, turns: Turns) -> None:
     """Let a call leave nothing of `context` behind, even if it is interrupted while that is entered."""
     with turns:
@@ -232,7 +283,7 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: DecodeState, trans
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:
-    """[B, S + num_new - 1] int64: our slot of each column of the output, -1 for pads of the prompt.
+    """[B, extra + S + num_new - 1] int64: our slot of each column that plain decoding caches, -1 for pads of the prompt.
 
     `order` is that in which the prompt's columns were put, if they were.
     """
@@ -241,6 +292,8 @@ def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) 
     if order is not None:
         columns = order.gather(1, columns)
     slots = torch.full((B, S), -1, device=lengths.device)
-    position = torch.arange(P, device=lengths.device).expand(B, P)
+    position = prompt.extra + torch.arange(P, device=lengths.device).expand(B, P)
     slots.scatter_(1, columns, position.masked_fill(position >= lengths[:, None], -1))
-    return torch.cat([slots, lengths[:, None] + torch.arange(num_new - 1, device=lengths.device)], dim=1)
+    before = torch.arange(prompt.extra, device=lengths.device).expand(B, prompt.extra)
+    new = lengths[:, None] + torch.arange(num_new - 1, device=lengths.device)
+    return torch.cat([before, slots, new], dim=1)

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from .choice import why_not_target
 from .graphs import why_not_captured
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from .preparation import find_asked, find_switch
+from .refusals import why_not_drafted
 
 
 def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
@@ -16,7 +18,7 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     The drafter among it is never run, and has next to no weights.
     """
     text = target.config.get_text_config(decoder=True)
-    if target.config.is_encoder_decoder or any(p.is_meta for p in target.parameters()):
+    if target.config.is_encoder_decoder or any(p.is_meta for p in target.parameters()) or why_not_drafted(target):
         return {}
     config = Eagle3DrafterConfig(
         hidden_size=text.hidden_size,
@@ -33,6 +35,8 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     with target.device:
         drafter = Eagle3DrafterModel(config).to(target.dtype).eval()
     is_slow = target.device.type != "cpu" and why_not_captured(target, drafter) is not None
-    if is_slow or why_not_target(target) is not None:
+    switch = find_switch(target)
+    is_lost = switch is not None and not switch.computes_anew  # which our loop refuses to follow
+    if is_slow or is_lost or find_asked(target) is not None or why_not_target(target) is not None:
         return {}
     return {"assistant_model": drafter, "num_assistant_tokens": 0}

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-from transformers import GenerationConfig, QuantizedCache, StaticCache
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
+from .features import find_layers, find_skippable
 from .modeling import Eagle3DrafterConfig
+from .preparation import UnfollowableError, find_asked
+from .preparation import find_switch as find_cache_switch
+from .rotation import find_switch as find_rotation_switch
 
 
 def is_given(value: Any) -> bool:  # Any: whatever was set
@@ -115,6 +120,82 @@ def refuse_continuous_batching(model: Any) -> None:  # Any: whatever was passed 
 def advise(why: str) -> str:
     """What to leave out of a call that our own loop cannot take, if that is all; `why` is what rules it out."""
     return f"leave out {why.removesuffix(' is set')}, " if why.endswith(" is set") else ""
+
+
+def how_compiled(module: nn.Module) -> str | None:
+    """How to undo what `torch.compile` did to `module`, as a line with NAME in the place of the module; None if nothing."""
+    if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
+        return "NAME._compiled_call_impl = None"
+    if hasattr(module, "_orig_mod"):  # torch.compile(module)
+        return "NAME = NAME._orig_mod"
+    if hasattr(module.forward, "_torchdynamo_orig_callable"):  # module.forward = torch.compile(module.forward)
+        return "del NAME.forward" if "forward" in vars(module) else "load the model with its own class"
+    return None
+
+
+def counts_from_the_end(hook: Any) -> bool:  # Any: whatever is called before a forward
+    """Whether `hook` is PEFT's for an activated LoRA, which begins so many tokens before the end of each forward."""
+    offsets = (getattr(hook, "keywords", None) or {}).get("alora_offsets")
+    return any(offset is not None for offset in offsets or ())
+
+
+def why_not_drafted(target: PreTrainedModel) -> str | None:
+    """What about `target` keeps any drafter from helping it, in words for who loaded it; None if nothing does."""
+    name = type(target).__name__
+    if getattr(target, "_is_stateful", False):
+        return (
+            f"{name} keeps recurrent states, which tokens of a refused draft cannot be taken out of again, so neither our "
+            "decode loop nor the host's can draft for it. Call generate() without assistant_model."
+        )
+    hooked = set(map(id, find_layers(target)[1]))  # compiled code calls none of their hooks
+    for path, module in target.named_modules():
+        if any(map(counts_from_the_end, module._forward_pre_hooks.values())):
+            return (
+                f"{name} has an activated LoRA (alora_invocation_tokens), which counts tokens from the end of each forward, "
+                "and a draft makes forwards of other lengths. Disable the adapter, or call generate() without "
+                "assistant_model."
+            )
+        undo = how_compiled(module)
+        if undo is not None and any(id(child) in hooked for child in module.modules()):
+            place = re.sub(r"\.(\d+)", r"[\1]", ".".join(["target", *filter(None, [path])]))
+            return (
+                f"{name} is compiled at {place}, and compiled code does not let a drafter read the target's states: undo "
+                f"that ({undo.replace('NAME', place)}), since rounds on a GPU run as CUDA graphs without it, or call "
+                "generate() without assistant_model."
+            )
+    return None
+
+
+def refuse_target(target: PreTrainedModel) -> None:
+    """Raise if no drafter can help `target`."""
+    if (reason := why_not_drafted(target)) is not None:
+        raise ValueError(reason)
+
+
+def refuse_host_loop(target: PreTrainedModel, max_length: int, why: str) -> None:
+    """Raise if assisted decoding of the host could give other text than plain decoding.
+
+    Args:
+        target: The model to generate with.
+        max_length: Of the text.
+        why: What rules out our own loop.
+    """
+    name = type(target).__name__
+    if find_asked(target) is not None:
+        raise UnfollowableError(target, f"the host's loop prepares several tokens at once ({why})")
+    if find_skippable(target):
+        raise ValueError(
+            f"{name} keeps what it sees in images in the same cache as text, where the host's loop would cut it off with "
+            f"a refused draft ({why}): call generate() without assistant_model, or with text alone in our own loop."
+        )
+    switches = [find_rotation_switch(target), *(switch.after for switch in [find_cache_switch(target)] if switch)]
+    switch = min((s for s in switches if s is not None), default=None)
+    if switch is not None and max_length > switch:
+        raise ValueError(
+            f"Behind {switch} tokens, {name} computes each token by the length of the text, where the host's loop would "
+            f"take one length for a whole draft; this text may get {max_length} tokens, and our own loop is ruled out "
+            f"({why}). Leave that out, lower max_new_tokens, or call generate() without assistant_model."
+        )
 
 
 def refuse_inputs(input_ids: Tensor, model_kwargs: dict[str, Any], why: str) -> None:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .kernels.attention import write_rows, write_rows_eager
@@ -29,6 +29,11 @@ def to_bucket(num_slots: int) -> int:
     """The capacity for `num_slots`: few distinct sizes, at most an eighth or 64 slots more than needed."""
     step = max(64, 1 << max(num_slots.bit_length() - 4, 0))
     return -(-num_slots // step) * step
+
+
+def count_cached_layers(model: PreTrainedModel) -> int:
+    """Layers for which the host's cache of `model` has a place. Up to 5.23 those that share keys have none at the end."""
+    return len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
 
 
 class RowLayer(CacheLayerMixin):
@@ -127,6 +132,7 @@ class RowCache(Cache):
         """Make room for `num_slots` in each row."""
         if num_slots <= self.capacity:
             return
+        assert self.whole is None
         more = to_bucket(num_slots) - self.capacity
         self.capacity += more
         for layer in self.layers:
@@ -145,7 +151,7 @@ class RowCache(Cache):
         """
         rows = torch.arange(len(columns))[:, None]
         for layer, theirs in zip(self.layers, cache.layers, strict=True):
-            if not theirs.is_initialized:  # shares another layer's
+            if not theirs.is_initialized or theirs.keys is None:  # shares another layer's
                 continue
             first = theirs.get_seq_length() - theirs.keys.shape[-2]  # before it, a window has forgotten
             index = (columns - first).clamp(min=0).to(theirs.keys.device)  # [B, P]

@@ -1,5 +1,6 @@
 """Our decode loop: what `generate()` gives without a drafter, row by row, for batches."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -442,6 +443,23 @@ def test_prompt_in_chunks(target, chunk):
     assert out.speculation.acceptance_length > 1
 
 
+@contextlib.contextmanager
+def watched(target):
+    """The shapes of what `target` is run over. Without a hook, for which batches would be kept whole."""
+    shapes, original = [], target.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        shapes.append(kwargs["input_ids"].shape)
+        return original(*args, **kwargs)
+
+    target.forward = forward
+    try:
+        yield shapes
+    finally:
+        del target.forward
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "mistral"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_prompts_run_one_by_one(family, side, monkeypatch):
@@ -451,11 +469,9 @@ def test_long_prompts_run_one_by_one(family, side, monkeypatch):
     options = {"max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY}
     plain = target.generate(**left, **options)
     monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
-    shapes = []
-    handle = target.register_forward_pre_hook(lambda _m, _a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
     oracle = make_oracle(target, plain.sequences, left)
-    out = target.generate(**batch, assistant_model=oracle, **options)
-    handle.remove()
+    with watched(target) as shapes:
+        out = target.generate(**batch, assistant_model=oracle, **options)
     assert out.sequences[:, 19:].tolist() == plain.sequences[:, 19:].tolist()
     assert shapes[:4] == [(1, 19), (1, 4), (1, 13), (1, 1)]
     assert out.speculation.acceptance_length > 1.5
@@ -475,12 +491,9 @@ def test_long_prompts_run_one_by_one(family, side, monkeypatch):
     ids=["many_pads", "few_pads", "one_row"],
 )
 def test_a_cpu_computes_few_pads(target, lengths, shapes):
-    seen = []
-    handle = target.register_forward_pre_hook(lambda _m, _a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
-    try:
-        target.generate(**pad(prompts_of(*lengths)), assistant_model=make_drafter(target), max_new_tokens=5, **GREEDY)
-    finally:
-        handle.remove()
+    drafter = make_drafter(target)
+    with watched(target) as seen:
+        target.generate(**pad(prompts_of(*lengths)), assistant_model=drafter, max_new_tokens=5, **GREEDY)
     assert seen[: len(shapes)] == shapes
     assert all(shape[1] < 10 for shape in seen[len(shapes) :])
     assert_same(target, pad(prompts_of(*lengths)), max_new_tokens=15)

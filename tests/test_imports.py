@@ -24,7 +24,7 @@ LAYERS = [
     ["attention_trial", "row_attention"],
     ["decode", "transcript", "stats", "checkpoints", "smollm2"],
     ["draft", "prefill"],
-    ["accept", "features", "stopping", "unroll"],
+    ["accept", "features", "preparation", "rotation", "stopping", "unroll"],
     ["cache", "peers", "processes", "rows"],
     ["sampling", "tree", "kernels"],
     ["modeling"],
