@@ -99,7 +99,6 @@ ROPE_VALUES = {
     "high_freq_factor": ("a positive number", lambda x: is_number(x, 0)),
     "short_factor": ("a list of positive numbers", is_factors),
     "long_factor": ("a list of positive numbers", is_factors),
-    "partial_rotary_factor": ("1, since a drafter rotates whole heads", lambda x: is_number(x, 0) and x == 1),
     "truncate": ("true or false", lambda x: isinstance(x, bool)),
     "rope_type": ("a text", lambda x: isinstance(x, str)),
     "type": ("a text", lambda x: isinstance(x, str)),
@@ -107,7 +106,7 @@ ROPE_VALUES = {
 ASCENDING = (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))  # each pair of rotary parameters
 
 
-def check_rope(rope) -> None:
+def check_rope_values(rope) -> None:
     """Raise ValueError if rotary parameters are nonsense: the message names the one."""
     if rope is None:
         return
@@ -293,7 +292,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {show(getattr(self, name))}.")
             if getattr(self, name) > (most := LARGEST_VOCABULARY if "vocab" in name else LARGEST):
                 raise ValueError(f"{name} must be at most {most}, got {show(getattr(self, name))}.")
-        check_rope(self.rope_parameters)
+        check_rope_values(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "

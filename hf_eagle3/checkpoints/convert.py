@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
-from ..modeling.configuration_eagle3 import check_rope, refuse_second_rope
+from ..modeling.configuration_eagle3 import check_rope_values, refuse_second_rope
 from ..modeling.text_eagle3 import escape_record, show
 from ..quoting import is_model_name
 from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent, is_parallel
@@ -449,8 +449,8 @@ def read_rope(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], st
     source, rope = next(iter(ropes.items()), ("", {"rope_type": "default"}))
     try:
         for other in ropes.values():
-            check_rope(other)
-        check_rope({"rope_theta": config.get("rope_theta")})
+            check_rope_values(other)
+        check_rope_values({"rope_theta": config.get("rope_theta")})
         refuse_second_rope(rope, ropes.get("rope_scaling"), config.get("rope_theta"))
     except ValueError as error:
         raise CheckpointError(f"{file}: {source or 'rope_theta'}: {error}") from error

@@ -162,6 +162,7 @@ MANIFEST_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "num_shards": ("a number from 1 to a million", lambda x: is_count(x) and 1 <= x <= 10**6),
     "dtype": ("float32, bfloat16 or float16", lambda x: isinstance(x, str) and x in DTYPES),
     "hidden_size": ("a number of at least 1", lambda x: is_count(x) and 1 <= x < 2**31),
+    "last_size": ("a number of at least 1, or not there", lambda x: x is None or (is_count(x) and 1 <= x < 2**31)),
     "aux_layer_ids": ("a list of boundaries", are_counts),
     "data": ("what is known of the rows", lambda x: x is not None),
     "target": ("a table", lambda x: isinstance(x, dict)),
@@ -556,7 +557,7 @@ class StoredStates:
             tensors = load_file(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
-        check_head(path, tensors, *sizes)
+        check_head(path, tensors, config.vocab_size, self.manifest.get("last_size", self.manifest["hidden_size"]))
         return StoredTarget(config, facts["eos_token_id"], tensors)
 
     def check(self, drafter: Eagle3DrafterModel) -> None:
