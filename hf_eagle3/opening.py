@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .modeling import CheckpointError, Eagle3DrafterConfig
 from .modeling.text_eagle3 import one_line, show
@@ -60,9 +60,16 @@ def refuse_drafter(option: str, name: str, **where: str | None) -> None:
         config = AutoConfig.from_pretrained(name, **{key: value for key, value in where.items() if value is not None})
     if not is_drafters_config(config):
         raise ValueError(
-            f"{option} {name}: a model of type {show(config.model_type)}, and no EAGLE-3 drafter. Give one made for the target"
-            " (are target and drafter swapped?)."
+            f"{option} {name} is a {name_class(config)}, and no EAGLE-3 drafter. Give one made for the target (are target and "
+            "drafter swapped?)."
         )
+
+
+def name_class(config: PreTrainedConfig) -> str:
+    """The class that AutoModel would make of a config, or what the config calls itself."""
+    kind = MODEL_MAPPING.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    return kind.__name__ if kind is not None else show(config.model_type)
 
 
 def refuse_target(option: str, name: str) -> None:

@@ -58,11 +58,11 @@ def read_questions(path: Path, *, limit: int | None, at_least: int = 1) -> list[
     Raises:
         ValueError: The file is no text, has fewer prompts than `at_least`, the processes, or a line has no prompt.
     """
-    refuse_file("--prompts", path)
     if path.suffix == ".gz":
         raise ValueError(
             f"{path} is compressed, and prompts are read as plain JSON Lines: unpack it first (gunzip -k)."
         )
+    refuse_file("--prompts", path)
     try:
         with path.open(encoding="utf-8") as file:
             numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()][:limit]
@@ -88,10 +88,12 @@ def read_question(line: str, where: str) -> Question:
     turns, name = (row["turns"], "turns") if row.get("turns") else ([row["prompt"]], "prompt")
     if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
         wanted = "a list of texts" if name == "turns" else "a text"
-        raise ValueError(f"{where}: expected `{name}` to be {wanted}, none of them empty, got {show(row[name])}.")
+        raise ValueError(
+            f"{where}: expected `{name}` to be {wanted}, none of them empty, got {show(str(row[name])[:60])}."
+        )
     category = "all" if row.get("category") is None else row["category"]
     if not isinstance(category, str):
-        raise ValueError(f"{where}: expected `category` to be a text, got {show(category)}.")
+        raise ValueError(f"{where}: expected `category` to be a text, got {show(str(category)[:60])}.")
     return Question(turns[0], category, len(turns))
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from ..modeling.text_eagle3 import parse_json, refuse_surrogates, show
 from .conversations import ROLES
+from .rendering import REASONING_KEYS
 
 DIALOGUES = ("messages", "conversations", "prompt", "completion")
-TEXTS = ("reasoning_content", "thinking", "reasoning")  # of a message, if they are there
 
 
 def check_row(row: Any) -> None:  # Any: whatever a file or a data set has in the place of a row
@@ -44,30 +44,16 @@ def check_messages(entries: Sequence[Any]) -> None:
         if not isinstance(role, str):
             raise ValueError(f"Message {number} has the unknown role {show(role)}; known are {', '.join(ROLES)}.")
         content = first_of(entry, "content", "value")
-        is_parts = isinstance(content, (list, tuple)) and all(isinstance(part, (str, Mapping)) for part in content)
-        if content is not None and not isinstance(content, str) and not is_parts:
+        if not isinstance(content, (str, list, tuple, type(None))):
             raise ValueError(f"Message {number}: content must be a text, or a list of parts, got {show(content)}.")
-        for key in TEXTS:
+        for key in REASONING_KEYS:
             if entry.get(key) is not None and not isinstance(entry[key], str):
                 raise ValueError(f"Message {number}: {key} must be a text, got {show(entry[key])}.")
-        calls = entry.get("tool_calls")
-        if not (
-            calls is None or isinstance(calls, str) or (isinstance(calls, (list, tuple)) and all(map(is_call, calls)))
-        ):
-            raise ValueError(
-                f"Message {number}: tool_calls must be a list of tables with the name of a function, got {show(calls)}."
-            )
 
 
 def first_of(entry: Mapping[str, Any], *keys: str) -> Any:  # whatever stands there
     """The first of `keys` that is not null, as data sets fill absent columns."""
     return next((entry[key] for key in keys if entry.get(key) is not None), None)
-
-
-def is_call(call: Any) -> bool:  # Any: whatever stands in the row
-    """Whether a tool's call names what it calls; in JSON, it is not looked into."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    return isinstance(call, str) or (isinstance(function, Mapping) and isinstance(function.get("name"), str))
 
 
 def check_tools(tools: Any) -> None:  # Any: whatever stands in the row

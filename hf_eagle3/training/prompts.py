@@ -65,8 +65,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         try:
             check_row(row)
             prompt = _read_prompt(row)
-            if not all(isinstance(text, str) for text in prompt.later):
-                raise ValueError("what the user says after the first turn must be text, since it is asked again.")
+            prompt.user_texts  # noqa: B018  which must be text, and is compared later
             prompts.append(prompt)
         except ValueError as error:
             raise DataError(f"{row.place}, row {number}: {error}") from error
