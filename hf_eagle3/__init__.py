@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from .depths import measure_depths
-from .graphs import release_graphs
-from .integration import install, uninstall
-from .kernels.joined import join_projections
-from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
-from .stats import Speculation
+from .interrupts import end_quietly
+
+end_quietly()  # before what takes seconds
+
+from .depths import measure_depths  # noqa: E402
+from .graphs import release_graphs  # noqa: E402
+from .integration import install, uninstall  # noqa: E402
+from .kernels.joined import join_projections  # noqa: E402
+from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel  # noqa: E402
+from .stats import Speculation  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

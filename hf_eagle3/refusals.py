@@ -15,6 +15,8 @@ from .modeling import Eagle3DrafterConfig
 from .preparation import UnfollowableError, find_asked
 from .preparation import find_switch as find_cache_switch
 from .rotation import find_switch as find_rotation_switch
+from .modeling.text_eagle3 import one_line
+from .quoting import quote_python
 
 
 def is_given(value: Any) -> bool:  # Any: whatever was set
@@ -64,10 +66,10 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
     is_marked = model_type == "llama" and any(hasattr(config, key) for key in ("draft_vocab_size", "eagle_config"))
     if is_marked or "eagle3" in str(getattr(config, "architectures", None)).lower():
         name = getattr(config, "_name_or_path", "") or "the drafter's folder"
-        kind = "a Llama" if model_type == "llama" else model_type
+        kind = "a Llama" if model_type == "llama" else one_line(str(model_type))
         raise ValueError(
             f"assistant_model is an EAGLE-3 drafter that was loaded as {kind}, most of it with random weights. After "
-            f'`import hf_eagle3`, load it again: AutoModel.from_pretrained("{name}").'
+            f"`import hf_eagle3`, load it again: AutoModel.from_pretrained({quote_python(name)})."
         )
 
 

@@ -27,6 +27,7 @@ LAYERS = [
     ["accept", "features", "preparation", "rotation", "stopping", "unroll"],
     ["cache", "peers", "processes", "rows"],
     ["sampling", "tree", "kernels"],
+    ["interrupts", "opening", "quoting", "terminal"],
     ["modeling"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

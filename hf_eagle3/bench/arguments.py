@@ -5,10 +5,10 @@ import math
 import os
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..integration import DEFAULT_DEPTH, resolve_depth
+from ..opening import refuse_device, refuse_drafter, refuse_target
 from .prompts import read_questions
 
 PLACES = ("dp_size", "tp_size", "device_map")  # ways to use several devices
@@ -44,6 +44,10 @@ def refuse_arguments(args: argparse.Namespace) -> None:
     refuse_out(args.out)
     if args.prompts is not None:
         read_questions(args.prompts, limit=args.limit, at_least=args.dp_size or 1)
+    if args.target is not None:
+        refuse_target("--target", args.target)
+    if args.drafter is not None:
+        refuse_drafter("--drafter", args.drafter)
     if args.tp_size is not None and args.tp_size > 1:
         refuse_uneven_shares(args.target, args.tp_size)
 
@@ -95,25 +99,6 @@ def settle_depth(drafter: PreTrainedModel, asked: int | None) -> int:
             "The drafter's generation config has num_assistant_tokens=0, no drafts: give --num-draft-tokens."
         )
     return depth
-
-
-def refuse_device(name: str) -> None:
-    """Raise if there is no such device here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device that PyTorch knows: give cpu, cuda, cuda:1, ...") from error
-    if device.type == "cuda":  # asked without touching it: a launcher must not take memory there
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(
-                f"--device {name} is not there: PyTorch sees {count} CUDA devices. Give --device cpu, ..."
-            )
-        return
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({type(error).__name__}: {error}).") from error
 
 
 def refuse_out(out: Path) -> None:

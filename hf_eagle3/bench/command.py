@@ -1,7 +1,7 @@
 """`hf-eagle3 bench`."""
 
 import argparse
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.distributed import DistributedConfig
 
 from ..kernels.joined import join_projections
+from ..opening import opening
 from ..peers import is_spread
 from ..processes import Team, launch, list_arguments, must_launch
+from ..quoting import quote_code
 from ..refusals import refuse_other_models
+from ..terminal import note, say
 from .arguments import refuse_acceptance_length, refuse_arguments, settle_depth, spell
 from .dflash import load_dflash
 from .equality import OutputDiffersError
@@ -106,7 +109,7 @@ def run_bench_command(args: argparse.Namespace) -> int:
         except OutputDiffersError as error:
             has_results, problem = False, str(error)
         if not has_results and team.rank == 0:
-            print(f"hf-eagle3: error: {problem}", file=sys.stderr)  # noqa: T201  as other errors are said
+            note(f"hf-eagle3: error: {problem}")
     return 0 if has_results else 1
 
 
@@ -120,7 +123,8 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
     questions, tokenizer = None, None
     if args.prompts is not None:
         questions = read_questions(args.prompts, limit=args.limit, at_least=team.size)
-        tokenizer = AutoTokenizer.from_pretrained(args.target)
+        with opening("--target", args.target):
+            tokenizer = AutoTokenizer.from_pretrained(args.target)
     loaded = load_drafter(args, dtype)
     target = load_target(args, team.device, dtype)
     device = target.device
@@ -154,7 +158,7 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
         f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
         + (f", acceptance length simulated at {simulated}" if simulated is not None else "")
         + ("; speed of decoding alone, from two lengths." if subtract else "; speed over the whole call."),
-        "`hf-eagle3 bench " + " ".join(list_arguments(for_report(args))) + "`",
+        quote_code(shlex.join(["hf-eagle3", "bench", *list_arguments(for_report(args))])),
     ]
     if team.size > 1:
         notes.insert(
@@ -213,7 +217,7 @@ def measure_all(args: argparse.Namespace, team: Team) -> bool:
     if team.rank == 0:
         if results:
             draw(results, beside(args.out, ".png"), title=name)
-        print(text)  # noqa: T201  what was asked for
+        say(text)
     return bool(results)
 
 
@@ -230,7 +234,8 @@ def load_drafter(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedMode
     """
     if args.drafter is None:
         return None
-    drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
+    with opening("--drafter", args.drafter):
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
     refuse_other_models(drafter, args.drafter)
     refuse_acceptance_length(args.simulate_acceptance_length, settle_depth(drafter, args.num_draft_tokens))
     return drafter
@@ -245,7 +250,8 @@ def load_target(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         options["distributed_config"] = DistributedConfig(tp_plan="auto")
     if args.device_map is not None:
         options["device_map"] = args.device_map
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, **options).eval()
+    with opening("--target", args.target):
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, **options).eval()
     return target if options else target.to(device)
 
 

@@ -1,6 +1,5 @@
 """Prompts in batches, each process its own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.text_eagle3 import parse_json, refuse_surrogates, show
+from ..opening import refuse_file, rendering
 from ..processes import Team
 
 
@@ -61,6 +62,7 @@ def read_questions(path: Path, *, limit: int | None, at_least: int = 1) -> list[
         raise ValueError(
             f"{path} is compressed, and prompts are read as plain JSON Lines: unpack it first (gunzip -k)."
         )
+    refuse_file("--prompts", path)
     try:
         with path.open(encoding="utf-8") as file:
             numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()][:limit]
@@ -77,20 +79,21 @@ def read_questions(path: Path, *, limit: int | None, at_least: int = 1) -> list[
 def read_question(line: str, where: str) -> Question:
     """One line; `where` is its place, for errors."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:60]!r} ({error}).") from error
+        row = parse_json(line)
+        refuse_surrogates(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected a JSON object, got {show(line.strip()[:60])} ({error}).") from error
     if not isinstance(row, dict) or not (row.get("turns") or row.get("prompt")):
-        raise ValueError(f"{where}: expected `turns` or `prompt`, got {line.strip()[:60]!r}.")
+        raise ValueError(f"{where}: expected `turns` or `prompt`, got {show(line.strip()[:60])}.")
     turns, name = (row["turns"], "turns") if row.get("turns") else ([row["prompt"]], "prompt")
     if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
         wanted = "a list of texts" if name == "turns" else "a text"
         raise ValueError(
-            f"{where}: expected `{name}` to be {wanted}, none of them empty, got {str(row[name])[:60]!r}."
+            f"{where}: expected `{name}` to be {wanted}, none of them empty, got {show(str(row[name])[:60])}."
         )
     category = "all" if row.get("category") is None else row["category"]
     if not isinstance(category, str):
-        raise ValueError(f"{where}: expected `category` to be a text, got {str(category)[:60]!r}.")
+        raise ValueError(f"{where}: expected `category` to be a text, got {show(str(category)[:60])}.")
     return Question(turns[0], category, len(turns))
 
 
@@ -116,9 +119,10 @@ def batch_questions(
     for start in range(0, len(share), batch_size):
         numbers, part = zip(*share[start : start + batch_size], strict=True)
         chats = [[{"role": "user", "content": question.text}] for question in part]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-        )
+        with rendering(tokenizer):
+            inputs = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+            )
         tensors = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
         batches.append(Prompts(tensors, [question.category for question in part], list(numbers)))
     return batches

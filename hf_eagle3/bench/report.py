@@ -15,6 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..modeling.text_eagle3 import one_line
+from ..quoting import quote_markdown
 from .measure import Measured, Skipped
 from .reads import Reads
 from .ways import DFLASH, DRAFTED, LOOKUP, OF_OTHERS, PLAIN, STOCK
@@ -49,7 +51,7 @@ def to_markdown(
     reasons = list(dict.fromkeys(s.reason for s in skipped))
     marks = {(s.kind, s.batch_size): f"- [^{reasons.index(s.reason) + 1}]" for s in skipped}
     head = ["| | " + " | ".join(f"BS {size}" for size in sizes) + " |", "|---|" + "---:|" * len(sizes)]
-    lines = [f"# {title}", "", *notes, "", "Tokens a second, median (slowest to fastest):", "", *head]
+    lines = [f"# {quote_markdown(title)}", "", *notes, "", "Tokens a second, median (slowest to fastest):", "", *head]
     for kind in dict.fromkeys(r.kind for r in every):
         cells = []
         for size in sizes:
@@ -104,7 +106,7 @@ def to_markdown(
                 show_number(r.by_category[category]["acceptance_length"]) if r and category in r.by_category else "-"
                 for r in found
             ]
-            lines.append(f"| {category} | " + " | ".join(cells) + " |")
+            lines.append(f"| {quote_markdown(category)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *read_lines(reads)]) + "\n"
 
 
@@ -200,5 +202,5 @@ def draw(results: list[Measured], path: Path, *, title: str) -> None:
         axes.set_ylabel("tokens/s")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds))
-    figure.suptitle(title)
+    figure.suptitle(one_line(title).replace("$", r"\$"))  # in which matplotlib sees formulas
     figure.savefig(path, dpi=120)

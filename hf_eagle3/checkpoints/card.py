@@ -1,5 +1,6 @@
 """The model card of a published drafter, filled in from the drafter itself."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..modeling import Eagle3DrafterModel
+from ..modeling.text_eagle3 import show
+from ..quoting import is_model_name, is_repository, quote_markdown, quote_python
 from .engines import ENGINES, HF, Target, find_refusals
 
 CARD = """---
@@ -15,7 +18,7 @@ CARD = """---
 
 # {title}
 
-An {kind} drafter for [{target}](https://huggingface.co/{target}): it proposes tokens, the target checks them, and the text is the target's own, sooner. Made for [hf-eagle3](https://pypi.org/project/hf-eagle3/).
+An {kind} drafter for {link}: it proposes tokens, the target checks them, and the text is the target's own, sooner. Made for [hf-eagle3](https://pypi.org/project/hf-eagle3/).
 
 ## Use
 
@@ -23,9 +26,9 @@ An {kind} drafter for [{target}](https://huggingface.co/{target}): it proposes t
 import hf_eagle3  # pip install hf-eagle3
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="auto")
-drafter = AutoModel.from_pretrained("{name}", dtype=target.dtype, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained({target})
+target = AutoModelForCausalLM.from_pretrained({target}, dtype="auto", device_map="auto")
+drafter = AutoModel.from_pretrained({name}, dtype=target.dtype, device_map="auto")
 inputs = tokenizer("The capital of France is", return_tensors="pt").to(target.device)
 out = target.generate(**inputs, assistant_model=drafter, max_new_tokens=128)
 print(tokenizer.decode(out[0], skip_special_tokens=True))
@@ -64,7 +67,11 @@ def write_card(
         metrics: Name -> value, as measured. The card has no such section without them.
         name: What a reader loads: the repository, or the folder.
         metadata: More keys for the Hub, such as `license`.
+
+    Raises:
+        ValueError: `metrics` are not names and numbers.
     """
+    check_metrics(metrics)
     config = drafter.config
     is_31 = config.fc_norm or config.norm_output
     title = name.rstrip("/").split("/")[-1]
@@ -82,23 +89,43 @@ def write_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=target.name,
+        base_model=target.name if is_model_name(target.name or "") else None,
         tags=["eagle3", *(["eagle3.1"] if is_31 else []), "speculative-decoding", "assisted-generation", "hf-eagle3"],
         model_name=title if results else None,
         eval_results=results or None,
         **(metadata or {}),
     )
-    measured = MEASURED.format(rows="\n".join(f"| {label} | {value:g} |" for label, value in metrics.items()))
+    measured = MEASURED.format(
+        rows="\n".join(f"| {quote_markdown(label)} | {value:g} |" for label, value in metrics.items())
+    )
     text = CARD.format(
         data=data.to_yaml(),
-        title=title,
+        title=quote_markdown(title),
         kind="EAGLE-3.1" if is_31 else "EAGLE-3",
-        target=target.name,
-        name=name,
+        link=link_target(target.name),
+        target=quote_python(str(target.name)),
+        name=quote_python(name),
         facts="\n".join(f"| {label} | {value} |" for label, value in list_facts(drafter, target).items()),
         measured=measured if metrics else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise ValueError unless `metrics` are names and finite numbers."""
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"metrics must be a table from name to number, got {show(metrics)}.")
+    for label, value in metrics.items():
+        if not isinstance(label, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"metrics must be a table from name to number, got {show(label)}: {show(value)}.")
+        if not abs(value) < math.inf:
+            raise ValueError(f"metrics: {show(label)} is {value}. Give a number that was measured, or leave it out.")
+
+
+def link_target(name: str | None) -> str:
+    """The target's name, as a link where it can be a repository."""
+    name = str(name)
+    return f"[{name}](https://huggingface.co/{name})" if is_repository(name) else quote_markdown(name)
 
 
 def list_facts(drafter: Eagle3DrafterModel, target: Target) -> dict[str, str]:

@@ -13,9 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
+from ..modeling.configuration_eagle3 import check_rope_values, refuse_second_rope
+from ..modeling.text_eagle3 import escape_record, show
+from ..quoting import is_model_name
 from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent, is_parallel
 
 logger = logging.getLogger(__name__)
+logger.addFilter(escape_record)
 
 # A disagreement between config and tensors on these is common, harmless, and settled by the tensors.
 TENSORS_DECIDE = frozenset({"num_hidden_layers", "attention_bias", "mlp_bias"})
@@ -65,7 +69,7 @@ def convert_config(flavour: Flavour, published: Published) -> Resolved:
     for key in sorted(config.keys() & FIXED_VALUES.keys()):
         if config[key] not in FIXED_VALUES[key]:
             raise CheckpointError(
-                f"{file}: {key} is {config[key]!r}, and no EAGLE-3 drafter that can be loaded has that."
+                f"{file}: {key} is {show(config[key])}, and no EAGLE-3 drafter that can be loaded has that."
             )
 
     stated: dict[str, dict[str, Any]] = {}  # our field -> {published key: value}
@@ -77,9 +81,8 @@ def convert_config(flavour: Flavour, published: Published) -> Resolved:
 
     ids = read_layer_ids(file, stated.pop("aux_layer_ids", {}), flavour.nested_ids_are_boundaries)
     if ids is not None:
-        stated["num_aux_hidden_states"] = {"the number of captured layer ids": len(ids.boundaries)} | stated.get(
-            "num_aux_hidden_states", {}
-        )
+        number = f"{sources['aux_layer_ids'].removeprefix('config.json: ')}: the number of captured layer ids"
+        stated["num_aux_hidden_states"] = {number: len(ids.boundaries)} | stated.get("num_aux_hidden_states", {})
         fields |= {"aux_layer_ids": ids.boundaries, "aux_layer_ids_from_outputs": ids.were_outputs}
         sources["aux_layer_ids"] += f" {ids.published}" + (", plus one each" if ids.were_outputs else "")
     else:
@@ -106,7 +109,7 @@ def convert_config(flavour: Flavour, published: Published) -> Resolved:
     fields["rope_parameters"], sources["rope_parameters"] = read_rope(file, config)
     if fields["sliding_window"] is not None:
         sources["sliding_window"] = "config.json: layer_types and sliding_window"
-    if (target := read_target_name(config)) is not None:
+    if (target := read_target_name(file, config)) is not None:
         fields["target_name_or_path"] = target
         sources["target_name_or_path"] = "config.json: speculators_config.verifier.name_or_path"
     return Resolved(fields, sources)
@@ -116,7 +119,7 @@ def check_unmeasured(file: Path, stated: Mapping[str, Any]) -> None:
     """Raise if keys for one field, of which the tensors say nothing, contradict each other."""
     first, *others = stated.values()
     if any(value != first for value in others):
-        says = " and ".join(f"{key} is {value!r}" for key, value in stated.items())
+        says = " and ".join(f"{key} is {show(value)}" for key, value in stated.items())
         raise CheckpointError(f"{file}: {says}. They mean the same; remove the one that is wrong.")
 
 
@@ -128,11 +131,11 @@ def check_stated(published: Published, ours: str, stated: Mapping[str, Any], mea
     """
     if measured in stated.values():
         return
-    says = " and ".join(f"{key} is {value!r}" for key, value in stated.items())
+    says = " and ".join(f"{key} is {show(value)}" for key, value in stated.items())
     if ours in TENSORS_DECIDE or (ours in TENSORS_GRANT and measured):
         logger.warning("%s: %s, but by the tensors it is %s, which is taken.", published.file, says, measured)
         return
-    raise CheckpointError(f"{published.file}: {says}, but by the tensors {ours} is {measured!r}.")
+    raise CheckpointError(f"{published.file}: {says}, but by the tensors {ours} is {show(measured)}.")
 
 
 def measure(published: Published, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,7 +336,7 @@ def read_int(published: Published, fields: Mapping[str, Any], name: str) -> int:
     if value is None:
         raise CheckpointError(f"{published.file}: {name} is missing, and the tensors do not tell it.")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{published.file}: {name} must be a positive whole number, got {value!r}.")
+        raise CheckpointError(f"{published.file}: {name} must be a positive whole number, got {show(value)}.")
     return value
 
 
@@ -358,7 +361,7 @@ def read_layer_ids(file: Path, stated: Mapping[str, Any], nested_are_boundaries:
     """
     for key, ids in stated.items():
         if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise CheckpointError(f"{file}: {key} must be a list of layer numbers, got {ids!r}.")
+            raise CheckpointError(f"{file}: {key} must be a list of layer numbers, got {show(ids)}.")
         if len(set(ids)) < len(ids) or (ids and min(ids) < 0):
             raise CheckpointError(f"{file}: {key} must be distinct layer numbers from 0, got {ids}.")
     nested = sorted(stated.get("eagle_config.eagle_aux_hidden_state_layer_ids") or ())
@@ -415,42 +418,70 @@ def read_sliding_window(file: Path, config: Mapping[str, Any], num_layers: int) 
     window = config.get("sliding_window")
     if kinds != {"sliding_attention"} or not isinstance(window, int) or isinstance(window, bool):
         raise CheckpointError(
-            f"{file}: layer_types starts with {sorted(map(str, kinds))} and sliding_window is {window!r}. Expected "
+            f"{file}: layer_types starts with {sorted(map(str, kinds))} and sliding_window is {show(window)}. Expected "
             "full_attention, or sliding_attention with a window, the same for every layer of the drafter."
         )
     return window
 
 
-def read_target_name(config: Mapping[str, Any]) -> str | None:
-    """The target's repository, as speculators states it."""
+def read_target_name(file: Path, config: Mapping[str, Any]) -> str | None:
+    """The target's repository or folder, as speculators states it; None where what is stated can be neither."""
     table = config.get("speculators_config")
     verifier = table.get("verifier") if isinstance(table, dict) else None
     name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
-    return name if isinstance(name, str) and name else None
+    if not name or (isinstance(name, str) and is_model_name(name)):
+        return name or None
+    logger.warning(
+        "%s: speculators_config.verifier.name_or_path is %s, which is no repository and no folder; ignored.",
+        *(file, show(name)),
+    )
+    return None
 
 
 def read_rope(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The host's `rope_parameters`, from either spelling, and where from. Multimodal rope is plain rope for text.
 
     Raises:
-        CheckpointError: They have a key that no kind of rope has.
+        CheckpointError: They are nonsense, or contradict each other.
     """
-    source = next((key for key in ("rope_parameters", "rope_scaling") if config.get(key)), None)
-    rope = config[source] if source else {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{file}: rope_parameters or rope_scaling must be a table or null, got {rope!r}.")
-    if unknown := sorted(rope.keys() - ROPE_KEYS):
-        raise CheckpointError(f"{file}: rotary parameters {rope} have keys that are not known: {unknown}.")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.pop("type", "default")
-    rope.setdefault("rope_type", kind)
-    if rope["rope_type"] == "mrope" or (rope["rope_type"] == "default" and "mrope_section" in rope):
-        rope = {"rope_type": "default"} | {key: rope[key] for key in ("rope_theta",) if key in rope}
+    tables = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None}
+    ropes = {key: normalise_rope(f"{file}: {key}", table) for key, table in tables.items() if table != {}}
+    source, rope = next(iter(ropes.items()), ("", {"rope_type": "default"}))
+    try:
+        for other in ropes.values():
+            check_rope_values(other)
+        check_rope_values({"rope_theta": config.get("rope_theta")})
+        refuse_second_rope(rope, ropes.get("rope_scaling"), config.get("rope_theta"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {source or 'rope_theta'}: {error}") from error
     theta = rope.get("rope_theta", config.get("rope_theta"))
     said = [key for key in (source, "rope_theta") if key and (key == source or config.get("rope_theta") is not None)]
     where = f"config.json: {' and '.join(said)}" if said else "not stated"
     where += "; no rope_theta, so 10000" if theta is None else ""
     return {**rope, "rope_theta": 10000.0 if theta is None else theta}, where
+
+
+def normalise_rope(where: str, rope: Any) -> dict[str, Any]:  # Any: whatever config.json has there
+    """Rotary parameters in the host's spelling, without nulls.
+
+    Raises:
+        CheckpointError: They are no table, have a key that no kind of rope has, or name two kinds.
+    """
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where} must be a table or null, got {show(rope)}.")
+    if unknown := sorted(rope.keys() - ROPE_KEYS):
+        raise CheckpointError(f"{where}: rotary parameters {show(rope)} have keys that are not known: {unknown}.")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.pop("type", None)
+    if kind is not None and rope.setdefault("rope_type", kind) != kind:
+        raise CheckpointError(
+            f"{where}: rotary parameters have rope_type {show(rope['rope_type'])} and type {show(kind)}. Remove the one that "
+            "is wrong."
+        )
+    rope.setdefault("rope_type", "default")
+    if rope["rope_type"] == "mrope" or (rope["rope_type"] == "default" and "mrope_section" in rope):
+        rope = {"rope_type": "default"} | {key: rope[key] for key in ("rope_theta",) if key in rope}
+    return rope
 
 
 def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterConfig:

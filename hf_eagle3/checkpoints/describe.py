@@ -4,10 +4,19 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig
-from ..modeling.weights_eagle3 import StoredTensor, find_file, find_weight_files, list_tensors
+from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling.text_eagle3 import one_line, show
+from ..modeling.weights_eagle3 import (
+    StoredTensor,
+    find_file,
+    find_weight_files,
+    list_tensors,
+    refuse_outside,
+    to_our_names,
+)
 from .convert import make_config
 from .engines import ENGINES, HF, find_refusals
+from .flavours import WEIGHT_NAMES
 from .load import read_published
 
 FIELDS = tuple(name for name in Eagle3DrafterConfig.__annotations__ if name not in ("model_type",))
@@ -34,10 +43,13 @@ class Description(NamedTuple):
         ]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in floats})
         parameters = sum(math.prod(tensor.shape) for tensor in floats)
-        rows = [(name, str(getattr(self.config, name)), self.sources.get(name, "default")) for name in FIELDS]
+        rows = [
+            (name, one_line(str(getattr(self.config, name))), self.sources.get(name, "default")) for name in FIELDS
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         return "\n".join(
-            [
+            one_line(line)
+            for line in [
                 f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
                 f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
                 f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
@@ -75,8 +87,16 @@ def describe_drafter(
     config_dict, _ = Eagle3DrafterConfig.get_config_dict(name, **kwargs)
     if config_dict.get("model_type") != Eagle3DrafterConfig.model_type:
         raise CheckpointError(
-            f"{file}: not an EAGLE-3 drafter, by its keys (model_type {config_dict.get('model_type')!r})."
+            f"{file}: not an EAGLE-3 drafter, by its keys (model_type {show(config_dict.get('model_type'))})."
         )
     config = Eagle3DrafterConfig.from_pretrained(name, **kwargs)
-    tensors = list_tensors(find_weight_files(name, **kwargs))
+    files = find_weight_files(name, **kwargs)
+    refuse_outside(file, *files)
+    tensors = list_tensors(files)
+    if not tensors:
+        raise CheckpointError(
+            f"{file}: there are no weights beside it. Expected model.safetensors or pytorch_model.bin."
+        )
+    where = ", ".join(map(str, files))
+    Eagle3DrafterModel.refuse_misfits(config, tensors, to_our_names(tensors, WEIGHT_NAMES), where)
     return Description(name, "hf-eagle3", config, {key: f"config.json: {key}" for key in config_dict}, tensors)

@@ -17,8 +17,11 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedM
 
 from ..draft import choose_greedy, draft_chain, extend
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling.text_eagle3 import escape_controls, escape_record, show
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
-from .card import write_card
+from ..opening import opening, refuse_used_folder
+from ..quoting import is_model_name, quote_python, quote_shell
+from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
     HF,
@@ -35,6 +38,7 @@ from .engines import (
 from .load import load_published_config
 
 logger = logging.getLogger(__name__)
+logger.addFilter(escape_record)
 
 DEFAULT_DEPTH = 3
 NAMES_ITS_TARGET = {SPECULATORS: "speculators' config", HF: "A model card"}
@@ -52,7 +56,7 @@ class Exported:
     def __str__(self) -> str:
         served = " and ".join(ENGINES[engine] for engine in self.engines)
         lines = [f"{self.folder}: serves with {served}", *(f"Note: {note}" for note in self.notes), "", self.command]
-        return "\n".join(lines)
+        return "\n".join(map(escape_controls, lines))
 
 
 def export(
@@ -82,9 +86,9 @@ def export(
     if to not in ENGINES:
         raise ValueError(f"to must be one of {', '.join(ENGINES)}, got {to!r}.")
     refuse(drafter, to)
+    check_metrics(metrics or {})
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a folder that is, or is not there.")
+    refuse_used_folder(folder)
     known = describe_target(target, drafter)
     if to in NAMES_ITS_TARGET and known.name is None:
         raise ValueError(
@@ -134,7 +138,7 @@ def describe_target(
     target: str | os.PathLike | PreTrainedModel | PreTrainedConfig | None, drafter: Eagle3DrafterModel
 ) -> Target:
     """What is known of the target, from what was given, else from what the drafter knows."""
-    given = target if target is not None else (drafter.config.target_name_or_path or drafter.bound_target_name)
+    given = target if target is not None else (read_recorded_name(drafter.config) or drafter.bound_target_name)
     known = Target(model_type=drafter.config.target_model_type)
     if given is None:
         return known
@@ -142,8 +146,9 @@ def describe_target(
     if isinstance(given, str | os.PathLike):
         known = replace(known, name=os.fspath(given))
         try:
-            config = AutoConfig.from_pretrained(given)
-        except OSError as error:  # whoever needs more than the name says so
+            with opening("target", os.fspath(given)):
+                config = AutoConfig.from_pretrained(given)
+        except (OSError, ValueError, ImportError) as error:  # whoever needs more than the name says so
             logger.info("The config of the target %s cannot be read (%s).", given, error)
     else:
         config = given.config if isinstance(given, PreTrainedModel) else given
@@ -158,6 +163,17 @@ def describe_target(
         num_layers=text.num_hidden_layers,
         architectures=config.architectures,
     )
+
+
+def read_recorded_name(config: Eagle3DrafterConfig) -> str | None:
+    """The target's name in a drafter's config, if it can be one: whoever published the drafter wrote it."""
+    name = config.target_name_or_path
+    if name is None or is_model_name(name):
+        return name
+    logger.warning(
+        "The config says target_name_or_path %s, which is no repository and no folder; ignored.", show(name)
+    )
+    return None
 
 
 def place_ids(config: Eagle3DrafterConfig, target: Target, engine: str) -> tuple[list[int] | None, list[int] | None]:
@@ -258,22 +274,23 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
 def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target: Target, depth: int) -> str:
     """The line that serves an exported folder."""
-    name = target.name or "TARGET"
+    name, here = quote_shell(target.name or "TARGET"), quote_shell(str(folder))
     if engine == SGLANG:
         window = f" --speculative-draft-window-size {config.sliding_window}" if config.sliding_window else ""
         return (
             f"python -m sglang.launch_server --model-path {name} --speculative-algorithm EAGLE3 "
-            f"--speculative-draft-model-path {folder} --speculative-num-steps {depth} --speculative-eagle-topk 1 "
+            f"--speculative-draft-model-path {here} --speculative-num-steps {depth} --speculative-eagle-topk 1 "
             f"--speculative-num-draft-tokens {depth + 1}{window}"
         )
     if engine == VLLM:
         speculation = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": depth}
         if config.is_parallel:
             speculation["parallel_drafting"] = True
-        return f"vllm serve {name} --speculative-config '{json.dumps(speculation)}'"
+        return f"vllm serve {name} --speculative-config {quote_shell(json.dumps(speculation))}"
     if engine == SPECULATORS:
-        return f"vllm serve {folder}"
-    return f'AutoModel.from_pretrained("{folder}")  # after `import hf_eagle3`'
+        return f"vllm serve {here}"
+    place = quote_python(str(folder))
+    return f"AutoModel.from_pretrained({place})  # after `import hf_eagle3`"
 
 
 # ---- what was written is what was meant ----

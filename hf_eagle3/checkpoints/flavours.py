@@ -239,7 +239,7 @@ FLAVOURS = (
 
 # What is refused by name, before anything is read as EAGLE-3. The first that matches.
 OTHERS: Mapping[str, Callable[[Published], bool]] = {
-    "a vLLM speculators checkpoint of another algorithm": lambda p: (
+    "a vLLM speculators checkpoint of another algorithm, by speculators_model_type": lambda p: (
         p.config.get("speculators_model_type", "eagle3") not in ("eagle3", "peagle")
     ),
     "a DFlash drafter": lambda p: "dflash_config" in p.config or "dflash" in p.architectures,

@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
-from ..modeling.weights_eagle3 import StoredTensor, find_file, find_weight_files, list_tensors, to_our_names
+from ..modeling.configuration_eagle3 import check_host_values
+from ..modeling.text_eagle3 import KeyTwiceError, escape_record, parse_json, show
+from ..modeling.weights_eagle3 import (
+    FLOATS,
+    StoredTensor,
+    find_file,
+    find_weight_files,
+    list_tensors,
+    refuse_outside,
+    to_our_names,
+)
 from .convert import FIRST_QUERY, Resolved, convert_config, find_first_query, make_config, read_shape
-from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, READ_ELSEWHERE, WEIGHT_NAMES, Flavour, Published
+from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, WEIGHT_NAMES, Flavour, Published
 
 logger = logging.getLogger(__name__)
+logger.addFilter(escape_record)
 
 # Only a config with one of these is worth a look at its weights.
 MARKERS = frozenset(
@@ -26,6 +37,9 @@ MARKERS = frozenset(
         *("eagle_aux_hidden_state_layer_ids", "transformer_layer_config"),
     }
 )
+TABLES = frozenset({"d2t", "t2d"})  # tensors of numbers that are no weights
+# Keys that say something else of the whole checkpoint than of the table within.
+OF_WHOLE = frozenset({"architectures", "tie_word_embeddings", "quantization_config", "compression_config"})
 USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
 
 
@@ -87,30 +101,46 @@ def read_published(
         return None  # the host says what is wrong
     if file is None:
         return None
-    config = read_json(file, lambda: find_weight_files(name, **kwargs))
+    config = read_config(file, lambda: find_weight_files(name, **kwargs))
+    if isinstance(config, dict) and config.get("model_type") == Eagle3DrafterConfig.model_type:
+        try:
+            check_host_values(config)  # ours, which the host loads by itself, and reads these first
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(config, dict) or not is_candidate(config):
         return None
-    stored = list_tensors(find_weight_files(name, **kwargs))
-    published = describe(file, config, stored)
+    weights = find_weight_files(name, **kwargs)
+    published = describe(file, config, list_tensors(weights))
     flavour = recognise(published)
-    return Found(published, flavour, convert_config(flavour, published)) if flavour is not None else None
+    if flavour is None:
+        return None
+    refuse_outside(file, *weights)
+    return Found(published, flavour, convert_config(flavour, published))
 
 
-def read_json(file: Path, find_weights: Callable[[], list[Path]]) -> Any:  # whatever the file holds
+def read_config(file: Path, find_weights: Callable[[], list[Path]]) -> Any:  # whatever the file holds
     """config.json; None if it is broken and no drafter's, which is the host's to say.
 
     Raises:
-        CheckpointError: It is broken, and the weights beside it are a drafter's.
+        CheckpointError: It is broken or has a key twice, and is a drafter's by its keys or by the weights beside it.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        stored = list_tensors(find_weights())
-        if any(name.endswith("hidden_norm.weight") for name in stored):
+        is_ours = isinstance(error, KeyTwiceError) and is_drafters(json.loads(file.read_text(encoding="utf-8")))
+        if is_ours or any(name.endswith("hidden_norm.weight") for name in list_tensors(find_weights())):
             raise CheckpointError(
-                f"{file}: not JSON ({error}), beside the weights of an EAGLE-3 drafter. Download it again."
+                f"{file}: not JSON that says one thing ({error}), and it is an EAGLE-3 drafter's. Download it again, or "
+                "remove what is wrong."
             ) from error
         return None
+
+
+def is_drafters(config: Any) -> bool:  # whatever the file holds
+    """Whether config.json gives a reason to be taken for a drafter's, ours or published."""
+    if not isinstance(config, dict):
+        return False
+    return config.get("model_type") == Eagle3DrafterConfig.model_type or is_candidate(config)
 
 
 def is_candidate(config: Mapping[str, Any]) -> bool:
@@ -119,7 +149,8 @@ def is_candidate(config: Mapping[str, Any]) -> bool:
         return False  # ours: the host loads it by itself
     if is_named_eagle(config):
         return True
-    if (config.get("auto_map") or {}).keys() & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}:
+    code = config.get("auto_map")
+    if isinstance(code, dict) and code.keys() & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}:
         return False  # it brings its own code
     return bool(config.keys() & MARKERS) or config.get("model_type") == "eagle"
 
@@ -158,7 +189,7 @@ def read_table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any
     """
     table = config.get(key)
     if table is not None and not isinstance(table, dict):
-        raise CheckpointError(f"{file}: {key} must be a table of keys and values, got {table!r}.")
+        raise CheckpointError(f"{file}: {key} must be a table of keys and values, got {show(table)}.")
     return table or {}
 
 
@@ -174,9 +205,10 @@ def lift_tables(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         for key, value in read_table(file, config, table).items():
             if flat.get(key) is None:
                 flat[key], tables[key] = value, table
-            elif value is not None and flat[key] != value and key not in IGNORED_KEYS | READ_ELSEWHERE:
+            elif value is not None and flat[key] != value and key not in IGNORED_KEYS | OF_WHOLE:
                 raise CheckpointError(
-                    f"{file}: {key} is {flat[key]!r} at the top and {value!r} in {table}. Remove the one that is wrong."
+                    f"{file}: {key} is {show(flat[key])} at the top and {show(value)} in {table}. Remove the one that is "
+                    "wrong."
                 )
     return flat, tables
 
@@ -217,9 +249,12 @@ def recognise(published: Published) -> Flavour | None:
             f"[embedding ; hidden state], {2 * H} wide; this looks like an EAGLE-1 or EAGLE-2 drafter."
         )
     read_shape(published, "layers.0.hidden_norm.weight", 1)
-    dtype = tensors[first_query].dtype
-    if dtype is None or not dtype.is_floating_point:
-        raise CheckpointError(f"{published.where(first_query)} has dtype {dtype or 'unknown'}, expected a float.")
+    for name, tensor in tensors.items():
+        if name not in TABLES and tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{published.where(name)} has dtype {tensor.dtype or 'unknown'}, expected a float of 16 bits or more: "
+                "quantised drafters are not supported."
+            )
     return next(flavour for flavour in FLAVOURS if flavour.matches(published))
 
 

@@ -4,7 +4,6 @@ The best rows are token-native: the prompt's ids and the very ids the target sam
 by the target's own chat template, and their assistant turns found by comparing renderings.
 """
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,7 +14,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..modeling.text_eagle3 import show
+from .checking import check_row
 from .conversations import find_conversation
+from .files import DataError, FileRow
 from .rendering import ChatRenderer, TokenRow, find_turns, merge_turns
 
 logger = logging.get_logger(__name__)
@@ -50,7 +52,8 @@ class TokenDataset(Dataset):
     Rows too short to draft in (answers of one token, or cut before their second) are left out, with a warning.
 
     Raises:
-        ValueError: A row has none of the forms, no generated token at all, or nothing else: the message names the row.
+        DataError: A row has none of the forms, no generated token at all, or nothing else: the message names the row, and
+            the file where that is known.
     """
 
     def __init__(
@@ -73,11 +76,12 @@ class TokenDataset(Dataset):
         )
         for number, row in enumerate(rows):
             self.counts.num_read += 1
+            place = f"{row.place}: " if isinstance(row, FileRow) else ""
             try:
                 for token_row in self._tokenize(row):
                     self._add(token_row, max_length, row.get("source"))
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
+            except (ValueError, OverflowError, RecursionError) as error:
+                raise DataError(f"{place}Row {number}: {error}") from error
         self._warn(max_length)
         if not self._ids:
             raise ValueError("The training data is empty: no row is left to train on.")
@@ -89,6 +93,7 @@ class TokenDataset(Dataset):
         return {"input_ids": self._ids[index], "loss_mask": self._masks[index]}
 
     def _tokenize(self, row: Mapping[str, Any]) -> list[TokenRow]:
+        check_row(row)
         if row.get("input_ids") is not None and row.get("loss_mask") is not None:
             return [TokenRow(row["input_ids"], row["loss_mask"])]
         conversation = find_conversation(row)
@@ -100,7 +105,11 @@ class TokenDataset(Dataset):
         if self._renderer is None:
             raise ValueError("it is text; give processing_class, the target's tokenizer.")
         tokenizer = self._renderer.tokenizer
-        if isinstance(row.get("completion"), str) and isinstance(row["prompt"], str) and not tokenizer.chat_template:
+        if (
+            isinstance(row.get("completion"), str)
+            and isinstance(row.get("prompt"), str)
+            and not tokenizer.chat_template
+        ):
             return [_continue_text(row["prompt"], row["completion"], tokenizer)]
         if not tokenizer.chat_template:
             raise ValueError(
@@ -189,11 +198,11 @@ def _read_numbers(name: str, values: Any, kind: type) -> np.ndarray:  # Any: wha
         array = np.asarray(array.tolist())  # as pandas keeps them; objects still where one is huge
     if array.ndim == 1 and (array.dtype.kind in ("iu" if kind is Integral else "iubf") or not len(array)):
         return array
-    got = reprlib.repr(values)
+    got = show(values)
     if array.ndim == 1:
         items = list(values) if isinstance(values, (list, tuple)) else array.tolist()
         wrong = next((i for i, x in enumerate(items) if not isinstance(x, kind)), 0)
-        got = f"{reprlib.repr(items[wrong])} at place {wrong}"
+        got = f"{show(items[wrong])} at place {wrong}"
     what = "one whole number" if kind is Integral else "0 or 1"
     raise ValueError(f"{name} must be a flat list with {what} for each token, got {got}. Write it as such a list.")
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from ..modeling.text_eagle3 import one_line, parse_json, refuse_surrogates, show
+
 
 def open_rows(path: Path, mode: str) -> IO[str]:
     """Open a JSONL file as text, also .gz; `mode` is r, w or a."""
@@ -17,35 +19,56 @@ def open_rows(path: Path, mode: str) -> IO[str]:
     return path.open(mode, encoding="utf-8")
 
 
+class DataError(ValueError):
+    """Rows or settings that cannot be used: says which file, which line or row, and which key. One line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Say which file it is that cannot be read as text."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except gzip.BadGzipFile as error:
-        raise ValueError(f"{path} is named .gz, and is no gzip file: {error}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is named .gz, and is no gzip file, or a damaged one: {error}.") from error
+    except EOFError as error:
+        raise DataError(f"{path} is cut short: its compressed data has no end. Copy or download it again.") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder. Give a JSONL file.") from error
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+class FileRow(dict[str, Any]):
+    """A row, and where it is from, for whoever finds something wrong with it."""
+
+    place: str  # file and line
+
+
+def read_rows(path: Path) -> Iterator[FileRow]:
     """The rows of a JSONL file.
 
     Raises:
-        ValueError: A line is no JSON object, or the file is no text: the message names it.
+        DataError: A line is no JSON object, has a key twice or no Unicode text, or the file is no text: the message names
+            it.
     """
     with naming(path), open_rows(path, "r") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a row of JSON, got {line[:60]!r} ({error})."
+                row = parse_json(line)
+                refuse_surrogates(row)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: expected a row of JSON, got {show(line[:60])} ({error})."
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}.")
+                raise DataError(f"{path}, line {number}: expected a JSON object, got {show(line[:60])}.")
+            row = FileRow(row)
+            row.place = f"{path}, line {number}"
             yield row
 
 

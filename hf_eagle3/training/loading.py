@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from transformers.distributed import DistributedConfig
 
 from ..modeling import Eagle3DrafterModel
+from ..opening import opening
 from ..peers import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .new import new_drafter
@@ -58,7 +59,8 @@ def load_target(target: Any, options: dict[str, Any] | None, device: torch.devic
     defaults: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
     if device.type != "cpu" and "distributed_config" not in options:  # what is quantised could not be moved later
         defaults["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **options})
+    with opening("target_model", target):
+        return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **options})
 
 
 def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a model, a name or None
@@ -66,7 +68,8 @@ def load_drafter(drafter: Any, options: dict[str, Any] | None) -> Any:  # a mode
     _refuse_options("model", drafter, options)
     if not isinstance(drafter, str):
         return drafter
-    return AutoModel.from_pretrained(drafter, **{"dtype": torch.float32, **(options or {})})
+    with opening("model", drafter):
+        return AutoModel.from_pretrained(drafter, **{"dtype": torch.float32, **(options or {})})
 
 
 def _refuse_options(name: str, model: Any, options: dict[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.text_eagle3 import escape_controls, one_line
 from .data import TokenDataset
 from .vocabulary import FEW_TOKENS, GOOD_COVERAGE, count_by_source, count_supervised_tokens, measure_coverage
 
@@ -21,6 +22,7 @@ def format_row(row: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase
     parts = []
     for start, end in itertools.pairwise(edges):
         text = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = escape_controls(text)  # what the row says moves no cursor; our own colours are put around it
         if color:
             # Line by line, so that the colour does not run to the terminal's edge, nor into a pager's next line.
             code = SUPERVISED if mask[start] else PLAIN
@@ -71,7 +73,7 @@ def _coverage_table(dataset: TokenDataset, total: Tensor) -> Iterator[str]:
         source: measure_coverage(counts, ranking=total)
         for source, counts in count_by_source(dataset, len(total)).items()
     }
-    head = ["tokens", "covers", *by_source]
+    head = ["tokens", "covers", *map(one_line, by_source)]
     body = []
     for size in overall.shares:
         shares = [overall.shares[size], *(coverage.shares[size] for coverage in by_source.values())]

@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.text_eagle3 import parse_json, show
 from ..plain import decode_plainly
 from ..processes import Team
+from .checking import check_row
 from .conversations import Message, content_text, read_messages, read_tools
-from .files import append_rows, keep_lines, read_rows, read_whole_lines
+from .files import DataError, append_rows, keep_lines, read_rows, read_whole_lines
 from .rendering import MARKER, ChatRenderer, find_end
 
 logger = logging.get_logger(__name__)
@@ -56,14 +58,17 @@ def read_prompts(path: Path) -> list[Prompt]:
     Stored answers at a conversation's end are not used: the user's messages are asked again, one after the other.
 
     Raises:
-        ValueError: A row is no prompt; the message names the line.
+        DataError: A row is no prompt; the message names the line.
     """
     prompts = []
     for number, row in enumerate(read_rows(path), start=1):
         try:
-            prompts.append(_read_prompt(row))
+            check_row(row)
+            prompt = _read_prompt(row)
+            prompt.user_texts  # noqa: B018  which must be text, and is compared later
+            prompts.append(prompt)
         except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
+            raise DataError(f"{row.place}, row {number}: {error}") from error
     return prompts
 
 
@@ -91,6 +96,19 @@ def _read_prompt(row: Mapping[str, Any]) -> Prompt:
     first = roles.index("user")
     later = tuple(content_text(message["content"]) for message in messages[first + 1 :] if message["role"] == "user")
     return Prompt(messages[: first + 1], later, source, tools)
+
+
+def _read_made_up(path: Path, number: int, line: str) -> str:
+    """A prompt that the target wrote before."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise DataError(
+            f"{path}, line {number}: expected a prompt that regenerate wrote, got {show(line[:60])}. Delete it."
+        )
+    return row["prompt"]
 
 
 # ---- the same prompt ----
@@ -184,7 +202,7 @@ def make_prompts(
         raise ValueError(f"--self-temperature must be above 0, or every prompt is the same; got {temperature:g}.")
     team = team or Team(target.device, is_alone=True)
     slot = find_user_slot(renderer)
-    texts = [json.loads(line)["prompt"] for line in read_whole_lines(path)]
+    texts = [_read_made_up(path, number, line) for number, line in enumerate(read_whole_lines(path), start=1)]
     if team.rank == 0:
         keep_lines(path, len(texts))
     texts = texts[:count]

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.text_eagle3 import parse_json, show
 from ..plain import decode_plainly
 from ..processes import Team
 from .conversations import Message
-from .files import append_rows, keep_lines, read_whole_lines
+from .files import DataError, append_rows, keep_lines, read_whole_lines
 from .prompts import Prompt, eos_token_ids, seeded
 from .rendering import ChatRenderer, Turn, find_end, merge_turns
 from .shares import count_answered, find_shares, gather_shares, name_share, next_share
@@ -318,7 +319,12 @@ def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_
     if is_cut and not record.exists():  # else it may be a first row of ours
         raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
     if record.exists() and (path.exists() or find_shares(path)):
-        begun = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            begun = parse_json(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{record} is damaged ({error}). Give a new output file, or delete both.") from error
+        if not isinstance(begun, dict):
+            raise DataError(f"{record} is damaged: expected a table, got {show(begun)}. Give a new output file.")
         if other := [name for name, value in decisive.items() if begun.get(name) != value]:
             raise ValueError(
                 f"{path} was begun with {', '.join(f'{name} {begun.get(name)!r}' for name in other)}; now it is "

@@ -116,7 +116,7 @@ class ChatRenderer:
                 add_generation_prompt=add_generation_prompt,
                 **{**self.template_kwargs, **(template_kwargs or {})},
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             roles = [message["role"] for message in messages]
             raise ValueError(f"The chat template cannot render the roles {roles}: {error}") from error
 

@@ -1,7 +1,9 @@
 """Training from the command line: `hf-eagle3 train` and `examples/finetune.py`."""
 
 import difflib
+import itertools
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +13,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
+from ..modeling.text_eagle3 import MOST_NESTED, parse_json, show
+from ..opening import opening, refuse_drafter, refuse_target
+from ..terminal import note, say
 from . import files
 from .arguments import Eagle3TrainingArguments
 from .stored_states import StoredStates
 from .trainer import Eagle3Trainer
 
+MOST_TEXT = 10**6  # characters of a file of options
 FILE_SUFFIXES = (".jsonl", ".json", ".gz")
 SWITCHES: Mapping[str, bool] = {"true": True, "false": False}  # in place of a name
 
@@ -93,16 +99,56 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser: Any = HfArgumentParser((ScriptArguments, ModelArguments, Eagle3TrainingArguments), description=DESCRIPTION)
     parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    known = actions.keys()
     path, given = take_option(given, "config")
-    settings = read_settings(Path(path), known) if path is not None else {}
+    settings = read_settings(Path(path), actions) if path is not None else {}
+    for name in sorted(known):
+        if name.endswith("_kwargs"):
+            refuse_other_tables(name, settings.get(name), path)
+            refuse_other_tables(name, take_option(given, name)[0])
     for action in parser._actions:
         if action.dest in settings:
             action.default, action.required = settings[action.dest], False
-    *parsed, rest = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        if path is None and isinstance(error, (ValueError, ImportError)):
+            raise
+        culprits = [name for name, value in settings.items() if is_refused_alone(name, value)]
+        where = ": ".join(map(str, filter(None, [path or "the options", " and ".join(culprits)])))
+        raise files.DataError(f"{where}: {error}") from error
     if rest:
         refuse_unknown([name.lstrip("-").split("=")[0] for name in rest if name.startswith("--")] or rest, known, "--")
     return tuple(x for x in parsed if hasattr(x, "__dataclass_fields__"))
+
+
+def refuse_other_tables(name: str, value: Any, path: str | None = None) -> None:  # Any: whatever stands in the file
+    """Raise unless an option that is a table is one, or one in JSON.
+
+    Raises:
+        DataError: It is not.
+    """
+    if value is None or isinstance(value, dict):
+        return
+    try:
+        table = parse_json(value) if isinstance(value, str) else value
+    except ValueError as error:
+        table = error
+    if not isinstance(table, dict):
+        place = f"{path}: " if path is not None else "--"
+        raise files.DataError(f"{place}{name} must be a table, such as '{{\"a\": 1}}', got {show(value)}.")
+
+
+def is_refused_alone(name: str, value: Any) -> bool:  # Any: whatever stands in a file
+    """Whether an option of training makes no settings, all others being as they are by default."""
+    if name not in Eagle3TrainingArguments.__dataclass_fields__:
+        return False
+    try:
+        Eagle3TrainingArguments(**{"output_dir": "out", "use_cpu": True, name: value})
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError):
+        return True
+    return False
 
 
 def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -117,28 +163,102 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
     return None, arguments
 
 
-def read_settings(path: Path, known: set[str]) -> dict[str, Any]:
+class StrictLoader(yaml.SafeLoader):
+    """YAML of plain values that says one thing: no key twice, no aliases, whose copies can grow without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # the library's nodes
+        """The next node."""
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.constructor.ConstructorError(problem="an alias", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # the library's node
+        """A table."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {show(name)} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_settings(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a YAML file.
 
+    Args:
+        path: The file.
+        known: Option -> the parser's action, which says what its value can be.
+
     Raises:
-        ValueError: It is not a table of options, or has one that is not known.
+        DataError: It is not a table of options, or has one that is not known or of another kind; the message names it.
     """
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not path.is_file():
+        raise files.DataError(
+            f"--config {path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        depths = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+        if max(depths, default=0) > MOST_NESTED or len(text) > MOST_TEXT:  # for which the library takes hours
+            raise ValueError("it is too long, or nested too deeply")
+        settings = yaml.load(text, Loader=StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise files.DataError(
+            f"{path}: not YAML of plain values ({reason}). Expected lines of `option: value`."
+        ) from error
+    if settings is None:
+        return {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must be lines of `option: value`, got {type(settings).__name__}.")
-    refuse_unknown([name for name in settings if name not in known], known, f"{path}: ")
-    return settings
+        raise files.DataError(f"{path} must be lines of `option: value`, got {type(settings).__name__}.")
+    if strange := [name for name in settings if not isinstance(name, str)]:
+        raise files.DataError(f"{path}: {show(strange[0])} is no option. --help lists them all.")
+    refuse_unknown([name for name in settings if name not in known], known.keys(), f"{path}: ")
+    return {name: check_setting(path, known[name], value) for name, value in settings.items()}
 
 
-def refuse_unknown(names: Sequence[str], known: set[str], prefix: str) -> None:
-    """Raise ValueError for `names`, if there are any, with what they may have meant."""
+def check_setting(
+    path: Path, action: Any, value: Any
+) -> Any:  # Any: argparse's own class; whatever stands in the file
+    """`value`, if the option takes it: as it would be typed, where that is text.
+
+    Raises:
+        DataError: It does not.
+    """
+    name, is_list = action.dest, isinstance(value, list)
+    parts = value if is_list else [value]
+    takes_tables = action.default is None or isinstance(action.default, dict) or action.type is dict
+    fits = value is None or (isinstance(value, dict) and takes_tables)
+    if not fits and not any(isinstance(part, (dict, list)) or part is None for part in parts):
+        is_one = action.nargs not in ("+", "*")
+        fits = not (is_list and is_one) and all(converts(action, part) for part in parts)
+    if not fits:
+        raise files.DataError(f"{path}: {name} cannot be {show(value)}. --help says what it takes.")
+    is_text = action.type is str and not isinstance(value, (str, bool, dict, list)) and value is not None
+    return str(value) if is_text else value
+
+
+def converts(action: Any, value: Any) -> bool:  # Any: as above
+    """Whether an option takes `value` as it would be typed."""
+    try:
+        typed = value if action.type is None else action.type(str(value))
+    except (ValueError, TypeError, ArgumentTypeError):
+        return False
+    return action.choices is None or typed in action.choices
+
+
+def refuse_unknown(names: Sequence[str], known: Iterable[str], prefix: str) -> None:
+    """Raise DataError for `names`, if there are any, with what they may have meant."""
     if not names:
         return
     parts = []
     for name in names:
-        near = difflib.get_close_matches(name, known, n=2)
-        parts.append(f"{prefix}{name} is no option" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
-    raise ValueError(f"{'; '.join(parts)}. --help lists them all.")
+        near = difflib.get_close_matches(name, list(known), n=2)
+        shown = name if name.isidentifier() else show(name)
+        parts.append(f"{prefix}{shown} is no option" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    raise files.DataError(f"{'; '.join(parts)}. --help lists them all.")
 
 
 def read_rows(name: str, split: str = "train", config: str | None = None) -> Iterable[Mapping[str, Any]]:
@@ -229,12 +349,17 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     drafter = script.drafter_name_or_path or script.model_name_or_path
     if script.model_name_or_path not in (None, drafter):
         raise ValueError("drafter_name_or_path and model_name_or_path are two names for one thing, and differ.")
+    if drafter is not None:
+        refuse_drafter("--drafter_name_or_path", drafter)
+    if target is not None:
+        refuse_target("--target_model_name_or_path", target)
     states = None if script.states_dir is None else StoredStates(script.states_dir, max_length=args.max_length)
     train_rows, eval_rows = find_rows(script) if states is None else find_stored_rows(script, states)
     tokenizer = None
     if target is not None:
         args.target_model_init_kwargs = target_options(model, args)
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=model.trust_remote_code)
+        with opening("--target_model_name_or_path", target):
+            tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=model.trust_remote_code)
     trainer = Eagle3Trainer(
         model=drafter,
         target_model=target,
@@ -247,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     )
     is_first = trainer.is_world_process_zero()
     if is_first:
-        sys.stderr.write(f"{trainer.forecast()}\n")
+        note(str(trainer.forecast()))
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=SWITCHES.get(str(resume).lower(), resume))
     metrics = trainer.evaluate() if eval_rows is not None else {}
@@ -256,8 +381,6 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     trainer.save_model()
     if is_first:
         if metrics:
-            sys.stdout.write(
-                f"acceptance length at depth {args.eval_depth}: {metrics['eval_acceptance_length']:.2f}\n"
-            )
-        sys.stdout.write(f"saved to {args.output_dir}\n")
+            say(f"acceptance length at depth {args.eval_depth}: {metrics['eval_acceptance_length']:.2f}")
+        say(f"saved to {args.output_dir}")
     return trainer

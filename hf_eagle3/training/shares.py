@@ -3,15 +3,17 @@
 import glob
 import heapq
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..modeling.text_eagle3 import parse_json
 from .files import append_rows, read_whole_lines
 from .prompts import Prompt
 
 AT_ONCE = 256  # prompts whose rows are written together
+
+WRITTEN = {"prompt_id": int, "prompt_fingerprint": str, "num_rows": int}  # in every row
 
 Answer = list[dict[str, Any]]  # the rows of one prompt
 
@@ -25,13 +27,13 @@ def read_answers(path: Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
     rows: Answer = []
     for number, line in enumerate(read_whole_lines(path), start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             row = None
-        if not isinstance(row, dict) or "prompt_fingerprint" not in row:
+        if not isinstance(row, dict) or not all(type(row.get(key)) is kind for key, kind in WRITTEN.items()):
             raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
         asked = row["prompt_id"]
-        if asked >= len(prompts) or row["prompt_fingerprint"] != prompts[asked].fingerprint:
+        if not 0 <= asked < len(prompts) or row["prompt_fingerprint"] != prompts[asked].fingerprint:
             raise ValueError(
                 f"{path} has an answer in line {number} to another prompt than number {asked} of these. Give the prompts "
                 "it was begun with (more may follow them), or a new file."

@@ -13,21 +13,24 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling import Eagle3DrafterModel
+from ..modeling.text_eagle3 import one_line, parse_json, show
+from ..modeling.weights_eagle3 import refuse_outside
 from ..peers import whole
 from .batch import Batch
 from .data import TokenDataset, trains_something
@@ -42,12 +45,25 @@ AUX, LAST = "aux_hidden_states", "last_hidden_states"
 NO_DOCUMENT = -1  # of a row that no folder has: one token, 0, which trains nothing
 OPEN_SHARDS = 256  # mapped at a time
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = ("float32", "bfloat16", "float16")
+# Tensor of documents.safetensors -> its dtype, and whether it has a number for each token or for each document.
+COLUMNS = {
+    "input_ids": (np.dtype(np.int32), "token"),
+    "loss_mask": (np.dtype(bool), "token"),
+    **{
+        name: (np.dtype(np.int64), "document")
+        for name in ("ends", "shard", "aux_start", "last_start", "num_aux", "num_last")
+    },
+}
 WRITE = "write the states with `hf-eagle3 states`"
 AGAIN = "run `hf-eagle3 states` again with the same options, which writes what is missing"
 
 
 class StoredStatesError(ValueError):
-    """Stored hidden states that are not there, damaged, or of something else."""
+    """Stored hidden states that are not there, damaged, or of something else. Its message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 def shard_name(index: int, count: int) -> str:
@@ -105,15 +121,97 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"There are no stored hidden states in {folder}: it has no {MANIFEST}. Name another folder, or {WRITE}."
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        refuse_outside(path)
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"expected a table, got {show(manifest)}")
+    except (OSError, ValueError) as error:
         raise StoredStatesError(f"{path} is damaged ({error}). Delete the folder and {WRITE}.") from error
     if (found := manifest.get("schema")) != SCHEMA:
         raise StoredStatesError(
-            f"{path} is of schema {found}, and this version of hf-eagle3 reads {SCHEMA}. Use the version that wrote it "
-            f"({manifest.get('versions')}), or {WRITE} of this one."
+            f"{path} is of schema {show(found)}, and this version of hf-eagle3 reads {SCHEMA}. Use the version that wrote it "
+            f"({show(manifest.get('versions'))}), or {WRITE} of this one."
         )
+    check_manifest(path, manifest)
     return manifest
+
+
+def is_count(value: Any) -> bool:  # Any: whatever JSON can hold
+    """Whether `value` is a number of things."""
+    return type(value) is int and 0 <= value < 2**48
+
+
+def are_counts(value: Any) -> bool:  # Any: whatever JSON can hold
+    """Whether `value` is a list of numbers of things."""
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def is_text_or_null(value: Any) -> bool:  # Any: whatever JSON can hold
+    """Whether `value` is a text, or not there."""
+    return value is None or isinstance(value, str)
+
+
+FILE_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {  # of an entry of `files`
+    "bytes": ("a number of bytes", is_count),
+    "sha256": ("a digest", lambda x: isinstance(x, str)),
+    "left_out": ("a list of documents", lambda x: x is None or are_counts(x)),
+}
+# Key of the manifest, with dots -> what it must be, in words, and whether it is.
+MANIFEST_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "files": ("a table of files", lambda x: isinstance(x, dict)),
+    "num_shards": ("a number from 1 to a million", lambda x: is_count(x) and 1 <= x <= 10**6),
+    "dtype": ("float32, bfloat16 or float16", lambda x: isinstance(x, str) and x in DTYPES),
+    "hidden_size": ("a number of at least 1", lambda x: is_count(x) and 1 <= x < 2**31),
+    "last_size": ("a number of at least 1, or not there", lambda x: x is None or (is_count(x) and 1 <= x < 2**31)),
+    "aux_layer_ids": ("a list of boundaries", are_counts),
+    "data": ("what is known of the rows", lambda x: x is not None),
+    "target": ("a table", lambda x: isinstance(x, dict)),
+    "target.name": ("a text or null", is_text_or_null),
+    "target.weights": ("a digest", lambda x: isinstance(x, str)),
+    "target.dtype": ("a text", lambda x: isinstance(x, str)),
+    "target.quantization": ("a text, a table or null", lambda x: x is None or isinstance(x, (str, dict))),
+    "target.eos_token_id": (
+        "a token id, a list of them, or null",
+        lambda x: x is None or type(x) is int or are_counts(x),
+    ),
+    "target.config": ("a table", lambda x: isinstance(x, dict)),
+    "target.config.model_type": ("a text", lambda x: isinstance(x, str)),
+    # Configs make a list of so many.
+    "target.config.num_hidden_layers": (
+        "a number from 1 to 10000",
+        lambda x: x is None or (is_count(x) and 1 <= x <= 10**4),
+    ),
+}
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise unless the manifest has every key that is read, each of its kind.
+
+    Raises:
+        StoredStatesError: It lacks one, or lists a file that no such folder has; the message names the key.
+    """
+    for key, (wanted, fits) in MANIFEST_KEYS.items():
+        value: Any = manifest
+        for part in key.split("."):
+            value = value.get(part)
+        if not fits(value):
+            got = "is missing" if value is None else f"is {show(value)}"
+            raise StoredStatesError(
+                f"{path} is damaged: {key} {got}, expected {wanted}. Delete the folder and {WRITE}."
+            )
+    known = {DOCUMENTS, HEAD, *(shard_name(i, manifest["num_shards"]) for i in range(manifest["num_shards"]))}
+    for name, facts in manifest["files"].items():
+        if name not in known:
+            raise StoredStatesError(
+                f"{path} is damaged: files has {show(name)}, which is no file of {manifest['num_shards']} shards of stored "
+                f"states. Delete the folder and {WRITE}."
+            )
+        for key, (wanted, fits) in FILE_KEYS.items():
+            if not isinstance(facts, dict) or not fits(facts.get(key)):
+                got = show(facts.get(key) if isinstance(facts, dict) else facts)
+                raise StoredStatesError(
+                    f"{path} is damaged: files.{name}.{key} must be {wanted}, got {got}. Delete the folder and {WRITE}."
+                )
 
 
 class StoredTarget(nn.Module):
@@ -162,6 +260,56 @@ class StoredTarget(nn.Module):
         )
 
 
+def check_columns(path: Path, columns: Mapping[str, np.ndarray], num_shards: int) -> None:
+    """Raise unless the tensors of all documents are what they are read as, and fit together.
+
+    Raises:
+        StoredStatesError: They are not; the message names the tensor.
+    """
+
+    def require(is_right: Any, name: str, wanted: str) -> None:  # Any: numpy's own truth
+        if not is_right:
+            raise StoredStatesError(f"{path} is damaged: {name} {wanted}. Delete it and {AGAIN}.")
+
+    for name, (dtype, _) in COLUMNS.items():
+        require(name in columns, name, "is missing")
+        found = columns[name]
+        require(
+            (found.ndim, found.dtype) == (1, dtype),
+            name,
+            f"is {found.dtype} {list(found.shape)}, expected {dtype} [n]",
+        )
+    lengths = {
+        unit: {len(columns[n]) for n, (_, of) in COLUMNS.items() if of == unit} for unit in ("token", "document")
+    }
+    require(len(lengths["token"]) == 1, "loss_mask", f"and input_ids differ in length: {sorted(lengths['token'])}")
+    require(len(lengths["document"]) == 1, "ends", f"and others differ in length: {sorted(lengths['document'])}")
+    ends, shards, mask = columns["ends"], columns["shard"], columns["loss_mask"]
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+    require(
+        len(ends) and (starts < ends).all() and ends[-1] == len(mask), "ends", "must ascend to the number of tokens"
+    )
+    is_ascending = (shards[1:] >= shards[:-1]).all()
+    require(
+        is_ascending and shards[0] >= 0 and shards[-1] < num_shards, "shard", f"must ascend in 0..{num_shards - 1}"
+    )
+    # What `stored_positions` says of each document, of all at once.
+    is_stored = np.append(mask[:-1] & mask[1:], False)
+    is_stored[starts] = is_stored[ends - 1] = False
+    before = np.concatenate([[0], np.cumsum(is_stored)])
+    counts = before[ends] - before[starts]
+    require((columns["num_last"] == counts).all(), "num_last", "is not what loss_mask says")
+    aux = columns["num_aux"]
+    is_inside = ((aux >= 0) & (aux < ends - starts)).all()
+    require(is_inside, "num_aux", "is not what loss_mask says")
+    is_last = is_stored[starts + aux] & (before[starts + aux + 1] - before[starts] == counts)
+    require(np.where(counts > 0, is_last, aux == 0).all(), "num_aux", "is not what loss_mask says")
+    first = np.searchsorted(shards, shards)
+    for name, of in (("aux_start", aux), ("last_start", counts)):
+        rows = np.cumsum(of) - of
+        require((columns[name] == rows - rows[first]).all(), name, "does not follow from the documents before")
+
+
 class Documents:
     """All documents of a folder: ids, masks and states, mapped from its files. Processes share them; none pickles them.
 
@@ -174,15 +322,14 @@ class Documents:
         self.folder, self._manifest = folder, manifest
         path = folder / DOCUMENTS
         try:
+            refuse_outside(path)
             with safe_open(path, framework="pt") as file:  # torch's tensors are mapped, numpy's are copies
                 columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118  no mapping
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
-        self._ids, self._masks, self._ends = (
-            columns["input_ids"],
-            columns["loss_mask"],
-            columns["ends"],
-        )  # [N], [N], [D]
+        check_columns(path, columns, manifest["num_shards"])
+        self._ids, self._masks = columns["input_ids"], columns["loss_mask"]  # [N]
+        self._ends = columns["ends"]  # [D]
         self._shards = columns["shard"]  # [D]
         self._starts = {AUX: columns["aux_start"], LAST: columns["last_start"]}  # [D], rows in the shard
         self._counts = {AUX: columns["num_aux"], LAST: columns["num_last"]}  # [D]
@@ -237,9 +384,10 @@ class Documents:
             return self._open[shard]
         path, members = self.folder / shard_name(shard, self._manifest["num_shards"]), self._shards == shard
         try:
+            refuse_outside(path)
             file = safe_open(path, framework="pt")
             slices = {name: file.get_slice(name) for name in (AUX, LAST)}
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
         kind = SAFETENSORS_NAMES[self.dtype]
         for name, found in slices.items():
@@ -247,12 +395,33 @@ class Documents:
             if (found.get_shape(), found.get_dtype()) != (shape, kind):
                 raise StoredStatesError(
                     f"{path}: the manifest says {name} {shape} of {kind}, and it has {found.get_shape()} of "
-                    f"{found.get_dtype()}. Delete it and {AGAIN}."
+                    f"{found.get_dtype()}, by aux_layer_ids, hidden_size and dtype. Delete it and {AGAIN}."
                 )
         if len(self._open) >= OPEN_SHARDS:
             del self._open[next(iter(self._open))]
         self._open[shard] = slices
         return slices
+
+
+def check_head(path: Path, tensors: Mapping[str, Tensor], vocab_size: int, hidden_size: int) -> None:
+    """Raise unless `tensors` are a target's embeddings and head.
+
+    Raises:
+        StoredStatesError: They are not; the message names the tensor.
+    """
+    dims = {"embed_tokens.weight": 2, "lm_head.weight": 2, "lm_head.bias": 1}
+    for name, tensor in tensors.items():
+        is_right = tensor.dim() == dims.get(name) and tensor.is_floating_point() and len(tensor) >= vocab_size
+        if not is_right or (name == "lm_head.weight" and tensor.shape[1] != hidden_size):
+            raise StoredStatesError(
+                f"{path} is damaged: {show(name)} is {tensor.dtype} {list(tensor.shape)}, expected the embeddings or head of a "
+                f"vocabulary of {vocab_size} and states of {hidden_size}. Delete it and {AGAIN}."
+            )
+    if "embed_tokens.weight" not in tensors:
+        raise StoredStatesError(f"{path} is damaged: embed_tokens.weight is missing. Delete it and {AGAIN}.")
+    rows = {name: len(tensor) for name, tensor in tensors.items() if name.startswith("lm_head.")}
+    if len(set(rows.values())) > 1:
+        raise StoredStatesError(f"{path} is damaged: its tensors differ in rows, {rows}. Delete it and {AGAIN}.")
 
 
 class StoredDataset(TokenDataset):
@@ -271,7 +440,7 @@ class StoredDataset(TokenDataset):
             keep = [trains_something(documents.tokens(i)[1][:max_length]) for i in self._indices]
             self._indices = self._indices[np.array(keep, dtype=bool)]
         if not len(self._indices):
-            raise ValueError(
+            raise StoredStatesError(
                 f"The training data is empty: no stored document is left to train on (max_length {max_length})."
             )
 
@@ -347,7 +516,7 @@ class StoredStates:
         written = count + 2 - len(missing)
         if missing and not (allow_incomplete and {DOCUMENTS, HEAD} <= files.keys() and written > 2):
             raise StoredStatesError(
-                f"{self.folder} is incomplete: {written} of {count + 2} files were written. Run `hf-eagle3 states` again "
+                f"{self.folder} is incomplete: {written} of {count + 2} files were written, {missing[0]} was not. Run `hf-eagle3 states` again "
                 "with the same options to go on, or pass allow_incomplete=True for the documents that are there."
             )
         for name, facts in tqdm(files.items(), desc="Verifying", leave=False, disable=None if verify else True):
@@ -368,17 +537,27 @@ class StoredStates:
         fields = dict(facts["config"])
         model_type = fields.pop("model_type")
         try:
-            config = AutoConfig.for_model(model_type, **fields)
-        except ValueError:  # of remote code; the fields are all that anybody asks for
-            config = PreTrainedConfig(**fields)
-            config.model_type = model_type
-        config.name_or_path = facts["name"] or ""
-        try:
-            tensors = load_file(self.folder / HEAD)
-        except (OSError, SafetensorError) as error:
+            if model_type in CONFIG_MAPPING:
+                config = AutoConfig.for_model(model_type, **fields)
+            else:  # of remote code; the fields are all that anybody asks for
+                config = PreTrainedConfig(**fields)
+                config.model_type = model_type
+            sizes = (config.vocab_size, config.hidden_size)
+            if not all(is_count(size) and size > 0 for size in (*sizes, config.num_hidden_layers)):
+                raise ValueError(f"vocab_size and hidden_size are {show(sizes)}, expected sizes")
+        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise StoredStatesError(
-                f"{self.folder / HEAD} cannot be read ({error}). Delete it and {AGAIN}."
+                f"{self.folder / MANIFEST} is damaged: target.config is no config of a target ({error}). Delete the folder and "
+                f"{WRITE}."
             ) from error
+        config.name_or_path = facts["name"] or ""
+        path = self.folder / HEAD
+        try:
+            refuse_outside(path)
+            tensors = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StoredStatesError(f"{path} cannot be read ({error}). Delete it and {AGAIN}.") from error
+        check_head(path, tensors, config.vocab_size, self.manifest.get("last_size", self.manifest["hidden_size"]))
         return StoredTarget(config, facts["eos_token_id"], tensors)
 
     def check(self, drafter: Eagle3DrafterModel) -> None:

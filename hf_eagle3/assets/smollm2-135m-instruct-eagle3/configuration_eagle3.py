@@ -4,14 +4,17 @@ Copied into every published drafter and run from there with `trust_remote_code=T
 Transformers, huggingface_hub and its siblings.
 """
 
+import math
 from itertools import pairwise
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .weights_eagle3 import CheckpointError
+from .text_eagle3 import show
+from .weights_eagle3 import CheckpointError, read_json_file
 
 # What Transformers itself may put into a config.json or pass along; none of it changes the drafter's arithmetic.
 HOST_KEYS = frozenset(
@@ -37,6 +40,102 @@ HOST_KEYS = frozenset(
         "use_cache",
     }
 )
+
+DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+def is_dtype(value) -> bool:
+    """Whether `value` is a dtype that a drafter can have, or its name."""
+    return value is None or str(value).removeprefix("torch.") in DTYPES
+
+
+# The host's own keys that it reads before or beside ours -> what each must be, in words, and whether it is.
+HOST_VALUES = {
+    "auto_map": ("a table of texts", lambda x: isinstance(x, dict) and all(isinstance(y, str) for y in x.values())),
+    "architectures": ("a list of texts", lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x)),
+    "quantization_config": ("a table", lambda x: isinstance(x, dict) or hasattr(x, "to_dict")),
+    "dtype": ("a float of 16 bits or more", is_dtype),
+    "torch_dtype": ("a float of 16 bits or more", is_dtype),
+    "num_labels": ("a small number", lambda x: type(x) is int and 0 <= x <= 1000),  # a label is made for each
+    "id2label": ("a table", lambda x: isinstance(x, dict)),
+    "label2id": ("a table", lambda x: isinstance(x, dict)),
+}
+
+
+def check_host_values(config_dict) -> None:
+    """Raise ValueError if one of the host's own keys has a value on which it would fail without naming it."""
+    for key, (wanted, fits) in HOST_VALUES.items():
+        if config_dict.get(key) is not None and not fits(config_dict[key]):
+            raise ValueError(f"{key} must be {wanted}, got {show(config_dict[key])}.")
+
+
+LARGEST = 2**31 - 1  # of a size
+LARGEST_VOCABULARY = 2**24  # what tables of it cost is allocated before any tensor is read
+
+
+def is_number(value, above: float, most: float = math.inf) -> bool:
+    """Whether `value` is a finite number above `above`, and at most `most`."""
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and abs(value) < 1e30 and above < value <= most
+
+
+def is_factors(value, most: float = math.inf) -> bool:
+    """Whether `value` is a list of positive numbers, a factor for each frequency."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(is_number(x, 0, most) for x in value)
+
+
+# Rotary parameter -> what it must be, in words, and whether it is. Outside of these, a table comes out without an error
+# and means nothing.
+ROPE_VALUES = {
+    "rope_theta": ("a number above 1", lambda x: is_number(x, 1)),
+    "factor": ("a number of at least 1", lambda x: is_number(x, 0) and x >= 1),
+    "original_max_position_embeddings": ("a number of positions", lambda x: is_number(x, 0, LARGEST)),
+    "attention_factor": ("a positive number", lambda x: is_number(x, 0)),
+    "beta_fast": ("a positive number", lambda x: is_number(x, 0)),
+    "beta_slow": ("a positive number", lambda x: is_number(x, 0)),
+    "mscale": ("a number of at least 0", lambda x: is_number(x, -1) and x >= 0),
+    "mscale_all_dim": ("a number of at least 0", lambda x: is_number(x, -1) and x >= 0),
+    "low_freq_factor": ("a positive number", lambda x: is_number(x, 0)),
+    "high_freq_factor": ("a positive number", lambda x: is_number(x, 0)),
+    "short_factor": ("a list of positive numbers", is_factors),
+    "long_factor": ("a list of positive numbers", is_factors),
+    "truncate": ("true or false", lambda x: isinstance(x, bool)),
+    "rope_type": ("a text", lambda x: isinstance(x, str)),
+    "type": ("a text", lambda x: isinstance(x, str)),
+}
+ASCENDING = (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))  # each pair of rotary parameters
+
+
+def check_rope_values(rope) -> None:
+    """Raise ValueError if rotary parameters are nonsense: the message names the one."""
+    if rope is None:
+        return
+    if not isinstance(rope, dict):
+        raise ValueError(f"rotary parameters must be a table or null, got {show(rope)}.")
+    for key, (wanted, fits) in ROPE_VALUES.items():
+        if rope.get(key) is not None and not fits(rope[key]):
+            raise ValueError(f"rotary parameters: {key} must be {wanted}, got {show(rope[key])}.")
+    for low, high in ASCENDING:
+        if rope.get(low) is not None and rope.get(high) is not None and rope[low] >= rope[high]:
+            raise ValueError(f"rotary parameters: {low} ({rope[low]}) must be below {high} ({rope[high]}).")
+
+
+def refuse_second_rope(rope, scaling, theta) -> None:
+    """Raise ValueError if `rope_scaling` or `rope_theta` beside rotary parameters say something else than these."""
+    for name, other in (("rope_scaling", scaling), ("rope_theta", {"rope_theta": theta})):
+        if not isinstance(rope, dict) or not isinstance(other, dict):
+            continue
+        one, two = ({"rope_type": table.get("type"), **_stated(table)} for table in (rope, other))
+        for key in sorted(one.keys() & two.keys() - {"type"}):
+            if one[key] is not None and two[key] is not None and one[key] != two[key]:
+                raise ValueError(
+                    f"{name} says {key} {show(two[key])}, and the rotary parameters beside it {show(one[key])}. Remove "
+                    "the one that is wrong."
+                )
+
+
+def _stated(table) -> dict:
+    return {key: value for key, value in table.items() if value is not None}
 
 
 @strict
@@ -146,6 +245,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                 f"Eagle3DrafterConfig got keys it does not know: {unknown}. An ignored key may change the drafter's "
                 "arithmetic, so none is ignored: remove them, or spell them as listed in the class's docstring."
             )
+        refuse_second_rope(self.rope_parameters, kwargs.get("rope_scaling"), kwargs.get("rope_theta"))
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if self.aux_layer_ids is not None:
@@ -159,6 +259,11 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def _dict_from_json_file(cls, json_file):
+        read_json_file(Path(json_file))  # more strictly than the host
+        return super()._dict_from_json_file(json_file)
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Make a config from a table of keys; see `PreTrainedConfig.from_dict`.
 
@@ -166,6 +271,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             CheckpointError: A key is not known, missing, or of the wrong type or range.
         """
         try:
+            check_host_values(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
             if isinstance(error, CheckpointError):
@@ -183,7 +289,10 @@ class Eagle3DrafterConfig(PreTrainedConfig):
         ]
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, got {show(getattr(self, name))}.")
+            if getattr(self, name) > (most := LARGEST_VOCABULARY if "vocab" in name else LARGEST):
+                raise ValueError(f"{name} must be at most {most}, got {show(getattr(self, name))}.")
+        check_rope_values(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
@@ -195,6 +304,12 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             self._validate_parallel(self.mask_token_id)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        for name in ("short_factor", "long_factor"):
+            factors = (self.rope_parameters or {}).get(name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rotary parameters: {name} has {len(factors)} factors, expected {self.head_dim // 2}, half of head_dim."
+                )
         if not 0 < self.rms_norm_eps < 1:
             raise ValueError(f"rms_norm_eps must be a small positive number, got {self.rms_norm_eps}.")
         if self.draft_vocab_size > self.vocab_size:

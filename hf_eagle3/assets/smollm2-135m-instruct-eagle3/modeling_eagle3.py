@@ -8,6 +8,8 @@ Shapes: B batch, T positions of this call, S positions seen so far, H drafter wi
 states, V target vocabulary, V_d draft vocabulary.
 """
 
+import copy
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +22,7 @@ import torch
 from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -30,20 +32,27 @@ from transformers.utils import logging
 
 from .attention_eagle3 import make_attention
 from .configuration_eagle3 import Eagle3DrafterConfig
+from .text_eagle3 import escape_record
 from .weights_eagle3 import (
+    FLOATS,
+    HUB_KEYS,
     SECOND_NAME,
     CheckpointError,
     StoredTensor,
     find_file,
     find_weight_files,
     list_tensors,
+    read_json_file,
     read_tensor,
+    refuse_outside,
     to_our_names,
 )
 
 logger = logging.get_logger(__name__)
+logger.addFilter(escape_record)
 HOST_LOGGER = logging.get_logger(PreTrainedModel.__module__)
 
+MOST_PACKED = 64  # numbers of a quantised weight in one that is stored
 GENERATION_CONFIG_NAME = "generation_config.json"
 REMOTE_CODE = {
     "AutoConfig": "configuration_eagle3.Eagle3DrafterConfig",
@@ -54,7 +63,9 @@ NEEDS_PACKAGE = (
     "Drafting with an EAGLE-3 drafter needs hf-eagle3: pip install hf-eagle3, then `import hf_eagle3` before "
     "target.generate(assistant_model=drafter)."
 )
-REMOTE_CODE_FILES = ("attention_eagle3.py", "configuration_eagle3.py", "modeling_eagle3.py", "weights_eagle3.py")
+REMOTE_CODE_FILES = (
+    *("attention_eagle3.py", "configuration_eagle3.py", "modeling_eagle3.py", "text_eagle3.py", "weights_eagle3.py"),
+)
 
 
 class Eagle3DrafterOutput(NamedTuple):
@@ -442,11 +453,14 @@ class Eagle3DrafterModel(PreTrainedModel):
         theirs = ("state_dict", "key_mapping", "gguf_file")
         if not any(kwargs.get(key) for key in theirs):  # else the caller says what the weights are
             files = find_weight_files(pretrained_model_name_or_path, **kwargs)
+            refuse_outside(*files)
             stored = list_tensors(files)
             names = to_our_names(stored, cls.published_names)
             # Exact names, so that nothing else of the host's renaming applies.
             kwargs["key_mapping"] = {rf"^{re.escape(name)}$": ours for name, ours in names.items() if name != ours}
         where = ", ".join(map(str, files)) or str(pretrained_model_name_or_path)
+        if stored:
+            cls.refuse_misfits(cls._find_config(pretrained_model_name_or_path, kwargs), stored, names, where)
 
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
         with _without_report(cls):
@@ -456,25 +470,15 @@ class Eagle3DrafterModel(PreTrainedModel):
 
         info["mismatched_keys"] = model._load_flat_mask(info["mismatched_keys"], stored, names)
         by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
-        problems = [
-            f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
-            for name, found, wanted in sorted(info["mismatched_keys"])
-        ]
-        problems += [
-            f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
-            for name in sorted(info["unexpected_keys"])
-        ]
-        missing = set(info["missing_keys"])
-        if "t2d" in stored or model.config.draft_vocab_size == model.config.vocab_size:
-            missing.discard("d2t")  # made from t2d, or the identity
-        problems += [f"{where}: {name} is missing" for name in sorted(missing)]
-        problems += [str(message) for message in info.get("error_msgs") or ()]
-        is_quantized = getattr(model, "hf_quantizer", None) is not None
-        if not is_quantized:
-            problems += _check_dtypes(stored)
-        if problems:
-            raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
+        problems = _list_problems(
+            info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], by_our_name, where
+        )
+        if "t2d" in stored or model.config.draft_vocab_size == model.config.vocab_size:  # it is made from these
+            problems.pop("d2t", None)
+        if errors := [*problems.values(), *map(str, info.get("error_msgs") or ())]:
+            raise CheckpointError("; ".join(errors) + ". config.json and the weights do not agree.")
 
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
         model._load_draft_vocabulary(stored, where)
         for name, weight in model.named_parameters():
             if not is_quantized and not weight.is_meta and not _is_finite(weight):
@@ -484,6 +488,56 @@ class Eagle3DrafterModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             model._load_generation_config(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # the host's way
+
+    @classmethod
+    def _find_config(cls, name_or_path, kwargs: Mapping) -> Eagle3DrafterConfig:
+        """The config that the host will load with, from the same arguments."""
+        if isinstance(config := kwargs.get("config"), PreTrainedConfig):
+            return config  # of this class, at times imported a second time
+        fields = Eagle3DrafterConfig.__annotations__.keys() | set(HUB_KEYS)
+        asked = {key: value for key, value in kwargs.items() if key in fields}
+        return cls.config_class.from_pretrained(config or name_or_path, **asked)
+
+    @classmethod
+    def refuse_misfits(
+        cls, config: Eagle3DrafterConfig, stored: Mapping[str, StoredTensor], names: Mapping[str, str], where: str
+    ) -> None:
+        """Raise unless the stored tensors are those of `config`: before any is made, so that no size can take the memory.
+
+        Raises:
+            CheckpointError: They are not; the message names tensors and sizes.
+        """
+        for name in (
+            "num_hidden_layers",
+            "num_aux_hidden_states",
+        ):  # modules are made of these, before any shape is known
+            if getattr(config, name) > len(stored):
+                raise CheckpointError(
+                    f"{where}: {name} is {getattr(config, name)} in config.json, and there are {len(stored)} tensors in all."
+                )
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in cls(copy.deepcopy(config)).state_dict().items()}
+        shapes = {ours: stored[name].shape for name, ours in names.items()}
+        if (
+            getattr(config, "quantization_config", None) is not None
+        ):  # stored as the quantiser likes, which the host checks
+            most = MOST_PACKED * sum(map(math.prod, shapes.values()))
+            if (total := sum(map(math.prod, wanted.values()))) > most:
+                raise CheckpointError(f"{where}: {total} numbers by config.json, and at most {most} in the file.")
+            return
+        if "mask_hidden" in wanted and shapes.get("mask_hidden") == wanted["mask_hidden"][-1:]:
+            shapes["mask_hidden"] = wanted["mask_hidden"]  # stored without its two leading ones
+        ignored = cls._keys_to_ignore_on_load_unexpected or ()
+        unexpected = [name for name in shapes.keys() - wanted.keys() if not any(re.match(p, name) for p in ignored)]
+        missing = wanted.keys() - shapes.keys()
+        if "t2d" in shapes or config.draft_vocab_size == config.vocab_size:
+            missing -= {"d2t"}
+        both = shapes.keys() & wanted.keys()
+        mismatched = [(name, shapes[name], wanted[name]) for name in both if shapes[name] != wanted[name]]
+        by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
+        problems = [*_list_problems(missing, unexpected, mismatched, by_our_name, where).values()]
+        if problems := problems + _check_dtypes(stored, names):
+            raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
 
     def _load_flat_mask(self, mismatched, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list:
         """Take a `mask_hidden` that is stored without its two leading ones; the mismatches that are left."""
@@ -550,8 +604,14 @@ class Eagle3DrafterModel(PreTrainedModel):
         return bool((ids >= V).any())
 
     def _load_generation_config(self, name_or_path, kwargs: dict) -> None:
-        if (found := find_file(name_or_path, GENERATION_CONFIG_NAME, **kwargs)) is not None:
+        if (found := find_file(name_or_path, GENERATION_CONFIG_NAME, **kwargs)) is None:
+            return
+        refuse_outside(found)
+        read_json_file(found)  # more strictly than the host
+        try:
             self.generation_config = GenerationConfig.from_pretrained(found.parent)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(f"{found}: not a generation config ({error}). Correct it, or delete it.") from error
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Write config, weights, generation config and the `modeling/` files, so that the folder loads anywhere."""
@@ -625,16 +685,31 @@ def _without_report(cls: type) -> Iterator[None]:
         HOST_LOGGER.removeFilter(is_wanted)
 
 
-def _check_dtypes(stored: Mapping[str, StoredTensor]) -> list[str]:
+def _list_problems(missing, unexpected, mismatched, by_our_name: Mapping[str, str], where: str) -> dict[str, str]:
+    """Tensor -> what is wrong with it, in words."""
+    return {
+        **{
+            name: f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
+            for name, found, wanted in sorted(mismatched)
+        },
+        **{
+            name: f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
+            for name in sorted(unexpected)
+        },
+        **{name: f"{where}: {name} is missing" for name in sorted(missing)},
+    }
+
+
+def _check_dtypes(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list[str]:
     """What is wrong with the dtypes of the stored tensors; the host would cast each to what it needs."""
     problems = []
     for name, (file, _, dtype) in stored.items():
-        if name == "d2t":
+        if names[name] == "d2t":
             wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
-        elif name == "t2d":
+        elif names[name] == "t2d":
             wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
         else:
-            wanted, fits = "a float", dtype is not None and dtype.is_floating_point
+            wanted, fits = "a float of 16 bits or more, since quantised drafters are not supported", dtype in FLOATS
         if not fits:
             problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
     return problems

@@ -1,21 +1,23 @@
 """What a drafter's weight files hold: which tensor lies in which file, of which shape and dtype.
 
-Reads headers where it can. Copied into every published drafter, so it imports torch, safetensors and Transformers only.
+Reads headers where it can. Copied into every published drafter, so it imports torch, safetensors, Transformers and its
+siblings only.
 """
 
-import json
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
+
+from .text_eagle3 import one_line, parse_json, show
 
 HUB_KEYS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 DTYPES = {
@@ -33,12 +35,25 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
+# What a drafter can be made of. Floats of 8 bits mean nothing without scales, which no drafter has.
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"  # of a shard: a file beside its index
+
+BESIDE = ("config.json", "generation_config.json", "*.index*.json")  # what else is read of a checkpoint
+
 # SGLang and TensorRT-LLM call the input norm of a further layer so; a file for several engines has it under both names.
 SECOND_NAME = r"^layers\.[1-9]\d*\.hidden_norm\.weight$"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be a drafter as it stands: says which file, which tensor or key, and what was expected."""
+    """A checkpoint that cannot be a drafter as it stands: says which file, which tensor or key, and what was expected.
+
+    Its message is one line without control characters, whatever names and values a checkpoint brings.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class StoredTensor(NamedTuple):
@@ -60,6 +75,37 @@ def find_file(name_or_path: str, filename: str, **kwargs) -> Path | None:
         **{key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None},
     )
     return Path(found) if found is not None else None
+
+
+def refuse_outside(*files: Path) -> None:
+    """Raise unless `files`, and what a checkpoint has beside them, lie where they seem to.
+
+    That is in their folders, or in the blobs that the cache of the Hub keeps for their repository.
+
+    Raises:
+        CheckpointError: One is a link to something else, which a stranger's folder has no business to read.
+    """
+    beside = {path for folder in {file.parent for file in files} for name in BESIDE for path in folder.glob(name)}
+    for file in (*files, *sorted(beside)):
+        real = file.resolve()
+        repository = next((parent.parent for parent in file.absolute().parents if parent.name == "snapshots"), None)
+        allowed = [file.parent.resolve(), *([repository.resolve() / "blobs"] if repository is not None else [])]
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"{file}: a link to {real}, outside the checkpoint's folder. Copy the file there if it belongs to it."
+            )
+
+
+def read_json_file(file: Path) -> Any:
+    """What a JSON file of a checkpoint says.
+
+    Raises:
+        CheckpointError: It cannot be read, is no JSON, or has a key twice.
+    """
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not JSON that says one thing ({error}). Download it again.") from error
 
 
 def find_weight_files(
@@ -85,15 +131,31 @@ def find_weight_files(
 
 def _find_shards(name_or_path: str, index: Path, **kwargs) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = parse_json(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error}). Download it again.") from error
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(
-            f"{index}: not an index of shards ({type(error).__name__}: {error}). Expected JSON with a weight_map from "
-            "tensor name to file name."
-        ) from error
+            f"{index}: not an index of shards. Expected JSON with a weight_map from tensor name to file name, got "
+            f"{show(weight_map if isinstance(found, dict) else found)}."
+        )
+    if not isinstance(found.get("metadata"), dict):
+        raise CheckpointError(
+            f"{index}: metadata must be a table, if an empty one, got {show(found.get('metadata'))}."
+        )
     shards = []
-    for name in names:
-        if (file := find_file(name_or_path, str(name), **kwargs)) is None:
+    for name in sorted(set(weight_map.values())):
+        if not re.fullmatch(PLAIN_NAME, name) or not name.endswith((".safetensors", ".bin")):
+            raise CheckpointError(
+                f"{index}: weight_map names the shard {show(name)}. Expected the name of a .safetensors or .bin file beside "
+                "the index."
+            )
+        if (file := find_file(name_or_path, name, **kwargs)) is None:
             raise CheckpointError(f"{index}: names the shard {name}, which is not there. Download it again.")
         shards.append(file)
     return shards
@@ -147,7 +209,8 @@ def to_our_names(stored: Mapping[str, StoredTensor], published_names: Mapping[st
             by_ours[first] = by_ours.pop(second)
             continue
         a, b = by_ours[first], by_ours[second]
-        if not torch.equal(read_tensor(stored[a], a), read_tensor(stored[b], b)):
+        # Widened, since there is no comparison of some dtypes.
+        if not torch.equal(read_tensor(stored[a], a).double(), read_tensor(stored[b], b).double()):
             raise CheckpointError(f"{stored[b].file}: {a} and {b} name the same norm, but their values differ.")
     return {name: ours for ours, name in by_ours.items()}
 
@@ -159,7 +222,7 @@ def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | N
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
             return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{file}: not a whole safetensors file ({error}). Download it again; it is cut short or something else."
         ) from error
@@ -168,7 +231,7 @@ def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | N
 # What torch.load raises on a file that is cut short, is something else, or holds objects with code.
 NOT_A_PICKLE = (
     *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError),
-    *(AssertionError, struct.error, zipfile.BadZipFile),
+    *(AssertionError, ArithmeticError, MemoryError, NotImplementedError, struct.error, zipfile.BadZipFile),
 )
 
 
@@ -181,8 +244,32 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file}: not a pickle of plain tensors ({type(error).__name__}: {str(error)[:200]}). It is damaged, or "
             "holds objects that could run code and are not loaded."
         ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise CheckpointError(f"{file}: expected a dict from names to tensors, got something else.")
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{file}: expected a dict from names to tensors, got {type(tensors).__name__}.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{file}: expected a dict from names to tensors, got {type(tensor).__name__} for {show(name)}."
+            )
+        if lack := _find_lack(tensor):
+            raise CheckpointError(
+                f"{file}: {name} is {lack}. Expected a plain tensor with all its numbers in the file."
+            )
     return tensors
+
+
+def _find_lack(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being its shape and its numbers; None if nothing does."""
+    kinds = {
+        "a nested tensor": tensor.is_nested,
+        "a meta tensor, a shape without numbers": tensor.is_meta,
+        f"a tensor of layout {tensor.layout}": tensor.layout != torch.strided,
+        "a quantised tensor": tensor.is_quantized,
+        f"a {type(tensor).__name__}": type(tensor) not in (Tensor, nn.Parameter),
+    }
+    if found := next((kind for kind, is_so in kinds.items() if is_so), None):
+        return found
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes > tensor.untyped_storage().nbytes():  # a view that repeats what is there would grow when loaded
+        return f"{num_bytes} bytes by its shape {list(tensor.shape)}, of which the file holds {tensor.untyped_storage().nbytes()}"
+    return None

@@ -1,0 +1,27 @@
+"""Ctrl-C while the command line is still importing, which takes seconds: a quiet end, as later."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+INTERRUPTED = 130  # exit status, as shells have it
+
+
+def is_command_line() -> bool:
+    """Whether this process is `hf-eagle3` or `python -m hf_eagle3.cli`, and nobody's own program."""
+    is_module = sys.argv[:1] == ["-m"] and "hf_eagle3.cli" in sys.orig_argv  # while Python looks for the module
+    return is_module or Path(sys.argv[0] if sys.argv else "").stem == "hf-eagle3"
+
+
+def end_quietly() -> None:
+    """Let Ctrl-C end a process of the command line without a traceback, until `raise_again`."""
+    if is_command_line() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def raise_again() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, for which commands clean up."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
