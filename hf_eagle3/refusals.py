@@ -12,11 +12,11 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .features import find_layers, find_skippable
 from .modeling import Eagle3DrafterConfig
+from .modeling.text_eagle3 import one_line
 from .preparation import UnfollowableError, find_asked
 from .preparation import find_switch as find_cache_switch
-from .rotation import find_switch as find_rotation_switch
-from .modeling.text_eagle3 import one_line
 from .quoting import quote_python
+from .rotation import find_switch as find_rotation_switch
 
 
 def is_given(value: Any) -> bool:  # Any: whatever was set
