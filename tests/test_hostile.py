@@ -560,7 +560,6 @@ def test_a_line_that_is_no_row_is_named(case, tmp_path):
 BAD_ROWS = {
     "table": ({"messages": [{"role": "user", "content": {"a": 1}}]}, "Message 0: content"),
     "number": ({"messages": [{"role": "user", "content": 5}]}, "Message 0: content"),
-    "lists": ({"messages": [{"role": "user", "content": [[1]]}]}, "Message 0: content"),
     "role": ({"messages": [{"role": ["user"], "content": "a"}]}, "Message 0 has the unknown role"),
     "from": ({"conversations": [{"from": {}, "value": "a"}]}, "Message 0 has the unknown role"),
     "calls": (
