@@ -23,7 +23,7 @@ def find_layers(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     config = target.config.get_text_config(decoder=True)
     num_layers = config.num_hidden_layers
     decoder = target.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):  # a head of that name, as ModernBERT's
+    if decoder is target.get_output_embeddings():  # a head of that name, as ModernBERT's
         decoder = target.base_model
     for module in (decoder, *decoder.modules()):
         if type(getattr(module, "config", config)) not in (type(config), type(target.config)):  # of an image encoder
