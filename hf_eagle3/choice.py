@@ -19,6 +19,8 @@ OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # the last for layers that share others'
+# Families whose layers make positions of their own, by `model_type`.
+OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
 # Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
 # decoding passes to each forward.
 KNOWN_INPUTS = {
@@ -85,6 +87,7 @@ def why_not_target(target: PreTrainedModel) -> str | None:
     if (
         not getattr(target, "_supports_attention_backend", False)
         or "position_ids" not in inspect.signature(target.forward).parameters
+        or target.config.model_type in OWN_POSITIONS
     ):
         return f"{name} does not take masks and positions for each row"
     return why_not_rotated(target) or why_not_ours(target)

@@ -20,9 +20,14 @@ def find_layers(target: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     Raises:
         ValueError: No list of as many layers as the text config states.
     """
-    num_layers = target.config.get_text_config(decoder=True).num_hidden_layers
+    config = target.config.get_text_config(decoder=True)
+    num_layers = config.num_hidden_layers
     decoder = target.get_decoder()
+    if decoder is target.get_output_embeddings():  # a head of that name, as ModernBERT's
+        decoder = target.base_model
     for module in (decoder, *decoder.modules()):
+        if type(getattr(module, "config", config)) not in (type(config), type(target.config)):  # of an image encoder
+            continue
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == num_layers:
                 return module, child

@@ -1,15 +1,19 @@
 """What a drafter cannot help with: refused in one line that says what to do, before any work."""
 
+import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
+from .cache import CACHE_NAME
 from .features import find_layers, find_skippable
 from .modeling import Eagle3DrafterConfig
 from .modeling.text_eagle3 import one_line
@@ -36,6 +40,20 @@ OTHER_WAYS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("assistant_early_exit", "prompt_lookup_num_tokens", "speculation_type"), is_given),
     "use_mtp": bool,
 }
+
+
+# Families by `model_type`, and what keeps any drafter from helping them.
+NOT_DRAFTED = {
+    "dory": "runs its layers several times in a forward",
+    **dict.fromkeys(("hy_v4", "hy_v4_vl"), "hands several streams of states from layer to layer"),
+}
+# Families that compute something else over several tokens at once than over one after the other, which the host's loop
+# takes for the same; the second lot up to 5.23.
+ONE_BY_ONE = {"cpmant", "prophetnet"}
+if Version(transformers.__version__).release < (5, 24):
+    ONE_BY_ONE |= {"big_bird", "git", "inkling_mm_model", "inkling_text", "megatron-bert", "roformer"}
+
+ENCODERS = {"big_bird", "megatron-bert", "roformer"}  # see tokens to come unless `is_decoder` is set
 
 
 def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_model
@@ -149,6 +167,8 @@ def why_not_drafted(target: PreTrainedModel) -> str | None:
             f"{name} keeps recurrent states, which tokens of a refused draft cannot be taken out of again, so neither our "
             "decode loop nor the host's can draft for it. Call generate() without assistant_model."
         )
+    if (reason := NOT_DRAFTED.get(target.config.model_type)) is not None:
+        return f"{name} {reason}, so its states cannot be read at layer boundaries. Call generate() without assistant_model."
     hooked = set(map(id, find_layers(target)[1]))  # compiled code calls none of their hooks
     for path, module in target.named_modules():
         if any(map(counts_from_the_end, module._forward_pre_hooks.values())):
@@ -174,6 +194,22 @@ def refuse_target(target: PreTrainedModel) -> None:
         raise ValueError(reason)
 
 
+def why_not_several(target: PreTrainedModel) -> str | None:
+    """What keeps a forward over several tokens from being worth several over one; None if nothing is known to."""
+    parameters = inspect.signature(target.forward).parameters
+    if (
+        CACHE_NAME not in parameters
+        or target.config.model_type == "xlm"
+        or not target._supports_default_dynamic_cache()
+    ):
+        return "keeps no cache that refused draft tokens can be taken out of"
+    if target.config.model_type in ENCODERS and not target.config.is_decoder:
+        return "was loaded as an encoder (config.is_decoder is False), so tokens of a draft see those after them"
+    if target.config.model_type in ONE_BY_ONE:
+        return "computes something else over several tokens at once than over one after the other"
+    return None
+
+
 def refuse_host_loop(target: PreTrainedModel, max_length: int, why: str) -> None:
     """Raise if assisted decoding of the host could give other text than plain decoding.
 
@@ -183,6 +219,8 @@ def refuse_host_loop(target: PreTrainedModel, max_length: int, why: str) -> None
         why: What rules out our own loop.
     """
     name = type(target).__name__
+    if (reason := why_not_several(target)) is not None:
+        raise ValueError(f"{name} {reason}: call generate() without assistant_model ({why}).")
     if find_asked(target) is not None:
         raise UnfollowableError(target, f"the host's loop prepares several tokens at once ({why})")
     if find_skippable(target):

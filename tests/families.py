@@ -205,6 +205,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {
         "vision_config": {"vision_output_dim": HIDDEN, "projector_input_dim": HIDDEN, "projector_output_dim": HIDDEN}
     },
+    # As the published ones, it has text behind the last layer that looks at images.
+    "mllama": {"cross_attention_layers": [1], "text_config": {"cross_attention_layers": [1]}},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 2]}},
@@ -422,7 +424,7 @@ CALLS = {"one row": (24,), "another length": (5,), "three rows": (9, 4, 13)}
 FEW_TOKENS = 3  # distinct ones in a text that says little about what was decoded
 # Gaps between logits, as a share of the largest, that float32 does not resolve over a few layers.
 FLOAT32_TIE = 1e-4
-PASSES = ("same", "tie", "alone", "refused")
+PASSES = ("same", "tie", "alone", "refused", "ignored")
 
 
 def cast(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -650,7 +652,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     """The results of a sweep, counted and one by one."""
     calls = {(line["family"], line["class"]): {c: Outcome(**o) for c, o in line["calls"].items()} for line in lines}
     counts = Counter(
-        (LOOPS.get(o.loop, "") if o.verdict in PASSES else o.verdict, call)
+        (LOOPS.get(o.loop, o.verdict) if o.verdict in PASSES else o.verdict, call)
         for outcomes in calls.values()
         for call, o in outcomes.items()
         if call != "another length"

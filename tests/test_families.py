@@ -46,7 +46,7 @@ def test_text_is_plain_decodings_or_refused_in_words(family):
     outcomes = families.sweep(family)
     assert_right_or_refused(family, outcomes)
     if is_pages_host():
-        assert families.row_of(str(family), family.class_name, outcomes) in PAGE.read_text()
+        assert families.row_of(family.name, family.class_name, outcomes) in PAGE.read_text()
 
 
 @pytest.mark.slow
