@@ -253,8 +253,8 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         )
         choice = take_choice(criteria)
         why = choice.why if choice is not None else "called from outside generate()"
-        refuse_inputs(input_ids, arguments["model_kwargs"], why)
         refuse_host_loop(self, arguments["generation_config"].max_length, why)
+        refuse_inputs(input_ids, arguments["model_kwargs"], why)
         refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None

@@ -1,7 +1,6 @@
 """What a drafter cannot help with: refused in one line that says what to do, before any work."""
 
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -94,7 +93,7 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
 def refuse_names(model: Any) -> None:  # Any: whatever was passed as assistant_model
     """Raise if a name or a path was given where a loaded drafter is expected."""
     if isinstance(model, (str, os.PathLike)):
-        name = json.dumps(str(os.fspath(model)))
+        name = quote_python(str(os.fspath(model)))
         raise ValueError(
             f"assistant_model is {name}, expected a loaded model: a drafter loads by AutoModel.from_pretrained({name})."
         )

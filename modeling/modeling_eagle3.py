@@ -236,7 +236,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             if weight.shape[-1] != config.hidden_size:
                 raise ValueError(
                     f"This drafter of width {config.hidden_size} has no {name} of its own and cannot borrow the "
-                    f"target's, whose width is {weight.shape[-1]}. The checkpoint is incomplete."
+                    f"target's, whose width is {weight.shape[-1]}. Its checkpoint is incomplete, or was made for "
+                    "another target."
                 )
         shards = {name: weight for name, weight in borrowed.items() if hasattr(weight, "full_tensor")}
         for name, shard in shards.items():

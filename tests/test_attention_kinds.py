@@ -5,7 +5,6 @@ and refuse any other, so that a round which reaches them fails.
 """
 
 import copy
-import importlib.util
 import itertools
 import threading
 
@@ -24,9 +23,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from hf_eagle3 import graphs
 from hf_eagle3.attention_trial import why_not_ours
@@ -352,12 +351,14 @@ def test_rounds_are_captured_where_flex_attention_serves_prompts(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_rounds_are_captured_where_flash_attention_serves_prompts(family, monkeypatch):
-    register(monkeypatch, "flash_attention_2", flash_attention_forward, flash_attention_mask)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_rounds_are_captured_where_flash_attention_serves_prompts(name, family):
+    is_installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if not is_installed[name]():
+        pytest.skip(f"no package for {name} is installed")
     target = copy.deepcopy(make_target(family)).to("cuda", torch.bfloat16)
     drafter = make_drafter(target).to("cuda", torch.bfloat16)
     for model in (target, drafter):
-        model.set_attn_implementation("flash_attention_2")
+        model.set_attn_implementation(name)
     check_on_gpu(target, drafter)

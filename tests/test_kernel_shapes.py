@@ -240,4 +240,4 @@ def test_attention_of_training(D, window, dtype):
     reference, reference_grads = run(attend_eagerly, *tensors, window)
     out, grads = run(attend, *tensors, window)
     for ours, theirs, exact in zip((out, *grads), (reference, *reference_grads), (truth, *true_grads), strict=True):
-        assert_as_good(ours, theirs, exact)
+        assert_as_good(ours, theirs, exact, parts=2)  # the block, and a row's own tokens

@@ -87,17 +87,19 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
-def assert_as_good(out, reference, truth):
+def assert_as_good(out, reference, truth, *, parts=1):
     """At most twice the error of an independent computation in the same dtype, both against float64.
 
-    In float32 by PyTorch's own default, since a long sum may be added up in another order.
+    In float32 by PyTorch's own default, since a long sum may be added up in another order. A result merged from several
+    `parts` may have as much of each.
     """
     assert out.dtype == reference.dtype
     scale = truth.double().norm()
-    error, budget = ((x.double() - truth.double()).norm() / scale for x in (out, reference))
+    error, theirs = ((x.double() - truth.double()).norm() / scale for x in (out, reference))
     # Two roundings of the result: sums of few products may be exact in the reference.
     least = 1.3e-6 if out.dtype == torch.float32 else 2 * torch.finfo(out.dtype).eps
-    assert error <= max(2 * budget, least), f"{error:.2e}, budget {2 * budget:.2e}"
+    budget = parts * max(2 * theirs, least)
+    assert error <= budget, f"{error:.2e}, budget {budget:.2e}"
 
 
 def make_rows(B, H, H_kv, T, D, L, dtype=torch.float32, *, D_v=None):

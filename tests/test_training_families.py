@@ -141,10 +141,8 @@ REFUSED = {
     "cpmant": NOT_CAUSAL,
     "hrm_text": NO_LAYERS,
     "longcat_flash": NO_LAYERS,
-    "modernbert-decoder": NO_LAYERS,
     "deepseek_v4": STREAMS,
     "hy_v4": STREAMS,
-    "gemma3n_text": STREAMS,
     "prophetnet": STREAMS,
 }
 SAMPLE = (
