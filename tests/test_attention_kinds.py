@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -353,10 +354,11 @@ def test_rounds_are_captured_where_flex_attention_serves_prompts(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
-def test_rounds_are_captured_where_flash_attention_serves_prompts(name, family):
+def test_rounds_are_captured_where_flash_attention_serves_prompts(name, family, monkeypatch):
     is_installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if not is_installed[name]():
         pytest.skip(f"no package for {name} is installed")
+    register(monkeypatch, name, flash_attention_forward, flash_attention_mask)
     target = copy.deepcopy(make_target(family)).to("cuda", torch.bfloat16)
     drafter = make_drafter(target).to("cuda", torch.bfloat16)
     for model in (target, drafter):
