@@ -150,6 +150,10 @@ ROOMY = [
     for loop in FACTORS.loop
     for family, batch in zip(FACTORS.family, itertools.cycle(["one", "one_token"]))
 ]
+ROOMY += [  # rows in step keep little of a draft, and at some depth all others may be of such
+    Case(loop, "llama", "one", "left", "none", "length", "float32", "good", depth)
+    for loop, depth in itertools.product(FACTORS.loop, FACTORS.depth)
+]
 CASES = list(dict.fromkeys([*cover(), *ROOMY]))
 
 

@@ -107,11 +107,12 @@ def weights_of(drafter):
 # ---- the trainer ----
 
 
+@pytest.mark.slow
 def test_it_learns_to_draft_and_its_acceptance_length_is_the_real_one(target, rows, tmp_path):
     """Trained on the target's answers, the drafter is accepted; `eval_acceptance_length` is what decoding gives."""
     before = {name: value.clone() for name, value in target.state_dict().items()}
     long = {"eval_generate_prompts": 16, "eval_max_new_tokens": NEW + 8}
-    args = make_args(tmp_path, max_steps=80, per_device_train_batch_size=24, learning_rate=5e-3, **long)
+    args = make_args(tmp_path, max_steps=120, per_device_train_batch_size=32, learning_rate=5e-3, **long)
     trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows[:64], eval_dataset=rows[64:])
     untrained = trainer.evaluate()["eval_acceptance_length"]
     trainer.train()
