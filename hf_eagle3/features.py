@@ -106,10 +106,10 @@ class StateRecorder:
     def _keep(self, boundary: int, state: Tensor) -> None:
         if threading.get_ident() != self._thread:
             return
-        if (
-            state.dim() == 4
-        ):  # Gemma 3n has several streams, one of which each layer predicts and corrects the others by
-            state = state[self._target.config.get_text_config(decoder=True).altup_active_idx]
+        # Gemma 3n has several streams, one of which each layer predicts and corrects the others by.
+        stream = getattr(self._target.config.get_text_config(decoder=True), "altup_active_idx", None)
+        if state.dim() == 4 and stream is not None:
+            state = state[stream]
         if not self._in_chunks:
             self._states[boundary].clear()
         self._states[boundary].append(state)

@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers, and processes that tes
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +246,12 @@ def make_oracle(target: PreTrainedModel, text: Tensor, *, wrong_share: float = 0
 def make_prompt(length: int) -> Tensor:
     """[1, T] random tokens without special ones."""
     return torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def slow_but(everyday: Iterable[Any], levels: Iterable[Any]) -> list[Any]:
+    """Levels of a parameter, all but the `everyday` ones marked slow."""
+    everyday = list(everyday)
+    return [level if level in everyday else pytest.param(level, marks=pytest.mark.slow) for level in levels]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,6 +19,7 @@ from conftest import (
     make_prompt,
     make_target,
     randomize,
+    slow_but,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -157,7 +158,7 @@ def prompts_of(*lengths: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
-@pytest.mark.parametrize("depth", [1, 3, 5])
+@pytest.mark.parametrize("depth", slow_but([3], [1, 3, 5]))
 @pytest.mark.parametrize("family", [*OLD, *FAMILIES])
 def test_greedy_rows_are_the_targets(family, depth, lengths):
     options = {"depth": depth, "max_new_tokens": 24, "plain": plain_of(family, lengths, 24)}

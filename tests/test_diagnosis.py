@@ -109,7 +109,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict, Weights], object], dict[str, dict]]
 
 
 # Others in the table have the same trait wrong.
-OF_A_KIND = {"specforge_norm_output", "random_embeddings", "last_boundary_normed"}
+OF_A_KIND = {"specforge_norm_output", "random_embeddings", "last_boundary_normed", "outputs_at_the_top"}
 
 
 def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3DrafterModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DRAFTERS, NUM_LAYERS, make_drafter, make_prompt, make_target
+from conftest import DRAFTERS, NUM_LAYERS, make_drafter, make_prompt, make_target, slow_but
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_checkpoints import LAYOUTS, write
@@ -68,7 +68,7 @@ CANNOT: dict[str, tuple[dict, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", slow_but(["sglang"], ENGINES))
 @pytest.mark.parametrize("case", CANNOT)
 def test_there_and_back(case, engine, tmp_path):
     overrides, cannot = CANNOT[case]

@@ -6,7 +6,18 @@ import itertools
 
 import pytest
 import torch
-from conftest import DRAFTERS, NUM_LAYERS, TARGETS, V, count_hooks, make_drafter, make_oracle, make_prompt, make_target
+from conftest import (
+    DRAFTERS,
+    NUM_LAYERS,
+    TARGETS,
+    V,
+    count_hooks,
+    make_drafter,
+    make_oracle,
+    make_prompt,
+    make_target,
+    slow_but,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -56,7 +67,7 @@ def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, pl
 
 
 @pytest.mark.parametrize("length", [1, 5, 30], ids=["one_token", "short", "beyond_windows"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("depth", slow_but([3], [1, 2, 3, 5]))
 @pytest.mark.parametrize("family", TARGETS)
 def test_greedy_text_is_the_targets(family, depth, length):
     options = {"depth": depth, "max_new_tokens": 24, "plain": plain_of(family, length, 24)}
@@ -65,14 +76,14 @@ def test_greedy_text_is_the_targets(family, depth, length):
 
 
 @pytest.mark.parametrize("variant", DRAFTERS)
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3_vlm"], TARGETS))
 def test_every_drafter_keeps_its_cache_in_step(family, variant):
     options = {"drafter_options": DRAFTERS[variant], "max_new_tokens": 16, "plain": plain_of(family, 20, 16)}
     assert_same_with_oracle(make_target(family), make_prompt(20), **options)
 
 
 @pytest.mark.parametrize("variant", DRAFTERS)
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], TARGETS))
 def test_random_drafter_changes_nothing(family, variant):
     target, prompt = make_target(family), make_prompt(9)
     drafter = make_drafter(target, **DRAFTERS[variant])

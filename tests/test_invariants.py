@@ -14,7 +14,7 @@ from typing import NamedTuple
 import conftest
 import pytest
 import torch
-from conftest import TEXT, V, count_hooks, drafter_config, make_prompt, make_target, randomize
+from conftest import TEXT, V, count_hooks, drafter_config, make_prompt, make_target, randomize, slow_but
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_decode import FAMILIES, BatchOracle, StopOn
@@ -439,7 +439,7 @@ def test_a_row_is_what_it_is_alone(
     assert out[:, batch["input_ids"].shape[1] :].tolist() == expected
 
 
-@pytest.mark.parametrize("loop", ASKED)
+@pytest.mark.parametrize("loop", slow_but(["own"], ASKED))
 @pytest.mark.parametrize("family", FACTORS.family)
 def test_a_call_is_what_it_is_first(family, loop):
     """Neither models nor loop keep anything of the calls before: greedy, sampled, longer, failed."""

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TARGETS, count_hooks, make_drafter, make_prompt, make_target
+from conftest import TARGETS, count_hooks, make_drafter, make_prompt, make_target, slow_but
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -228,7 +228,7 @@ def test_packs_go_with_the_call(monkeypatch):
 
 
 @pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", slow_but([3], [0, 1, 3]))
 def test_text_is_the_targets(family, depth, products):
     target = make_target(family)
     drafter = make_drafter(target)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DRAFTERS, H, V, make_drafter, make_prompt, make_target
+from conftest import DRAFTERS, H, V, make_drafter, make_prompt, make_target, slow_but
 from test_decode import GREEDY, assert_same, pad, plain_of, prompts_of
 from test_graphs import counts  # noqa: F401  a fixture
 
@@ -24,7 +24,7 @@ WINDOW = {**PARALLEL, "sliding_window": 6, "norm_before_fc": True}
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (30, 7, 1, 18)], ids=["one_row", "one_token", "ragged"])
-@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("depth", slow_but([2], [1, 2, 5]))
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen_vlm"])
 def test_greedy_rows_are_the_targets(family, depth, lengths):
     options = {"drafter_options": PARALLEL, "max_new_tokens": 24, "plain": plain_of(family, lengths, 24)}

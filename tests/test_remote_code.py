@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow_but
 from safetensors.torch import load_file, save_file
 
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
@@ -113,7 +114,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "drafter"
 
 
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("auto", slow_but(["AutoModel"], ["AutoModel", "AutoModelForCausalLM"]))
 def test_loads_in_a_fresh_process_without_hf_eagle3(auto, folder, tmp_path):
     # Where Python finds torch and Transformers, but not this repository, nor an editable install of it.
     paths = [p for p in sys.path if p and not (Path(p) / "hf_eagle3").exists() and "hf_eagle3" not in p]

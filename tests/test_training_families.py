@@ -139,6 +139,7 @@ NOT_CAUSAL, NO_LAYERS, STREAMS = "is not causal", "has no list of", "hand on sev
 REFUSED = {
     "xlnet": NOT_CAUSAL,
     "cpmant": NOT_CAUSAL,
+    "dory": "runs its layers several times",
     "hrm_text": NO_LAYERS,
     "longcat_flash": NO_LAYERS,
     "deepseek_v4": STREAMS,
