@@ -688,14 +688,17 @@ def test_angles_that_are_more_than_positions_are_left_alone():
         )
     )
     assert yarn.attention_scaling != 1
-    model = nn.ModuleList([nn.Linear(4, 4, dtype=HALF), usual, odd, grows, yarn]).to(DEVICE)
+    axes = copy.deepcopy(make_target("qwen_vlm").get_decoder().rotary_emb)  # positions have three axes
+    model = nn.ModuleList([nn.Linear(4, 4, dtype=HALF), usual, odd, grows, yarn, axes]).to(DEVICE)
     x, positions = random(2, 3, 4, dtype=HALF), torch.tensor([[0, 1, 2], [30, 31, 32]], device=DEVICE)
     others = [(x.float(), positions), (x, positions.int())]
     with fused(model) as swaps:
-        assert ["forward" in vars(module) for module in model] == [False, True, False, False, True]
+        assert ["forward" in vars(module) for module in model][:5] == [False, True, False, False, True]
         during = [module(x, positions) for module in (usual, yarn)]
+        by_axes = axes(x, positions.expand(3, 2, 3))
         rest = [usual(*given) for given in others]
-    assert swaps.angles == ["LlamaRotaryEmbedding"] * 2
+    assert all(map(torch.equal, by_axes, axes(x, positions.expand(3, 2, 3))))
+    assert swaps.angles[:2] == ["LlamaRotaryEmbedding"] * 2
     for module, out in zip((usual, yarn), during, strict=True):
         for ours, theirs in zip(out, module(x, positions), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(HALF).eps, atol=1e-5)

@@ -48,7 +48,7 @@ SUM = "sum"  # what is put off for a norm
 HOST_HOOKS = "transformers.utils.output_capturing"
 MANY_VALUES = 4096  # of a vocabulary, from which on programs share a row
 # Of experts that are called otherwise, or a card that cannot run the kernel.
-UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, *language.KERNEL_ERRORS)
+UNFIT: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, LookupError, *language.KERNEL_ERRORS)
 
 
 # A namespace, a name in it, what is put there, and in place of what.
