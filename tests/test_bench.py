@@ -103,6 +103,7 @@ def run_out(monkeypatch, kind, *, in_call, at_least=2):
     monkeypatch.setattr(command, "make_ways", make_ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_call", [1, 2], ids=["warm-up", "timed"])
 @pytest.mark.parametrize("i", [0, 2], ids=["stock", "drafted"])
 def test_no_room_for_one_kind_leaves_the_others(tmp_path, monkeypatch, i, in_call):
@@ -489,6 +490,7 @@ def write_stand_in(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_dflash_column_of_a_drafter_with_code_of_its_own(real, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])

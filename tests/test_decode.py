@@ -837,6 +837,7 @@ def test_half_precision_runs(drafter_dtype):
     assert out.shape == (2, 18)
 
 
+@pytest.mark.slow
 def test_mixed_calls_with_failures_leave_nothing_behind(target):
     drafter = make_drafter(target)
 

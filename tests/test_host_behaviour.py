@@ -671,6 +671,7 @@ def plain_pictures() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_host_does_the_same_to_the_last_bit(name, plain_pictures):
     assert "hf_eagle3" in sys.modules

@@ -178,6 +178,7 @@ def test_host_complains_itself_about_what_is_no_place():
         assert messages[0] == messages[1]
 
 
+@pytest.mark.slow
 def test_drafter_from_remote_code_is_recognised(target, tmp_path):
     """Loaded by the host from its own copy of modeling/, before hf_eagle3 is imported: another class altogether."""
     folder = tmp_path / "drafter"

@@ -151,8 +151,9 @@ ROOMY = [
     for family, batch in zip(FACTORS.family, itertools.cycle(["one", "one_token"]))
 ]
 ROOMY += [  # rows in step keep little of a draft, and at some depth all others may be of such
-    Case(loop, "llama", "one", "left", "none", "length", "float32", "good", depth)
+    Case(loop, family, batch, "left", "none", "length", "float32", "good", depth)
     for loop, depth in itertools.product(FACTORS.loop, FACTORS.depth)
+    for family, batch in zip(["llama", "qwen3", "gemma3"], itertools.cycle(["one", "one_token"]))
 ]
 CASES = list(dict.fromkeys([*cover(), *ROOMY]))
 

@@ -408,6 +408,7 @@ def test_a_streamer_may_generate_with_the_same_models():
     assert are_as_they_were(target)
 
 
+@pytest.mark.slow
 def test_two_threads_on_one_target():
     target = make_target("llama")
     prompts = [make_prompt(7), make_prompt(9), make_prompt(4)]

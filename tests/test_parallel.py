@@ -153,7 +153,7 @@ def test_captured_rounds(family, lengths, counts):  # noqa: F811
     assert counts.captured == 3
 
 
-@pytest.mark.parametrize("depth", [3, 20])
+@pytest.mark.parametrize("depth", slow_but([3], [3, 20]))
 def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, counts, monkeypatch, depth):  # noqa: F811
     monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
     monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)

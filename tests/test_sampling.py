@@ -285,6 +285,7 @@ def test_a_greedy_draft_told_as_a_sampled_one_is_noticed(monkeypatch):
         assert_distributed_as(emit(*tables, [], rows=60_000)[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
 
 
+@pytest.mark.slow
 def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
     """The end-to-end test above has the power to see what it is for."""
     monkeypatch.setattr(drafting, "draw", lambda weights: weights.argmax(-1))

@@ -319,7 +319,7 @@ def make_args(tmp_path, **changes):
     return Eagle3TrainingArguments(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_training_run_from_stored_states_is_the_online_one(target, folder, tmp_path, workers):
     """50 steps of the same losses, with a target that is only a head; dataloader workers read the same file."""
     losses, metrics = [], []

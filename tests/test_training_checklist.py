@@ -111,6 +111,7 @@ def test_a_thousand_dialogues_are_what_an_engine_is_given(template, beginning):
         assert not tokenizer.decode(ids[len(prompt) + taught.sum() :]).strip()
 
 
+@pytest.mark.slow
 def test_workers_may_be_spawned(rows):
     """T-37: what they need can be pickled, and gives the same batches there."""
     dataset, collator = (pickle.loads(pickle.dumps(x)) for x in (TokenDataset(rows, None, None), Collator(3)))
@@ -119,6 +120,7 @@ def test_workers_may_be_spawned(rows):
     assert torch.equal(ours["depth"], theirs["depth"])
 
 
+@pytest.mark.slow
 def test_processes_choose_one_draft_vocabulary():
     """T-17, T-22: whatever order their sets have, which a process draws when it starts; and one rendering."""
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
@@ -145,6 +147,7 @@ class LopsidedStates(OnlineStates):
         return states._replace(aux_hidden_states=aux)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", [{}, {"fc_norm": False, "norm_before_fc": True}], ids=["each", "together"])
 def test_a_boundary_of_huge_states_does_not_stop_learning(target, rows, tmp_path, norms):
     """T-31: with norms before `fc`, losses stay finite and fall."""
@@ -160,6 +163,7 @@ def test_a_boundary_of_huge_states_does_not_stop_learning(target, rows, tmp_path
     assert losses[-5:].mean() < 0.7 * losses[:5].mean()
 
 
+@pytest.mark.slow
 def test_rows_are_learnt_by_heart(target, rows, tmp_path):
     """T-50: the first step is right, and the simulated acceptance length is nearly what it can be."""
     args = make_args(tmp_path, max_steps=80, learning_rate=1e-2, draft_vocab_size=44, eval_generate_prompts=0)

@@ -398,6 +398,7 @@ def test_states_come_from_wherever_they_are_asked(target, rows, tmp_path, packin
 # ---- evaluation ----
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_training_as_it_was(target, rows, tmp_path):
     """With or without evaluations in between, the same weights; the drafter's mode and settings stay."""
     results = []
