@@ -1,0 +1,12 @@
+"""Levels of parameters, marked."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(everyday: Iterable[Any], levels: Iterable[Any]) -> list[Any]:
+    """Levels of a parameter, all but the `everyday` ones marked slow."""
+    everyday = list(everyday)
+    return [level if level in everyday else pytest.param(level, marks=pytest.mark.slow) for level in levels]

@@ -1,0 +1,430 @@
+"""What is sampled with a drafter has the target's own distribution, exactly.
+
+The tests enumerate: vocabularies of eight tokens, and chi-square over all continuations of two or three tokens.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from helpers.distributions import ALPHA, TINY_V, assert_distributed_as
+from helpers.models import drafter_config, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hf_eagle3 import accept, candidates, sampling
+from hf_eagle3 import draft as drafting
+from hf_eagle3.accept import accept_sampled
+from hf_eagle3.modeling import Eagle3DrafterModel
+from hf_eagle3.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
+from hf_eagle3.stopping import has_nan
+
+PROMPT = (3, 1, 6)
+
+
+@functools.cache
+def tiny_models(*, is_parallel: bool = False) -> tuple[LlamaForCausalLM, Eagle3DrafterModel]:
+    """A target of eight tokens, and a drafter that proposes five of them."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 8, "vocab_size": TINY_V, "initializer_range": 0.2}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    target = LlamaForCausalLM(config).eval()
+    target.generation_config.eos_token_id = None
+    sizes |= {"num_hidden_layers": 1, "num_aux_hidden_states": 2, "aux_layer_ids": [0, 1]}
+    sizes |= {"mask_token_id": 2} if is_parallel else {}
+    drafter = Eagle3DrafterModel(drafter_config(**sizes, draft_vocab_size=5))
+    return target, randomize(drafter).bind(target)
+
+
+@functools.cache
+def exact(prompt: tuple[int, ...], length: int, warpers: tuple[LogitsProcessor, ...]) -> Tensor:
+    """[V] * length, the target's distribution of the next tokens after `prompt`."""
+    target, _ = tiny_models()
+    prefixes = [()]
+    probs = torch.ones(1)
+    for _ in range(length):
+        ids = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
+        with torch.no_grad():
+            logits = target(ids).logits[:, -1].float()
+        for warper in warpers:
+            logits = warper(ids, logits)
+        probs = (probs[:, None] * logits.softmax(-1)).flatten()
+        prefixes = [(*prefix, token) for prefix in prefixes for token in range(TINY_V)]
+    return probs.view([TINY_V] * length)
+
+
+LAWS = {
+    "plain": {},
+    "cold": {"temperature": 0.4},
+    "hot": {"temperature": 2.5},
+    "top_p": {"top_p": 0.7},
+    "top_k": {"top_k": 3},
+    "top_k_1": {"top_k": 1},
+    "all": {"temperature": 0.8, "top_k": 6, "top_p": 0.85},
+    "min_p": {"min_p": 0.15},
+}
+MAKE = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+
+
+def generate_rows(rows: int = 350, loop: str = "host", is_parallel: bool = False, **law) -> Tensor:
+    """[rows, 4] tokens sampled by whole calls: one of the prefill, the others from rounds of depth 2."""
+    target, drafter = tiny_models(is_parallel=is_parallel)
+    torch.manual_seed(11)
+    options = {"top_k": 0, **law, "do_sample": True, "max_new_tokens": 4, "num_assistant_tokens": 2}
+    options["decode_loop"] = loop
+    prompt = torch.tensor([PROMPT])
+    if loop == "own":
+        return target.generate(prompt, assistant_model=drafter, num_return_sequences=4 * rows, **options)[:, 3:]
+    return torch.cat([target.generate(prompt, assistant_model=drafter, **options)[:, 3:] for _ in range(rows)])
+
+
+def assert_generated_as(samples: Tensor, law: Tensor) -> None:
+    """The second and third token, which were drafted: each and both together. `law` is [V, V, V]."""
+    for i in (0, 1, 2):
+        others = [j for j in (0, 1, 2) if j != i]
+        assert_distributed_as(samples[:, i : i + 1], law.sum(others))
+    assert_distributed_as(samples[:, 1:3], law.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("law", "loop"),
+    [("all", "host_in_order")]
+    + [
+        pytest.param(
+            law, loop, marks=() if loop == "own" or (law, loop) == ("all", "own_in_order") else pytest.mark.slow
+        )
+        for law in LAWS
+        for loop in ("host", "own", "own_in_order")  # the loops share the warpers, and in "own" all rows are one call
+    ],
+)
+def test_generate_samples_the_targets_distribution(law, loop):
+    warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
+    options = dict(LAWS[law])
+    if loop.endswith("in_order"):  # a processor that may look at the text is asked token by token
+        options["logits_processor"] = LogitsProcessorList([Unchanged()])
+    rows = 120 if loop == "host_in_order" else 350  # one call a row, in Python token by token
+    assert_generated_as(generate_rows(rows, loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
+
+
+@pytest.mark.parametrize(
+    ("law", "loop"),
+    [("plain", "own"), ("all", "own"), ("all", "own_in_order")]
+    + [
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in (("all", "host"), ("plain", "host"), ("plain", "own_in_order"))
+    ],
+)
+def test_a_parallel_draft_samples_the_targets_distribution(law, loop):
+    warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
+    options = {**LAWS[law], "is_parallel": True}
+    if loop == "own_in_order":
+        options["logits_processor"] = LogitsProcessorList([Unchanged()])
+    assert_generated_as(generate_rows(loop=loop.split("_")[0], **options), exact(PROMPT, 3, warpers))
+
+
+def test_a_parallel_draft_is_drawn_from_what_it_is_told_to_be():
+    """Each token independently of the others: the law of a pair is the product."""
+    _, drafter = tiny_models(is_parallel=True)
+    N = 20000
+    logits = torch.randn(3, 5).expand(N, 3, 5)
+    draft = drafting.choose_at_once(drafter, logits, drafting.make_choose_sampled(make_to_probs([])))
+    assert draft.tokens.shape == (N, 3)
+    torch.testing.assert_close(draft.probs, logits.softmax(-1))
+    q = torch.zeros(3, TINY_V)
+    q[:, drafter.draft_to_target_ids] = draft.probs[0]
+    assert_distributed_as(draft.tokens, q[0][:, None, None] * q[1][:, None] * q[2])
+
+
+class Unchanged(LogitsProcessor):
+    """Does nothing, and does not say so."""
+
+    def __call__(self, input_ids, scores):  # noqa: ARG002  the host's signature
+        return scores
+
+
+# The cycle itself, many rows at once: draft with q, accept against p.
+
+
+def scripted(seed: int, V_d: int, *, spread: float = 1.5):
+    """Random tables of p [V, V] and q logits [V, V_d] by last token, and the draft vocabulary [V_d]."""
+    generator = torch.Generator().manual_seed(seed)
+    p_logits = spread * torch.randn(TINY_V, TINY_V, generator=generator)
+    q_logits = spread * torch.randn(TINY_V, V_d, generator=generator)
+    return p_logits, q_logits, torch.randperm(TINY_V, generator=generator)[:V_d].sort().values
+
+
+def emit(p_logits, q_logits, ids, warpers, *, rows: int, depth: int = 2, root: int = 2) -> Tensor:
+    """[rows, depth] first tokens that rounds with these tables emit; a short round is continued plainly."""
+    to_probs = make_to_probs(warpers)
+    token = torch.full((rows,), root)
+    tokens, q_rows = [], []
+    for _ in range(depth):
+        q = to_probs(q_logits[token])  # [rows, V_d]
+        token = ids[sampling.draw(q)]
+        tokens.append(token)
+        q_rows.append(torch.zeros(rows, TINY_V).index_copy(1, ids, q))
+    draft_tokens = torch.stack(tokens, dim=1)
+    context = torch.cat([torch.full((rows, 1), root), draft_tokens], dim=1)  # [rows, depth+1]
+    p = torch.stack([to_probs(p_logits[context[:, k]]) for k in range(depth + 1)], dim=1)
+    verdict = accept.accept_sampled(draft_tokens, torch.stack(q_rows, dim=1), p)
+    emitted = torch.cat([draft_tokens, draft_tokens[:, :1]], dim=1).scatter(
+        1, verdict.num_accepted[:, None], verdict.next_token[:, None]
+    )
+    for k in range(1, depth):  # what lies behind a refusal comes from the next round; here from p itself
+        behind = verdict.num_accepted < k
+        plain = torch.multinomial(to_probs(p_logits[emitted[:, k - 1]]), 1)[:, 0]
+        emitted[:, k] = torch.where(behind, plain, emitted[:, k])
+    return emitted[:, :depth]
+
+
+def expected_law(p_logits, warpers, *, depth: int = 2, root: int = 2) -> Tensor:
+    step = make_to_probs(warpers)(p_logits)  # [V, V]
+    probs = step[root]
+    for _ in range(depth - 1):
+        probs = probs[..., None] * step
+    return probs
+
+
+WARPER_SETS = {
+    "none": [],
+    "cold": [TemperatureLogitsWarper(0.3)],
+    "top_k": [TopKLogitsWarper(3)],
+    "top_p": [TemperatureLogitsWarper(1.4), TopPLogitsWarper(0.75)],
+    "top_k_1": [TopKLogitsWarper(1)],
+}
+
+
+@pytest.mark.parametrize("V_d", [TINY_V, 5, 2], ids=["full", "reduced", "two"])
+@pytest.mark.parametrize("warpers", WARPER_SETS)
+def test_round_emits_the_targets_distribution(warpers, V_d):
+    tables = scripted(3, V_d)
+    samples = emit(*tables, WARPER_SETS[warpers], rows=60_000, depth=3)
+    assert_distributed_as(samples[:, :2], expected_law(tables[0], WARPER_SETS[warpers]))
+    assert_distributed_as(samples, expected_law(tables[0], WARPER_SETS[warpers], depth=3))
+
+
+def q_is_a_point_mass(draft_tokens, draft_probs, target_probs):
+    certain = torch.zeros_like(draft_probs).scatter_(-1, draft_tokens[..., None], 1.0)
+    return accept_sampled(draft_tokens, certain, target_probs)
+
+
+def wrong_q_is_flattened(draft_tokens, draft_probs, target_probs):
+    flat = draft_probs.sqrt()
+    return accept_sampled(draft_tokens, flat / flat.sum(-1, keepdim=True), target_probs)
+
+
+def wrong_q_is_uniform(draft_tokens, draft_probs, target_probs):
+    return accept_sampled(draft_tokens, torch.full_like(draft_probs, 1 / TINY_V), target_probs)
+
+
+def wrong_p_is_renormalised(draft_tokens, draft_probs, target_probs):
+    inside = (draft_probs > 0).any(1, keepdim=True)
+    return accept_sampled(draft_tokens, draft_probs, target_probs * inside / (target_probs * inside).sum(-1, True))
+
+
+def wrong_residual_is_p(draft_tokens, draft_probs, target_probs):
+    verdict = accept_sampled(draft_tokens, draft_probs, target_probs)
+    rows = torch.arange(len(draft_tokens))
+    return verdict._replace(next_token=draw(target_probs[rows, verdict.num_accepted]))
+
+
+@pytest.mark.parametrize(
+    "mutant", [wrong_q_is_flattened, wrong_q_is_uniform, wrong_p_is_renormalised, wrong_residual_is_p]
+)
+def test_a_wrong_rule_is_noticed(monkeypatch, mutant):
+    monkeypatch.setattr(accept, "accept_sampled", mutant)
+    tables = scripted(3, 5)
+    with pytest.raises(AssertionError, match="p-value"):
+        assert_distributed_as(emit(*tables, [], rows=60_000)[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
+
+
+def test_calling_any_draft_certain_is_lossless_too(monkeypatch):
+    monkeypatch.setattr(accept, "accept_sampled", q_is_a_point_mass)
+    tables = scripted(3, 5)
+    assert_distributed_as(emit(*tables, [], rows=60_000), expected_law(tables[0], []))
+
+
+def test_a_greedy_draft_told_as_a_sampled_one_is_noticed(monkeypatch):
+    monkeypatch.setattr(sampling, "draw", lambda weights: weights.argmax(-1))
+    tables = scripted(3, 5)
+    with pytest.raises(AssertionError, match="p-value"):
+        assert_distributed_as(emit(*tables, [], rows=60_000)[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
+
+
+@pytest.mark.slow
+def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
+    """The end-to-end test above has the power to see what it is for."""
+    monkeypatch.setattr(drafting, "draw", lambda weights: weights.argmax(-1))
+    for loop in ("host", "own"):
+        with pytest.raises(AssertionError, match="p-value"):
+            assert_generated_as(generate_rows(300, loop=loop), exact(PROMPT, 3, ()))
+
+
+# ---- the pieces ----
+
+
+@given(data=st.data(), K=st.integers(1, 4), B=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_what_is_kept_is_what_p_and_q_allow(data, K, B):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    q = torch.rand(B, K, TINY_V, generator=generator).softmax(-1)
+    p = (4 * torch.rand(B, K + 1, TINY_V, generator=generator)).softmax(-1)
+    p = torch.where(torch.rand(p.shape, generator=generator) < 0.3, 0, p)
+    p = p / p.sum(-1, keepdim=True)
+    tokens = draw(q.view(-1, TINY_V)).view(B, K)
+    num_accepted, next_token = accept_sampled(tokens, q, p)
+    for b in range(B):
+        n = int(num_accepted[b])
+        assert 0 <= n <= K
+        assert all(p[b, k, tokens[b, k]] > 0 for k in range(n))
+        assert p[b, n, next_token[b]] > 0
+        if n < K:
+            assert p[b, n, next_token[b]] > q[b, n, next_token[b]]
+
+
+def test_equal_laws_are_always_accepted_and_never_nan():
+    p = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).expand(20_000, 1, 4)
+    tokens = draw(p[:, 0])[:, None]
+    verdict = accept_sampled(tokens, p, torch.cat([p, p], dim=1))
+    assert verdict.num_accepted.float().mean() > 0.999
+    assert verdict.next_token.max() <= 2
+
+
+def test_refusal_with_nothing_left_falls_back_to_p(monkeypatch):
+    # p and q differ by rounding, p <= q everywhere, and the draft is refused.
+    p = torch.tensor([[[0.0, 1.0 - 2**-24], [0.5, 0.5]]])
+    q = torch.tensor([[[0.0, 1.0]]])
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2**-24))
+    num_accepted, next_token = accept_sampled(torch.tensor([[1]]), q, p)
+    assert (num_accepted.tolist(), next_token.tolist()) == ([0], [1])
+
+
+def test_draw_never_takes_what_has_no_weight():
+    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 1e-30]).expand(40_000, 5)
+    counts = torch.bincount(draw(weights), minlength=5)
+    assert counts[[0, 2, 4]].tolist() == [0, 0, 0]
+    assert chisquare(counts[[1, 3]].numpy(), [40_000 * 2 / 3, 40_000 / 3]).pvalue > ALPHA
+
+
+class PrefixDependent(LogitsProcessor):
+    """A custom processor; notes the width of what it is given."""
+
+    def __init__(self):
+        self.widths = set()
+
+    def __call__(self, input_ids, scores):
+        self.widths.add(scores.shape[-1])
+        return scores + 0.01 * input_ids[:, -1:]
+
+
+class CountingTopK(TopKLogitsWarper):
+    """A subclass of a known warper that could do anything."""
+
+
+def test_only_known_stateless_warpers_shape_the_draft():
+    known = [TemperatureLogitsWarper(0.5), TopKLogitsWarper(3)]
+    assert stateless_warpers([PrefixDependent(), known[0], CountingTopK(2), known[1]]) == known
+
+
+def test_custom_processors_never_see_draft_logits():
+    target, drafter = tiny_models()
+    custom = PrefixDependent()
+    target.generate(
+        torch.tensor([PROMPT]),
+        assistant_model=drafter,
+        do_sample=True,
+        repetition_penalty=1.3,
+        max_new_tokens=20,
+        logits_processor=LogitsProcessorList([custom]),
+    )
+    assert custom.widths == {TINY_V}  # the drafter's five would show
+
+
+def test_stateless_warpers_ignore_the_tokens():
+    logits = torch.randn(2, 9)
+    values = [0.7, 3, 0.8, 0.1, 0.9, 0.05, 0.05]
+    for make, value in zip(STATELESS_WARPERS, values, strict=True):
+        warper = make(value)
+        a = warper(torch.empty(2, 0, dtype=torch.long), logits.clone())
+        b = warper(torch.arange(8).view(2, 4), logits.clone())
+        assert torch.equal(a, b)
+
+
+def test_log_q_is_the_law_drawn_from(monkeypatch):
+    """What the host is given gives back q by softmax, and nothing outside the draft vocabulary."""
+    target, drafter = tiny_models()
+    seen = []
+    original = candidates.Eagle3CandidateGenerator._scatter_log
+
+    def spy(self, probs, target_logits):
+        log_q = original(self, probs, target_logits)
+        seen.append((probs, log_q.as_subclass(Tensor)))
+        return log_q
+
+    monkeypatch.setattr(candidates.Eagle3CandidateGenerator, "_scatter_log", spy)
+    options = {"do_sample": True, "top_p": 0.8, "max_new_tokens": 12, "num_assistant_tokens": 3, "decode_loop": "host"}
+    target.generate(torch.tensor([PROMPT]), assistant_model=drafter, **options)
+    ids = drafter.draft_to_target_ids
+    outside = [v for v in range(TINY_V) if v not in ids.tolist()]
+    for probs, log_q in seen:
+        q = log_q.softmax(-1)
+        torch.testing.assert_close(q[..., ids], probs)
+        assert (q[..., outside] == 0).all()
+        assert any(0 < n < TINY_V for n in (q > 0).sum(-1).flatten().tolist())  # top-p has cut
+
+
+def test_sampled_calls_with_one_seed_agree():
+    target, drafter = tiny_models()
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(
+            target.generate(torch.tensor([PROMPT]), assistant_model=drafter, do_sample=True, max_new_tokens=20)
+        )
+    assert runs[0].tolist() == runs[1].tolist()
+
+
+def test_enumeration_agrees_with_a_forward_by_hand():
+    joint = exact(PROMPT, 2, ())
+    target, _ = tiny_models()
+    with torch.no_grad():
+        for a, b in itertools.product(range(0, TINY_V, 3), repeat=2):
+            logits = target(torch.tensor([[3, 1, 6, a, b]])).logits[0].log_softmax(-1)
+            torch.testing.assert_close(joint[a, b].log(), logits[2, a] + logits[3, b])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_likeliest_is_the_first_of_the_largest(dtype):
+    logits = torch.randn(3, 4, 700).to(dtype)
+    logits[0, 1, [5, 9, 600]] = 20.0
+    logits[2, 3, 650] = torch.inf
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert likeliest(logits)[0, 1] == 5
+    close = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert likeliest(close).item() == 1  # no digits are lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", [None, (0, 0), (2, 699), (1, 350)], ids=str)
+def test_one_nan_is_found(place, dtype):
+    logits = torch.randn(3, 700).to(dtype)
+    logits[0, 7], logits[2, 8], logits[1] = torch.inf, -torch.inf, -torch.inf
+    if place is not None:
+        logits[place] = torch.nan
+    assert bool(has_nan(logits)) == (place is not None)
