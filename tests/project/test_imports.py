@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import TESTS
 
 import hf_eagle3
 
@@ -99,6 +100,22 @@ def test_network_imports_nothing_of_ours():
                 "safetensors",
                 "huggingface_hub",
             }
+
+
+def test_tests_share_through_helpers_alone():
+    """No file of `tests/` imports from a test file, nor from a conftest."""
+    files = sorted(TESTS.rglob("*.py"))
+    private = {path.stem for path in files if path.parent.name != "helpers"}
+    private |= {"tests", *(path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "helpers")}
+    for path in files:
+        for _, name in find_imports(ast.parse(path.read_text(encoding="utf-8")), lazily=True):
+            assert name.split(".")[0] not in private, f"{path.relative_to(TESTS)} imports {name}"
+
+
+def test_test_files_have_names_of_their_own():
+    """They lie in folders that are no packages, so pytest knows them by file name alone."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert len(names) == len(set(names))
 
 
 def run_python(code):
