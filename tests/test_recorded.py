@@ -371,15 +371,15 @@ def greedy_calls() -> Iterator[tuple[str, Call]]:
 
 WARPERS = {
     "plain": {"top_k": 0},
-    "temperature": {"temperature": 0.7},
-    "top_k": {"top_k": 8},
-    "top_p": {"top_p": 0.8},
+    "temperature": {"temperature": 0.3},
+    "top_k": {"top_k": 8, "temperature": 0.5},
+    "top_p": {"top_p": 0.8, "temperature": 0.5},
     "min_p": {"min_p": 0.1},
-    "typical": {"typical_p": 0.7},
-    "epsilon": {"epsilon_cutoff": 0.02},
+    "typical": {"typical_p": 0.7, "temperature": 0.4},
+    "epsilon": {"epsilon_cutoff": 0.02, "temperature": 0.4},
     "eta": {"eta_cutoff": 0.02},
     "all": {
-        "temperature": 0.8,
+        "temperature": 0.3,
         "top_k": 20,
         "top_p": 0.9,
         "min_p": 0.02,
@@ -397,7 +397,7 @@ def sampled_calls() -> Iterator[tuple[str, Call]]:
         options = {"decode_loop": loop, "num_assistant_tokens": 2 + i % 4, "do_sample": True, **warper}
         yield (
             f"sampled {name} {loop}",
-            Call(next(families), next(drafters), WRONG[i // 3 % 3], lengths, options=options),
+            Call(next(families), next(drafters), [0.0, 0.1, None, 0.0][i // 3 % 4], lengths, options=options),
         )
 
 
@@ -447,8 +447,8 @@ STOPPED = {
     "eos and max_length": {**EOS, "max_length": 14, "max_new_tokens": None},
     "stop_strings": stops(["w9", "w40", "w23", "w51", "w12", "w33"]),
     "own criterion": criteria(lambda: StopAt(12)),
-    "criterion of the batch": criteria(lambda: StopAll(5)),
-    "criterion with scores": {**criteria(lambda: StopAll(7)), "output_scores": True},
+    "criterion of the batch": criteria(lambda: StopAll(3)),
+    "criterion with scores": {**criteria(lambda: StopAll(4)), "output_scores": True},
     "one token": {"max_new_tokens": 1},
     "two tokens": {"max_new_tokens": 2, "num_assistant_tokens": 5},
     "streamed eos": {**EOS, "streamer": Columns},
@@ -487,33 +487,41 @@ SHOWN: dict[str, Call] = {  # what a call returns beside tokens
 }
 
 
+def speak(target: PreTrainedModel, input_ids: Tensor, mask: Tensor, **options: Any) -> list[list[int]]:
+    """Prompts [B, T] without their pads, and what plain decoding of them gives. `options` go before `input_ids`."""
+    fed = options if "inputs_embeds" in options else {"input_ids": input_ids, **options}
+    out = target.generate(attention_mask=mask, do_sample=False, **{"max_new_tokens": NUM_NEW, **fed})
+    new = out if "inputs_embeds" in options else out[:, input_ids.shape[1] :]
+    rows = zip(input_ids, mask.bool(), new, strict=True)
+    return [[*row[is_real].tolist(), *further.tolist()] for row, is_real, further in rows]
+
+
 def embedded(*lengths: int, tokens: bool = False) -> Callable[[PreTrainedModel], dict[str, Any]]:
     """Prompts of embeddings, beside their tokens or without."""
 
     def make(target: PreTrainedModel) -> dict[str, Any]:
         batch = pad(lengths)
-        embeds = target.get_input_embeddings()(batch["input_ids"]).detach()
-        return {"attention_mask": batch["attention_mask"], "inputs_embeds": embeds, **(batch if tokens else {})}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        embeds = target.get_input_embeddings()(ids).detach()
+        texts = speak(target, ids, mask, inputs_embeds=embeds)
+        return {"attention_mask": mask, "inputs_embeds": embeds, "texts": texts, **(batch if tokens else {})}
 
     return make
 
 
-def going_on(*lengths: int, is_whole: bool, side: str = "left") -> Callable[[PreTrainedModel], dict[str, Any]]:
+def going_on(*lengths: int, is_whole: bool) -> Callable[[PreTrainedModel], dict[str, Any]]:
     """A second turn behind the cache of a first, of the whole text or of its new tokens."""
 
     def make(target: PreTrainedModel) -> dict[str, Any]:
-        batch = pad(lengths, side)
+        batch = pad(lengths)
         turn = target.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         whole = torch.cat([turn.sequences, make_prompt(5).expand(len(lengths), -1)], dim=1)
         new = torch.ones(len(whole), whole.shape[1] - batch["input_ids"].shape[1], dtype=torch.long)
         cache = turn[CACHE_NAME]
+        mask = torch.cat([batch["attention_mask"], new], dim=1)
         ids = whole if is_whole else whole[:, int(cache.get_seq_length()) :]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.cat([batch["attention_mask"], new], dim=1),
-            CACHE_NAME: cache,
-            "text": whole,
-        }
+        texts = speak(target, whole, mask)
+        return {"input_ids": ids, "attention_mask": mask, CACHE_NAME: cache, "texts": texts}
 
     return make
 
@@ -529,22 +537,30 @@ def with_image(family: str) -> Callable[[PreTrainedModel], dict[str, Any]]:
         pixels = torch.randn(shape, generator=torch.Generator().manual_seed(3))
         further = {"image_grid_thw": torch.tensor([[1, 4, 4]])} if is_qwen else {}
         types = "mm_token_type_ids" if is_qwen else "token_type_ids"
-        return {"input_ids": ids, "pixel_values": pixels, types: (ids == 60).long(), **further}
+        inputs = {"input_ids": ids, "pixel_values": pixels, types: (ids == 60).long(), **further}
+        return {**inputs, "texts": speak(target, mask=torch.ones_like(ids), **inputs)}
 
     return make
 
 
 def static(target: PreTrainedModel) -> dict[str, Any]:
-    return {**pad((6,)), CACHE_NAME: StaticCache(config=target.config, max_cache_len=32)}
+    texts = speak(target, make_prompt(6), torch.ones(1, 6, dtype=torch.long))
+    return {**pad((6,)), CACHE_NAME: StaticCache(config=target.config, max_cache_len=32), "texts": texts}
+
+
+def with_holes(target: PreTrainedModel) -> dict[str, Any]:
+    """A prompt with two pads in its middle."""
+    batch = {"input_ids": make_prompt(8), "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])}
+    return {**batch, "texts": speak(target, batch["input_ids"], batch["attention_mask"])}
 
 
 HOST = {"decode_loop": "host"}
 PROMPTED: dict[str, Call] = {  # what a call is given
-    "embeds own": Call(wrong=None, inputs=embedded(9)),
-    "embeds host": Call(wrong=None, inputs=embedded(9), options=HOST),
-    "embeds batch": Call(wrong=None, inputs=embedded(9, 4)),
-    "embeds gemma": Call("gemma3", wrong=None, inputs=embedded(9, 4)),
-    "embeds and tokens": Call(wrong=None, inputs=embedded(9, tokens=True)),
+    "embeds own": Call(inputs=embedded(9)),
+    "embeds host": Call(inputs=embedded(9), options=HOST),
+    "embeds batch": Call(inputs=embedded(9, 4)),
+    "embeds gemma": Call("gemma3", inputs=embedded(9, 4)),
+    "embeds and tokens": Call(inputs=embedded(9, tokens=True)),
     "no prompt": Call(wrong=None, inputs=lambda _: {}),
     "whole text behind a cache own": Call(inputs=going_on(6, is_whole=True)),
     "whole text behind a cache host": Call(inputs=going_on(6, is_whole=True), options=HOST),
@@ -562,23 +578,13 @@ PROMPTED: dict[str, Call] = {  # what a call is given
     "static cache": Call(options={"cache_implementation": "static"}),
     "static cache given": Call(inputs=static),
     "hybrid cache": Call("gemma3", lengths=(6, 9), options={"cache_implementation": "hybrid"}),
-    "pads between tokens": Call(
-        inputs=lambda _: {
-            "input_ids": make_prompt(8),
-            "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]]),
-            "text": make_prompt(8)[:, [0, 1, 2, 5, 6, 7]],
-        }
-    ),
-    "pads between tokens of a window": Call(
-        "gemma3",
-        wrong=None,
-        inputs=lambda _: {"input_ids": make_prompt(8), "attention_mask": torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])},
-    ),
+    "pads between tokens": Call(inputs=with_holes),
+    "pads between tokens of a window": Call("gemma3", inputs=with_holes),
     "many pads": Call("llama", lengths=(40, 3), options={"max_new_tokens": 6}),
-    "image gemma3 own": Call("gemma3_vlm", wrong=None, inputs=with_image("gemma3_vlm")),
-    "image gemma3 host": Call("gemma3_vlm", wrong=None, inputs=with_image("gemma3_vlm"), options=HOST),
-    "image qwen own": Call("qwen_vlm", wrong=None, inputs=with_image("qwen_vlm")),
-    "image qwen host": Call("qwen_vlm", wrong=None, inputs=with_image("qwen_vlm"), options=HOST),
+    "image gemma3 own": Call("gemma3_vlm", inputs=with_image("gemma3_vlm")),
+    "image gemma3 host": Call("gemma3_vlm", inputs=with_image("gemma3_vlm"), options=HOST),
+    "image qwen own": Call("qwen_vlm", inputs=with_image("qwen_vlm")),
+    "image qwen host": Call("qwen_vlm", inputs=with_image("qwen_vlm"), options=HOST),
     "two tokenizers": Call(options={"tokenizer": make_tokenizer, "assistant_tokenizer": make_tokenizer}),
 }
 
@@ -647,23 +653,19 @@ SHAPING = {"max_new_tokens"} | {name for options in PROCESSORS.values() for name
 def texts_of(family: str, lengths: tuple[int, ...], shaping: str) -> list[list[int]]:
     """What a target says to prompts without a drafter, prompts included. `shaping` are options as JSON."""
     batch = pad(lengths)
-    out = find_target(family).generate(**batch, do_sample=False, **json.loads(shaping))
-    return [row[mask.argmax() :].tolist() for row, mask in zip(out, batch["attention_mask"], strict=True)]
+    return speak(find_target(family), batch["input_ids"], batch["attention_mask"], **json.loads(shaping))
 
 
-def make_drafter_of(call: Call, target: PreTrainedModel, text: Tensor | None) -> Eagle3DrafterModel:
-    """The drafter of a call; an oracle's texts begin with `text` [B, S], if it is given."""
+def make_drafter_of(call: Call, target: PreTrainedModel, texts: list[list[int]] | None) -> Eagle3DrafterModel:
+    """The drafter of a call; an oracle follows `texts`, or else what plain decoding of the same prompts gives."""
     overrides = {"draft_vocab_size": V, **DRAFTERS[call.drafter]}
     if call.wrong is None:
         drafter = make_drafter(target, **overrides)
     else:
-        shaping = {"max_new_tokens": NUM_NEW} | {
-            k: v for k, v in call.options.items() if k in SHAPING and not callable(v)
+        shaping = {
+            name: v for name, v in call.options.items() if name in SHAPING and v is not None and not callable(v)
         }
-        if text is None:
-            texts = texts_of(call.target, call.lengths, json.dumps(shaping))
-        else:
-            texts = find_target(call.target).generate(text, do_sample=False, **shaping).tolist()
+        texts = texts or texts_of(call.target, call.lengths, json.dumps(shaping))
         drafter = make_oracle(target, texts, call.wrong, **overrides)
     for name, value in call.sets.items():
         setattr(drafter.generation_config, name, value)
@@ -738,7 +740,7 @@ def record_call(call: Call) -> dict[str, Any]:
         for name, value in call.sets_target.items():
             setattr(target.generation_config, name, value)
     batch = pad(call.lengths, call.side) if call.inputs is None else call.inputs(target)
-    drafter = make_drafter_of(call, target, batch.pop("text", None))
+    drafter = make_drafter_of(call, target, batch.pop("texts", None))
     defaults = {} if "generation_config" in call.options else {"max_new_tokens": NUM_NEW, "do_sample": False}
     options = {"return_dict_in_generate": True, **defaults, **call.options}
     options = {name: value() if callable(value) else value for name, value in options.items()}
@@ -834,7 +836,7 @@ def fail_behind_a_cache(family: str, *lengths: int) -> Any:
     """A second turn."""
     target = find_target(family)
     batch = going_on(*lengths, is_whole=True)(target)
-    del batch["text"]
+    del batch["texts"]
     return fail(target, inputs=batch)
 
 
@@ -1010,7 +1012,7 @@ PRINTED: list[tuple[str, ...]] = [
     *(("inspect", f"FOLDER/{name}") for name in ("drafter", "parallel", "un-normed", "target", "published")),
     *(("inspect", f"FOLDER/{name}") for name in ("nothing", "nowhere", "metrics.json")),
     ("inspect", ""),
-    (*DOCTOR, "--max-new-tokens", "12", "--depth", "2", "--prompt", "w5 w6 w7"),
+    (*DOCTOR, "--max-new-tokens", "40", "--depth", "2", "--prompt", "w5 w6 w7"),
     (*DOCTOR, "--max-new-tokens", "2", "--prompt", "w5 w6 w7"),
     (*DOCTOR, "--device", "toaster"),
     (*DOCTOR, "--pin", "FOLDER/drafter"),
@@ -1024,7 +1026,7 @@ PRINTED: list[tuple[str, ...]] = [
     (*EXPORT, "hf", "FOLDER/out", "--repo-id", "a b"),
     ("export", "FOLDER/un-normed", "--to", "sglang", "FOLDER/out"),
     ("demo", "--max-new-tokens", "0"),
-    (*REGENERATE, "--batch-size", "0"),
+    (*REGENERATE, "--self-prompts", "4", "--batch-size", "0"),
     REGENERATE,
     (*BENCH, "--batch-sizes", "0"),
     (*BENCH, "--kinds", "fast"),
@@ -1037,7 +1039,7 @@ def record_printed(arguments: tuple[str, ...]) -> dict[str, Any]:
     shutil.rmtree(f"{folder}/out", ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),
+        mock.patch.dict(os.environ, {"COLUMNS": "400", "NO_COLOR": "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -1046,6 +1048,9 @@ def record_printed(arguments: tuple[str, ...]) -> dict[str, Any]:
         except SystemExit as end:
             status = end.code
     texts = [stream.getvalue().replace(folder, "FOLDER") for stream in (out, err)]
+    texts = [text.replace(str(DRAFTER_FOLDER), "DRAFTER_FOLDER") for text in texts]
+    # Python 3.12 quotes no choices.
+    texts = [re.sub(r"\(choose from .*\)", lambda found: found[0].replace("'", ""), text) for text in texts]
     if arguments == ("env",):
         texts[0] = "\n".join(line.partition(":")[0] for line in texts[0].splitlines() if not line.startswith("GPU"))
     texts = [text.replace(hf_eagle3.__version__, "VERSION").splitlines() for text in texts]
@@ -1066,7 +1071,7 @@ def load_smollm2() -> SimpleNamespace | str:
     return SimpleNamespace(target=target, tokenizer=tokenizer, drafter=drafter)
 
 
-PROMPTS = ["What is the capital of France?", "Count from one to ten.", "Say hello in three languages."]
+PROMPTS = ["Write a line about the sea.", "What is the capital of France?", "Count from one to ten."]
 SMOLLM2 = {
     f"smollm2 {loop} {'sampled' if is_sampled else 'greedy'} of {num_rows}": (loop, is_sampled, num_rows)
     for is_sampled in (False, True)
@@ -1095,7 +1100,7 @@ def record_smollm2(loop: str, is_sampled: bool, num_rows: int) -> dict[str, Any]
         **options,
     )
     found = record_output(out, batch["input_ids"], with_sums=False)
-    texts = models.tokenizer.batch_decode(out.sequences[:, batch["input_ids"].shape[1] :])
+    texts = models.tokenizer.batch_decode(out.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return {**found, "texts": texts}
 
 
