@@ -7,6 +7,7 @@ installed release, `python tests/test_recorded.py 8` those whose names hold such
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import io
@@ -19,7 +20,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +251,13 @@ class Tuning(LlamaForCausalLM):
         return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
+class Sampling(LlamaForCausalLM):
+    """Decodes in a way of its own."""
+
+    def _sample(self, *args, **kwargs):
+        return super()._sample(*args, **kwargs)
+
+
 class Soft(LlamaForCausalLM):
     """Puts three positions of its own before each prompt."""
 
@@ -299,8 +306,9 @@ VISION = {
 FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
     **{
         kind.__name__: functools.partial(like_llama, kind)
-        for kind in (Doubling, Peeking, Embedding, Dropping, Hiding, Tuning, Soft)
+        for kind in (Doubling, Peeking, Embedding, Dropping, Hiding, Tuning, Sampling, Soft)
     },
+    "chunked": functools.partial(like_llama, attention_chunk_size=16),
     "dynamic_ntk": lambda: LlamaForCausalLM(
         LlamaConfig(**{**TEXT, "rope_parameters": DYNAMIC, "max_position_embeddings": SWITCH})
     ),
@@ -336,7 +344,7 @@ def find_target(name: str) -> PreTrainedModel:
 # ---- calls that give a text ----
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Call:
     """One call of `generate` with a drafter."""
 
@@ -345,10 +353,14 @@ class Call:
     wrong: float | None = 0.25  # the share of wrong draft tokens of an oracle; None: a drafter of random weights
     lengths: tuple[int, ...] = (7,)  # of the prompts
     side: str = "left"  # where shorter ones are padded
-    options: dict[str, Any] = field(default_factory=dict)  # of `generate`; what can be called is called for a value
+    options: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of `generate`; what can be called is called for a value
     inputs: Callable[[PreTrainedModel], dict[str, Any]] | None = None  # in the place of padded prompts
-    sets: dict[str, Any] = field(default_factory=dict)  # on the drafter's generation config
-    sets_target: dict[str, Any] = field(default_factory=dict)  # on the generation config of a copy of the target
+    sets: dict[str, Any] = dataclasses.field(default_factory=dict)  # on the drafter's generation config
+    sets_target: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # on the generation config of a copy of the target
 
 
 LOOPS = [None, "own", "host", "eager"]
@@ -597,6 +609,8 @@ WAYS: dict[str, Call] = {  # of targets, and of settings
     "longrope before the switch": Call("longrope", lengths=(3,), options={"max_new_tokens": 8}),
     "convolutions": Call("convolutions"),
     "convolutions sampled": Call("convolutions", options={"do_sample": True}),
+    "attention in chunks": Call("chunked"),
+    "a way of decoding of its own": Call("Sampling"),
     "mllama text": Call("mllama", wrong=None, lengths=(6, 9)),
     "depth of the call": Call(options={"num_assistant_tokens": 5}, sets={"num_assistant_tokens": 2}),
     "depth of a whole number in floating point": Call(options={"num_assistant_tokens": 2.0}),
@@ -781,7 +795,7 @@ def record_output(out: Any, input_ids: Tensor | None, *, with_sums: bool) -> dic
     return found
 
 
-# ---- calls that fail ----
+# ---- calls that fail, and other public names ----
 
 
 def fail(target: str | PreTrainedModel = "llama", drafter: Any = None, inputs: Any = None, **options: Any) -> Any:
@@ -826,8 +840,9 @@ def begin_adapter(target: PreTrainedModel) -> None:
 
 
 def masked(num_rows: int, *, hidden: int = 0) -> dict[str, Tensor]:
-    """Two prompts, and a mask of so many rows, of which the first are all pads."""
+    """Two prompts, and a mask of so many rows: each begins with a pad, and the first `hidden` are all pads."""
     mask = torch.ones(num_rows, 6, dtype=torch.long)
+    mask[:, 0] = 0
     mask[:hidden] = 0
     return {"input_ids": torch.cat([make_prompt(6)] * 2), "attention_mask": mask}
 
@@ -896,6 +911,7 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "boundaries of a deeper target": lambda: fail(drafter=configure(aux_layer_ids=[1, 5, 9])),
     "two usual boundaries": lambda: fail(drafter=configure(num_aux_hidden_states=2)),
     "a target of few layers": lambda: fail(LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 4}))),
+    "embeddings that are elsewhere": lambda: fail(changed(lambda target: target.model.embed_tokens.to("meta"))),
     "embeddings of another width": lambda: fail(
         drafter=configure(hidden_size=16, target_hidden_size=32, draft_vocab_size=V)
     ),
@@ -970,14 +986,37 @@ ERRORS: dict[str, Callable[[], Any]] = {
 }
 
 
-def record_error(call: Callable[[], Any]) -> dict[str, Any]:
-    """How a call fails; an object that it returns instead, by its class."""
+OTHERS: dict[str, Callable[[], Any]] = {  # what other public names give
+    "public names": lambda: sorted(hf_eagle3.__all__),
+    "fields of speculation": lambda: [field.name for field in dataclasses.fields(hf_eagle3.Speculation)],
+    "speculation without a call": lambda: hf_eagle3.Speculation("a loop", "a reason", 3),
+    "joined projections": lambda: hf_eagle3.join_projections(like_llama(), make_drafter(make_target("llama"))),
+    "measured depths": lambda: list(
+        hf_eagle3.measure_depths(
+            make_target("llama"),
+            make_drafter(make_target("llama")),
+            [pad((4, 3))],
+            depths=[0, 2],
+            max_new_tokens=3,
+            repeats=1,
+        )
+    ),
+    "doctor": lambda: hf_eagle3.doctor(
+        make_target("llama"), make_drafter(make_target("llama")), [make_prompt(5)[0]], max_new_tokens=24, depth=2
+    ),
+}
+
+
+def record_value(call: Callable[[], Any]) -> dict[str, Any]:
+    """How a call fails, or what it returns."""
     torch.manual_seed(0)
     try:
         out = call()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  recorded
         return {"error": name_error(error)}
-    return {"returned": record_output(out, None, with_sums=False) if isinstance(out, Tensor) else type(out).__name__}
+    if isinstance(out, Tensor):
+        return {"returned": list(map(join, out))}
+    return {"returned": list(map(str, out)) if isinstance(out, list) else str(out).splitlines()}
 
 
 # ---- the command line ----
@@ -1108,7 +1147,8 @@ def record_smollm2(loop: str, is_sampled: bool, num_rows: int) -> dict[str, Any]
 
 RECORDS: dict[str, Callable[[], dict[str, Any]]] = {
     **{name: functools.partial(record_call, call) for name, call in CALLS.items()},
-    **{f"error {name}": functools.partial(record_error, call) for name, call in ERRORS.items()},
+    **{f"error {name}": functools.partial(record_value, call) for name, call in ERRORS.items()},
+    **{f"other {name}": functools.partial(record_value, call) for name, call in OTHERS.items()},
     **{" ".join(["hf-eagle3", *words]): functools.partial(record_printed, words) for words in PRINTED},
 }
 REAL = {name: functools.partial(record_smollm2, *kind) for name, kind in SMOLLM2.items()}
