@@ -714,18 +714,21 @@ def measure_cache(cache: Any, *, with_sums: bool) -> Any:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[str]]:
-    """What hf-eagle3 logs, at level info and above."""
+    """What hf-eagle3 logs, at level info and above, but for lines that tell seconds."""
     lines: list[str] = []
     logger, handler = logging.getLogger("hf_eagle3"), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    before = logger.level
+    handler.addFilter(lambda record: not re.search(r" in [\d.]+ s\b", record.getMessage()))
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # a command would print them, unless it runs among tests
     try:
         yield lines
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def name_error(error: BaseException) -> str:
@@ -1072,19 +1075,20 @@ def record_printed(arguments: tuple[str, ...]) -> dict[str, Any]:
         mock.patch.dict(os.environ, {"COLUMNS": "400", "NO_COLOR": "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        listening() as lines,
     ):
         try:
             status = main([argument.replace("FOLDER", folder) for argument in arguments])
         except SystemExit as end:
             status = end.code
-    texts = [stream.getvalue().replace(folder, "FOLDER") for stream in (out, err)]
+    texts = [text.replace(folder, "FOLDER") for text in (out.getvalue(), err.getvalue(), "\n".join(lines))]
     texts = [text.replace(str(DRAFTER_FOLDER), "DRAFTER_FOLDER") for text in texts]
     # Python 3.12 quotes no choices.
     texts = [re.sub(r"\(choose from .*\)", lambda found: found[0].replace("'", ""), text) for text in texts]
     if arguments == ("env",):
         texts[0] = "\n".join(line.partition(":")[0] for line in texts[0].splitlines() if not line.startswith("GPU"))
     texts = [text.replace(hf_eagle3.__version__, "VERSION").splitlines() for text in texts]
-    return {"status": status, "out": texts[0], "err": texts[1]}
+    return {"status": status, **dict(zip(("out", "err", "log"), texts, strict=True))}
 
 
 # ---- SmolLM2 ----
