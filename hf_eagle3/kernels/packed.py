@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # How far two products may be apart, as a share of their size. Other dtypes stay PyTorch's.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 MAX_TOKENS = 256  # M up to which it was measured
+MIN_WEIGHTS = 2**18  # N * K; oneDNN takes 20 us for whatever product, longer than all of a small one takes PyTorch
 # Packing SmolLM2-135M takes about what 15 rounds gain by it.
 PACK_AFTER = 8  # rounds of a call
 MAX_PACKED_BYTES = 2 * 2**30
@@ -52,8 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class PackedLinears:
     """Runs the linear layers of `models` by oneDNN while it is entered: around the forwards of each round.
 
-    Layers that are more than an `nn.Linear` with plain weights (quantised, sharded, hooked by accelerate) are left alone,
-    and so are all of a compiled model. Weights are packed once the call has come to `PACK_AFTER` rounds. Modules carry
+    Small layers, and those that are more than an `nn.Linear` with plain weights (quantised, sharded, hooked by accelerate),
+    are left alone, and so are all of a compiled model. Weights are packed once the call has come to `PACK_AFTER` rounds. Modules carry
     another `forward` while it is entered; nobody takes away but his own, so two threads may enter at once.
     """
 
@@ -159,14 +160,14 @@ def _mark(weight: Tensor) -> tuple:
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Whether calling `module` is `F.linear` with plain weights on a CPU."""
+    """Whether calling `module` is `F.linear` with plain weights on a CPU, and enough of them."""
     tensors: list[Any] = [x for x in (module.weight, module.bias) if x is not None]
     weight = tensors[0]
     return (
         "forward" not in vars(module)
         and all(type(x) is nn.Parameter and x.device.type == "cpu" and x.dtype == weight.dtype for x in tensors)
         and weight.is_contiguous()
-        and weight.numel() > 0
+        and weight.numel() >= MIN_WEIGHTS
         and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16()))
     )
 
