@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers, and processes that tests start, share the cores
 
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,6 +50,13 @@ def _fixed_seeds() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> None:
+    """Leave what lives by now out of later collections: the host's trainer collects in each run, a second over all."""
+    gc.collect()
+    gc.freeze()
 
 
 def is_ours(frame: FrameType | None) -> bool:

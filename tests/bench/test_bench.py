@@ -28,6 +28,8 @@ from hf_eagle3.cache import CACHE_NAME
 from hf_eagle3.processes import Team
 from hf_eagle3.stats import Speculation
 
+pytestmark = pytest.mark.any_release
+
 ON_CPU = ("--dtype", "float32", "--device", "cpu", "--repeats", "1")
 TINY = ["bench", "--shape", "tiny", "--prompt-length", "9", *ON_CPU]
 SIMULATED = [*TINY, "--simulate-acceptance-length", "2"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.layouts import LAYOUTS, write
-from helpers.marks import slow_but
+from helpers.marks import slow_but, slow_rows_but
 from helpers.models import DRAFTERS, NUM_LAYERS, make_drafter, make_prompt, make_target
 from helpers.texts import PLACEHOLDER, blocks_of
 from huggingface_hub import ModelCard
@@ -26,6 +26,8 @@ from transformers import (
 from hf_eagle3.checkpoints import ENGINES, exporter, find_refusals
 from hf_eagle3.modeling import Eagle3DrafterModel, modeling_eagle3
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
+
+pytestmark = pytest.mark.any_release
 
 TARGET = Qwen3Config(num_hidden_layers=NUM_LAYERS, name_or_path="some-owner/some-target")
 OTHER_ENGINES = [engine for engine in ENGINES if engine != "hf"]
@@ -380,14 +382,17 @@ def saved_target(tmp_path) -> Path:
     return tmp_path / "target"
 
 
+CARDS = [
+    ({"fc_norm": True, "norm_output": True}, {"Acceptance length, MT-Bench": 2.42}),
+    ({"aux_layer_ids": [1, 2, 3]}, {}),
+    ({"use_aux_hidden_state": False, "norm_before_residual": True, "qk_norm": True, "fc_bias": False}, {"a": 1.0}),
+    (DRAFTERS["mla"], {}),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "metrics"),
-    [
-        ({"fc_norm": True, "norm_output": True}, {"Acceptance length, MT-Bench": 2.42}),
-        ({"aux_layer_ids": [1, 2, 3]}, {}),
-        ({"use_aux_hidden_state": False, "norm_before_residual": True, "qk_norm": True, "fc_bias": False}, {"a": 1.0}),
-        (DRAFTERS["mla"], {}),
-    ],
+    slow_rows_but(CARDS[:1], CARDS),
     ids=["eagle31", "ids", "no_fc", "mla"],
 )
 def test_card_is_whole_and_its_snippet_runs(overrides, metrics, saved_target, tmp_path, capsys):

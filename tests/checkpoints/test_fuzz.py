@@ -33,6 +33,8 @@ from hf_eagle3.training.files import DataError, read_rows
 from hf_eagle3.training.prompts import read_prompts
 from hf_eagle3.training.script import parse
 
+pytestmark = pytest.mark.any_release
+
 EXTREMES: tuple[Any, ...] = (
     *(0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, -(10**18), 0.5, -2.5, 1e-300, 1e300, float("nan"), float("inf")),
     *("", "1", "text", CONTROLS, "../../etc/passwd", "x" * 5000, "\ud800", True, False, None),

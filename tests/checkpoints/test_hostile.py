@@ -46,6 +46,8 @@ from hf_eagle3.training.files import DataError, read_rows
 from hf_eagle3.training.preview import format_row
 from hf_eagle3.training.script import parse
 
+pytestmark = pytest.mark.any_release
+
 EVIL = (
     "a/b; touch x #",
     "a/b$(touch x)",

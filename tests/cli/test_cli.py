@@ -16,6 +16,8 @@ from hf_eagle3 import Eagle3DrafterModel, __version__, cli, measure_depths
 from hf_eagle3.checkpoints import describe_drafter
 from hf_eagle3.smollm2 import LoadedTarget, TargetUnavailableError
 
+pytestmark = pytest.mark.any_release
+
 
 @pytest.fixture
 def demo(monkeypatch, target, drafter, tokenizer, tmp_path):

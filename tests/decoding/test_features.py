@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.models import NUM_LAYERS, TARGETS, count_hooks, make_oracle, make_prompt, make_target
 from torch import nn
 
@@ -74,7 +75,9 @@ def test_taking_twice_says_what_is_missing(target):
 
 
 @pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("aux_layer_ids", [None, [0, 5, NUM_LAYERS]], ids=["default", "ends"])
+@pytest.mark.parametrize(
+    "aux_layer_ids", slow_but([[0, 5, NUM_LAYERS]], [None, [0, 5, NUM_LAYERS]]), ids=["default", "ends"]
+)
 def test_drafter_is_fed_the_states_of_the_committed_text(family, aux_layer_ids):
     target, prompt = make_target(family), make_prompt(7)
     text = target.generate(prompt, max_new_tokens=20, do_sample=False)

@@ -31,7 +31,9 @@ from hf_eagle3.row_attention import UnfitError
 @pytest.mark.parametrize(
     "lengths", slow_but([(30, 7, 1, 18)], [(5,), (1,), (30, 7, 1, 18)]), ids=["one_row", "one_token", "ragged"]
 )
-@pytest.mark.parametrize("family", [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
+@pytest.mark.parametrize(
+    "family", slow_but(["llama", "gemma3", "gpt_oss", "deepseek_v3"], [*OLD, "qwen_vlm", "deepseek_v3", *FAMILIES])
+)
 def test_greedy_rows_are_the_targets(family, lengths, counts):
     plain = plain_of(family, lengths, 24)
     _, out = assert_same(make_target(family), pad(prompts_of(*lengths)), max_new_tokens=24, plain=plain)
@@ -104,7 +106,7 @@ def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
     assert counts.captured == 6
 
 
-@pytest.mark.parametrize("further", [{}, {"no_repeat_ngram_size": 3}], ids=["tensors", "in_order"])
+@pytest.mark.parametrize("further", slow_but([{}], [{}, {"no_repeat_ngram_size": 3}]), ids=["tensors", "in_order"])
 def test_memory_grows_within_a_call(target, counts, monkeypatch, further):
     monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
     _, out = assert_same(target, pad(prompts_of(50, 60)), max_new_tokens=150, **further)
@@ -143,7 +145,7 @@ def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, counts, 
     assert captured[-1] == 0
 
 
-@pytest.mark.parametrize("lateness", [0, 1, 2])
+@pytest.mark.parametrize("lateness", slow_but([2], [0, 1, 2]))
 def test_rounds_may_be_read_late(target, counts, monkeypatch, lateness):
     monkeypatch.setattr(graphs.CapturedPhases, "lateness", lateness)
     for eos in (None, [11, 25, 37]):

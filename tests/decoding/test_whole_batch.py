@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.batches import assert_same_caches, make_oracle, pad, prompts_of
 from helpers.capture import capture_on_cpus
+from helpers.marks import slow_but
 from helpers.models import make_drafter, make_target
 from helpers.tokenizers import word_tokenizer
 from torch import Tensor
@@ -178,7 +179,7 @@ def assert_as_plain(target, batch, make, *, depth=4, wrong_share=0.15, **options
     return plain, out
 
 
-@pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("eos", slow_but([[5, 17, 23]], [None, [5, 17, 23]]), ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", CRITERIA, ids=lambda c: c.__name__)
 def test_criteria_are_asked_as_in_plain_decoding(target, make, eos):
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, streams=True)
@@ -271,7 +272,7 @@ class WritesInPlace(CountsInDict):
 PROCESSORS = [CountsInDict, CountsInList, CountsInTensor, CountsCalls, LooksAtOthers, WritesInPlace]
 
 
-@pytest.mark.parametrize("eos", [None, [5, 17, 23, 31, 44]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("eos", slow_but([[5, 17, 23, 31, 44]], [None, [5, 17, 23, 31, 44]]), ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", PROCESSORS, ids=lambda c: c.__name__)
 def test_processors_are_called_as_in_plain_decoding(make, eos):
     target = make_target("mistral" if make is CountsInDict else "llama")
@@ -279,7 +280,7 @@ def test_processors_are_called_as_in_plain_decoding(make, eos):
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, streams=True, **asked)
 
 
-@pytest.mark.parametrize("eos", [None, [5, 17, 23, 31, 44]], ids=["no_eos", "eos"])
+@pytest.mark.parametrize("eos", slow_but([[5, 17, 23, 31, 44]], [None, [5, 17, 23, 31, 44]]), ids=["no_eos", "eos"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("loop", ASKED)
 def test_a_processor_is_called_once_for_each_token_of_the_text(target, loop, do_sample, eos):
@@ -324,7 +325,7 @@ def test_prompts_of_embeddings_are_asked_about(target, make):
 # ---- captured rounds, read late ----
 
 
-@pytest.mark.parametrize("lateness", [0, 2])
+@pytest.mark.parametrize("lateness", slow_but([2], [0, 2]))
 @pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", [RemembersRows, EachRow, CountsInTensor], ids=lambda c: c.__name__)
 def test_captured_rounds_that_are_read_late_ask_alike(target, make, eos, lateness, monkeypatch):

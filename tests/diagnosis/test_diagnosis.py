@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.models import DRAFTERS, NUM_LAYERS, TARGETS, V, make_drafter, make_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,8 @@ from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.target_head import DraftVocabulary
 from hf_eagle3.training.ttt import Method, ttt
+
+pytestmark = pytest.mark.any_release
 
 BOUNDARIES = [2, 4, NUM_LAYERS]
 NEW_TOKENS, NUM_PROMPTS = 40, 6
@@ -108,10 +111,6 @@ FAULTS: dict[str, tuple[str, Callable[[dict, Weights], object], dict[str, dict]]
 }
 
 
-# Others in the table have the same trait wrong.
-OF_A_KIND = {"specforge_norm_output", "random_embeddings", "last_boundary_normed", "outputs_at_the_top"}
-
-
 def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3DrafterModel:
     layout, edit, _ = FAULTS[fault]
     trained.export(folder, to=layout, target="some-owner/some-target")
@@ -122,10 +121,7 @@ def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3Drafte
     return AutoModel.from_pretrained(folder)
 
 
-@pytest.mark.any_release
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault in OF_A_KIND else ()) for fault in FAULTS]
-)
+@pytest.mark.parametrize("fault", slow_but(["none", "ids_for_offsets", "rope_scaling"], FAULTS))
 def test_planted_fault_is_found_and_named(fault, trained, target, prompts, tmp_path):
     trained.bind(target)
     drafter = plant(trained, fault, tmp_path / "published")

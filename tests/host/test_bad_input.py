@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from helpers.batches import pad, prompts_of
+from helpers.marks import slow_but
 from helpers.models import V, count_hooks, drafter_config, make_drafter, make_prompt, make_target, randomize
 from helpers.tokenizers import word_tokenizer
 from transformers import (
@@ -177,7 +178,10 @@ def test_tokenizer_of_another_model_changes_nothing(target, loop):
     assert out.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("drafter_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "drafter_dtype",
+    slow_but([torch.float32, torch.bfloat16], [torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16])
 def test_drafter_in_another_dtype_works(loop, target_dtype, drafter_dtype):
     target = LlamaForCausalLM(make_target("llama").config).eval()
@@ -218,7 +222,7 @@ def test_target_with_absolute_positions_works_or_is_refused(loop):
 # ---- logits ----
 
 
-@pytest.mark.parametrize("after", [0, 1, 3], ids=["at_once", "first_round", "later"])
+@pytest.mark.parametrize("after", slow_but([1], [0, 1, 3]), ids=["at_once", "first_round", "later"])
 @pytest.mark.parametrize("further", [GREEDY, {"do_sample": True}, {"repetition_penalty": 1.2}], ids=str)
 def test_logits_that_are_not_numbers_are_named(target, loop, after, further):
     drafter, uses = make_drafter(target), itertools.count()
@@ -265,7 +269,7 @@ class BreaksAsked(Breaks, StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", slow_but([KeyboardInterrupt], [KeyboardInterrupt, torch.OutOfMemoryError]))
 @pytest.mark.parametrize("where", ["processor", "criterion", "streamer", "target", "drafter"])
 def test_call_broken_off_leaves_both_models_as_they_were(target, loop, where, error):
     drafter, breaks = make_drafter(target), Breaks(error)

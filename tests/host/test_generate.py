@@ -62,7 +62,7 @@ def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, pl
     return plain, assisted, oracle
 
 
-@pytest.mark.parametrize("length", [1, 5, 30], ids=["one_token", "short", "beyond_windows"])
+@pytest.mark.parametrize("length", slow_but([30], [1, 5, 30]), ids=["one_token", "short", "beyond_windows"])
 @pytest.mark.parametrize("depth", slow_but([3], [1, 2, 3, 5]))
 @pytest.mark.parametrize("family", TARGETS)
 def test_greedy_text_is_the_targets(family, depth, length):
@@ -149,7 +149,7 @@ def test_processors_see_what_they_see_without_a_drafter(target, settings):
 
 
 @pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("pads", [1, 6, 19])
+@pytest.mark.parametrize("pads", slow_but([6], [1, 6, 19]))
 def test_left_padding_of_one_row_changes_nothing(family, pads):
     target, prompt = make_target(family), make_prompt(11)
     padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), prompt], dim=1)
@@ -173,7 +173,7 @@ def test_outputs_have_the_lengths_and_values_of_plain_ones(family):
     assert out[CACHE_NAME].get_seq_length() == plain[CACHE_NAME].get_seq_length()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "qwen_vlm"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], ["llama", "qwen3", "gpt_oss", "qwen_vlm"]))
 @pytest.mark.parametrize("feed", FEEDS)
 def test_conversation_goes_on_from_the_cache(family, feed):
     target, prompt = make_target(family), make_prompt(6)

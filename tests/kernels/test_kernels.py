@@ -70,6 +70,8 @@ from hf_eagle3.kernels.rotary import (
 )
 from hf_eagle3.modeling import attention_eagle3
 
+pytestmark = pytest.mark.any_release
+
 # The interpreter has no bfloat16 arithmetic.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 HALF = torch.bfloat16 if ON_GPU else torch.float16

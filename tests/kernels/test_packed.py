@@ -16,7 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 from hf_eagle3.kernels import packed
 from hf_eagle3.row_attention import FOLDED
 
-pytestmark = pytest.mark.skipif(not packed.is_available(), reason="needs oneDNN on a CPU with AVX2")
+pytestmark = [
+    pytest.mark.any_release,
+    pytest.mark.skipif(not packed.is_available(), reason="needs oneDNN on a CPU with AVX2"),
+]
 
 NEW = 24
 SIZES = [(24, 16, False), (33, 7, True), (1, 5, True), (130, 64, True)]  # N, K, bias
@@ -28,13 +31,14 @@ class Products(list):
 
 @pytest.fixture(autouse=True)
 def products(monkeypatch) -> Products:
-    """Pack in the second round, compare anew in each test, and note what runs."""
+    """Pack small layers too, in the second round; compare anew in each test, and note what runs."""
     seen, run = Products(), packed.linear
 
     def noted(x, weight, bias):
         seen.append(weight.is_mkldnn)
         return run(x, weight, bias)
 
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(packed, "PACK_AFTER", 1)
     monkeypatch.setattr(packed, "_agreed", {})
     monkeypatch.setattr(packed, "linear", noted)
@@ -228,7 +232,7 @@ def test_packs_go_with_the_call(monkeypatch):
 # ---- whole calls ----
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss", "deepseek_v3"], TARGETS))
 @pytest.mark.parametrize("depth", slow_but([3], [0, 1, 3]))
 def test_text_is_the_targets(family, depth, products):
     target = make_target(family)

@@ -7,6 +7,8 @@ from hf_eagle3.kernels import language, teaching
 from hf_eagle3.training.losses import LOSSES
 from hf_eagle3.training.ttt import Method, _teach_by_kernel, teach_chunk
 
+pytestmark = pytest.mark.any_release
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = pytest.mark.skipif(
     not language.is_available(torch.device(DEVICE)), reason="needs a GPU, or Triton with TRITON_INTERPRET=1"

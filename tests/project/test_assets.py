@@ -11,6 +11,8 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 import hf_eagle3
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 
+pytestmark = pytest.mark.any_release
+
 ASSET = ROOT / "hf_eagle3" / "assets" / "smollm2-135m-instruct-eagle3"
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2_cpu_202611.json"
 

@@ -13,6 +13,8 @@ import torch
 from helpers.models import make_target
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.any_release
+
 BENCHMARKS = ROOT / "benchmarks"
 
 

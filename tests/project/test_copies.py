@@ -10,6 +10,8 @@ from helpers.models import H, V, make_drafter, make_prompt
 
 from hf_eagle3 import Eagle3DrafterModel
 
+pytestmark = pytest.mark.any_release
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,

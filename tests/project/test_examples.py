@@ -11,6 +11,8 @@ from helpers.paths import ROOT
 from helpers.training import TINY, make_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.any_release
+
 EXAMPLES = ROOT / "examples"
 
 

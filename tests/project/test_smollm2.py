@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_eagle3 import smollm2
 
+pytestmark = pytest.mark.any_release
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet()), "he", "ll", "hell", "12"]
 MERGES = ["h e", "l l", "he ll", "1 2"]

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from helpers.batches import GREEDY, assert_same, assert_same_up_to_ties, pad, prompts_of
+from helpers.marks import slow_but
 from helpers.models import FAMILIES, GEMMA, TARGETS, TEXT, make_drafter, make_prompt, make_target
 from transformers import (
     AttentionInterface,
@@ -97,7 +98,7 @@ def load(family, attention):
 
 
 # The families differ in windows, sinks and soft caps.
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], ["llama", "gemma3", "gpt_oss", "gemma2"]))
 @pytest.mark.parametrize("name", ["flash_attention_2", HUB, "my_attention"])
 def test_texts_are_plain_decodings_in_padded_batches(name, family):
     target = load(family, name)
@@ -143,7 +144,7 @@ def test_a_soft_cap_that_sdpa_leaves_out_is_left_out_in_captured_rounds(counts):
     assert counts.replayed > 15
 
 
-@pytest.mark.parametrize("further", [{}, {"decode_loop": "eager"}], ids=["own", "eager"])
+@pytest.mark.parametrize("further", slow_but([{}], [{}, {"decode_loop": "eager"}]), ids=["own", "eager"])
 @pytest.mark.parametrize(
     "overrides", [{}, {"sliding_window": 6, "num_hidden_layers": 2}, {"mask_token_id": 61}], ids=str
 )

@@ -9,6 +9,8 @@ from transformers import AttentionInterface
 from hf_eagle3.row_attention import FOLDED, FoldedAttention, folded_attention
 from hf_eagle3.rows import RowCache
 
+pytestmark = pytest.mark.any_release
+
 
 @pytest.mark.parametrize(("B", "H", "H_kv", "T"), [(1, 4, 2, 1), (3, 9, 3, 2), (2, 8, 1, 5), (2, 4, 4, 3)])
 @pytest.mark.parametrize("is_float", [False, True])

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 from helpers.distributions import ALPHA, TINY_V, assert_distributed_as
+from helpers.marks import slow_rows_but
 from helpers.models import drafter_config, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,8 @@ from hf_eagle3.accept import accept_sampled
 from hf_eagle3.modeling import Eagle3DrafterModel
 from hf_eagle3.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
 from hf_eagle3.stopping import has_nan
+
+pytestmark = pytest.mark.any_release
 
 PROMPT = (3, 1, 6)
 
@@ -104,14 +107,11 @@ def assert_generated_as(samples: Tensor, law: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("law", "loop"),
-    [("all", "host_in_order")]
-    + [
-        pytest.param(
-            law, loop, marks=() if loop == "own" or (law, loop) == ("all", "own_in_order") else pytest.mark.slow
-        )
-        for law in LAWS
-        for loop in ("host", "own", "own_in_order")  # the loops share the warpers, and in "own" all rows are one call
-    ],
+    # The loops share the warpers, and in "own" all rows are one call.
+    slow_rows_but(
+        [("all", "host_in_order"), ("all", "own_in_order"), ("all", "own"), ("plain", "own"), ("min_p", "own")],
+        [("all", "host_in_order"), *itertools.product(LAWS, ("host", "own", "own_in_order"))],
+    ),
 )
 def test_generate_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())
@@ -124,11 +124,7 @@ def test_generate_samples_the_targets_distribution(law, loop):
 
 @pytest.mark.parametrize(
     ("law", "loop"),
-    [("plain", "own"), ("all", "own"), ("all", "own_in_order")]
-    + [
-        pytest.param(*row, marks=pytest.mark.slow)
-        for row in (("all", "host"), ("plain", "host"), ("plain", "own_in_order"))
-    ],
+    slow_rows_but([("all", "own")], itertools.product(("plain", "all"), ("host", "own", "own_in_order"))),
 )
 def test_a_parallel_draft_samples_the_targets_distribution(law, loop):
     warpers = tuple(MAKE[name](value) for name, value in LAWS[law].items())

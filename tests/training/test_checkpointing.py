@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.training import TINY, make_args, make_drafter, progressions, weights_of
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
@@ -141,7 +142,7 @@ def num_changes(target, rows, tmp_path_factory):
     return counted
 
 
-@pytest.mark.parametrize("share", [0.1, 0.55, 0.9])
+@pytest.mark.parametrize("share", slow_but([0.55], [0.1, 0.55, 0.9]))
 def test_a_run_that_is_killed_in_a_save_goes_on(target, rows, trained, num_changes, tmp_path, share):
     _, code = run(target, rows, tmp_path, event=round(share * num_changes))
     assert code == -signal.SIGKILL
@@ -160,7 +161,7 @@ def test_a_run_that_is_killed_within_a_file_goes_on(target, rows, trained, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_a_run_may_be_killed_at_any_change_of_a_file(target, rows, trained, num_changes, tmp_path, part):
-    for event in range(3 * part + 1, num_changes + 1, 24):  # every third
+    for event in range(7 * part + 1, num_changes + 1, 56):  # every seventh
         place = tmp_path / f"cut{event}"
         place.mkdir()
         assert run(target, rows, place, event=event)[1] == -signal.SIGKILL

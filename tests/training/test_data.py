@@ -15,6 +15,8 @@ from hf_eagle3.training.conversations import ROLES, Conversation, find_conversat
 from hf_eagle3.training.data import trains_something
 from hf_eagle3.training.rendering import find_turns, merge_turns
 
+pytestmark = pytest.mark.any_release
+
 TWO_TURNS = [user("hi"), assistant("yes, no"), user("and?"), assistant("no")]
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"in": "Bonn"}}}
 

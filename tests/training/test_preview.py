@@ -11,6 +11,8 @@ from hf_eagle3 import cli
 from hf_eagle3.training import TokenDataset
 from hf_eagle3.training.preview import describe_dataset, format_row, num_spans
 
+pytestmark = pytest.mark.any_release
+
 ROW = {"messages": [user("hi"), assistant("yes\nno")]}
 
 

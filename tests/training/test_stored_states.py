@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.chat import CHATML, REASONING, assistant, make_tokenizer, user
+from helpers.marks import slow_rows_but
 from helpers.stored import ROWS, STEPS, TARGETS, TINY, V, batch_of, make_rows, make_target
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -28,6 +29,8 @@ from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.stored_states import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
 from hf_eagle3.training.target_head import DraftVocabulary
 from hf_eagle3.training.ttt import Method, ttt
+
+pytestmark = pytest.mark.any_release
 
 
 @pytest.fixture(scope="module")
@@ -265,27 +268,27 @@ def make_args(tmp_path, **changes):
     return Eagle3TrainingArguments(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_training_run_from_stored_states_is_the_online_one(target, folder, tmp_path, workers):
-    """50 steps of the same losses, with a target that is only a head; dataloader workers read the same file."""
+@pytest.mark.parametrize(("num_steps", "workers"), slow_rows_but([(12, 0)], [(12, 0), (50, 0), (6, 2)]))
+def test_a_training_run_from_stored_states_is_the_online_one(target, folder, tmp_path, num_steps, workers):
+    """The same losses, with a target that is only a head; dataloader workers read the same file."""
     losses, metrics = [], []
     for source in (None, StoredStates(folder)):
         torch.manual_seed(0)
         trainer = Eagle3Trainer(
             target_model=target if source is None else None,
             states=source,
-            args=make_args(tmp_path, dataloader_num_workers=workers, max_steps=6 if workers else 50),
+            args=make_args(tmp_path, dataloader_num_workers=workers, max_steps=num_steps),
             train_dataset=ROWS if source is None else source.dataset,
             eval_dataset=ROWS[3:7] if source is None else source.dataset.select(range(3, 7)),
         )
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         metrics.append(trainer.evaluate())
-    assert len(losses[0]) == (6 if workers else 50)
+    assert len(losses[0]) == num_steps
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert metrics[1]["eval_loss"] == pytest.approx(metrics[0]["eval_loss"], rel=1e-3)
     assert metrics[1]["eval_walked_acceptance_length"] == metrics[0]["eval_walked_acceptance_length"]
-    assert workers or losses[0][-1] < 0.8 * losses[0][0]
+    assert num_steps < 50 or losses[0][-1] < 0.8 * losses[0][0]
 
 
 def test_a_row_that_fills_up_has_no_stored_document(folder):

@@ -9,6 +9,8 @@ from hf_eagle3.training import attention, batch
 from hf_eagle3.training.attention import FLASH, MATH, SQUARES, attend, attend_eagerly, pick_block
 from hf_eagle3.training.batch import Collator
 
+pytestmark = pytest.mark.any_release
+
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6])
 @pytest.mark.parametrize("steps", [0, 1, 4])

@@ -26,6 +26,8 @@ from hf_eagle3.training.state_writer import fingerprint_data
 from hf_eagle3.training.states import OnlineStates
 from hf_eagle3.training.ttt import unroll_rows
 
+pytestmark = pytest.mark.any_release
+
 STEPS = 4
 
 

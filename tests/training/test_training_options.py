@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.paths import ROOT
 from helpers.training import TINY, V, make_args, make_drafter, make_tokenizer, progressions, weights_of
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,6 +47,8 @@ from hf_eagle3.training.loading import place_target
 from hf_eagle3.training.packing import pack
 from hf_eagle3.training.recipe import read_recipe
 from hf_eagle3.training.states import OnlineStates
+
+pytestmark = pytest.mark.any_release
 
 PROMPT = 6
 RECOMPUTE = "activation_checkpointing"  # Transformers 5.22 and before: gradient_checkpointing
@@ -92,7 +95,7 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 
 @needs_peft
-@pytest.mark.parametrize("modules", [None, ["q_proj", "lm_head"]], ids=["default", "with_head"])
+@pytest.mark.parametrize("modules", slow_but([None], [None, ["q_proj", "lm_head"]]), ids=["default", "with_head"])
 def test_only_adapters_train_and_are_saved_and_merge(target, rows, tmp_path, modules):
     from peft import LoraConfig, PeftModel
 
@@ -371,7 +374,7 @@ class RecordedStates:
         return type(parts[0])(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", slow_but([True], [False, True]))
 def test_states_come_from_wherever_they_are_asked(target, rows, tmp_path, packing):
     """Without any target at all, the same losses."""
     changes = {"logging_steps": 1, "packing": packing, "max_length": 64, "per_device_train_batch_size": 3}
@@ -605,7 +608,7 @@ def test_the_average_is_evaluated_saved_and_resumed(target, rows, tmp_path):
     assert not torch.equal(raw.fc.weight, drafter.fc.weight)
 
 
-@pytest.mark.parametrize("loss", ["lk_hybrid", "expected_acceptance"])
+@pytest.mark.parametrize("loss", slow_but(["lk_hybrid"], ["lk_hybrid", "expected_acceptance"]))
 def test_losses_that_steer_themselves_resume_exactly(target, rows, tmp_path, loss):
     changes = {"loss_type": loss, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = train(target, rows, tmp_path, **changes)

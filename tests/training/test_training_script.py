@@ -16,6 +16,8 @@ from hf_eagle3 import cli
 from hf_eagle3.processes import launch
 from hf_eagle3.training.script import lora, main, parse, target_options
 
+pytestmark = pytest.mark.any_release
+
 CONFIGS = ROOT / "examples" / "configs"
 
 

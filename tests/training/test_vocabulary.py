@@ -17,6 +17,8 @@ from hf_eagle3.training import (
 )
 from hf_eagle3.training.vocabulary import count_by_source
 
+pytestmark = pytest.mark.any_release
+
 ROWS = [
     {"input_ids": [9, 9, 5, 5, 5, 7], "loss_mask": [0, 0, 1, 1, 1, 1], "source": "web"},
     {"input_ids": [9, 8, 8, 7], "loss_mask": [0, 1, 1, 1], "source": "books"},
