@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.kernels import language
 from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, write_rows, write_rows_eager
 from hf_eagle3.kernels.fusion import fused

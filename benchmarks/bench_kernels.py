@@ -30,15 +30,9 @@ from transformers import AttentionInterface, GptOssConfig, LlamaConfig, LlamaFor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.kernels import attention
-from hf_eagle3.kernels.attention import (
-    attend_rows,
-    attend_rows_eager,
-    choose_num_splits,
-    write_rows,
-    write_rows_eager,
-)
+from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, choose_num_splits, write_rows, write_rows_eager
 from hf_eagle3.kernels.fusion import fused
 from hf_eagle3.kernels.language import shared_memory
 from hf_eagle3.kernels.linear import (
@@ -55,7 +49,7 @@ from hf_eagle3.kernels.linear import (
 from hf_eagle3.kernels.mlp import gate
 from hf_eagle3.kernels.norms import rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import apply_rotary, apply_rotary_eager
-from hf_eagle3.rows import RowCache
+from hf_eagle3.rows.cache import RowCache
 
 PARTS = ["correct", "attention", "linear", "default", "experts", "small", "stack", "compiled"]
 ON_GPU = torch.cuda.is_available()

@@ -26,7 +26,7 @@ from hf_eagle3.bench.prompts import batch_random_prompts
 from hf_eagle3.bench.report import describe_machine
 from hf_eagle3.bench.shapes import SHAPES, make_random_drafter, make_target
 from hf_eagle3.bench.ways import DRAFTED, make_ways
-from hf_eagle3.processes import Team
+from hf_eagle3.data_parallel import Team
 
 SHOWN = 25  # kernels
 

@@ -21,14 +21,14 @@ import transformers
 from peer_training import Peer
 from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 
-from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.forecast import STATE_BYTES, DrafterShape, activation_bytes, borrowed_bytes
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.new import new_drafter
-from hf_eagle3.training.states import OnlineStates, States
-from hf_eagle3.training.stored_states import StoredTarget
-from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.ttt import Method, ttt, unroll_rows
+from hf_eagle3.training.new_drafter import new_drafter
+from hf_eagle3.training.states.online import OnlineStates, States
+from hf_eagle3.training.states.stored import StoredTarget
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
+from hf_eagle3.training.step.ttt import Method, ttt, unroll_rows
 
 SHAPE_8B = {
     "vocab_size": 128256,

@@ -25,14 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from hf_eagle3.peers import find_peers
+from hf_eagle3.tensor_parallel import find_peers
 from hf_eagle3.training.distributed import call_as_forward
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.new import new_drafter
-from hf_eagle3.training.shared_states import SharedStates
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Method, ttt
+from hf_eagle3.training.new_drafter import new_drafter
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.states.shared import SharedStates
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary
+from hf_eagle3.training.step.ttt import Method, ttt
 
 
 def replicate(drafter: torch.nn.Module, device: torch.device) -> torch.nn.Module:

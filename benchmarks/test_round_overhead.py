@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel
-from hf_eagle3.accept import accept_greedy, accept_sampled
-from hf_eagle3.choice import OWN_LOOP
-from hf_eagle3.rows import RowCache
+from hf_eagle3.host.loop_choice import OWN_LOOP
+from hf_eagle3.rows.cache import RowCache
+from hf_eagle3.speculation.accept import accept_greedy, accept_sampled
 
 pytest.importorskip("pytest_benchmark")
 

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from .interrupts import end_quietly
+from .console.interrupts import end_quietly
 
 end_quietly()  # before what takes seconds
 
-from .depths import measure_depths  # noqa: E402
-from .graphs import release_graphs  # noqa: E402
-from .integration import install, uninstall  # noqa: E402
-from .kernels.joined import join_projections  # noqa: E402
+from .decoding.arena import release_graphs  # noqa: E402
+from .host.depths import measure_depths  # noqa: E402
+from .host.install import install, uninstall  # noqa: E402
+from .kernels.qkv import join_projections  # noqa: E402
 from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel  # noqa: E402
-from .stats import Speculation  # noqa: E402
+from .speculation.stats import Speculation  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ install()
 
 def __getattr__(name: str) -> Any:  # whatever training exports
     if name == "doctor":
-        from .diagnosis import doctor
+        from .diagnosis.readings import doctor
 
         return doctor
     # Training pulls in the host's Trainer, which takes seconds to import.

@@ -19,8 +19,8 @@ from helpers.models import make_target
 from transformers import PreTrainedModel
 
 import hf_eagle3
-from hf_eagle3 import graphs
-from hf_eagle3.integration import WRAPS
+from hf_eagle3.decoding import captured as graphs
+from hf_eagle3.host.install import WRAPS
 
 MAX_WORKERS = 8  # each holds a gigabyte
 WRAPPED = {name for _, name, _ in WRAPS}
@@ -63,7 +63,7 @@ def is_ours(frame: FrameType | None) -> bool:
     """Whether a warning of the host, given in `frame`, is about a call of ours: not a caller's, nor another package's."""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        is_wrap = name == "hf_eagle3.integration" and frame.f_code.co_name in WRAPPED
+        is_wrap = name.startswith("hf_eagle3.host.") and frame.f_code.co_name in WRAPPED
         if not is_wrap and name.partition(".")[0] not in ("transformers", "torch", "functools", "contextlib"):
             return name.partition(".")[0] == "hf_eagle3"
         frame = frame.f_back

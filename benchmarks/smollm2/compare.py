@@ -21,13 +21,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.smollm2 import DRAFTER_FOLDER
 from hf_eagle3.training import TokenDataset, choose_draft_vocabulary, count_supervised_tokens, new_drafter
-from hf_eagle3.training.acceptance import Walk
-from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.evaluation import walk_batch
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Method, ttt
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.step.acceptance import Walk
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary
+from hf_eagle3.training.step.ttt import Method, ttt
 
 DEPTH = 8
 AUX_LAYER_IDS = [2, 9, 16, 23, 29]

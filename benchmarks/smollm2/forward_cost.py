@@ -14,7 +14,7 @@ import transformers
 from measure import ASSET
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 
 CONTEXT, REPEATS = 100, 15
 

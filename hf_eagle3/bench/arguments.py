@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from ..integration import DEFAULT_DEPTH, resolve_depth
-from ..opening import refuse_device, refuse_drafter, refuse_target
+from ..console.opening import refuse_device, refuse_drafter, refuse_target
+from ..host.generate import DEFAULT_DEPTH, resolve_depth
 from .prompts import read_questions
 
 PLACES = ("dp_size", "tp_size", "device_map")  # ways to use several devices

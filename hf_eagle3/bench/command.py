@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ..kernels.joined import join_projections
-from ..opening import opening
-from ..peers import is_spread
-from ..processes import Team, launch, list_arguments, must_launch
-from ..quoting import quote_code
-from ..refusals import refuse_other_models
-from ..terminal import note, say
+from ..console.opening import opening
+from ..console.quoting import quote_code
+from ..console.terminal import note, say
+from ..data_parallel import Team, launch, list_arguments, must_launch
+from ..host.refusals import refuse_other_models
+from ..kernels.qkv import join_projections
+from ..tensor_parallel import is_spread
 from .arguments import refuse_acceptance_length, refuse_arguments, settle_depth, spell
 from .dflash import load_dflash
 from .equality import OutputDiffersError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
-from ..cache import CACHE_NAME
+from ..compat import CACHE_NAME
 
 OWN_LOOP = {"target", "input_ids", "max_new_tokens", "stop_token_ids", "temperature"}  # z-lab/dflash:dflash/model.py
 # Transformers 5.24 generation/candidate_generator.py:DFlashTokenCandidateGenerator

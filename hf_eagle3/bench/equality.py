@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..cache import CACHE_NAME
+from ..compat import CACHE_NAME
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..graphs import count_cache_bytes, release_graphs
-from ..peers import find_peers
-from ..processes import Team
-from ..stats import Speculation
+from ..data_parallel import Team
+from ..decoding.arena import count_cache_bytes, release_graphs
+from ..speculation.stats import Speculation
+from ..tensor_parallel import find_peers
 from .equality import Agreement, OutputDiffersError, Text, compare
 from .prompts import Prompts, first_rows
 from .ways import DFLASH, DRAFTED, OF_OTHERS, ONE_ROW, PLAIN, STOCK, Call, Way

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..console.opening import refuse_file, rendering
+from ..data_parallel import Team
 from ..modeling.text_eagle3 import parse_json, refuse_surrogates, show
-from ..opening import refuse_file, rendering
-from ..processes import Team
 
 
 class Prompts(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..features import find_layers
+from ..recorder import find_layers
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
 EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise

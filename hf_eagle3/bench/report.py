@@ -15,8 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..console.quoting import quote_markdown
 from ..modeling.text_eagle3 import one_line
-from ..quoting import quote_markdown
 from .measure import Measured, Skipped
 from .reads import Reads
 from .ways import DFLASH, DRAFTED, LOOKUP, OF_OTHERS, PLAIN, STOCK

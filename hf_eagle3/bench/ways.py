@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..graphs import synchronize
-from ..stats import Speculation
+from ..decoding.cuda_graphs import synchronize
+from ..speculation.stats import Speculation
 from . import dflash
 from .prompts import Prompts
 

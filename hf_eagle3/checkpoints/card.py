@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..console.quoting import is_model_name, is_repository, quote_markdown, quote_python
 from ..modeling import Eagle3DrafterModel
 from ..modeling.text_eagle3 import show
-from ..quoting import is_model_name, is_repository, quote_markdown, quote_python
 from .engines import ENGINES, HF, Target, find_refusals
 
 CARD = """---

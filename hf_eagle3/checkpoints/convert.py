@@ -12,10 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..console.quoting import is_model_name
 from ..modeling import CheckpointError, Eagle3DrafterConfig
 from ..modeling.configuration_eagle3 import check_rope_values, refuse_second_rope
 from ..modeling.text_eagle3 import escape_record, show
-from ..quoting import is_model_name
 from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published, is_latent, is_parallel
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ..draft import choose_greedy, draft_chain, extend
+from ..console.opening import opening, refuse_used_folder
+from ..console.quoting import is_model_name, quote_python, quote_shell
+from ..drafters.draft import choose_greedy, draft_chain, extend
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.text_eagle3 import escape_controls, escape_record, show
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
-from ..opening import opening, refuse_used_folder
-from ..quoting import is_model_name, quote_python, quote_shell
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,

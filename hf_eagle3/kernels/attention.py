@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import take
 from .language import jit, require, round_up_to_power, shared_memory, tl
-from .late import take
 from .rotary import ROTATION, apply_rotary, rotate_and_write
 
 

@@ -27,13 +27,13 @@ from torch.overrides import TorchFunctionMode
 
 from . import language
 from .argmax import argmax_rows
+from .deferred import LATE, Late, take
 from .experts import MAX_CHOICES, expert_linear
-from .joined import PROJECTIONS, view_as_one
-from .late import LATE, Late, take
 from .linear import MAX_ROWS, is_worth_it, linear_gated, linear_group, linear_small
 from .mlp import ACTIVATIONS
 from .mlp import gate as gate_kernel
 from .norms import VARIANTS, add_rms_norm, rms_norm
+from .qkv import PROJECTIONS, view_as_one
 from .rotary import ROTATION, Rotation, apply_rotary, rotary_angles
 
 logger = logging.getLogger(__name__)

@@ -1,19 +1,19 @@
 """Training a drafter by training-time test (TTT) against a frozen target."""
 
 from .arguments import Eagle3TrainingArguments
-from .data import TokenDataset
-from .new import new_drafter
-from .rendering import ChatRenderer, tokenize_conversation
-from .state_writer import StateWriter, store_states
-from .stored_states import StoredStates, StoredStatesError
-from .trainer import Eagle3Trainer
-from .vocabulary import (
+from .data.rendering import ChatRenderer, tokenize_conversation
+from .data.token_rows import TokenDataset
+from .data.vocabulary import (
     choose_draft_vocabulary,
     count_supervised_tokens,
     find_special_tokens,
     measure_coverage,
     vocabulary_fingerprint,
 )
+from .new_drafter import new_drafter
+from .states.stored import StoredStates, StoredStatesError
+from .states.writer import StateWriter, store_states
+from .trainer import Eagle3Trainer
 
 __all__ = [
     "ChatRenderer",

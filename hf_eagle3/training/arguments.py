@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .losses import LOSSES
+from .step.losses import LOSSES
 
 logger = logging.get_logger(__name__)
 

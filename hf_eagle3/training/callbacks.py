@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..modeling import Eagle3DrafterModel
-from ..peers import whole
-from .batch import Batch
+from ..tensor_parallel import whole
 from .distributed import local, shard_like, sum_over_processes
+from .step.batch import Batch
 
 logger = logging.get_logger(__name__)
 

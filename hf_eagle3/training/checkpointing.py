@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .stored_states import digest
+from .states.stored import digest
 
 logger = logging.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
-from ..peers import find_peers, local, whole
-from .ttt import merged_weight
+from ..tensor_parallel import find_peers, local, whole
+from .step.ttt import merged_weight
 
 
 def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[], Any]) -> Any:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..graphs import release_graphs
+from ..decoding.arena import release_graphs
 from ..modeling import Eagle3DrafterModel
-from .acceptance import Walk, walk
-from .batch import Batch, Collator
-from .data import trains_something
+from .data.token_rows import trains_something
 from .distributed import sum_over_processes
-from .stored_states import NO_DOCUMENT
-from .ttt import StepSums
+from .states.stored import NO_DOCUMENT
+from .step.acceptance import Walk, walk
+from .step.batch import Batch, Collator
+from .step.ttt import StepSums
 
 
 class ProcessRows(Dataset):

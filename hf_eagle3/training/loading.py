@@ -9,13 +9,13 @@ from accelerate.utils import gather_object, str_to_bool
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
+from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
-from ..opening import opening
-from ..peers import find_peers, is_spread, is_spread_further
+from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
-from .new import new_drafter
-from .stored_states import fingerprint_weights
-from .vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+from .new_drafter import new_drafter
+from .states.stored import fingerprint_weights
 
 # accelerate's, which `from_pretrained` looks at: in Transformers 5.17 all processes but the first then get zeros.
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"

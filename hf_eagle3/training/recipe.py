@@ -7,8 +7,8 @@ from typing import Any
 
 from ..modeling import Eagle3DrafterModel
 from .arguments import Eagle3TrainingArguments
-from .state_writer import fingerprint_data
-from .vocabulary import vocabulary_fingerprint
+from .data.vocabulary import vocabulary_fingerprint
+from .states.writer import fingerprint_data
 
 FILE_NAME = "hf_eagle3_recipe.json"
 ALL_THE_SAME = "ignore_recipe_mismatch=True resumes all the same."

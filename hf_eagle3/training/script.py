@@ -13,12 +13,12 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
+from ..console.opening import opening, refuse_drafter, refuse_target
+from ..console.terminal import note, say
 from ..modeling.text_eagle3 import MOST_NESTED, parse_json, show
-from ..opening import opening, refuse_drafter, refuse_target
-from ..terminal import note, say
-from . import files
 from .arguments import Eagle3TrainingArguments
-from .stored_states import StoredStates
+from .data import files
+from .states.stored import StoredStates
 from .trainer import Eagle3Trainer
 
 MOST_TEXT = 10**6  # characters of a file of options

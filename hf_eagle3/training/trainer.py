@@ -33,24 +33,16 @@ from transformers.utils import logging
 from ..checkpoints.card import write_card
 from ..checkpoints.convert import check_rope
 from ..checkpoints.exporter import describe_target
-from ..choice import why_not_target
+from ..host.loop_choice import why_not_target
+from ..host.refusals import is_drafter, refuse_other_models
 from ..modeling import Eagle3DrafterModel
-from ..peers import find_peers, is_spread
-from ..refusals import is_drafter, refuse_other_models
-from .acceptance import Walk
+from ..tensor_parallel import find_peers, is_spread
 from .arguments import Eagle3TrainingArguments
-from .batch import Batch, Collator, live_steps
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
-from .checkpointing import (
-    SAVING,
-    STATE_FILE,
-    check_whole,
-    find_whole_checkpoint,
-    publish,
-    replacing_files,
-    tidy,
-)
-from .data import TokenDataset, check_token_ids, trains_something
+from .checkpointing import SAVING, STATE_FILE, check_whole, find_whole_checkpoint, publish, replacing_files, tidy
+from .data.packing import PackedDataset
+from .data.token_rows import TokenDataset, check_token_ids, trains_something
+from .data.vocabulary import check_coverage, count_supervised_tokens
 from .distributed import (
     base_drafter,
     call_as_forward,
@@ -87,15 +79,15 @@ from .loading import (
     refuse_empty_models,
 )
 from .locks import only_writer
-from .losses import LOSSES
-from .packing import PackedDataset
 from .recipe import check_recipe, describe_recipe, write_recipe
-from .shared_states import SharedStates
-from .states import OnlineStates, StateSource
-from .stored_states import StoredStates, fingerprint_weights
-from .target_head import DraftVocabulary
-from .ttt import Method, StepSums, ttt
-from .vocabulary import check_coverage, count_supervised_tokens
+from .states.online import OnlineStates, StateSource
+from .states.shared import SharedStates
+from .states.stored import StoredStates, fingerprint_weights
+from .step.acceptance import Walk
+from .step.batch import Batch, Collator, live_steps
+from .step.losses import LOSSES
+from .step.target_head import DraftVocabulary
+from .step.ttt import Method, StepSums, ttt
 
 logger = logging.get_logger(__name__)
 

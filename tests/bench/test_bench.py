@@ -17,16 +17,18 @@ from helpers.models import DRAFTERS, TEXT, make_drafter, make_prompt, make_targe
 from helpers.paths import ROOT
 from transformers import AutoModelForCausalLM
 
-from hf_eagle3 import cli, decode, processes
-from hf_eagle3.accept import Verdict
+from hf_eagle3 import cli
+from hf_eagle3 import data_parallel as processes
 from hf_eagle3.bench import command, dflash, equality, measure, reads, report, ways
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
 from hf_eagle3.bench.prompts import Prompts, read_questions
 from hf_eagle3.bench.shapes import make_random_drafter
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.processes import Team
-from hf_eagle3.stats import Speculation
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.data_parallel import Team
+from hf_eagle3.decoding import phases as decode
+from hf_eagle3.speculation.accept import Verdict
+from hf_eagle3.speculation.stats import Speculation
 
 pytestmark = pytest.mark.any_release
 

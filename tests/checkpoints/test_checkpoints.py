@@ -45,7 +45,7 @@ from transformers import (
 
 import hf_eagle3
 from hf_eagle3.checkpoints import load, load_published_config
-from hf_eagle3.draft import draft_chain, extend
+from hf_eagle3.drafters.draft import draft_chain, extend
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -29,8 +29,8 @@ from hf_eagle3.checkpoints.flavours import FLAVOURS
 from hf_eagle3.checkpoints.load import is_drafters
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.training import StoredStates, StoredStatesError, TokenDataset, store_states
-from hf_eagle3.training.files import DataError, read_rows
-from hf_eagle3.training.prompts import read_prompts
+from hf_eagle3.training.data.files import DataError, read_rows
+from hf_eagle3.training.data.prompts import read_prompts
 from hf_eagle3.training.script import parse
 
 pytestmark = pytest.mark.any_release

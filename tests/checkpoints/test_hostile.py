@@ -37,13 +37,20 @@ from hf_eagle3.checkpoints import describe_drafter, export
 from hf_eagle3.checkpoints.card import write_card
 from hf_eagle3.checkpoints.engines import Target
 from hf_eagle3.checkpoints.exporter import make_command
+from hf_eagle3.console.quoting import (
+    is_model_name,
+    is_repository,
+    quote_code,
+    quote_markdown,
+    quote_python,
+    quote_shell,
+)
+from hf_eagle3.console.terminal import EscapingStreamer
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterModel
 from hf_eagle3.modeling.text_eagle3 import escape_controls, one_line, parse_json, show
-from hf_eagle3.quoting import is_model_name, is_repository, quote_code, quote_markdown, quote_python, quote_shell
-from hf_eagle3.terminal import EscapingStreamer
 from hf_eagle3.training import StoredStates, StoredStatesError, TokenDataset, store_states
-from hf_eagle3.training.files import DataError, read_rows
-from hf_eagle3.training.preview import format_row
+from hf_eagle3.training.data.files import DataError, read_rows
+from hf_eagle3.training.data.preview import format_row
 from hf_eagle3.training.script import parse
 
 pytestmark = pytest.mark.any_release

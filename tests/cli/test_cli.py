@@ -118,7 +118,7 @@ def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, monkeypatch, capsy
 
 def test_depths_are_measured_by_turns(target, drafter, tokenizer, monkeypatch):
     prompts = [dict(tokenizer(text, return_tensors="pt")) for text in ("abc", "xyzxyz")]
-    depths_module = importlib.import_module("hf_eagle3.depths")
+    depths_module = importlib.import_module("hf_eagle3.host.depths")
     before, depths, clock = drafter.generation_config.num_assistant_tokens, [], itertools.count()
     generate = type(target).generate
 

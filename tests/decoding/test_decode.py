@@ -27,14 +27,15 @@ from transformers import (
     pipeline,
 )
 
-import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import prefill
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.choice import has_holes
-from hf_eagle3.features import StateRecorder
+import hf_eagle3.host.own_loop as own_loop
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding import prefill
+from hf_eagle3.host.loop_choice import has_holes
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.rows import make_mask, to_bucket
-from hf_eagle3.stopping import NotANumberError
+from hf_eagle3.recorder import StateRecorder
+from hf_eagle3.rows.cache import to_bucket
+from hf_eagle3.rows.masks import make_mask
+from hf_eagle3.speculation.numbers import NotANumberError
 
 # ---- greedy ----
 

@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_eagle3.choice import ASKED
+from hf_eagle3.host.loop_choice import ASKED
 from hf_eagle3.modeling import Eagle3DrafterModel
 
 V = 32

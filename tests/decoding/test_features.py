@@ -6,7 +6,7 @@ from helpers.marks import slow_but
 from helpers.models import NUM_LAYERS, TARGETS, count_hooks, make_oracle, make_prompt, make_target
 from torch import nn
 
-from hf_eagle3.features import StateRecorder, find_layers
+from hf_eagle3.recorder import StateRecorder, find_layers
 
 
 @pytest.mark.parametrize("family", TARGETS)

@@ -20,12 +20,13 @@ from helpers.models import FAMILIES, OLD, count_hooks, make_drafter, make_prompt
 from transformers import LogitsProcessorList
 from transformers.models.llama import modeling_llama
 
-import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import graphs, prefill
-from hf_eagle3.decode import Phases
-from hf_eagle3.features import StateRecorder
+import hf_eagle3.host.own_loop as own_loop
+from hf_eagle3.decoding import arena, cuda_graphs, lock, prefill
+from hf_eagle3.decoding import captured as graphs
+from hf_eagle3.decoding.phases import Phases
 from hf_eagle3.kernels import fusion
-from hf_eagle3.row_attention import UnfitError
+from hf_eagle3.recorder import StateRecorder
+from hf_eagle3.rows.attention import UnfitError
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_smaller_batches_and_other_settings_share_the_memory(target, counts):
         batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 15, **GREEDY, **options}
         plain = target.generate(**batch, **options)
         assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
-        arenas.add(id(graphs._arenas[target]))
+        arenas.add(id(arena._arenas[target]))
     assert len(arenas) == 1
     assert counts.captured == 3 + 3 + 2 + 3  # processors that look at the text settle eagerly
 
@@ -76,22 +77,22 @@ def test_larger_calls_get_more_memory(target, counts):
         batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}
         plain = target.generate(**batch, **options)
         assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
-    assert graphs._arenas[target].num_rows == 3
+    assert arena._arenas[target].num_rows == 3
 
 
 def test_kept_caches_are_counted(target, counts):
     graphs.release_graphs()
-    assert graphs.count_cache_bytes(target) == 0
+    assert arena.count_cache_bytes(target) == 0
     drafter = make_drafter(target)
     target.generate(**pad(prompts_of(9, 4)), assistant_model=drafter, max_new_tokens=8, **GREEDY)
     capacity, layers = (
-        graphs._arenas[target].capacity,
+        arena._arenas[target].capacity,
         target.config.num_hidden_layers + drafter.config.num_hidden_layers,
     )
     per_slot = (
         2 * target.config.num_key_value_heads * target.config.head_dim * 4
     )  # keys and values, float32; alike here
-    assert graphs.count_cache_bytes(target) == 2 * capacity * layers * per_slot
+    assert arena.count_cache_bytes(target) == 2 * capacity * layers * per_slot
 
 
 def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
@@ -101,14 +102,15 @@ def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
         batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}
         plain = target.generate(**batch, **options)
         assert target.generate(**batch, assistant_model=drafter, **options).tolist() == plain.tolist()
-        cache, _ = graphs._arenas[target].caches
-        assert cache.layers[0].keys.shape[:2] == (3, graphs._arenas[target].capacity)
+        cache, _ = arena._arenas[target].caches
+        assert cache.layers[0].keys.shape[:2] == (3, arena._arenas[target].capacity)
     assert counts.captured == 6
 
 
 @pytest.mark.parametrize("further", slow_but([{}], [{}, {"no_repeat_ngram_size": 3}]), ids=["tensors", "in_order"])
 def test_memory_grows_within_a_call(target, counts, monkeypatch, further):
     monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
+    monkeypatch.setattr(arena, "FIRST_ROOM", 16)
     _, out = assert_same(target, pad(prompts_of(50, 60)), max_new_tokens=150, **further)
     assert counts.captured >= 4
     assert "captured" in out.speculation.graphs
@@ -316,8 +318,8 @@ def test_no_room_for_caches_is_an_error_that_says_how_much(target, counts, monke
     batch, drafter = pad(prompts_of(9, 4)), make_drafter(target)
     options = {"max_new_tokens": 12, "assistant_model": drafter, **GREEDY}
     with monkeypatch.context() as patch:
-        patch.setattr(graphs.RowCache, "from_host", fail)
-        with pytest.raises(graphs.CacheMemoryError, match=r"2 rows of 64 positions, .* 0\.00 GiB: use fewer rows"):
+        patch.setattr(arena.RowCache, "from_host", fail)
+        with pytest.raises(arena.CacheMemoryError, match=r"2 rows of 64 positions, .* 0\.00 GiB: use fewer rows"):
             target.generate(**batch, **options)
     plain = target.generate(**batch, max_new_tokens=12, **GREEDY)
     assert target.generate(**batch, **options).tolist() == plain.tolist()
@@ -364,7 +366,7 @@ def test_threads_take_turns_with_what_records(target, counts, monkeypatch):
         thread.join()
     assert [found[i, turn][0] for i in range(3) for turn in range(4)] == [text for text in plain for _ in range(4)]
     told = {graphs_told.split(" in ")[0] for _, graphs_told in found.values()}
-    assert f"none ({graphs.BUSY})" in told
+    assert f"none ({lock.BUSY})" in told
     assert told & {"captured", "replayed"}
     assert target.config._attn_implementation == drafter.config._attn_implementation == "sdpa"
     assert graphs.why_busy(target) is None
@@ -490,7 +492,7 @@ def test_layers_that_the_hosts_kernels_replaced_are_captured(counts):
 
 def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
     monkeypatch.setattr(type(target), "device", torch.device("cuda"), raising=False)
-    for reason in ("LlamaMLP has forward hooks", "LlamaMLP has forward hooks", graphs.BUSY, "the models are on cpu"):
+    for reason in ("LlamaMLP has forward hooks", "LlamaMLP has forward hooks", lock.BUSY, "the models are on cpu"):
         own_loop.say_once(target, reason)
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
         "LlamaMLP has forward hooks.",
@@ -680,14 +682,14 @@ def test_a_failed_capture_leaves_pytorch_as_it_was(breaks_capture):
     before = torch.cuda.memory_reserved()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="captur" if breaks_capture else "no graph"):
-            graphs.capture(fail, pool=graphs.new_pool())
+            graphs.capture(fail, pool=cuda_graphs.new_pool())
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.rand(3, device="cuda").max() < 1
     torch.cuda.empty_cache()  # fails while memory is set apart for a capture
     assert torch.cuda.memory_reserved() <= before + 2**21
     torch.manual_seed(5)
     drawn = torch.rand(8, device="cuda")
-    replay, out = graphs.capture(draw, pool=graphs.new_pool())
+    replay, out = graphs.capture(draw, pool=cuda_graphs.new_pool())
     torch.manual_seed(5)
     replay()
     torch.testing.assert_close(out, 1 + drawn)
@@ -706,7 +708,7 @@ def test_graphs_do_without_workspaces_that_others_clear():
     for _ in range(2):  # the second's memory is its own
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
-        replay, out = graphs.capture(multiply, pool=graphs.new_pool())
+        replay, out = graphs.capture(multiply, pool=cuda_graphs.new_pool())
         assert torch.cuda.memory_allocated() - before < out.nbytes + 2**20  # a workspace takes 32 MiB
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()

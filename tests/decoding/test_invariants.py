@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 
-from hf_eagle3.choice import ASKED
+from hf_eagle3.host.loop_choice import ASKED
 from hf_eagle3.modeling import Eagle3DrafterModel
 
 # A router that chooses between near-equal experts has ties of its own, which no bound on logits covers. In half

@@ -8,12 +8,16 @@ from helpers.batches import GREEDY, assert_same, pad, plain_of, prompts_of
 from helpers.marks import slow_but
 from helpers.models import DRAFTERS, H, V, make_drafter, make_prompt, make_target
 
-from hf_eagle3 import decode, draft, graphs
-from hf_eagle3.decode import DecodeState, Phases
-from hf_eagle3.draft import choose_greedy
-from hf_eagle3.features import StateRecorder
+from hf_eagle3.decoding import arena
+from hf_eagle3.decoding import captured as graphs
+from hf_eagle3.decoding import phases as decode
+from hf_eagle3.decoding.phases import Phases
+from hf_eagle3.decoding.state import DecodeState
+from hf_eagle3.drafters import draft
+from hf_eagle3.drafters.draft import choose_greedy
 from hf_eagle3.modeling import Eagle3DrafterConfig
-from hf_eagle3.rows import RowCache
+from hf_eagle3.recorder import StateRecorder
+from hf_eagle3.rows.cache import RowCache
 from hf_eagle3.training import Eagle3Trainer, Eagle3TrainingArguments
 
 pytestmark = pytest.mark.any_release
@@ -162,6 +166,7 @@ def test_captured_rounds(family, lengths, counts):
 @pytest.mark.parametrize("depth", slow_but([3], [3, 20]))
 def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, counts, monkeypatch, depth):
     monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
+    monkeypatch.setattr(arena, "FIRST_ROOM", 16)
     monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
     batch = pad(prompts_of(50, 4, 60, 12, 3))
     options = {"drafter_options": PARALLEL, "max_new_tokens": 100, "eos_token_id": [11, 25, 37, 41]}

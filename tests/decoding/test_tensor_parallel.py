@@ -11,7 +11,7 @@ from helpers.processes import launch
 from helpers.tensor_parallel_worker import BATCH, EXPERTS, GREEDY, sampled, save_targets
 from transformers import AutoModelForCausalLM
 
-from hf_eagle3 import peers
+from hf_eagle3 import tensor_parallel as peers
 
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss", EXPERTS]
 

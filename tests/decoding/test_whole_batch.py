@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_eagle3 import release_graphs
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.choice import ASKED
-from hf_eagle3.decode import Phases
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding.phases import Phases
+from hf_eagle3.host.loop_choice import ASKED
 
 GREEDY = {"do_sample": False}
 T = 9  # columns of the prompts below

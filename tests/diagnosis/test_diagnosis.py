@@ -15,13 +15,13 @@ from transformers import AutoModel, PreTrainedModel
 
 import hf_eagle3
 from hf_eagle3 import doctor
-from hf_eagle3.diagnosis import Score, reread
+from hf_eagle3.diagnosis.readings import Score, reread
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.training.batch import Collator
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Method, ttt
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary
+from hf_eagle3.training.step.ttt import Method, ttt
 
 pytestmark = pytest.mark.any_release
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helpers.models import V, count_hooks, drafter_config, make_prompt, make_target, randomize
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
 
 GREEDY = {"do_sample": False}

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-import hf_eagle3.own_loop as own_loop
-from hf_eagle3 import graphs
-from hf_eagle3.features import StateRecorder
+import hf_eagle3.host.own_loop as own_loop
+from hf_eagle3.decoding import captured as graphs
+from hf_eagle3.recorder import StateRecorder
 
 ATTEND_BY_ROWS = graphs.attending_by_rows
 

@@ -4,7 +4,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_eagle3.training.files import append_rows
+from hf_eagle3.training.data.files import append_rows
 
 SPECIAL = ["<bos>", "<eos>", "<start>", "<end>", "<channel>", "<message>", "<return>", "<call>", "<|user|>", "<|ai|>"]
 TAGS = ["<think>", "</think>"]  # added, not special

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import new_drafter
 from hf_eagle3.training.distributed import number_targets
-from hf_eagle3.training.shared_states import SharedStates
+from hf_eagle3.training.states.shared import SharedStates
 
 V = 48
 LONG = {"max_steps": 20, "save_strategy": "no"}

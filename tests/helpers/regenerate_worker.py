@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from hf_eagle3 import cli
-from hf_eagle3.training import files, regenerate
-from hf_eagle3.training.shares import name_share
+from hf_eagle3.training.data import files, regenerate
+from hf_eagle3.training.data.answer_shards import name_share
 
 
 def append(path, rows):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.step.batch import Collator
 
 HQ, HKV, D = 4, 2, 8
 MASKS = [[0] * 3 + [1] * 6, [0] * 2 + [1] * 5 + [0] * 3 + [1] * 7, [0, 0, 1, 1, 1]]

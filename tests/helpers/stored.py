@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.step.batch import Collator
 
 V, EOS, STEPS = 64, 1, 3
 TINY = {

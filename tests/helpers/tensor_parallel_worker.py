@@ -15,7 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 from helpers.batches import make_oracle, pad, prompts_of
 from helpers.capture import capture_on_cpus
 from helpers.models import DRAFTERS, make_drafter, make_prompt, make_target
-from hf_eagle3 import graphs, release_graphs
+from hf_eagle3 import release_graphs
+from hf_eagle3.decoding import arena
+from hf_eagle3.decoding import captured as graphs
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 BATCH = (30, 7, 1, 18)
@@ -102,9 +104,9 @@ def stopped(target, drafter, prompt, loop, **options):
 
 def leave():
     """While targets live, and with them graphs that hold messages."""
-    assert graphs._arenas
+    assert arena._arenas
     torch.distributed.destroy_process_group()  # NCCL would wait for them
-    assert not graphs._arenas
+    assert not arena._arenas
 
 
 def on_gpus(folder, families):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
-from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.step.batch import Collator
 
 V, V_D, K = 60, 32, 4
 BASE = {

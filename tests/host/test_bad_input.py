@@ -21,8 +21,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.choice import ASKED
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.host.loop_choice import ASKED
 from hf_eagle3.modeling import Eagle3DrafterModel
 
 GREEDY = {"do_sample": False}

@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 
 GREEDY = {"do_sample": False}
 FEEDS = ["whole_sequence", "new_tokens_only"]

@@ -16,9 +16,11 @@ from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 
 import hf_eagle3
-from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel, integration
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.integration import WRAPS, is_drafter
+from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.host import install as integration
+from hf_eagle3.host.install import WRAPS
+from hf_eagle3.host.refusals import is_drafter
 
 
 def wrapped_names():

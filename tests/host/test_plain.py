@@ -7,7 +7,7 @@ from accelerate import cpu_offload
 from helpers.batches import GREEDY, pad, prompts_of
 from helpers.models import FAMILIES, OLD, make_target
 
-from hf_eagle3.plain import decode_plainly
+from hf_eagle3.host.undrafted import decode_plainly
 
 
 @pytest.mark.parametrize("family", [*OLD, *FAMILIES])

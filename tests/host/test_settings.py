@@ -11,7 +11,7 @@ from helpers.models import make_drafter, make_oracle, make_prompt, make_target
 from packaging.version import Version
 from transformers import GenerationConfig, StaticCache
 
-from hf_eagle3.cache import CACHE_NAME
+from hf_eagle3.compat import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 TAKES_STATIC = Version(transformers.__version__).release >= (5, 24)

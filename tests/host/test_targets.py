@@ -41,10 +41,10 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.features import StateRecorder
-from hf_eagle3.preparation import HOST_DROPS_MASKS, SeenCache, UnfollowableError, find_switch
-from hf_eagle3.refusals import why_not_drafted
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding.preparation import HOST_DROPS_MASKS, SeenCache, UnfollowableError, find_switch
+from hf_eagle3.host.refusals import why_not_drafted
+from hf_eagle3.recorder import StateRecorder
 
 GREEDY = {"do_sample": False}
 SWITCH = 32  # the length behind which rotation depends on it

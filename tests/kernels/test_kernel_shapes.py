@@ -16,7 +16,7 @@ from hf_eagle3.kernels.experts import expert_linear
 from hf_eagle3.kernels.linear import linear_gated, linear_group, linear_small
 from hf_eagle3.kernels.norms import add_rms_norm, rms_norm, rms_norm_eager
 from hf_eagle3.kernels.rotary import Rotation, apply_rotary_eager, rotary_angles, rotary_angles_eager, rotate_and_write
-from hf_eagle3.training.attention import attend, attend_eagerly
+from hf_eagle3.training.step.attention import attend, attend_eagerly
 
 DTYPES = [torch.float32, *([torch.bfloat16] if ON_GPU else [])]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -29,20 +29,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hf_eagle3 import graphs
+from hf_eagle3.decoding import captured as graphs
 from hf_eagle3.kernels import argmax, attention, fusion, language
 from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
-from hf_eagle3.kernels.attention import (
-    attend_rows,
-    attend_rows_eager,
-    choose_num_splits,
-    write_rows,
-    write_rows_eager,
-)
+from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, choose_num_splits, write_rows, write_rows_eager
+from hf_eagle3.kernels.deferred import Late
 from hf_eagle3.kernels.experts import expert_linear, expert_linear_eager
 from hf_eagle3.kernels.fusion import Swaps, fused
-from hf_eagle3.kernels.joined import join_projections, view_as_one
-from hf_eagle3.kernels.late import Late
 from hf_eagle3.kernels.linear import (
     MAX_ROWS,
     ROWS,
@@ -60,6 +53,7 @@ from hf_eagle3.kernels.linear import (
 )
 from hf_eagle3.kernels.mlp import gate, gate_eager
 from hf_eagle3.kernels.norms import VARIANTS, add_rms_norm, add_rms_norm_eager, rms_norm, rms_norm_eager
+from hf_eagle3.kernels.qkv import join_projections, view_as_one
 from hf_eagle3.kernels.rotary import (
     Rotation,
     apply_rotary,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from hf_eagle3.kernels import packed
-from hf_eagle3.row_attention import FOLDED
+from hf_eagle3.kernels import onednn as packed
+from hf_eagle3.rows.attention import FOLDED
 
 pytestmark = [
     pytest.mark.any_release,
@@ -373,7 +373,7 @@ def test_a_call_that_is_cut_off_leaves_modules_as_they_were(where, monkeypatch):
         elif where == "pack":
             patch.setattr(packed, "pack", lambda _: raise_stop())
         else:
-            patch.setattr("hf_eagle3.row_attention.scaled_dot_product_attention", lambda *_, **__: raise_stop())
+            patch.setattr("hf_eagle3.rows.attention.scaled_dot_product_attention", lambda *_, **__: raise_stop())
         with pytest.raises(Stop):
             generate(target, prompt, drafter, **options)
     assert are_as_they_were(target)

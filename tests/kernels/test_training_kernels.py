@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_eagle3.kernels import language, teaching
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.ttt import Method, _teach_by_kernel, teach_chunk
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.ttt import Method, _teach_by_kernel, teach_chunk
 
 pytestmark = pytest.mark.any_release
 

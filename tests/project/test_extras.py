@@ -19,7 +19,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from hf_eagle3.choice import ASKED
+from hf_eagle3.host.loop_choice import ASKED
 
 needs_xgrammar = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="needs xgrammar")
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
-from hf_eagle3.integration import MINIMUM_TRANSFORMERS
+from hf_eagle3.host.install import MINIMUM_TRANSFORMERS
 
 pytestmark = pytest.mark.any_release
 

@@ -27,10 +27,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from hf_eagle3 import graphs
-from hf_eagle3.attention_trial import why_not_ours
-from hf_eagle3.cache import CACHE_NAME
-from hf_eagle3.row_attention import attending_by_rows, own_attention, weigh
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding import captured as graphs
+from hf_eagle3.rows.attention import attending_by_rows, own_attention, weigh
+from hf_eagle3.rows.attention_trial import why_not_ours
 
 HUB = "kernels-community/vllm-flash-attn3"
 GEMMA2 = {**GEMMA, "query_pre_attn_scalar": 8}

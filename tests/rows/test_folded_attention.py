@@ -6,8 +6,8 @@ from helpers.models import make_target
 from torch import nn
 from transformers import AttentionInterface
 
-from hf_eagle3.row_attention import FOLDED, FoldedAttention, folded_attention
-from hf_eagle3.rows import RowCache
+from hf_eagle3.rows.attention import FOLDED, FoldedAttention, folded_attention
+from hf_eagle3.rows.cache import RowCache
 
 pytestmark = pytest.mark.any_release
 
@@ -39,7 +39,7 @@ def test_masks_of_each_head_and_soft_caps_are_the_hosts(monkeypatch):
     ours, _ = folded_attention(module, query, key, value, mask)
     theirs, _ = AttentionInterface()["sdpa"](module, query, key, value, mask)
     assert torch.equal(ours, theirs)
-    monkeypatch.setattr("hf_eagle3.row_attention.sdpa_attention_forward", lambda *_, **kwargs: kwargs["softcap"])
+    monkeypatch.setattr("hf_eagle3.rows.attention.sdpa_attention_forward", lambda *_, **kwargs: kwargs["softcap"])
     assert folded_attention(module, query, key, value, mask[:, :1], softcap=5.0) == 5.0
 
 

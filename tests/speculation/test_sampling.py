@@ -23,12 +23,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hf_eagle3 import accept, candidates, sampling
-from hf_eagle3 import draft as drafting
-from hf_eagle3.accept import accept_sampled
+from hf_eagle3.drafters import draft as drafting
+from hf_eagle3.host import candidates
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
-from hf_eagle3.stopping import has_nan
+from hf_eagle3.speculation import accept, sampling
+from hf_eagle3.speculation.accept import accept_sampled
+from hf_eagle3.speculation.numbers import has_nan
+from hf_eagle3.speculation.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
 
 pytestmark = pytest.mark.any_release
 

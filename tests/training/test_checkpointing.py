@@ -20,8 +20,8 @@ from hf_eagle3 import Eagle3Trainer
 from hf_eagle3.training.checkpointing import SEAL_FILE, STATE_FILE, find_damage, publish, tidy
 from hf_eagle3.training.locks import FolderInUseError, only_writer
 from hf_eagle3.training.recipe import FILE_NAME as RECIPE_FILE
-from hf_eagle3.training.state_writer import StateWriter
-from hf_eagle3.training.stored_states import StoredStates
+from hf_eagle3.training.states.stored import StoredStates
+from hf_eagle3.training.states.writer import StateWriter
 
 FORK = multiprocessing.get_context("fork")
 STEPS = 3

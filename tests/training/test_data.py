@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from hf_eagle3.training import ChatRenderer, TokenDataset, tokenize_conversation
-from hf_eagle3.training.conversations import ROLES, Conversation, find_conversation
-from hf_eagle3.training.data import trains_something
-from hf_eagle3.training.rendering import find_turns, merge_turns
+from hf_eagle3.training.data.conversations import ROLES, Conversation, find_conversation
+from hf_eagle3.training.data.rendering import find_turns, merge_turns
+from hf_eagle3.training.data.token_rows import trains_something
 
 pytestmark = pytest.mark.any_release
 
@@ -35,7 +35,7 @@ def ids_of(*tokens):
 @pytest.fixture
 def data_warnings(caplog):
     """What the data module warns of, through the host's logger, which is quiet in tests."""
-    logger = logging.get_logger("hf_eagle3.training.data")
+    logger = logging.get_logger("hf_eagle3.training.data.token_rows")
     level = logger.level
     logger.setLevel("WARNING")
     logger.addHandler(caplog.handler)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from hf_eagle3 import cli
 from hf_eagle3.training import TokenDataset
-from hf_eagle3.training.preview import describe_dataset, format_row, num_spans
+from hf_eagle3.training.data.preview import describe_dataset, format_row, num_spans
 
 pytestmark = pytest.mark.any_release
 

@@ -33,11 +33,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_eagle3 import cli
-from hf_eagle3.processes import Team
+from hf_eagle3.data_parallel import Team
 from hf_eagle3.training import ChatRenderer, TokenDataset, new_drafter
-from hf_eagle3.training import regenerate as regenerate_module
-from hf_eagle3.training.files import append_rows, keep_lines, read_rows, read_whole_lines
-from hf_eagle3.training.prompts import (
+from hf_eagle3.training.data import regenerate as regenerate_module
+from hf_eagle3.training.data.answer_shards import find_shares, name_share
+from hf_eagle3.training.data.files import append_rows, keep_lines, read_rows, read_whole_lines
+from hf_eagle3.training.data.prompts import (
     Prompt,
     exclude,
     find_user_slot,
@@ -46,8 +47,7 @@ from hf_eagle3.training.prompts import (
     make_prompts,
     read_prompts,
 )
-from hf_eagle3.training.regenerate import Sampling, regenerate
-from hf_eagle3.training.shares import find_shares, name_share
+from hf_eagle3.training.data.regenerate import Sampling, regenerate
 
 pytestmark = pytest.mark.any_release
 
@@ -332,7 +332,7 @@ def test_what_was_written_before_the_disk_was_full_is_gone_on_with(random_target
         append_rows(place, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_eagle3.training.regenerate.append_rows", fill_up)
+        patch.setattr("hf_eagle3.training.data.regenerate.append_rows", fill_up)
         with pytest.raises(OSError, match="make room"):
             answers(random_target, tokenizer, prompts, path)
     assert answers(random_target, tokenizer, prompts, path) == wanted
@@ -414,7 +414,7 @@ def dying(monkeypatch, name, count):
 
     for module in ("regenerate", "shares"):
         monkeypatch.setattr(f"hf_eagle3.training.{module}.append_rows", append)
-    monkeypatch.setattr("hf_eagle3.training.regenerate.WINDOW", 1)  # a write for each batch
+    monkeypatch.setattr("hf_eagle3.training.data.regenerate.WINDOW", 1)  # a write for each batch
 
 
 PROMPTS = [ask("a", "b"), *(ask(letter) for letter in "cdefgh"), ask("d", "e", "f"), *(ask(x * 3) for x in "ghijk")]

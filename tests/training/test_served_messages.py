@@ -10,9 +10,9 @@ import pytest
 from helpers.chat import assistant, make_tokenizer, user
 
 from hf_eagle3.training import TokenDataset
-from hf_eagle3.training.conversations import find_conversation, read_messages
-from hf_eagle3.training.prompts import read_prompts
-from hf_eagle3.training.rendering import ChatRenderer
+from hf_eagle3.training.data.conversations import find_conversation, read_messages
+from hf_eagle3.training.data.prompts import read_prompts
+from hf_eagle3.training.data.rendering import ChatRenderer
 
 EACH = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
 NEXT = "{% endfor %}{% if add_generation_prompt %}<|ai|>{% endif %}"

@@ -19,16 +19,16 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments, cli
-from hf_eagle3.features import StateRecorder
+from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.training import StateWriter, StoredStates, StoredStatesError, TokenDataset, new_drafter, store_states
-from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.evaluation import ProcessRows
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.state_writer import default_aux_layer_ids, plan_shards
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.stored_states import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
-from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Method, ttt
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.states.stored import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
+from hf_eagle3.training.states.writer import default_aux_layer_ids, plan_shards
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary
+from hf_eagle3.training.step.ttt import Method, ttt
 
 pytestmark = pytest.mark.any_release
 
@@ -596,12 +596,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(target, tmp_pat
 
 def test_the_disk_works_while_the_target_runs(target, tmp_path, monkeypatch):
     """The target goes on with the next shard while one is written, and no further."""
-    from hf_eagle3.training import stored_states
+    from hf_eagle3.training.states import stored as stored_states
 
     threads = set()
     real = stored_states.digest
     monkeypatch.setattr(
-        "hf_eagle3.training.state_writer.digest",
+        "hf_eagle3.training.states.writer.digest",
         lambda path: threads.add((path.name.startswith("states-"), threading.get_ident())) or real(path),
     )
     store_states(target, ROWS, tmp_path / "states", shard_size=SMALL)
@@ -861,7 +861,7 @@ def test_drafters_of_other_layers_and_targets_are_refused(target, folder):
 
 
 def test_many_shards_are_not_all_kept_open(folder, monkeypatch):
-    monkeypatch.setattr("hf_eagle3.training.stored_states.OPEN_SHARDS", 2)
+    monkeypatch.setattr("hf_eagle3.training.states.stored.OPEN_SHARDS", 2)
     stored = StoredStates(folder)
     expected = StoredStates(folder).states(batch_of(stored.dataset, range(len(ROWS))))
     states = stored.states(batch_of(stored.dataset, range(len(ROWS))))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from helpers.spans import HKV, HQ, MASKS, D, inputs, run
 
-from hf_eagle3.training import attention, batch
-from hf_eagle3.training.attention import FLASH, MATH, SQUARES, attend, attend_eagerly, pick_block
-from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.step import attention, batch
+from hf_eagle3.training.step.attention import FLASH, MATH, SQUARES, attend, attend_eagerly, pick_block
+from hf_eagle3.training.step.batch import Collator
 
 pytestmark = pytest.mark.any_release
 

@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import TokenDataset
-from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.loading import make_drafter as choose_and_make
-from hf_eagle3.training.state_writer import fingerprint_data
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.ttt import unroll_rows
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.states.writer import fingerprint_data
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.ttt import unroll_rows
 
 pytestmark = pytest.mark.any_release
 

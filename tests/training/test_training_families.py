@@ -15,15 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_eagle3 import Eagle3Trainer
 from hf_eagle3.checkpoints import ENGINES
 from hf_eagle3.training import StoredStates, new_drafter, store_states
-from hf_eagle3.training.batch import Collator
 from hf_eagle3.training.evaluation import generate_and_count, generate_and_walk
 from hf_eagle3.training.forecast import TargetShape, target_flops
-from hf_eagle3.training.losses import LOSSES
-from hf_eagle3.training.new import ROPES, choose_rope
+from hf_eagle3.training.new_drafter import ROPES, choose_rope
 from hf_eagle3.training.sizes import find_size
-from hf_eagle3.training.states import OnlineStates
-from hf_eagle3.training.target_head import DraftVocabulary
-from hf_eagle3.training.ttt import Method, ttt
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.losses import LOSSES
+from hf_eagle3.training.step.target_head import DraftVocabulary
+from hf_eagle3.training.step.ttt import Method, ttt
 
 V = 64
 # Fields of whatever config has them.

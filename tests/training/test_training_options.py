@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from hf_eagle3 import Eagle3Trainer
-from hf_eagle3.peers import find_peers
+from hf_eagle3.tensor_parallel import find_peers
 from hf_eagle3.training import new_drafter
-from hf_eagle3.training.batch import Collator
+from hf_eagle3.training.data.packing import pack
 from hf_eagle3.training.distributed import served_copy
 from hf_eagle3.training.forecast import (
     DrafterShape,
@@ -44,9 +44,9 @@ from hf_eagle3.training.forecast import (
     target_flops,
 )
 from hf_eagle3.training.loading import place_target
-from hf_eagle3.training.packing import pack
 from hf_eagle3.training.recipe import read_recipe
-from hf_eagle3.training.states import OnlineStates
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.step.batch import Collator
 
 pytestmark = pytest.mark.any_release
 
@@ -240,7 +240,7 @@ def test_liger_kernels_are_for_the_target_in_place_of_ours(target, rows, tmp_pat
     given, ours = [], []
     monkeypatch.setattr("hf_eagle3.training.trainer.apply_liger_kernel", lambda *args: given.append(args))
     fused = type("Fused", (contextlib.nullcontext,), {"__init__": lambda self, target: ours.append(target)})
-    monkeypatch.setattr("hf_eagle3.training.states.FusedElements", fused)
+    monkeypatch.setattr("hf_eagle3.training.states.online.FusedElements", fused)
     options = {"use_liger_kernel": asked, "liger_kernel_config": {"rope": False}}
     Eagle3Trainer(make_drafter(target), target, args=make_args(tmp_path, **options), train_dataset=rows)
     assert [(model is target, config) for model, config in given] == [(True, {"rope": False})] * asked
@@ -623,7 +623,7 @@ def test_losses_that_steer_themselves_resume_exactly(target, rows, tmp_path, los
 
 
 def test_recomputing_activations_changes_nothing(target, rows, tmp_path, monkeypatch):
-    from hf_eagle3.training import ttt
+    from hf_eagle3.training.step import ttt
 
     calls = []
     original = ttt.checkpoint

@@ -13,7 +13,7 @@ from helpers.training import TINY, make_tokenizer
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import cli
-from hf_eagle3.processes import launch
+from hf_eagle3.data_parallel import launch
 from hf_eagle3.training.script import lora, main, parse, target_options
 
 pytestmark = pytest.mark.any_release

@@ -22,16 +22,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from hf_eagle3.row_attention import UnfitError
-from hf_eagle3.training import batch as batch_module
-from hf_eagle3.training import ttt as ttt_module
-from hf_eagle3.training.acceptance import walk
-from hf_eagle3.training.batch import live_steps
-from hf_eagle3.training.losses import LOSSES, Lesson
-from hf_eagle3.training.states import OnlineStates, States, group_by_length
-from hf_eagle3.training.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.ttt import Method, teach_chunk, ttt, unroll_rows
-from hf_eagle3.unroll import live_slots, shift, unroll
+from hf_eagle3.drafters.unroll import live_slots, shift, unroll
+from hf_eagle3.rows.attention import UnfitError
+from hf_eagle3.training.states.online import OnlineStates, States, group_by_length
+from hf_eagle3.training.step import batch as batch_module
+from hf_eagle3.training.step import ttt as ttt_module
+from hf_eagle3.training.step.acceptance import walk
+from hf_eagle3.training.step.batch import live_steps
+from hf_eagle3.training.step.losses import LOSSES, Lesson
+from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
+from hf_eagle3.training.step.ttt import Method, teach_chunk, ttt, unroll_rows
 
 pytestmark = pytest.mark.any_release
 
@@ -65,7 +65,7 @@ def test_each_slot_is_what_serving_computes(target, variant, attn):
 
 def test_a_step_too_many_in_the_mask_is_noticed(target, monkeypatch):
     """Negative control: with its own diagonal of an earlier step hidden, a slot differs from serving."""
-    from hf_eagle3 import unroll as module
+    from hf_eagle3.drafters import unroll as module
 
     drafter = make(target)
     ids, aux = torch.randint(0, V, (1, 9)), torch.randn(1, 9, 96, dtype=torch.float64)
@@ -418,7 +418,7 @@ def test_nothing_to_train_still_touches_every_weight(target):
 
 def test_no_row_of_the_vocabulary_outlives_its_tile(target, monkeypatch):
     """T-18: the largest tensor of heads and loss is a chunk, whatever the number of slots."""
-    from hf_eagle3.training import target_head
+    from hf_eagle3.training.step import target_head
 
     monkeypatch.setattr(ttt_module, "CHUNK_ELEMENTS", 2 * K * V_D)
     monkeypatch.setattr(target_head, "TILE", 8)
@@ -571,7 +571,7 @@ def test_the_head_gives_the_targets_own_logits(family):
 
 
 def test_tiles_of_the_head_are_one_vocabulary(monkeypatch):
-    from hf_eagle3.training import target_head
+    from hf_eagle3.training.step import target_head
 
     torch.manual_seed(0)
     head, last = TargetHead(torch.randn(V, 16), None, V), torch.randn(7, 16)

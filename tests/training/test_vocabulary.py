@@ -15,7 +15,7 @@ from hf_eagle3.training import (
     measure_coverage,
     vocabulary_fingerprint,
 )
-from hf_eagle3.training.vocabulary import count_by_source
+from hf_eagle3.training.data.vocabulary import count_by_source
 
 pytestmark = pytest.mark.any_release
 
@@ -29,7 +29,7 @@ ROWS = [
 @pytest.fixture
 def said(caplog):
     """What the vocabulary module says, through the host's logger, which is quiet in tests."""
-    logger = logging.get_logger("hf_eagle3.training.vocabulary")
+    logger = logging.get_logger("hf_eagle3.training.data.vocabulary")
     level = logger.level
     logger.setLevel("WARNING")
     logger.addHandler(caplog.handler)

@@ -1,0 +1,156 @@
+"""What a command is given, looked at before anything is loaded, and loaded with an error that names the option."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..modeling import CheckpointError, Eagle3DrafterConfig
+from ..modeling.text_eagle3 import one_line, show
+from .quoting import PATH_STARTS
+
+KINDS = (CheckpointError, OSError, ValueError, ImportError)  # that stay what they are
+
+
+@contextmanager
+def opening(option: str, name: str) -> Iterator[None]:
+    """Name `option` in whatever error the host raises while it loads `name`: damaged files have it raise anything.
+
+    Raises:
+        ValueError: It cannot be loaded; or an error of `KINDS`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the Rust parts of the host raise the base class itself
+        kind = next((kind for kind in KINDS if isinstance(error, kind)), None)
+        what = "" if kind is not None else f"{type(error).__name__}: "
+        message = f"{option} {name}: {what}{one_line(str(error))}"
+        raise (kind or ValueError)(message) from error
+
+
+@contextmanager
+def rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Name the chat template in whatever error a target's own raises.
+
+    Raises:
+        ValueError: It cannot render what it was given.
+    """
+    try:
+        yield
+    except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot render a conversation: "
+            f"{one_line(str(error))}"
+        ) from error
+
+
+def refuse_drafter(option: str, name: str, **where: str | None) -> None:
+    """Raise unless `name` is an EAGLE-3 drafter, by its config.
+
+    Raises:
+        ValueError: It is something else, or cannot be read.
+    """
+    refuse_missing(option, name)
+    with opening(option, name):
+        config = AutoConfig.from_pretrained(name, **{key: value for key, value in where.items() if value is not None})
+    if not is_drafters_config(config):
+        raise ValueError(
+            f"{option} {name} is a {name_class(config)}, and no EAGLE-3 drafter. Give one made for the target (are target and "
+            "drafter swapped?)."
+        )
+
+
+def name_class(config: PreTrainedConfig) -> str:
+    """The class that AutoModel would make of a config, or what the config calls itself."""
+    kind = MODEL_MAPPING.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    return kind.__name__ if kind is not None else show(config.model_type)
+
+
+def refuse_target(option: str, name: str) -> None:
+    """Raise if `name` is not there, or is a drafter. What else can be wrong with a target, the host says.
+
+    Raises:
+        ValueError: It is.
+    """
+    refuse_missing(option, name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception:  # noqa: BLE001  adapters, a tokenizer alone, code of its own, or damaged, which the host says
+        return
+    if is_drafters_config(config):
+        raise ValueError(
+            f"{option} {name} is an EAGLE-3 drafter. Give the model that it is to draft for (are target and drafter swapped?)."
+        )
+
+
+def is_drafters_config(config: PreTrainedConfig) -> bool:
+    """Whether a config is that of an EAGLE-3 drafter, by whatever class it was read."""
+    return config.model_type == Eagle3DrafterConfig.model_type
+
+
+def refuse_missing(option: str, name: str) -> None:
+    """Raise if `name` is a folder that is not there, or has nothing in it.
+
+    Raises:
+        ValueError: It is.
+    """
+    path = Path(name).expanduser()
+    if not name:
+        raise ValueError(f"{option} is empty: give a folder, or a repository on the Hub.")
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(
+                f"{option} {name}: the folder is empty, there is no config.json. Give one with a model in it."
+            )
+    elif path.exists():
+        raise ValueError(f"{option} {name}: a file. Give the folder with config.json and the weights.")
+    elif name.startswith(PATH_STARTS) or name.count("/") > 1:
+        raise ValueError(f"{option} {name}: there is no such folder.")
+
+
+def refuse_used_folder(path: Path, option: str = "") -> None:
+    """Raise unless `path` is an empty folder, or not there.
+
+    Raises:
+        FileExistsError: It is something else.
+    """
+    given = f" {option}".rstrip()
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty: give{given} a folder that is, or is not there.")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give{given} an empty folder, or one that is not there.")
+
+
+def refuse_file(option: str, path: Path) -> None:
+    """Raise unless `path` is a file.
+
+    Raises:
+        ValueError: It is not there, or is a folder.
+    """
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}.")
+
+
+def refuse_device(name: str, option: str = "--device") -> None:
+    """Raise if there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{option} {name} is no device that PyTorch knows: give cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda":  # asked without touching it: a launcher must not take memory there
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"{option} {name} is not there: PyTorch sees {count} CUDA devices. Give {option} cpu, ..."
+            )
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"{option} {name} cannot be used here ({type(error).__name__}: {error}).") from error

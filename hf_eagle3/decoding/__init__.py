@@ -1,0 +1,1 @@
+"""Our decode loop. It knows no `generate()`."""

@@ -1,0 +1,165 @@
+"""Static memory for captured rounds, and the graphs recorded over it: one arena a target, kept between calls."""
+
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..rows.attention import own_attention
+from ..rows.cache import RowCache, count_cached_layers, to_bucket
+from ..tensor_parallel import local
+from .cuda_graphs import new_pool, synchronize
+from .phases import Drafted, Phases, Settled, Verified
+
+MAX_GRAPHS = 8  # sets of graphs that an arena keeps
+FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
+
+
+class KnownUnfitError(RuntimeError):
+    """These rounds could not be captured before."""
+
+
+class CacheMemoryError(torch.OutOfMemoryError):
+    """The device has no room for the caches of a call."""
+
+
+@dataclass(slots=True)
+class Recorded:
+    """The graphs of a round, and where each leaves its results."""
+
+    phases: Phases  # whose tensors they use
+    draft: Callable[[], None]
+    verify: Callable[[], None]
+    settle: Callable[[], None] | None  # None where processors look at the text
+    drafted: Drafted
+    verified: Verified
+    settled: Settled | None
+
+
+class Arena:
+    """Static memory for rounds of up to `num_rows` rows, and the graphs recorded over it.
+
+    Caches are filled from the front; a smaller batch uses the first rows.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        capacity: int,
+        target_layers: int,
+        drafter_layers: int,
+        fingerprint: tuple,
+        device: torch.device,
+    ):
+        self.num_rows, self.capacity, self.fingerprint, self.device = num_rows, capacity, fingerprint, device
+        self.autocast = describe_autocast(device)  # on which the dtype of keys and values depends
+        self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
+        self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
+        self.pool = new_pool()
+        self.unfit: dict[tuple, str] = {}  # why capture failed, by what tells sets of graphs apart
+        self.declined: Counter[tuple] = Counter()  # rounds, likewise, that ran over more rows than they needed
+
+    def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
+        """The target's and the drafter's cache, of the first rows."""
+        target_cache, drafter_cache = (cache.view(0, num_rows, of=self.num_rows) for cache in self.caches)
+        return target_cache, drafter_cache
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` in each row. Graphs go."""
+        self.forget()
+        for cache in self.caches:
+            cache.reserve(num_slots)
+        self.capacity = self.caches[0].capacity
+
+    def forget(self) -> None:
+        """Drop all graphs, and what a failed capture left."""
+        synchronize(self.device)  # one may be running
+        self.recorded.clear()
+        self.pool = new_pool()
+
+
+_arenas: "weakref.WeakKeyDictionary[PreTrainedModel, Arena]" = weakref.WeakKeyDictionary()
+
+
+def release_graphs() -> None:
+    """Free what captured rounds keep on the GPU between calls: caches and CUDA graphs of all targets."""
+    for arena in _arenas.values():
+        arena.forget()
+    _arenas.clear()
+
+
+def count_cache_bytes(target: PreTrainedModel) -> int:
+    """Bytes of keys and values, the drafter's too, that are kept for `target` between calls."""
+    arena = _arenas.get(target)
+    layers = [layer for cache in arena.caches for layer in cache.layers] if arena is not None else []
+    return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+
+
+def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
+    """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
+    configs = [model.config.get_text_config(decoder=True) for model in (target, drafter)]
+    marks: list[Any] = [*map(own_attention, configs), id(drafter)]
+    for model in (target, drafter):
+        for module in model.modules():
+            marks.append(id(vars(module).get("forward")))  # no reference: the model may go
+            if isinstance(getattr(type(module), "active_adapters", None), property):  # PEFT's layers
+                marks.append((str(module.active_adapters), str(getattr(module, "scaling", None))))
+                marks.append((getattr(module, "disable_adapters", None), getattr(module, "merged", None)))
+        marks.extend((local(x).data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
+    marks.extend(tensor.data_ptr() for tensor in drafter._borrowed.values())
+    return tuple(marks)
+
+
+@contextmanager
+def open_arena(
+    target: PreTrainedModel, drafter: PreTrainedModel, *, num_rows: int, prompt_length: int, max_new: int, depth: int
+) -> Iterator[Arena]:
+    """The target's arena, with room for a call, for the length of that call."""
+    slack = 4 * depth + 6  # rounds under way when the last row ends
+    num_slots = to_bucket(prompt_length + min(max_new, FIRST_ROOM) + slack)
+    fingerprint = take_fingerprint(target, drafter)
+    arena = _arenas.get(target)
+    is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)
+    if arena is not None and (is_too_small or arena.autocast != describe_autocast(target.device)):
+        arena.forget()
+        del _arenas[target]
+        arena = None
+    if arena is not None and arena.fingerprint != fingerprint:
+        arena.forget()
+        arena.fingerprint = fingerprint
+        arena.unfit.clear()
+    if arena is None:
+        layers = count_cached_layers(target), drafter.config.num_hidden_layers
+        arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
+        _arenas[target] = arena
+    try:
+        yield arena
+    except torch.OutOfMemoryError as error:
+        _arenas.pop(target, None)
+        arena.forget()
+        if isinstance(error, CacheMemoryError):
+            raise
+        raise CacheMemoryError(
+            f"The device ran out of memory for {num_rows} rows of {arena.capacity} positions, "
+            f"{describe_need(target, num_rows, arena.capacity)}: use fewer rows, a shorter prompt or a lower "
+            f"max_new_tokens; hf_eagle3.release_graphs() frees what other targets keep. {error}"
+        ) from error
+
+
+def describe_need(target: PreTrainedModel, num_rows: int, num_slots: int) -> str:
+    """How much memory the target's cache takes."""
+    config = target.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * heads * head_dim * num_slots * num_rows * target.dtype.itemsize
+    return f"whose keys and values take {size / 2**30:.2f} GiB"
+
+
+def describe_autocast(device: torch.device) -> torch.dtype | None:
+    """What products on `device` are cast to in this thread, by `torch.autocast`; None if they are not."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

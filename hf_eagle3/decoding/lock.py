@@ -1,0 +1,74 @@
+"""Who may use a target's layers, and its arena, when."""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+BUSY = "another call of this target is under way"
+
+
+_lock = threading.Lock()  # of the next two: which calls and threads use a target
+_busy: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # targets whose arena a call uses
+_turns: "weakref.WeakKeyDictionary[PreTrainedModel, Turns]" = weakref.WeakKeyDictionary()
+
+
+def why_busy(target: PreTrainedModel) -> str | None:
+    """That another call uses the target's arena, if so."""
+    return BUSY if target in _busy else None
+
+
+def take_arena(target: PreTrainedModel) -> bool:
+    """Have the target's arena to oneself, until `give_arena_back`; False if another call has it."""
+    with _lock:
+        is_free = target not in _busy
+        _busy.add(target)
+    return is_free
+
+
+def give_arena_back(target: PreTrainedModel) -> None:
+    """Let other calls have it."""
+    with _lock:
+        _busy.discard(target)
+
+
+class Turns:
+    """Any number of threads run a target's layers, or one records graphs over it, for which they are changed.
+
+    A context: entered around what runs them. `alone` waits until nobody does.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running, self._records = 0, False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records)
+            self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the time of a recording."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records and not self._running)
+            self._records = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._records = False
+                self._changed.notify_all()
+
+
+def turns_of(target: PreTrainedModel) -> Turns:
+    """Of the threads that use `target`."""
+    with _lock:
+        return _turns.setdefault(target, Turns())

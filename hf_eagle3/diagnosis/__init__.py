@@ -1,0 +1,1 @@
+"""How a drafter's weights want to be read."""

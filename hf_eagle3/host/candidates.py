@@ -1,0 +1,155 @@
+"""Drafting inside the host's assisted decoding: batch of one, chains. The host's words end here."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.utils import ModelOutput
+
+from ..compat import CACHE_NAME
+from ..drafters.draft import Choose, Draft, choose_greedy, draft_chain, extend, make_choose_sampled
+from ..recorder import StateRecorder
+from ..speculation.sampling import make_to_probs, stateless_warpers
+from ..speculation.stats import Stopwatch
+from .stopping import InOrder, TokenwiseStop
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one `generate` call needs of us, and finds out. Travels through the host's loop in the place of `assistant_model`."""
+
+    drafter: PreTrainedModel  # an Eagle3DrafterModel, bound to the target
+    recorder: StateRecorder  # open, on the target
+    depth: int  # K
+    stopwatch: Stopwatch  # of the draft steps
+    stop: TokenwiseStop | None = None  # where the call's criteria are asked token by token
+    in_order: InOrder | None = None  # where tokens are drawn one after the other, for processors that look at the text
+    verdicts: list[tuple[int, int]] = field(default_factory=list)  # draft tokens verified and kept, for each forward
+
+
+class DraftLogProbs(Tensor):
+    """The log q [1, K, V] of a draft of ours: by its type it is known where the host verifies.
+
+    Log probabilities are logits, too, so host code that knows nothing of this may take them for such.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch advises
+    in_order: InOrder | None = None  # who has chosen the tokens already, if anybody has
+
+
+class Eagle3CandidateGenerator(CandidateGenerator):
+    """Proposes a chain of draft tokens each round, from the states that the target's last forward left behind.
+
+    Between rounds the drafter's cache holds exactly the positions that the target has verified and this call has
+    seen, each with the target's own states.
+
+    Args:
+        session: Drafter, recorder and verdicts of this call.
+        generation_config: The call's, with its `max_length`.
+        logits_processor: The call's. Its stateless warpers shape the draft too; no other ever sees a drafter's logits.
+    """
+
+    requires_model_outputs: bool = True
+    # The states come from the recorder, so the host is asked for none.
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, session: Session, generation_config: GenerationConfig, logits_processor: LogitsProcessorList | None
+    ):
+        self.session = session
+        self.max_length = generation_config.max_length
+        self.choose: Choose = choose_greedy
+        if generation_config.do_sample:
+            self.choose = make_choose_sampled(make_to_probs(stateless_warpers(logits_processor or [])))
+        # Full layers, whatever the drafter's window: its mask cuts, and what a refused draft wrote can be cut off.
+        self.cache = DynamicCache()
+        self.first_position = 0  # of the first cached state
+        self.num_drafted = 0  # draft tokens in the round under way
+
+    @property
+    def device(self) -> torch.device:
+        """Where the drafter runs."""
+        return self.session.drafter.device
+
+    def get_candidates(
+        self,
+        input_ids: Tensor,
+        *,
+        model_kwargs: dict[str, Any],
+        model_outputs: ModelOutput | None,
+        is_first_iteration: bool,
+        n_last_matches: int,
+        **_: Any,  # what later hosts may pass to every generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Verified tokens and draft tokens [1, S+K], and log q [1, K, V] unless the draft is greedy."""
+        num_refused = self.num_drafted - int(n_last_matches)
+        self.num_drafted = 0
+        depth = min(self.session.depth, self.max_length - input_ids.shape[1] - 1)
+        if is_first_iteration or depth < 1:
+            return input_ids, None
+        with self.session.stopwatch:
+            draft = self._draft(input_ids, model_kwargs, num_refused, depth)
+        if draft is None:
+            return input_ids, None
+        self.num_drafted = draft.tokens.shape[1]
+        candidate_input_ids = torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=-1)
+        if draft.probs is None:
+            return candidate_input_ids, None
+        assert model_outputs is not None  # only the first iteration has none
+        log_q = self._scatter_log(draft.probs, model_outputs.logits)
+        log_q.in_order = self.session.in_order
+        if log_q.in_order is not None:
+            log_q.in_order.begin(candidate_input_ids[:, -self.num_drafted :], log_q.as_subclass(Tensor).exp())
+        return candidate_input_ids, log_q
+
+    def _draft(self, input_ids: Tensor, model_kwargs: dict[str, Any], num_refused: int, depth: int) -> Draft | None:
+        """The draft after `input_ids` [1, S], or None if there is no position to draft from."""
+        states = self.session.recorder.take(self.device, drop_last=num_refused)  # [1, T, A*Ht]
+        # Embeddings given as a prompt have no token ids: the drafter starts where ids do.
+        T = min(states.shape[1], input_ids.shape[1])
+        states, tokens = states[:, -T:], input_ids[:, -T:].to(self.device)
+        seen = self.cache.get_seq_length()
+        if seen:
+            position_ids = torch.arange(seen, seen + T, device=self.device)[None] + self.first_position
+        else:
+            position_ids, is_real = first_positions(T, model_kwargs)
+            states, tokens = states[:, is_real.to(self.device)], tokens[:, is_real.to(self.device)]
+            if not tokens.shape[1]:
+                return None
+            position_ids = position_ids.to(self.device)
+            self.first_position = int(position_ids[0, 0])
+        drafter = self.session.drafter
+        feature = extend(drafter, tokens, states, self.cache, position_ids=position_ids)
+        return draft_chain(drafter, feature, self.cache, depth=depth, choose=self.choose)
+
+    def _scatter_log(self, probs: Tensor, target_logits: Tensor) -> DraftLogProbs:
+        """Log q [1, K, V] of `probs` [1, K, V_d], -inf outside the draft vocabulary, on the target's device."""
+        B, K, _ = probs.shape
+        log_q = probs.new_full((B, K, target_logits.shape[-1]), -torch.inf)
+        index = self.session.drafter.draft_to_target_ids.expand(B, K, -1)  # [1, K, V_d]
+        log_q = log_q.scatter_(-1, index, probs.log()).to(target_logits.device)
+        return log_q.as_subclass(DraftLogProbs)
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:  # noqa: ARG002
+        """Note the verdict of the round over `input_ids` [1, S], all verified."""
+        self.session.verdicts.append((self.num_drafted, int(num_matches)))
+        if self.session.stop is not None:
+            self.session.stop.verified_length = input_ids.shape[1]
+
+
+def first_positions(num_states: int, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Positions [1, T'] of the last `num_states` states that are not padding, and which those are, [T] bool.
+
+    Counted as the host counts them: from the attention mask, or from the cache where it dropped a mask of ones. Both
+    cover what an earlier call left in the cache.
+    """
+    mask = model_kwargs.get("attention_mask")  # [1, S], the root included
+    if mask is None:
+        past = int(model_kwargs[CACHE_NAME].get_seq_length())  # in 5.17 a tensor at times
+        return torch.arange(past - num_states, past)[None], torch.ones(num_states, dtype=torch.bool)
+    is_real = mask[0, -1 - num_states : -1].bool()  # [T]
+    position_ids = mask.long().cumsum(-1)[:, -1 - num_states : -1] - 1
+    return position_ids[:, is_real], is_real

@@ -1,0 +1,183 @@
+"""Which decode loop a call gets, and why."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.generation import GenerationMixin
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+
+from ..recorder import find_skippable
+from ..rows.attention_trial import why_not_ours
+from ..rows.rotation import why_not_rotated
+
+HOST_LOOP = "host assisted decoding"
+OWN_LOOP = "own decode loop"
+ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # the last for layers that share others'
+# Families whose layers make positions of their own, by `model_type`.
+OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
+# Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
+# decoding passes to each forward.
+KNOWN_INPUTS = {
+    *("attention_mask", "input_ids", "inputs_embeds", "past_key_values", "cache", "position_ids"),
+    *("tokenizer", "assistant_tokenizer", "use_cache", "logits_to_keep"),
+    *("token_type_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
+
+
+class Choice(StoppingCriteria):
+    """The loop for one call. A criterion only so that the host hands it through to the decode loop."""
+
+    def __init__(
+        self,
+        loop: str,
+        why: str,
+        drafter: PreTrainedModel,
+        depth: int,
+        *,
+        has_cache: bool = False,
+        is_eager: bool = False,
+    ):
+        self.loop, self.why, self.drafter, self.depth = loop, why, drafter, depth
+        self.is_eager = is_eager  # whether rounds must not be captured
+        self.has_cache = has_cache  # one of the user's, to be left as plain decoding leaves it
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's signature
+        raise AssertionError("The choice of a loop is taken out before criteria are asked.")
+
+
+def take_choice(criteria: Any) -> Choice | None:  # Any: the host's list of criteria, changed in place
+    """Take the choice out of a call's criteria; None if there is none."""
+    for index, criterion in enumerate(criteria or ()):
+        if isinstance(criterion, Choice):
+            return criteria.pop(index)
+    return None
+
+
+def kinds_of_layers(cache: Cache) -> set[str]:
+    """The kinds of layers in a cache of the host."""
+    return {type(layer).__name__ for layer in cache.layers}
+
+
+def is_sliding(target: PreTrainedModel) -> bool:
+    """Whether some layer of `target` attends within a window."""
+    return "DynamicSlidingWindowLayer" in kinds_of_layers(
+        DynamicCache(config=target.config.get_text_config(decoder=True))
+    )
+
+
+def why_not_target(target: PreTrainedModel) -> str | None:
+    """What about the target rules out our loop; None if nothing does."""
+    config = target.config.get_text_config(decoder=True)
+    kinds = kinds_of_layers(DynamicCache(config=config))
+    layer_types = set(getattr(config, "layer_types", None) or LAYER_TYPES)
+    name = type(target).__name__
+    if type(target)._sample is not GenerationMixin._sample:
+        return f"{name} decodes in a way of its own"
+    if not kinds <= CACHE_LAYERS or not layer_types <= LAYER_TYPES:
+        return f"{name} has layers other than full and sliding-window attention"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return f"{name} attends in chunks"
+    if (
+        not getattr(target, "_supports_attention_backend", False)
+        or "position_ids" not in inspect.signature(target.forward).parameters
+        or target.config.model_type in OWN_POSITIONS
+    ):
+        return f"{name} does not take masks and positions for each row"
+    return why_not_rotated(target) or why_not_ours(target)
+
+
+def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
+    """The cache that `generate` was given, by either of its names."""
+    return next((inputs[name] for name in ("past_key_values", "cache") if inputs.get(name) is not None), None)
+
+
+def holds_images(target: PreTrainedModel, cache: DynamicCache | None) -> bool:
+    """Whether layers of `target` that a text without images skips have something in `cache`."""
+    layers = dict(enumerate(cache.layers)) if cache is not None else {}
+    return any(layers[i].is_initialized and layers[i].keys.numel() for i in find_skippable(target) if i in layers)
+
+
+def has_holes(mask: Tensor) -> bool:
+    """Whether some row of an attention mask [B, S] has pads behind its first token and before its last."""
+    is_start = torch.nn.functional.pad(mask.long(), (1, 0)).diff(dim=-1) == 1  # [B, S], of a run of tokens
+    return bool((is_start.sum(-1) > 1).any())
+
+
+def why_not_call(
+    settings: GenerationConfig, inputs: Mapping[str, Any], *, has_synced_gpus: bool
+) -> str | None:  # Any: whatever was given
+    """What about the call rules out our loop; None if nothing does."""
+    if further := sorted(
+        k for k, v in inputs.items() if v is not None and not hasattr(settings, k) and k not in KNOWN_INPUTS
+    ):
+        return f"the prompt has {', '.join(further)}"
+    cache = find_cache(inputs)
+    if cache is not None and not (type(cache) is DynamicCache and kinds_of_layers(cache) <= CACHE_LAYERS):
+        return f"the cache given is a {type(cache).__name__}"
+    if settings.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation is {settings.cache_implementation}"
+    if getattr(settings, "assistant_ensemble_weight", None) is not None:  # the host's lossy rule
+        return "assistant_ensemble_weight is set"
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(settings, name):
+            return f"{name} is set"
+    return "synced_gpus is set" if has_synced_gpus else None
+
+
+def choose_loop(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    asked: Any,  # whatever was given
+    depth: int,
+    settings: GenerationConfig,
+    inputs: Mapping[str, Any],
+    has_synced_gpus: bool,
+) -> Choice:
+    """Our loop wherever it can take the call, unless asked otherwise; else the host's.
+
+    Args:
+        target: Given to `generate`.
+        drafter: Bound to it.
+        asked: `decode_loop`: "own", "eager", "host" or None.
+        depth: K.
+        settings: The call's, as the host resolves them.
+        inputs: What else `generate` was given by name beside its own parameters.
+        has_synced_gpus: Whether several processes must keep step.
+
+    Raises:
+        ValueError: What was asked for is unknown, or impossible.
+    """
+    if asked is not None and not (isinstance(asked, str) and asked in ASKED):
+        raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
+    why_not = why_not_call(settings, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
+    if why_not is None and holds_images(target, find_cache(inputs)):
+        why_not = "the cache given holds images"
+    if (
+        why_not is None
+        and is_sliding(target)
+        and (mask := inputs.get("attention_mask")) is not None
+        and has_holes(mask)
+    ):
+        why_not = "the attention mask has pads between tokens, which a sliding window counts"
+    if depth == 0 and (asked == "host" or why_not is not None):
+        raise ValueError(
+            f"num_assistant_tokens=0 is for our own decode loop ({why_not or 'decode_loop is host'}): to generate "
+            "without drafting, leave out assistant_model."
+        )
+    if asked == "host":
+        return Choice(HOST_LOOP, "asked for", drafter, depth)
+    if why_not is None:
+        why = "asked for" if asked else "attention caches only"
+        has_cache = find_cache(inputs) is not None
+        return Choice(OWN_LOOP, why, drafter, depth, has_cache=has_cache, is_eager=asked == "eager")
+    if asked is not None:
+        raise ValueError(f'decode_loop="{asked}" cannot take this call: {why_not}. Leave out decode_loop or that.')
+    return Choice(HOST_LOOP, why_not, drafter, depth)

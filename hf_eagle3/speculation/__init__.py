@@ -1,0 +1,1 @@
+"""Speculative decoding as tensors in, tensors out: accept rules, sampling, counts."""

@@ -1,0 +1,133 @@
+"""A drafter to train from scratch, sized after its target."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoints.convert import check_rope
+from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..tensor_parallel import whole
+from .sizes import find_size
+
+logger = logging.get_logger(__name__)
+
+# Rotary embeddings that a new drafter takes over, with the keys that it keeps of them: those that rotate whole heads by
+# the position alone, as Transformers, SGLang and vLLM read alike. The scale of yarn is left to its formula: engines read
+# mscale and attention_factor each in a way of its own.
+ROPES: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset({"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"}),
+}
+COMMON_KEYS = frozenset({"rope_type", "rope_theta"})
+THETA = 10000.0  # of a drafter whose target has no rotary embedding
+MLP_SIZES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "dff", "dim_ff")
+MLP_RATIO = 4  # MLP width of a target that states none, in hidden sizes
+HEAD_DIM = 64  # of a drafter whose target has no attention
+# What a target without a length of its own, such as one with ALiBi, leaves to the drafter's config.
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
+
+
+def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: Any) -> Eagle3DrafterModel:
+    """An EAGLE-3.1 drafter (fc_norm, norm_output) for `target`, float32, bound to it.
+
+    Where processes share the target, all must call.
+
+    Width, heads, MLP and rotary positions are the target's, as far as it has them and a drafter can; the head (and
+    embeddings of its own) start as the target's rows, the rest at random.
+
+    Args:
+        target: Any decoder of the host.
+        draft_vocabulary: [V_d] int64, ascending target ids (`choose_draft_vocabulary`).
+        overrides: Any field of `Eagle3DrafterConfig`.
+
+    Raises:
+        ValueError: `overrides` are no drafter's, or one that no engine could be given.
+    """
+    theirs = target.config.get_text_config(decoder=True)
+    embeddings = target.get_input_embeddings().weight
+    fields: dict[str, Any] = {
+        **find_sizes(theirs, embeddings.shape[-1]),
+        # No engine lends a drafter embeddings of another width than the target's states.
+        "has_own_embeddings": embeddings.shape[-1] != theirs.hidden_size,
+        "num_hidden_layers": 1,
+        "draft_vocab_size": len(draft_vocabulary),
+        "rms_norm_eps": getattr(theirs, "rms_norm_eps", None) or 1e-6,
+        "target_model_type": theirs.model_type,
+        # The host's pipeline takes two models for one vocabulary only if these agree.
+        **{name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "fc_norm": True,
+        "norm_output": True,
+        **overrides,
+    }
+    if "rope_parameters" not in overrides:
+        fields["rope_parameters"] = choose_rope(getattr(theirs, "rope_parameters", None))
+    config = Eagle3DrafterConfig(**fields)
+    check_rope(config)
+    drafter = Eagle3DrafterModel(config)
+    drafter.set_draft_to_target_ids(draft_vocabulary)
+    if (head := target.get_output_embeddings()) is not None and not config.share_lm_head:
+        rows = whole(head.weight.detach())
+        if rows.shape[-1] == config.hidden_size:
+            with torch.no_grad():
+                drafter.lm_head.weight.copy_(rows[draft_vocabulary.to(rows.device)])
+    if config.has_own_embeddings and embeddings.shape[-1] == config.hidden_size:
+        with torch.no_grad():
+            drafter.embed_tokens.weight.copy_(whole(embeddings.detach())[: config.vocab_size])
+    drafter.bind(target)
+    drafter.config.target_name_or_path = drafter.bound_target_name
+    return drafter
+
+
+def find_sizes(theirs: PreTrainedConfig, width: int) -> dict[str, int]:
+    """The sizes of a drafter for a target of config `theirs`.
+
+    Args:
+        theirs: Of the text decoder.
+        width: Of the target's token embeddings. They may be narrower than its states (OPT 350M).
+    """
+    heads = find_size(theirs, "num_attention_heads")
+    head_dim = find_size(theirs, "head_dim") or (theirs.hidden_size // heads if heads else min(HEAD_DIM, width))
+    heads = heads or max(1, width // HEAD_DIM)
+    kv_heads = find_size(theirs, "num_key_value_heads") or heads
+    sizes = {
+        "hidden_size": width,
+        "target_hidden_size": theirs.hidden_size,
+        "intermediate_size": find_size(theirs, *MLP_SIZES) or MLP_RATIO * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads if heads % kv_heads == 0 else heads,
+        "head_dim": head_dim + head_dim % 2,  # rotary positions turn pairs
+        "vocab_size": theirs.vocab_size,
+    }
+    if (length := find_size(theirs, *LENGTHS)) is not None:
+        sizes["max_position_embeddings"] = length
+    return sizes
+
+
+def choose_rope(theirs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Rotary parameters for a new drafter: the target's where one of `ROPES` has them, else plain ones at its theta.
+
+    A target with a set for each kind of layer gives that of full attention, or the first. What differs from the target's
+    is logged: a drafter that is trained from scratch needs positions, and not those of its target.
+    """
+    sets = {name: value for name, value in (theirs or {}).items() if isinstance(value, Mapping)}
+    one = sets.get("full_attention") or next(iter(sets.values()), theirs or {})
+    known = {key: value for key, value in one.items() if value is not None}
+    kind = known.get("rope_type", known.pop("type", "default"))
+    known["rope_type"] = kind
+    kept = ROPES.get(kind, frozenset()) | COMMON_KEYS
+    ours = {key: value for key, value in known.items() if key in kept}
+    if kind not in ROPES:
+        ours["rope_type"] = "default"
+    ours.setdefault("rope_theta", THETA)
+    if theirs and known != ours:
+        logger.warning(
+            f"The target's rotary parameters are {dict(theirs)}. The new drafter takes {ours}: drafters rotate whole heads, "
+            "by the position alone."
+        )
+    return ours

@@ -1,0 +1,1 @@
+"""Where the target's hidden states come from."""

@@ -1,0 +1,1 @@
+"""One step of training-time test: from a batch to a loss."""
