@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.host.loop_choice import OWN_LOOP
+from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import RowCache
 from hf_eagle3.speculation.accept import accept_greedy, accept_sampled
 
@@ -179,15 +180,14 @@ def test_keeping_the_cache_against_the_hosts(benchmark, length):
     """Write K+1 tokens into each of 8 layers and keep two: in place, against concatenation and crop."""
     old, new = (torch.randn(1, 8, T, 64) for T in (length, K + 1))  # [B, H_kv, T, D]
     ours, theirs = RowCache(8, length + 64), DynamicCache()
-    slots = torch.arange(length)[None]
-    with ours.writing(slots, is_first=True):
+    with ours.writing(Block(torch.zeros(1, dtype=torch.long), length), is_first=True):
         for layer in range(8):
             ours.update(old, old, layer)
             theirs.update(old, old, layer)
     start = torch.tensor([length])  # [B]
 
     def write_rows() -> Tensor:
-        with ours.writing(start[:, None] + torch.arange(K + 1)):
+        with ours.writing(Block(start, K + 1)):
             for layer in range(8):
                 ours.update(new, new, layer)
         return start + 2

@@ -19,7 +19,6 @@ from helpers.models import make_target
 from transformers import PreTrainedModel
 
 import hf_eagle3
-from hf_eagle3.decoding import captured as graphs
 from hf_eagle3.host.install import WRAPS
 
 MAX_WORKERS = 8  # each holds a gigabyte
@@ -105,4 +104,4 @@ def plain_host() -> Iterator[None]:
 def counts(monkeypatch):
     """Of rounds captured on a CPU."""
     yield capture_on_cpus(monkeypatch)
-    graphs.release_graphs()
+    hf_eagle3.release_graphs()

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..drafters.kinds import find_kind
 from ..recorder import find_layers
+from ..speculation.shape import chain
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
 EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise
@@ -95,7 +97,7 @@ def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) 
     each = sum(n for _, n in parts) - once
     if drafter.config.share_lm_head and head is not None:
         each += head.weight.nbytes
-    num_forwards = min(depth, 1) if drafter.config.is_parallel else depth
+    num_forwards = find_kind(drafter.config).count_forwards(chain(depth))
     return Weights(num_always, (once if depth else 0) + num_forwards * each, experts)
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..console.opening import opening, refuse_used_folder
 from ..console.quoting import is_model_name, quote_python, quote_shell
-from ..drafters.draft import choose_greedy, draft_chain, extend
+from ..drafters.draft import Committed, Prompted, choose_greedy
+from ..drafters.kinds import find_kind
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.text_eagle3 import escape_controls, escape_record, show
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
+from ..speculation.shape import chain
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
@@ -342,7 +344,9 @@ def sample_drafts(drafter: Eagle3DrafterModel, num_positions: int = 16, depth: i
     width = config.num_captured_states * (config.target_hidden_size or config.hidden_size)
     states = torch.randn(1, num_positions, width, generator=generator).to(drafter.device)
     ids = torch.randint(config.vocab_size, (1, num_positions), generator=generator).to(drafter.device)
-    position_ids = torch.arange(num_positions, device=drafter.device)[None]
-    cache = DynamicCache()
-    feature = extend(drafter, ids, states, cache, position_ids=position_ids)
-    return draft_chain(drafter, feature, cache, depth=depth, choose=choose_greedy).tokens
+    count = torch.tensor([num_positions])
+    kind, shape = find_kind(config), chain(depth)
+    prompted = Prompted(ids.roll(1, dims=1), states, count, torch.zeros_like(count))  # ids come one after their states
+    memory = kind.begin(drafter, prompted, shape)
+    kind.catch_up(memory, Committed(ids[:, -1:], None, torch.ones_like(count)), shape)
+    return kind.propose(drafter, memory, shape, choose_greedy).tokens

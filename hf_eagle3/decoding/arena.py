@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..drafters.draft import DrafterMemory
 from ..rows.attention import own_attention
 from ..rows.cache import RowCache, count_cached_layers, to_bucket
+from ..speculation.accept import Proposal
+from ..speculation.shape import DraftShape
+from ..speculation.warpers import RowWarper
 from ..tensor_parallel import local
 from .cuda_graphs import new_pool, synchronize
-from .phases import Drafted, Phases, Settled, Verified
-
-MAX_GRAPHS = 8  # sets of graphs that an arena keeps
-FIRST_ROOM = 512  # new tokens that an arena is made for at first; it doubles as they come
+from .phases import Accepted, Verified
+from .state import RoundState
 
 
 class KnownUnfitError(RuntimeError):
@@ -30,15 +32,17 @@ class CacheMemoryError(torch.OutOfMemoryError):
 
 @dataclass(slots=True)
 class Recorded:
-    """The graphs of a round, and where each leaves its results."""
+    """The graphs of a round, the tensors they work on, and where each leaves its results."""
 
-    phases: Phases  # whose tensors they use
+    state: RoundState
+    memory: DrafterMemory
+    warper: RowWarper
     draft: Callable[[], None]
     verify: Callable[[], None]
-    settle: Callable[[], None] | None  # None where processors look at the text
-    drafted: Drafted
+    accept: Callable[[], None] | None  # None where processors look at the text
+    proposal: Proposal
     verified: Verified
-    settled: Settled | None
+    accepted: Accepted | None
 
 
 class Arena:
@@ -62,7 +66,8 @@ class Arena:
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self.pool = new_pool()
         self.unfit: dict[tuple, str] = {}  # why capture failed, by what tells sets of graphs apart
-        self.declined: Counter[tuple] = Counter()  # rounds, likewise, that ran over more rows than they needed
+        # Rounds that ran over a larger batch because a smaller one had no graphs, by the smaller one's key.
+        self.declined: Counter[tuple] = Counter()
 
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
@@ -117,11 +122,16 @@ def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple
 
 @contextmanager
 def open_arena(
-    target: PreTrainedModel, drafter: PreTrainedModel, *, num_rows: int, prompt_length: int, max_new: int, depth: int
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    *,
+    num_rows: int,
+    num_new: int,
+    prompt_length: int,
+    shape: DraftShape,
 ) -> Iterator[Arena]:
-    """The target's arena, with room for a call, for the length of that call."""
-    slack = 4 * depth + 6  # rounds under way when the last row ends
-    num_slots = to_bucket(prompt_length + min(max_new, FIRST_ROOM) + slack)
+    """The target's arena, with room for a call that adds `num_new` tokens to each row, for the length of that call."""
+    num_slots = to_bucket(prompt_length + num_new + shape.slack)
     fingerprint = take_fingerprint(target, drafter)
     arena = _arenas.get(target)
     is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)

@@ -1,4 +1,4 @@
-"""Rounds as CUDA graphs: the phases of `decode.Phases`, recorded once over static memory and replayed.
+"""Rounds as CUDA graphs: the phases of `phases.Phases`, recorded once over static memory and replayed.
 
 The phases themselves are those of the eager loop, run while the device records; what differs is who attends (row lengths
 instead of masks) and that kernels stand in for stock layers (`kernels.fusion`). One arena a target keeps memory and
@@ -7,28 +7,57 @@ graphs between calls.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..drafters.draft import DrafterMemory
 from ..kernels.fusion import fused, has_forward_hooks
 from ..kernels.language import is_available
-from ..recorder import StateRecorder
 from ..rows.attention import attending_by_rows
+from ..speculation.accept import Proposal
+from ..speculation.warpers import RowWarper
 from ..tensor_parallel import call_before_groups_end, find_peers, is_spread
-from .arena import FIRST_ROOM, MAX_GRAPHS, Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
+from .arena import Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
 from .cuda_graphs import capture, memory_in_use, synchronize, warm_up
-from .lock import turns_of, why_busy
-from .phases import Drafted, Phases, Settled, Verified
-from .state import DecodeConfig, DecodeState
+from .lock import lock_of, why_busy
+from .phases import Accepted, Models, Phases, Verified
+from .state import RoundConfig, RoundState
 
 logger = logging.getLogger(__name__)
-WORTH_CAPTURE = 128  # tokens to come, or rounds that ran over too many rows, for which a smaller batch gets graphs
-SMALL = ("length", "root", "block", "states", "num_pending", "first", "shift", "last_position")  # of DecodeState
+
+
+@dataclass(frozen=True)
+class CudaGraphs:
+    """How rounds are captured, and when that pays. The engine is given one.
+
+    Attributes:
+        first_room: New tokens that memory is made for at first; it doubles as they come.
+        worth_capture: Tokens to come, or rounds that ran over too many rows, for which a smaller batch gets graphs.
+        max_graphs: Sets of graphs that an arena keeps.
+        rounds_in_flight: Rounds launched before one is read; None: as many as the device allows.
+    """
+
+    first_room: int = 512
+    worth_capture: int = 128
+    max_graphs: int = 8
+    rounds_in_flight: int | None = None
+
+    def why_not(self, target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
+        """What keeps rounds from being captured; None if nothing does."""
+        return why_not_captured(target, drafter) or why_busy(target)
+
+    def warm_up(self, function: Callable[[], None], device: torch.device) -> None:
+        """Run what is to be captured, leaving random numbers as they were."""
+        warm_up(function, device)
+
+    def capture(self, function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
+        """How to replay `function(*args)`, and where its results will lie."""
+        return capture(function, *args, pool=pool)
 
 
 def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
@@ -53,32 +82,33 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str |
     for module in (*target.modules(), *drafter.modules()):
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
-    return why_busy(target)
+    return None
 
 
 class CapturedPhases(Phases):
     """The phases of a round, replayed from graphs.
 
     Args:
+        models: As of `Phases`, and so are `state`, `memory`, `warper` and `config`; the caches are the arena's.
         around: Entered around the forwards of rounds that cannot be replayed.
-        arena: Open. `state` uses its caches.
+        arena: Open.
+        capturer: Captures.
     """
 
     def __init__(
         self,
-        target: PreTrainedModel,
-        drafter: PreTrainedModel,
-        recorder: StateRecorder,
-        state: DecodeState,
-        config: DecodeConfig,
+        models: Models,
+        state: RoundState,
+        memory: DrafterMemory,
+        warper: RowWarper,
+        config: RoundConfig,
         around: Sequence[AbstractContextManager],
         arena: Arena,
-        *,
-        keeps_scores: bool,
+        capturer: CudaGraphs,
     ):
-        super().__init__(target, drafter, recorder, state, config, around)
-        self.arena, self.keeps_scores = arena, keeps_scores
-        self.told = "replayed"
+        super().__init__(models, state, memory, warper, config, around)
+        self.arena, self.capturer = arena, capturer
+        self.how = "replayed"  # how rounds ran, in words
         self._seconds, self._bytes = 0.0, 0  # of captures
         # None also where a capture in the middle of a call failed: rounds run eagerly.
         self.recorded: Recorded | None = None
@@ -98,40 +128,43 @@ class CapturedPhases(Phases):
         return super().around if self.recorded is None else ()
 
     @property
-    def lateness(self) -> int:
+    def rounds_in_flight(self) -> int:
         """As of the eager phases, but scores that are kept would be overwritten."""
-        return 0 if self.keeps_scores else super().lateness
+        if self.config.keeps_scores:
+            return 0
+        asked = self.capturer.rounds_in_flight
+        return super().rounds_in_flight if asked is None else asked
 
-    def draft(self) -> Drafted:
+    def draft(self) -> Proposal:
         """Replay."""
         if self.recorded is None:
             return super().draft()
         self.recorded.draft()
-        return self.recorded.drafted
+        return self.recorded.proposal
 
-    def verify(self, drafted: Drafted) -> Verified:
+    def verify(self, proposal: Proposal) -> Verified:
         """Replay."""
         if self.recorded is None:
-            return super().verify(drafted)
+            return super().verify(proposal)
         self.recorded.verify()
         return self.recorded.verified
 
-    def settle(self, drafted: Drafted, verified: Verified) -> Settled:
-        """Replay; the prompt's own first tokens are settled eagerly."""
-        if self.recorded is None or drafted is not self.recorded.drafted:
-            return super().settle(drafted, verified)
-        assert self.recorded.settle is not None
-        assert self.recorded.settled is not None
-        self.recorded.settle()
-        return self.recorded.settled
+    def accept(self, proposal: Proposal, verified: Verified) -> Accepted:
+        """Replay; first tokens, which the prompt's logits give, are accepted eagerly."""
+        if self.recorded is None or proposal is not self.recorded.proposal:
+            return super().accept(proposal, verified)
+        assert self.recorded.accept is not None
+        assert self.recorded.accepted is not None
+        self.recorded.accept()
+        return self.recorded.accepted
 
     def reserve(self, num_slots: int) -> None:
         """Make room. Graphs over the smaller memory are recorded anew."""
         if num_slots <= self.arena.capacity:
             return
         num_rows = len(self.state.length)
-        self.arena.reserve(num_slots + min(num_slots, 4 * FIRST_ROOM))
-        self.state.target_cache, self.state.drafter_cache = self.arena.first_rows(num_rows)
+        self.arena.reserve(num_slots + min(num_slots, 4 * self.capturer.first_room))
+        self.state.cache, self.memory.cache = self.arena.first_rows(num_rows)
         self.recorded = self._record_or_not()
 
     def keep(self, rows: list[int], *, num_left: float) -> list[int]:
@@ -144,20 +177,18 @@ class CapturedPhases(Phases):
         if 2 * size > num_rows:
             return list(range(num_rows))
         key = self._key(size)
-        if key not in self.arena.recorded and num_left < WORTH_CAPTURE:
+        if key not in self.arena.recorded and num_left < self.capturer.worth_capture:
             self.arena.declined[key] += 1
-            if self.arena.declined[key] < WORTH_CAPTURE:
+            if self.arena.declined[key] < self.capturer.worth_capture:
                 return list(range(num_rows))
         done = [b for b in range(num_rows) if b not in rows]
         rows = [*rows, *done[: size - len(rows)]]
         caches = self.arena.first_rows(size)
         index = torch.tensor(rows, device=self.state.length.device)
-        for cache, whole in zip(caches, (self.state.target_cache, self.state.drafter_cache), strict=True):
+        for cache, whole in zip(caches, (self.state.cache, self.memory.cache), strict=True):
             cache.take_rows(whole, index)
-        values = {name: getattr(self.state, name) for name in SMALL}
-        values |= {name: value[index] for name, value in values.items() if name not in ("shift", "last_position")}
-        values["shift"] = values["shift"][..., index, :]
-        self.state = DecodeState(**values, target_cache=caches[0], drafter_cache=caches[1])
+        self.state, self.memory = self.state.over(caches[0], index), self.memory.over(caches[1], index)
+        self.warper.select(index)
         self.recorded = self._record_or_not()
         return rows
 
@@ -166,14 +197,14 @@ class CapturedPhases(Phases):
         try:
             return self._record()
         except Exception as error:  # noqa: BLE001  whatever it is, the eager phases need none of it
-            self.told = f"none from here on ({type(error).__name__}: {error})"
+            self.how = f"none from here on ({type(error).__name__}: {error})"
             logger.warning(
                 "Rounds of %d rows cannot be captured, so they run eagerly: %s", len(self.state.length), error
             )
             return None
 
     def _record(self) -> Recorded:
-        """The graphs for this batch: found, or captured. The state goes over to their tensors."""
+        """The graphs for this batch: found, or captured. State, memory and settings go over to their tensors."""
         num_rows = len(self.state.length)
         key = self._key(num_rows)
         recorded = self.arena.recorded.pop(key, None)
@@ -181,22 +212,23 @@ class CapturedPhases(Phases):
             if (reason := self.arena.unfit.get(key)) is not None:
                 raise KnownUnfitError(reason)
             device = self.arena.device
-            torch.cuda.empty_cache()  # as a capture does first: what is more afterwards is its own
+            # Capturing empties the allocator anyway. Before measuring: the difference then is the graphs' memory.
+            torch.cuda.empty_cache()
             start, before = time.perf_counter(), memory_in_use(device)
-            with turns_of(self.target).alone():
+            with lock_of(self.models.target).alone():
                 recorded = self._capture()
             self._seconds += time.perf_counter() - start
             self._bytes += memory_in_use(device) - before
-            self.told = f"captured in {self._seconds:.2f} s, {max(self._bytes, 0) / 2**20:.0f} MiB"
-            logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.depth, self.told)
+            self.how = f"captured in {self._seconds:.2f} s, {max(self._bytes, 0) / 2**20:.0f} MiB"
+            logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.shape.depth, self.how)
         self.arena.recorded[key] = recorded  # the newest last
-        while len(self.arena.recorded) > MAX_GRAPHS:
+        while len(self.arena.recorded) > self.capturer.max_graphs:
             synchronize(self.arena.device)
             self.arena.recorded.popitem(last=False)
-        theirs = recorded.phases.state
-        for name in SMALL:
-            getattr(theirs, name).copy_(getattr(self.state, name))
-        self.state = theirs
+        recorded.state.copy_from(self.state)
+        recorded.memory.copy_from(self.memory)
+        recorded.warper.copy_from(self.warper)
+        self.state, self.memory, self.warper = recorded.state, recorded.memory, recorded.warper
         return recorded
 
     def give_up(self, reason: str) -> None:
@@ -206,43 +238,50 @@ class CapturedPhases(Phases):
     def _key(self, num_rows: int) -> tuple:
         """What tells sets of graphs apart."""
         config = self.config
-        what = (config.depth, config.do_sample, config.simulated_length, self.in_order, self.state.shift.dim())
-        return num_rows, *what, *describe_arithmetic(), *map(describe_warper, self.warpers)
+        rule = (config.rule, config.do_sample, config.simulated_length, config.is_seeded)
+        return (
+            num_rows,
+            config.shape,
+            *rule,
+            config.in_order,
+            self.state.shift.dim(),
+            *describe_arithmetic(),
+            *self.warper.key,
+        )
 
     def _capture(self) -> Recorded:
-        if find_peers(self.target) is not None:
+        target, drafter = self.models.target, self.models.drafter
+        if find_peers(target) is not None:
             call_before_groups_end(release_graphs)
         with torch.inference_mode(False), torch.no_grad():
-            small = {name: getattr(self.state, name).clone() for name in SMALL}
-            # A warm-up must not write over what the caches hold. Before the first token of a call that reaches one
-            # slot further than the lengths say.
-            small["length"] += 1
-            state = DecodeState(**small, target_cache=self.state.target_cache, drafter_cache=self.state.drafter_cache)
-        phases = Phases(self.target, self.drafter, self.recorder, state, self.config)
+            state, memory = self.state.over(self.state.cache), self.memory.over(self.memory.cache)
+            # A warm-up must not write over what the caches hold: before a call's first token they hold one slot more
+            # than `length` counts.
+            state.length += 1
+        phases = Phases(self.models, state, memory, self.warper.clone(), self.config)
 
         def run_all() -> None:
-            drafted = phases.draft()
-            verified = phases.verify(drafted)
-            if not self.in_order:
-                phases.settle(drafted, verified)
+            proposal = phases.draft()
+            verified = phases.verify(proposal)
+            if not self.config.in_order:
+                phases.accept(proposal, verified)
 
-        pool = self.arena.pool
+        options = {"pool": self.arena.pool}
         with ExitStack() as stack:
-            for model in (self.target, self.drafter):
+            for model in (target, drafter):
                 stack.enter_context(attending_by_rows(model))
-            stack.enter_context(fused(self.target, self.drafter))
+            stack.enter_context(fused(target, drafter))
             stack.enter_context(casting_within(self.arena.device))
-            warm_up(run_all, state.length.device)
-            if self.config.depth:
-                draft, drafted = capture(phases.draft, pool=pool)
+            self.capturer.warm_up(run_all, state.length.device)
+            if self.config.shape.num_nodes:
+                draft, proposal = self.capturer.capture(phases.draft, **options)
             else:
-                draft, drafted = do_nothing, phases.draft()
-            verify, verified = capture(phases.verify, drafted, pool=pool)
-            settle = settled = None
-            if not self.in_order:
-                settle, settled = capture(phases.settle, drafted, verified, pool=pool)
-        phases.target = phases.drafter = phases.recorder = None  # type: ignore[assignment]  # the models may go first
-        return Recorded(phases, draft, verify, settle, drafted, verified, settled)
+                draft, proposal = do_nothing, phases.draft()
+            verify, verified = self.capturer.capture(phases.verify, proposal, **options)
+            accept = accepted = None
+            if not self.config.in_order:
+                accept, accepted = self.capturer.capture(phases.accept, proposal, verified, **options)
+        return Recorded(state, memory, phases.warper, draft, verify, accept, proposal, verified, accepted)
 
 
 def casting_within(device: torch.device) -> AbstractContextManager[Any]:
@@ -269,9 +308,3 @@ def describe_arithmetic() -> tuple:
 
 def do_nothing() -> None:
     """The draft of depth 0."""
-
-
-def describe_warper(warper: Any) -> tuple:  # Any: one of the host's
-    """What a warper does, as a key."""
-    settings = {k: v.item() if isinstance(v, Tensor) else v for k, v in vars(warper).items()}
-    return type(warper).__name__, *sorted(settings.items())

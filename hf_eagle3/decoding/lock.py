@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 BUSY = "another call of this target is under way"
 
 
-_lock = threading.Lock()  # of the next two: which calls and threads use a target
+_lock = threading.Lock()  # guards _busy and _locks
 _busy: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # targets whose arena a call uses
-_turns: "weakref.WeakKeyDictionary[PreTrainedModel, Turns]" = weakref.WeakKeyDictionary()
+_locks: "weakref.WeakKeyDictionary[PreTrainedModel, LayerLock]" = weakref.WeakKeyDictionary()
 
 
 def why_busy(target: PreTrainedModel) -> str | None:
@@ -34,7 +34,7 @@ def give_arena_back(target: PreTrainedModel) -> None:
         _busy.discard(target)
 
 
-class Turns:
+class LayerLock:
     """Any number of threads run a target's layers, or one records graphs over it, for which they are changed.
 
     A context: entered around what runs them. `alone` waits until nobody does.
@@ -68,7 +68,7 @@ class Turns:
                 self._changed.notify_all()
 
 
-def turns_of(target: PreTrainedModel) -> Turns:
+def lock_of(target: PreTrainedModel) -> LayerLock:
     """Of the threads that use `target`."""
     with _lock:
-        return _turns.setdefault(target, Turns())
+        return _locks.setdefault(target, LayerLock())

@@ -1,4 +1,7 @@
-"""The phases of a round in eager PyTorch: draft, verify, accept, commit. They define what a round does."""
+"""The phases of a round in eager PyTorch: draft, verify, accept, commit. They define what a round does.
+
+Shapes: B rows in the batch, N draft tokens of which a path has up to D; a chain has N = D = K.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -6,109 +9,40 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_NAME
-from ..drafters.draft import Choose, Draft, choose_at_once, choose_greedy, make_choose_sampled
+from ..drafters.draft import DrafterKind, DrafterMemory, choose_greedy, make_choose_sampled
 from ..recorder import StateRecorder, find_layers
+from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
 from ..rows.masks import Masks, make_masks
 from ..rows.rotation import at_once, one_by_one, rotating
-from ..speculation.accept import Verdict, accept_greedy, accept_sampled, accept_simulated
+from ..speculation.accept import RULES, Judging, Proposal, Verdict, stop_before
+from ..speculation.noise import GlobalNoise, Noise, SeededNoise
 from ..speculation.numbers import has_nan
-from ..speculation.sampling import make_to_probs, stateless_warpers
-from ..tensor_parallel import make_agree
-from .state import DecodeConfig, DecodeState, commit, keep_rows
+from ..speculation.shape import NONE, DraftShape
+from ..speculation.warpers import RowWarper
+from ..tensor_parallel import Agree
+from .state import RoundConfig, RoundState
 
 
-def draft(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: Choose) -> Draft:
-    """Propose `depth` tokens after each row's root.
-
-    The first draft step runs over K+1 positions in every row; what it writes behind a row's last pending state is junk,
-    as is all that the later steps write. Lengths say so, and no mask shows it.
-    """
-    if drafter.config.is_parallel:
-        return draft_parallel(drafter, state, depth=depth, choose=choose)
-    cache, device = state.drafter_cache, drafter.device
-    first = state.first[:, None].to(device)  # [B, 1]
-    last = (state.num_pending - 1)[:, None].to(device)  # [B, 1]
-    start = (state.length - 1 - state.num_pending)[:, None].to(device) - first  # [B, 1], of the first pending state
-    slots = start + torch.arange(state.block.shape[1], device=device)  # [B, K+1]
-    with cache.writing(slots):
-        out = drafter(
-            input_ids=state.block.to(device),
-            aux_hidden_states=state.states,
-            attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
-            position_ids=slots + first,
-            past_key_values=cache,
-            logits_to_keep=last,
-        )
-    feedback = out.feedback.gather(1, last[..., None].expand(-1, -1, out.feedback.shape[-1]))  # [B, 1, H]
-    slots = start + last  # [B, 1]
-    tokens: list[Tensor] = []
-    probs: list[Tensor] = []
-    for step in range(depth):
-        if step:
-            slots = slots + 1
-            with cache.writing(slots):
-                out = drafter(
-                    input_ids=tokens[-1][:, None],
-                    hidden_states=feedback,
-                    attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
-                    position_ids=slots + first,
-                    past_key_values=cache,
-                )
-            feedback = out.feedback
-        draft_ids, q = choose(out.logits[:, -1])  # [B], [B, V_d]
-        tokens.append(drafter.to_target_ids(draft_ids))
-        if q is not None:
-            probs.append(q)
-    return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None)
-
-
-def draft_parallel(drafter: PreTrainedModel, state: DecodeState, *, depth: int, choose: Choose) -> Draft:
-    """Propose `depth` tokens after each row's root by one forward of a P-EAGLE drafter.
-
-    It runs over 2K positions in every row: the pending states, and masks from there on, of which the first K-1 count.
-    """
-    cache, device = state.drafter_cache, drafter.device
-    first = state.first[:, None].to(device)  # [B, 1]
-    num_pending = state.num_pending[:, None].to(device)  # [B, 1]
-    start = state.length[:, None].to(device) - 1 - num_pending - first  # [B, 1], the slot of the first pending state
-    # A row that is done and stays goes on over junk. It must not leave the cache.
-    slots = start.clamp(max=cache.capacity - 2 * depth) + torch.arange(2 * depth, device=device)  # [B, 2K]
-    ids = functional.pad(state.block.to(device), (0, depth - 1))  # [B, 2K]
-    states = functional.pad(state.states, (0, 0, 0, depth - 1))  # [B, 2K, A*Ht]
-    ids, states = drafter.with_masks(ids, states, num_pending)
-    with cache.writing(slots):
-        out = drafter(
-            input_ids=ids,
-            aux_hidden_states=states,
-            attention_mask=make_masks(drafter.config, slots, cache.num_visible, drafter.dtype),
-            position_ids=slots + first,
-            past_key_values=cache,
-            logits_to_keep=num_pending - 1 + torch.arange(depth, device=device),  # [B, K]
-        )
-    return choose_at_once(drafter, out.logits, choose)
-
-
-def verify(target: PreTrainedModel, state: DecodeState, draft_tokens: Tensor) -> Tensor:
-    """Logits [B, K+1, V] after the root and each of `draft_tokens` [B, K]: float32, or 16 bits if the target's are."""
-    tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, K+1]
-    logits = run_target(target, state, tokens).to(tokens.device)
+def verify(target: PreTrainedModel, state: RoundState, draft_tokens: Tensor, shape: DraftShape) -> Tensor:
+    """Logits [B, N+1, V] after the root and each of `draft_tokens` [B, N]: float32, or 16 bits if the target's are."""
+    tokens = torch.cat([state.root[:, None], draft_tokens.to(state.root.device)], dim=1)  # [B, N+1]
+    block = Block(state.length - 1, tokens.shape[1], shape.ancestry(tokens.device))
+    logits = run_target(target, state, tokens, block).to(tokens.device)
     return logits if logits.itemsize == 2 else logits.float()
 
 
-def run_target(target: PreTrainedModel, state: DecodeState, tokens: Tensor) -> Tensor:
-    """Logits [B, T, V] of `tokens` [B, T], the first in each row's slot length-1."""
-    cache = state.target_cache
-    slots = (state.length - 1)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    places = torch.minimum(slots, state.last_position)
+def run_target(target: PreTrainedModel, state: RoundState, tokens: Tensor, block: Block) -> Tensor:
+    """Logits [B, T, V] of the `tokens` [B, T] of a block."""
+    cache = state.cache
+    places = torch.minimum(block.places, state.last_position)
     position_ids = places + state.shift if state.asked is None else state.asked(places, tokens)
     text_config = target.config.get_text_config(decoder=True)
-    with cache.writing(slots):
-        masks = make_masks(text_config, slots, cache.num_visible, target.dtype)
+    with cache.writing(block):
+        masks = make_masks(text_config, block, cache.num_visible, target.dtype)
         with handing_over(masks, target) as masks, rotating(one_by_one):
             out = target(
                 input_ids=tokens,
@@ -145,21 +79,18 @@ def handing_over(masks: Masks | None, target: PreTrainedModel) -> Iterator[Masks
 
 def start_anew(target: PreTrainedModel, cache: RowCache, text: Tensor) -> None:
     """Let the `cache` of one row hold what it would if `text` [1, n] had been its prompt."""
-    slots = torch.arange(text.shape[1], device=text.device)[None]  # [1, n]
+    block = whole_rows(1, text.shape[1], text.device)
     cache.reserve(text.shape[1])
     options = {"logits_to_keep": 1} if target._supports_logits_to_keep() else {}
-    with cache.writing(slots, is_first=True), rotating(at_once):
-        target(input_ids=text, position_ids=slots, **{CACHE_NAME: cache}, use_cache=True, return_dict=True, **options)
-
-
-def stop_before(verdict: Verdict, draft_tokens: Tensor, limit: Tensor) -> Verdict:
-    """`verdict` over `draft_tokens` [B, K], with no more of them kept than `limit` [B]: the next one is the next token."""
-    if not draft_tokens.shape[1]:
-        return verdict
-    limit = limit.clamp(max=draft_tokens.shape[1])
-    kept = draft_tokens.gather(1, limit.clamp(max=draft_tokens.shape[1] - 1)[:, None])[:, 0]
-    is_over = verdict.num_accepted > limit
-    return Verdict(torch.minimum(verdict.num_accepted, limit), torch.where(is_over, kept, verdict.next_token))
+    with cache.writing(block, is_first=True), rotating(at_once):
+        target(
+            input_ids=text,
+            position_ids=block.places,
+            **{CACHE_NAME: cache},
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
 
 
 def scatter_probs(drafter: PreTrainedModel, probs: Tensor, vocab_size: int) -> Tensor:
@@ -168,93 +99,108 @@ def scatter_probs(drafter: PreTrainedModel, probs: Tensor, vocab_size: int) -> T
     return q.scatter_(-1, drafter.draft_to_target_ids.expand_as(probs), probs)
 
 
-class Drafted(NamedTuple):
-    """What a round proposes, on the target's device."""
-
-    tokens: Tensor  # [B, K] int64
-    q: Tensor | None  # [B, K, V] float32, the law they were drawn from; None for a greedy draft
+def agree_on(verdict: Verdict, agree: Agree) -> Verdict:
+    """The verdict of the first of the processes that run a target together."""
+    path = None if verdict.path is None else agree(verdict.path)
+    return Verdict(agree(verdict.num_accepted), agree(verdict.next_token), path)
 
 
 class Verified(NamedTuple):
-    """What the target says to it."""
+    """What the target says to a proposal."""
 
-    logits: Tensor  # [B, K+1, V], float32 or 16 bits
-    states: Tensor | None  # [B, K+1, A*Ht]; None of the prompt, whose last state is pending already
+    logits: Tensor  # [B, N+1, V], float32 or 16 bits
+    states: Tensor | None  # [B, N+1, A*Ht]; None of the prompt, whose last state is pending already
 
 
-class Settled(NamedTuple):
+class Accepted(NamedTuple):
     """What came of it."""
 
-    report: Tensor  # [B*(K+1) + B + 1] int64: the new block, how many draft tokens were kept, whether there is a NaN
-    scores: Tensor  # [B, K+1, V], what tokens were chosen by; float32 but where the logits themselves were
+    report: Tensor  # [B*(D+1) + B + 1] int64: new tokens, how many draft tokens were kept, whether there is a NaN
+    scores: Tensor  # [B, N+1, V], what tokens were chosen by; float32 but where the logits themselves were
+
+
+class Models(NamedTuple):
+    """Who takes part in a round."""
+
+    target: PreTrainedModel
+    drafter: PreTrainedModel  # bound to it
+    kind: DrafterKind
+    recorder: StateRecorder  # open, on the target
+    agree: Agree
 
 
 class Phases:
     """The phases of a round over one batch, in eager PyTorch: tensors in, tensors out, and no wait for the device.
 
-    This defines what a round does; `graphs.CapturedPhases` replays it.
+    This defines what a round does; `captured.CapturedPhases` replays it.
 
     Args:
+        models: Who takes part.
+        state: Of the batch; `accept` writes to it.
+        memory: The drafter's, likewise.
+        warper: Warps the scores of each row, unless processors look at the text.
+        config: What the rounds do.
         around: Entered around the forwards of each eager round, to let the models compute the same in other ways.
     """
 
     def __init__(
         self,
-        target: PreTrainedModel,
-        drafter: PreTrainedModel,
-        recorder: StateRecorder,
-        state: DecodeState,
-        config: DecodeConfig,
+        models: Models,
+        state: RoundState,
+        memory: DrafterMemory,
+        warper: RowWarper,
+        config: RoundConfig,
         around: Sequence[AbstractContextManager] = (),
     ):
+        self.models, self.state, self.memory, self.warper, self.config = models, state, memory, warper, config
         self._around = around
-        self.target, self.drafter, self.recorder, self.state, self.config = target, drafter, recorder, state, config
-        self.warpers = stateless_warpers(config.processors)
-        # Whether some processor looks at the text, so that tokens are chosen one after the other.
-        self.in_order = config.in_step or len(self.warpers) < len(config.processors)
-        self.agree = make_agree(target)
-        self.choose: Choose = make_choose_sampled(make_to_probs(self.warpers)) if config.do_sample else choose_greedy
 
-    def draft(self) -> Drafted:
-        """Propose K tokens in each row."""
-        if not self.config.depth:
-            return Drafted(self.state.block[:, :0], None)
-        tokens, probs = draft(self.drafter, self.state, depth=self.config.depth, choose=self.choose)
+    @property
+    def noise(self) -> Noise:
+        """Where chance comes from."""
+        return SeededNoise(self.state.seeds, self.state.length) if self.config.is_seeded else GlobalNoise()
+
+    def draft(self) -> Proposal:
+        """Propose the shape's tokens in each row."""
+        models, config = self.models, self.config
+        if not config.shape.num_nodes:
+            return Proposal(self.state.root.new_zeros(len(self.state.root), 0), None)
+        choose = make_choose_sampled(self.warper, self.noise) if config.do_sample else choose_greedy
+        tokens, probs = models.kind.propose(models.drafter, self.memory, config.shape, choose)
         device = self.state.root.device
-        tokens = self.agree(tokens.to(device))
+        tokens = models.agree(tokens.to(device))
         if probs is None:
-            return Drafted(tokens, None)
-        V = self.target.config.get_text_config(decoder=True).vocab_size
-        return Drafted(tokens, scatter_probs(self.drafter, probs, V).to(device))
+            return Proposal(tokens, None)
+        V = models.target.config.get_text_config(decoder=True).vocab_size
+        return Proposal(tokens, scatter_probs(models.drafter, probs, V).to(device))
 
-    def verify(self, drafted: Drafted) -> Verified:
+    def verify(self, proposal: Proposal) -> Verified:
         """Run the target over the root and the draft."""
-        logits = verify(self.target, self.state, drafted.tokens)
-        return Verified(logits, self.recorder.take(self.drafter.device))
+        logits = verify(self.models.target, self.state, proposal.tokens, self.config.shape)
+        return Verified(logits, self.models.recorder.take(self.models.drafter.device))
 
-    def settle(self, drafted: Drafted, verified: Verified) -> Settled:
+    def accept(self, proposal: Proposal, verified: Verified) -> Accepted:
         """Accept and commit, where processors look at scores alone."""
-        tokens, q = drafted
+        config, shape = self.config, self.config.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
-        scores = verified.logits.float() if self.warpers or self.config.do_sample else verified.logits
-        for warper in self.warpers:
-            flat = scores.flatten(0, 1)  # [B*(K+1), V]
-            scores = warper(flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
-        if self.config.simulated_length is not None:
-            verdict = accept_simulated(tokens, scores, self.config.simulated_length)
-        elif self.config.do_sample:
-            verdict = accept_sampled(tokens, scores[:, :0] if q is None else q, scores.softmax(-1))
-        else:
-            verdict = accept_greedy(tokens, scores)
-        verdict = Verdict(*map(self.agree, verdict))
-        if (last := self.config.starts_anew) is not None:
+        scores = verified.logits.float() if self.warper or config.do_sample else verified.logits
+        scores = self.warper(scores)
+        verdict = RULES[config.rule](proposal, scores, Judging(shape, self.noise, config.simulated_length))
+        verdict = agree_on(verdict, self.models.agree)
+        if (last := config.starts_anew) is not None:
             # Behind so many tokens the draft was verified over a cache that plain decoding no longer has.
             room = (last - self.state.length).clamp(min=0)
-            verdict = stop_before(verdict, tokens, torch.where(self.state.length <= last, room, tokens.shape[1]))
-        commit(self.state, tokens, verdict, verified.states)
-        block = self.state.block[:, : tokens.shape[1] + 1]
+            room = torch.where(self.state.length <= last, room, proposal.tokens.shape[1])
+            verdict = stop_before(verdict, proposal.tokens, room)
+        tokens = self.commit(proposal, verdict, verified.states)
         is_nan = has_nan(verified.logits[:, 0])
-        return Settled(torch.cat([block.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
+        return Accepted(torch.cat([tokens.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
+
+    def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None) -> Tensor:
+        """Make the accepted tokens and the next token text, for both models; those tokens [B, D+1], junk behind them."""
+        committed = self.state.commit(proposal, verdict, states, self.config.shape)
+        self.models.kind.catch_up(self.memory, committed, self.config.shape)
+        return committed.tokens
 
     @property
     def around(self) -> Sequence[AbstractContextManager]:
@@ -262,15 +208,15 @@ class Phases:
         return self._around
 
     @property
-    def lateness(self) -> int:
+    def rounds_in_flight(self) -> int:
         """How many rounds may be launched before one is read: on a GPU it then need not wait for the host."""
         return int(self.state.length.is_cuda and self.config.starts_anew is None)
 
     def start_anew(self, place: int, text: Tensor) -> None:
         """Let the row in that place of the batch have a cache as if its `text` [n] had been the prompt."""
         with self.entered():
-            start_anew(self.target, self.state.target_cache.view(place, 1, of=len(self.state.length)), text[None])
-            self.recorder.take(self.drafter.device)  # the drafter has seen states of these positions
+            start_anew(self.models.target, self.state.cache.view(place, 1, of=len(self.state.length)), text[None])
+            self.models.recorder.take(self.models.drafter.device)  # the drafter has seen states of these positions
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -282,7 +228,7 @@ class Phases:
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""
-        for cache in (self.state.target_cache, self.state.drafter_cache):
+        for cache in (self.state.cache, self.memory.cache):
             cache.reserve(num_slots)
 
     def keep(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  for graphs
@@ -290,5 +236,8 @@ class Phases:
 
         `num_left` is how many tokens they may still say.
         """
-        keep_rows(self.state, rows)
+        index = torch.tensor(rows, dtype=torch.long, device=self.state.length.device)
+        self.state.select(rows)
+        self.memory.select(index)
+        self.warper.select(index)
         return rows

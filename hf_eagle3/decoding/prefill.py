@@ -15,16 +15,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..compat import CACHE_NAME
 from ..recorder import StateRecorder
+from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
 from ..rows.rotation import at_once, find_switch, rotating
 from .preparation import HOST_DROPS_MASKS, AskedPositions, AskedRow, find_asked, name_of, prepare_next, shows_all
 
 # What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-
-LONG_PROMPT = 2048  # columns from which on rows are run one by one
-# Of a row on average, from which on a CPU does so too: to read the weights once more should cost less than to compute them.
-MANY_PADS = 32
 
 
 class Prompt(NamedTuple):
@@ -114,13 +111,6 @@ def keeps_what_rows_keep(target: PreTrainedModel, cache: Cache) -> bool:
     kinds = [type(layer) for layer in DynamicCache(config=target.config.get_text_config(decoder=True)).layers]
     theirs = [type(layer) for layer in cache.layers] or [DynamicLayer] * len(kinds)
     return type(cache) is DynamicCache and theirs == kinds
-
-
-def is_by_rows(lengths: Tensor, width: int) -> bool:
-    """Whether rows of `lengths` [B], padded to `width`, are better run one by one: long, or a CPU would compute pads."""
-    B = len(lengths)
-    num_pads = int(B * width - lengths.sum()) if lengths.device.type == "cpu" else 0
-    return B > 1 and (width >= LONG_PROMPT or num_pads >= MANY_PADS * B)
 
 
 def find_shift(prepared: dict[str, Any], lengths: Tensor, num_cached: int) -> Tensor:

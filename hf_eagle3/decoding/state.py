@@ -1,130 +1,116 @@
-"""What a batch carries from round to round."""
+"""What a batch carries from round to round, of the target; what the drafter carries is in its memory."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor
 
+from ..drafters.draft import Committed
 from ..rows.cache import RowCache
-from ..speculation.accept import Verdict
-from .prefill import Prompt, is_by_rows
+from ..speculation.accept import Proposal, Verdict
+from ..speculation.shape import NONE, DraftShape
+from .prefill import Prompt
 from .preparation import AskedPositions
+
+NOWHERE = 2**62
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """What a call asks of the loop."""
+class RoundConfig:
+    """What the rounds of a batch do; what rows may differ in is in tensors instead."""
 
-    depth: int  # K; 0: decode without drafting
-    do_sample: bool
-    processors: LogitsProcessorList
-    max_length: int | None  # of a row without pads: nothing at or behind that position is ever read
+    shape: DraftShape = NONE
+    rule: str = "greedy"  # of `speculation.accept.RULES`
+    do_sample: bool = False
+    in_order: bool = False  # tokens are chosen one after the other in Python, since some processor looks at the text
+    in_step: bool = False  # rows accept as many tokens as one another, since a processor may look at the whole batch
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
-    in_step: bool = False  # rows accept as many tokens as one another, since a processor may look at the whole batch
+    keeps_scores: bool = False  # what tokens were chosen by is handed out, so it must not be overwritten
+    is_seeded: bool = False  # each row draws by its own seed
     starts_anew: int | None = None  # after so many tokens of a text the target computes its cache anew
+    max_length: int | None = None  # of a row without pads: nothing at or behind that position is ever read
+    further_warpers: tuple[LogitsProcessor, ...] = ()  # stateless ones that rows do not differ in
 
 
 @dataclass(slots=True)
-class DecodeState:
-    """What a batch carries from round to round. Only `commit` and `keep_rows` write to it.
+class RoundState:
+    """What a batch carries from round to round. Only `commit`, `select` and `copy_from` write to it.
 
-    Between rounds, row by row: the target's cache holds the slots 0..length-2, all verified tokens but the root. The
-    drafter's cache holds those before the pending states, each computed from the target's own states. A drafter that
-    has not seen the beginning of a text has its slots counted from `first`.
+    Between rounds the target's cache holds, row by row, the slots 0..length-2: all verified tokens but the root.
     """
 
     length: Tensor  # [B] int64, verified tokens
     root: Tensor  # [B] int64, the newest of them
-    block: Tensor  # [B, K+1] int64, the token after each pending state; junk from num_pending on
-    states: Tensor  # [B, K+1, A*Ht], pending: made by the target, not seen by the drafter
-    num_pending: Tensor  # [B] int64, 1..K+1; the last pending state is at position length-2
-    first: Tensor  # [B] int64, position of the drafter's slot 0
     shift: Tensor  # [B, 1] or [axes, B, 1] int64, the target's position ids less its slots
     last_position: Tensor  # [] int64: nothing behind it is ever read, and a learned position embedding may end there
-    target_cache: RowCache
-    drafter_cache: RowCache
+    seeds: Tensor  # [B] int64, what each row draws by where rows have seeds
+    cache: RowCache  # the target's
     asked: AskedPositions | None = None  # the target's position ids where `shift` does not say them
 
+    TENSORS: ClassVar = ("length", "root", "shift", "last_position", "seeds")
 
-def prepare(
-    drafter: PreTrainedModel, prompt: Prompt, *, depth: int, max_length: int | None, cache: RowCache | None = None
-) -> DecodeState:
-    """The state behind the prompts, without a root yet: the drafter has seen all states but the last of each row.
+    @classmethod
+    def behind(cls, prompt: Prompt, *, max_length: int | None, seeds: list[int]) -> "RoundState":
+        """The state behind the prompts, without a root yet. `max_length` is that of `RoundConfig`."""
+        last = NOWHERE if max_length is None else max_length - 1 + prompt.extra
+        return cls(
+            length=prompt.lengths.clone(),
+            root=torch.zeros_like(prompt.lengths),
+            shift=prompt.shift,
+            last_position=prompt.lengths.new_tensor(last),
+            seeds=prompt.lengths.new_tensor(seeds),
+            cache=prompt.cache,
+            asked=prompt.asked,
+        )
 
-    `cache` is the drafter's, if there is one to write to; `max_length` that of `DecodeConfig`.
-    """
-    B, M, width = prompt.states.shape
-    first = prompt.lengths - prompt.num_states  # [B]
-    if cache is None:
-        # As long as the target's, since a row that is done may run on to the end of that.
-        cache = RowCache(drafter.config.num_hidden_layers, prompt.cache.capacity)
-    if is_by_rows(prompt.num_states, M):
-        parts = [(slice(b, b + 1), num_states - 1) for b, num_states in enumerate(prompt.num_states.tolist())]
-    else:
-        parts = [(slice(0, B), M - 1)]  # behind a row's last state but one comes junk, which later writes cover
-    for part, num_slots in parts if depth else []:
-        if not num_slots:
-            continue
-        slots = torch.arange(num_slots, device=drafter.device).expand(part.stop - part.start, num_slots)
-        view = cache if len(parts) == 1 else cache.view(part.start, 1, of=B)
-        with view.writing(slots, is_first=True):
-            drafter(
-                input_ids=prompt.tokens[part, 1 : num_slots + 1].to(drafter.device),
-                aux_hidden_states=prompt.states[part, :num_slots],
-                position_ids=slots + first[part, None].to(drafter.device),
-                past_key_values=view,
-                logits_to_keep=1,
-            )
-    states = prompt.states.new_zeros(B, depth + 1, width)
-    rows = torch.arange(B, device=states.device)
-    states[:, 0] = prompt.states[rows, (prompt.num_states - 1).to(states.device)]
-    return DecodeState(
-        length=prompt.lengths.clone(),
-        root=torch.zeros_like(prompt.lengths),
-        block=prompt.lengths.new_zeros(B, depth + 1),
-        states=states,
-        num_pending=torch.ones_like(prompt.lengths),
-        first=first,
-        shift=prompt.shift,
-        last_position=prompt.lengths.new_tensor(2**62 if max_length is None else max_length - 1 + prompt.extra),
-        target_cache=prompt.cache,
-        drafter_cache=cache,
-        asked=prompt.asked,
-    )
+    def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None, shape: DraftShape) -> Committed:
+        """Make the tokens on the accepted path and the next token text. A chain's stay where they are in the cache.
 
+        Args:
+            proposal: Of the shape; no tokens after the prompt's forward.
+            verdict: Over it.
+            states: [B, N+1, A*Ht], the target's, of the root and the draft tokens; None after the prompt's forward.
+            shape: Of the proposal.
 
-def commit(state: DecodeState, draft_tokens: Tensor, verdict: Verdict, states: Tensor | None) -> None:
-    """Make the accepted tokens and the next token text: lengths move, the caches stay as they are.
+        Returns:
+            What the drafter has to catch up with.
+        """
+        tokens, (num_accepted, next_token, path) = proposal.tokens, verdict
+        if path is not None:
+            self.cache.keep(self.length - 1, path)
+            tokens = tokens.gather(1, (path[:, 1:] - 1).clamp(min=0))  # [B, D]
+            if states is not None:
+                index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+                states = states.gather(1, index)  # [B, D+1, A*Ht]
+        tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
+        # A row that is done and stays goes on over junk. It must not leave the cache.
+        longest = self.cache.capacity - shape.num_verified
+        self.length.copy_((self.length + num_accepted + 1).clamp(max=longest))
+        self.root.copy_(next_token)
+        return Committed(tokens, states, num_accepted + 1)
 
-    Args:
-        state: Changed in place, each tensor where it is.
-        draft_tokens: [B, K].
-        verdict: Over them.
-        states: [B, K+1, A*Ht], the target's, of root and draft tokens; None after the prompt's forward, K = 0, whose
-            last state is pending already.
-    """
-    K = draft_tokens.shape[1]
-    block = functional.pad(draft_tokens, (0, 1)).scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
-    state.block[:, : K + 1].copy_(block)
-    if states is not None:
-        state.states.copy_(states)
-    state.num_pending.copy_(verdict.num_accepted + 1)
-    # A row that is done and stays goes on over junk. It must not leave the cache.
-    longest = state.target_cache.capacity - state.block.shape[1]
-    state.length.copy_((state.length + verdict.num_accepted + 1).clamp(max=longest))
-    state.root.copy_(verdict.next_token)
+    def select(self, kept: list[int]) -> None:
+        """Drop all rows but `kept`, places in the batch."""
+        rows = torch.tensor(kept, dtype=torch.long, device=self.length.device)
+        self.length, self.root, self.seeds = self.length[rows], self.root[rows], self.seeds[rows]
+        self.shift = self.shift[..., rows, :]
+        self.cache.select(rows)
+        if self.asked is not None:
+            self.asked.keep(kept)
 
+    def over(self, cache: RowCache, rows: Tensor | None = None) -> "RoundState":
+        """A copy over another cache, of `rows` [B'] int64 if they are given."""
+        with torch.inference_mode(False):
+            values = {name: getattr(self, name) for name in self.TENSORS}
+            if rows is not None:
+                values |= {name: values[name][rows] for name in ("length", "root", "seeds")}
+                values["shift"] = values["shift"][..., rows, :]
+            return RoundState(**{name: x.clone() for name, x in values.items()}, cache=cache)
 
-def keep_rows(state: DecodeState, kept: list[int]) -> None:
-    """Drop all rows but `kept`, places in the batch."""
-    rows = torch.tensor(kept, dtype=torch.long, device=state.length.device)
-    state.length, state.root, state.block = state.length[rows], state.root[rows], state.block[rows]
-    state.states, state.num_pending = state.states[rows.to(state.states.device)], state.num_pending[rows]
-    state.first, state.shift = state.first[rows], state.shift[..., rows, :]
-    state.target_cache.select(rows)
-    state.drafter_cache.select(rows)
-    if state.asked is not None:
-        state.asked.keep(kept)
+    def copy_from(self, other: "RoundState") -> None:
+        """Take the values of another state of the same sizes, in place."""
+        for name in self.TENSORS:
+            getattr(self, name).copy_(getattr(other, name))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..console.opening import rendering
+from ..drafters.kinds import find_kind
 from ..drafters.unroll import live_slots, shift, unroll
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from ..recorder import StateRecorder
@@ -143,7 +144,7 @@ def doctor(
     """
     if getattr(drafter, "hf_quantizer", None) is not None:
         raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
-    if drafter.config.is_parallel:
+    if not find_kind(drafter.config).has_steps:
         raise ValueError(
             f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
             "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."

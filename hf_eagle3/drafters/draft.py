@@ -1,128 +1,133 @@
-"""The draft of a round: what a drafter proposes after the newest verified token (arXiv:2503.01840, section 3).
-
-A P-EAGLE drafter proposes all of it at once: positions behind the last real one hold a mask token and a learned state.
-"""
+"""What a drafter of any kind owes the loops: `begin`, `catch_up` and `propose`, over a memory of its own."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..compat import rewind
-from ..speculation.sampling import ToProbs, draw, likeliest
-
-
-class Feature(NamedTuple):
-    """Where a draft starts: the drafter's output at the newest position with real states."""
-
-    logits: Tensor  # [B, V_d], of the first draft token
-    feedback: Tensor  # [B, 1, H]
-    position_ids: Tensor  # [B, 1] int64, of the state behind it
+from ..rows.cache import RowCache
+from ..speculation.noise import Noise
+from ..speculation.sampling import likeliest, to_probs
+from ..speculation.shape import DraftShape
 
 
 class Draft(NamedTuple):
-    """Draft tokens, and the law they were drawn from."""
+    """Draft tokens, and the probabilities they were drawn from."""
 
-    tokens: Tensor  # [B, K] int64, target vocabulary
-    probs: Tensor | None  # [B, K, V_d] float32 over the draft vocabulary; None for a greedy draft
-
-
-# Draft ids [B] and, unless greedy, the probabilities [B, V_d] they were drawn from, of logits [B, V_d].
-Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    tokens: Tensor  # [B, N] int64, target vocabulary
+    probs: Tensor | None  # [B, N, V_d] float32 over the draft vocabulary; None for a greedy draft
 
 
-def choose_greedy(logits: Tensor) -> tuple[Tensor, None]:
-    """The likeliest draft ids [B] of `logits` [B, V_d]."""
+# Draft ids [B, n] and, unless greedy, the probabilities [B, n, V_d] they were drawn from, of logits [B, n, V_d] and the
+# number of the draft step.
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+
+
+def choose_greedy(logits: Tensor, step: int) -> tuple[Tensor, None]:  # noqa: ARG001
+    """The likeliest draft ids [B, n] of `logits` [B, n, V_d]."""
     return likeliest(logits), None
 
 
-def make_choose_sampled(to_probs: ToProbs) -> Choose:
-    """A choice that draws draft ids from `to_probs(logits)`."""
+def make_choose_sampled(warp: Callable[[Tensor], Tensor], noise: Noise) -> Choose:
+    """A choice that draws draft ids from what `warp` leaves of [B, n, V_d] logits, by the numbers of `noise`."""
 
-    def choose_sampled(logits: Tensor) -> tuple[Tensor, Tensor]:
-        probs = to_probs(logits)  # [B, V_d]
-        return draw(probs), probs
+    def choose_sampled(logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        probs = to_probs(logits, warp)  # [B, n, V_d]
+        return noise.draw(probs, step), probs
 
     return choose_sampled
 
 
-def extend(
-    drafter: PreTrainedModel, input_ids: Tensor, aux_hidden_states: Tensor, cache: Cache, *, position_ids: Tensor
-) -> Feature:
-    """Run the first draft step: over the positions committed since the last one, with the target's own states.
+class Prompted(NamedTuple):
+    """The target's states after the prompts, as a drafter begins with them: M positions, pads last."""
 
-    Args:
-        drafter: An `Eagle3DrafterModel`, bound to its target.
-        input_ids: [B, T], the token one after each position; the last is the root.
-        aux_hidden_states: [B, T, A*Ht].
-        cache: The drafter's, over all earlier positions; extended by T.
-        position_ids: [B, T], of the states.
+    tokens: Tensor  # [B, M] int64, the tokens at these positions
+    states: Tensor  # [B, M, A*Ht]
+    num_states: Tensor  # [B] int64, 1..M
+    first: Tensor  # [B] int64, the position of each row's first state
+
+
+class Committed(NamedTuple):
+    """What a round adds to each row: up to D+1 positions, junk behind them."""
+
+    tokens: Tensor  # [B, D+1] int64, the token one after each position
+    states: Tensor | None  # [B, D+1, A*Ht], the target's; None after the prompt, whose last state is pending already
+    num_new: Tensor  # [B] int64, 1..D+1
+
+
+@dataclass(slots=True)
+class DrafterMemory:
+    """What a drafter knows of B rows. Its kind writes to it, and `select`, `copy_from` and `place` do.
+
+    The cache holds the slots before the pending states, each computed from the target's own states. Slots count from the
+    first position that the drafter has seen.
     """
-    out = drafter(
-        input_ids=input_ids,
-        aux_hidden_states=aux_hidden_states,
-        position_ids=position_ids,
-        past_key_values=cache,
-        logits_to_keep=1,
-    )
-    return Feature(out.logits[:, -1], out.feedback[:, -1:], position_ids[:, -1:])
 
+    tokens: Tensor  # [B, D+1] int64, the token after each pending state; junk from num_pending on
+    states: Tensor  # [B, D+1, A*Ht], pending: made by the target, not seen by the drafter
+    num_pending: Tensor  # [B] int64, 1..D+1
+    start: Tensor  # [B] int64, the slot of the first pending state
+    first: Tensor  # [B] int64, the position of slot 0
+    cache: RowCache
 
-def choose_at_once(drafter: PreTrainedModel, logits: Tensor, choose: Choose) -> Draft:
-    """The draft of a P-EAGLE drafter: token k is chosen by `logits[:, k]` of [B, K, V_d], whatever the others are."""
-    draft_ids, q = choose(logits.flatten(0, 1))  # [B*K], [B*K, V_d]
-    tokens = drafter.to_target_ids(draft_ids).view(logits.shape[:2])
-    return Draft(tokens, None if q is None else q.view(logits.shape))
+    TENSORS: ClassVar = ("tokens", "states", "num_pending", "start", "first")
 
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] int64 only."""
+        for name in self.TENSORS:
+            value = getattr(self, name)
+            setattr(self, name, value[rows.to(value.device)])
+        self.cache.select(rows)
 
-def draft_parallel(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, depth: int, choose: Choose) -> Draft:
-    """Propose `depth` tokens after the root: the first from `feature`, all others by one forward over masks.
-
-    Arguments as of `draft_chain`, for a P-EAGLE drafter.
-    """
-    logits, position_ids = feature.logits[:, None], feature.position_ids  # [B, 1, V_d], [B, 1]
-    if depth > 1:
-        offsets = torch.arange(1, depth, device=position_ids.device)  # [K-1]
-        ids = offsets.new_zeros(len(logits), depth - 1)
-        states = drafter.mask_hidden.new_zeros(*ids.shape, drafter.mask_hidden.shape[-1])
-        ids, states = drafter.with_masks(ids, states, ids.new_zeros(len(ids), 1))
-        out = drafter(
-            input_ids=ids, aux_hidden_states=states, position_ids=position_ids + offsets, past_key_values=cache
-        )
-        logits = torch.cat([logits, out.logits], dim=1)  # [B, K, V_d]
-    rewind(cache, depth - 1)
-    return choose_at_once(drafter, logits, choose)
-
-
-def draft_chain(drafter: PreTrainedModel, feature: Feature, cache: Cache, *, depth: int, choose: Choose) -> Draft:
-    """Propose `depth` tokens after the root: the first from `feature`, each later one by a draft step of its own.
-
-    Args:
-        drafter: An `Eagle3DrafterModel`, bound to its target.
-        feature: What `extend` returned.
-        cache: The drafter's, over verified positions; left as it was found.
-        depth: K, at least 1.
-        choose: How draft ids come from logits.
-    """
-    if drafter.config.is_parallel:
-        return draft_parallel(drafter, feature, cache, depth=depth, choose=choose)
-    logits, feedback, position_ids = feature
-    tokens: list[Tensor] = []
-    probs: list[Tensor] = []
-    for step in range(depth):
-        if step:
-            position_ids = position_ids + 1
-            out = drafter(
-                input_ids=tokens[-1][:, None], hidden_states=feedback, position_ids=position_ids, past_key_values=cache
+    def over(self, cache: RowCache, rows: Tensor | None = None) -> "DrafterMemory":
+        """A copy over another cache, of `rows` [B'] int64 if they are given."""
+        with torch.inference_mode(False):
+            values = {name: getattr(self, name) for name in self.TENSORS}
+            return DrafterMemory(
+                **{name: x.clone() if rows is None else x[rows.to(x.device)].clone() for name, x in values.items()},
+                cache=cache,
             )
-            logits, feedback = out.logits[:, -1], out.feedback
-        draft_ids, q = choose(logits)  # [B], [B, V_d]
-        tokens.append(drafter.to_target_ids(draft_ids))
-        if q is not None:
-            probs.append(q)
-    # These entries rest on the drafter's own features; the next round feeds accepted tokens again, with real states.
-    rewind(cache, depth - 1)
-    return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None)
+
+    def copy_from(self, other: "DrafterMemory") -> None:
+        """Take the values of another memory of the same sizes, in place."""
+        for name in self.TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
+
+
+class Begin(Protocol):
+    """`begin` of a kind."""
+
+    def __call__(
+        self, drafter: PreTrainedModel, prompted: Prompted, shape: DraftShape, *, cache: RowCache | None = None
+    ) -> DrafterMemory:
+        """Memory behind the prompts: all states seen but the last of each row, whose next token is not known yet."""
+
+
+class CatchUp(Protocol):
+    """`catch_up` of a kind."""
+
+    def __call__(self, memory: DrafterMemory, committed: Committed, shape: DraftShape) -> None:
+        """Take what the target has verified; the next draft begins with it."""
+
+
+class Propose(Protocol):
+    """`propose` of a kind."""
+
+    def __call__(self, drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, choose: Choose) -> Draft:
+        """A draft behind each row's newest token; the memory then is as before."""
+
+
+@dataclass(frozen=True)
+class DrafterKind:
+    """A way to draft. A row of `kinds.KINDS`."""
+
+    name: str
+    fits: Callable[[PreTrainedConfig], bool]
+    begin: Begin
+    catch_up: CatchUp
+    propose: Propose
+    count_forwards: Callable[[DraftShape], int]  # of the drafter, in a round
+    has_steps: bool = True  # whether later steps follow the first, as training and the doctor unroll them

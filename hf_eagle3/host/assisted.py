@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..speculation.accept import accept_sampled
 from ..speculation.stats import Speculation, Stopwatch
 from ..tensor_parallel import find_peers, make_agree
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
-from .loop_choice import HOST_LOOP, take_choice
+from .loop_choice import HOST_LOOP, LoopChoice
 from .refusals import (
     is_drafter,
     refuse_cache,
@@ -31,6 +32,19 @@ from .refusals import (
     refuse_inputs,
 )
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
+
+# The loop choice of the call under way, on its way through the host to the loop.
+_choice: ContextVar[LoopChoice | None] = ContextVar("loop_choice", default=None)
+
+
+@contextmanager
+def choosing(choice: LoopChoice) -> Iterator[None]:
+    """Let the host's assisted decoding know why it was chosen."""
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
 
 
 # Transformers 5.23 generation/utils.py:GenerationMixin._get_candidate_generator
@@ -107,8 +121,9 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             arguments["stopping_criteria"],
             arguments.get("streamer"),
         )
-        choice = take_choice(criteria)
-        why = choice.why if choice is not None else "called from outside generate()"
+        choice = _choice.get()
+        is_own = choice is not None and choice.drafter is drafter  # else a call inside of another, from a criterion
+        why = choice.why if choice is not None and is_own else "called from outside generate()"
         refuse_host_loop(self, arguments["generation_config"].max_length, why)
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
         refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))

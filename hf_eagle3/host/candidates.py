@@ -5,15 +5,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
-from ..drafters.draft import Choose, Draft, choose_greedy, draft_chain, extend, make_choose_sampled
+from ..drafters.draft import (
+    Choose,
+    Committed,
+    Draft,
+    DrafterMemory,
+    Prompted,
+    choose_greedy,
+    make_choose_sampled,
+)
+from ..drafters.kinds import find_kind
 from ..recorder import StateRecorder
-from ..speculation.sampling import make_to_probs, stateless_warpers
+from ..speculation.noise import GlobalNoise
+from ..speculation.sampling import stateless_warpers
+from ..speculation.shape import chain
 from ..speculation.stats import Stopwatch
+from ..speculation.warpers import RowWarper, read_settings
 from .stopping import InOrder, TokenwiseStop
 
 
@@ -61,12 +73,12 @@ class Eagle3CandidateGenerator(CandidateGenerator):
     ):
         self.session = session
         self.max_length = generation_config.max_length
+        self.kind = find_kind(session.drafter.config)
+        self.memory: DrafterMemory | None = None  # from the first draft on
         self.choose: Choose = choose_greedy
         if generation_config.do_sample:
-            self.choose = make_choose_sampled(make_to_probs(stateless_warpers(logits_processor or [])))
-        # Full layers, whatever the drafter's window: its mask cuts, and what a refused draft wrote can be cut off.
-        self.cache = DynamicCache()
-        self.first_position = 0  # of the first cached state
+            settings, further = read_settings(stateless_warpers(logits_processor or []))
+            self.choose = make_choose_sampled(RowWarper([settings], further, self.device), GlobalNoise())
         self.num_drafted = 0  # draft tokens in the round under way
 
     @property
@@ -110,20 +122,22 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         states = self.session.recorder.take(self.device, drop_last=num_refused)  # [1, T, A*Ht]
         # Embeddings given as a prompt have no token ids: the drafter starts where ids do.
         T = min(states.shape[1], input_ids.shape[1])
-        states, tokens = states[:, -T:], input_ids[:, -T:].to(self.device)
-        seen = self.cache.get_seq_length()
-        if seen:
-            position_ids = torch.arange(seen, seen + T, device=self.device)[None] + self.first_position
-        else:
+        states, tokens = states[:, -T:], input_ids[:, -T:].to(self.device)  # each token one after its state
+        drafter, widest = self.session.drafter, chain(self.session.depth)
+        if self.memory is None:
             position_ids, is_real = first_positions(T, model_kwargs)
             states, tokens = states[:, is_real.to(self.device)], tokens[:, is_real.to(self.device)]
-            if not tokens.shape[1]:
+            if not (T := tokens.shape[1]):
                 return None
-            position_ids = position_ids.to(self.device)
-            self.first_position = int(position_ids[0, 0])
-        drafter = self.session.drafter
-        feature = extend(drafter, tokens, states, self.cache, position_ids=position_ids)
-        return draft_chain(drafter, feature, self.cache, depth=depth, choose=self.choose)
+            count, first = torch.tensor([T]), position_ids[:, 0]
+            prompted = Prompted(tokens.roll(1, dims=1), states, count, first)
+            self.memory = self.kind.begin(drafter, prompted, widest)
+            committed = Committed(tokens[:, -1:], None, torch.ones_like(count))
+        else:
+            committed = Committed(tokens, states, torch.tensor([T]))
+        self.memory.cache.reserve(int(self.memory.start) + 2 * widest.num_slots)
+        self.kind.catch_up(self.memory, committed, widest)
+        return self.kind.propose(drafter, self.memory, chain(depth), self.choose)
 
     def _scatter_log(self, probs: Tensor, target_logits: Tensor) -> DraftLogProbs:
         """Log q [1, K, V] of `probs` [1, K, V_d], -inf outside the draft vocabulary, on the target's device."""

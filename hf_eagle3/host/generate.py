@@ -5,17 +5,24 @@ import functools
 import inspect
 import logging
 import numbers
+import time
 from collections.abc import Callable
 from typing import Any
 
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
-from ..decoding.lock import turns_of
-from .loop_choice import OWN_LOOP, choose_loop, take_choice
-from .own_loop import run_own_loop
+from ..decoding.captured import CudaGraphs
+from ..decoding.engine import Engine, Room
+from ..decoding.lock import lock_of
+from ..decoding.transcript import Transcript
+from ..speculation.stats import Speculation
+from .assisted import choosing
+from .loop_choice import OWN_LOOP, LoopChoice, choose_loop
+from .output import fill_cache, make_output
 from .refusals import (
     advise,
     is_drafter,
@@ -23,10 +30,13 @@ from .refusals import (
     refuse_names,
     refuse_settings,
     refuse_target,
+    refuse_weights,
 )
+from .request import explain, has_hooks_of_others, make_round_config, make_transcript, read_prompts
 
 logger = logging.getLogger(__name__)
 
+CAPTURER = CudaGraphs()  # of all calls
 DEFAULT_DEPTH = 3
 MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
 
@@ -60,7 +70,7 @@ def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever
 
 # Transformers 5.23 generation/utils.py:GenerationMixin.generate
 def wrap_generate(original: Callable) -> Callable:
-    """Refuse early what cannot be done, bind the drafter, and settle the draft depth."""
+    """Refuse early what cannot be done, bind the drafter, and choose the loop."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -74,84 +84,145 @@ def wrap_generate(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
 
         call = signature.bind(self, *args, **kwargs)
-        further = call.arguments.setdefault("kwargs", {})
-        given = call.arguments.get("generation_config")
-        if call.arguments.get("custom_generate") is not None:
-            raise ValueError(
-                "custom_generate brings its own decode loop, which an EAGLE-3 drafter cannot assist: leave out "
-                "custom_generate or assistant_model."
-            )
-        depth = resolve_depth(find_own_setting("num_assistant_tokens", self, given, further), drafter)
-        asked = find_own_setting("decode_loop", self, given, further)
-        if asked is None and "decode_loop" not in further:
-            asked = getattr(drafter.generation_config, "decode_loop", None)
-        for name in ("num_assistant_tokens", "decode_loop"):
-            further.pop(name, None)
-        settings, inputs = self._prepare_generation_config(given, **further)  # copies
-        drafter.bind(self)
-        refuse_target(self)
-        refuse_settings(settings)
-        if settings.output_attentions and self.config.get_text_config()._attn_implementation != "eager":
-            raise ValueError(
-                "The target's attention gives no weights to return (output_attentions=True): call "
-                "target.set_attn_implementation('eager') first, or leave out output_attentions."
-            )
-        # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
-        if given is None:
-            further["num_assistant_tokens"] = depth
-        else:
-            call.arguments["generation_config"] = given = copy.deepcopy(given)
-            given.num_assistant_tokens = depth
-        with turns_of(self):  # while graphs are recorded, layers are not as they are
-            choice = choose_loop(
-                self,
-                drafter,
-                asked=asked,
-                depth=depth,
-                settings=settings,
-                has_synced_gpus=bool(call.arguments.get("synced_gpus")),
-                inputs=inputs,
-            )
-        logger.info(
-            "%s (%s): depth %d, target states at boundaries %s.",
-            *(choice.loop, choice.why, depth, drafter.bound_aux_layer_ids or "n, normed"),
-        )
-        # The host hands criteria through to the decode loop; this one is found, taken out and never asked.
-        call.arguments["stopping_criteria"] = [*(call.arguments.get("stopping_criteria") or ()), choice]
-        further.pop("assistant_tokenizer", None)  # draft tokens are the target's by their ids
-        if choice.loop == OWN_LOOP:
-            call.arguments["assistant_model"] = None  # to the host, a plain call
-        elif settings.num_return_sequences > 1:
-            raise ValueError(
-                f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): {advise(choice.why)}leave out "
-                "num_return_sequences, or assistant_model."
-            )
+        arguments, further = call.arguments, call.arguments.setdefault("kwargs", {})
+        settings, choice = settle(self, drafter, arguments, further)
+        if choice.loop != OWN_LOOP:
+            with choosing(choice):
+                return original(*call.args, **call.kwargs)
+        arguments["assistant_model"] = None  # to the host, a plain call with a loop of its own
+        arguments["custom_generate"] = functools.partial(decode, choice, arguments.get("streamer"))
+        use_tokenizer(self, arguments, further, settings)
         return original(*call.args, **call.kwargs)
 
     return generate
 
 
-# Transformers 5.23 generation/utils.py:GenerationMixin._sample
-def wrap_sample(original: Callable) -> Callable:
-    """Our own loop, where the call was given to it."""
-    signature = inspect.signature(original)
+def settle(
+    target: PreTrainedModel, drafter: PreTrainedModel, arguments: dict[str, Any], further: dict[str, Any]
+) -> tuple[GenerationConfig, LoopChoice]:
+    """The settings of a call and the loop that takes it; the drafter is bound, and the draft depth settled.
 
-    @functools.wraps(original)
-    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind_partial(self, *args, **kwargs).arguments
-        choice = take_choice(arguments.get("stopping_criteria"))
-        if choice is None:
-            return original(self, *args, **kwargs)
-        given = arguments.get("model_kwargs", {})
-        return run_own_loop(
-            self,
-            choice,
-            arguments["input_ids"],
-            given,
-            processors=arguments["logits_processor"],
-            criteria=arguments["stopping_criteria"],
-            generation_config=arguments["generation_config"],
-            streamer=arguments.get("streamer"),
+    Args:
+        target: What `generate` was called on.
+        drafter: Given to it.
+        arguments: The call's, by name; changed in place.
+        further: Those of its `**kwargs`, likewise.
+
+    Raises:
+        ValueError: A drafter cannot help with this call.
+    """
+    given = arguments.get("generation_config")
+    if arguments.get("custom_generate") is not None:
+        raise ValueError(
+            "custom_generate brings its own decode loop, which an EAGLE-3 drafter cannot assist: leave out "
+            "custom_generate or assistant_model."
         )
+    depth = resolve_depth(find_own_setting("num_assistant_tokens", target, given, further), drafter)
+    asked = find_own_setting("decode_loop", target, given, further)
+    if asked is None and "decode_loop" not in further:
+        asked = getattr(drafter.generation_config, "decode_loop", None)
+    for name in ("num_assistant_tokens", "decode_loop"):
+        further.pop(name, None)
+    settings, inputs = target._prepare_generation_config(given, **further)  # copies
+    drafter.bind(target)
+    refuse_target(target)
+    refuse_settings(settings)
+    refuse_weights(target, settings)
+    # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
+    if given is None:
+        further["num_assistant_tokens"] = depth
+    else:
+        arguments["generation_config"] = given = copy.deepcopy(given)
+        given.num_assistant_tokens = depth
+    with lock_of(target):  # while graphs are recorded, layers are not as they are
+        has_synced_gpus = bool(arguments.get("synced_gpus"))
+        options = {"asked": asked, "depth": depth, "settings": settings, "inputs": inputs}
+        choice = choose_loop(target, drafter, has_synced_gpus=has_synced_gpus, **options)
+    logger.info(
+        "%s (%s): depth %d, target states at boundaries %s.",
+        *(choice.loop, choice.why, depth, drafter.bound_aux_layer_ids or "n, normed"),
+    )
+    further.pop("assistant_tokenizer", None)  # draft tokens are the target's by their ids
+    if choice.loop != OWN_LOOP and settings.num_return_sequences > 1:
+        raise ValueError(
+            f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): {advise(choice.why)}leave out "
+            "num_return_sequences, or assistant_model."
+        )
+    return settings, choice
 
-    return _sample
+
+def use_tokenizer(
+    target: PreTrainedModel, arguments: dict[str, Any], further: dict[str, Any], settings: GenerationConfig
+) -> None:
+    """Do what the host does with a tokenizer: to a loop of its own it hands none (5.17 to 5.24).
+
+    Stop strings become a criterion, and tokens are healed here. Without a tokenizer the host says what is missing.
+    """
+    if (tokenizer := further.get("tokenizer")) is None:
+        return
+    given = arguments.get("stopping_criteria") or ()
+    if settings.stop_strings and not any(isinstance(c, StopStringCriteria) for c in given):  # else it takes that one
+        criterion = StopStringCriteria(stop_strings=settings.stop_strings, tokenizer=tokenizer)
+        arguments["stopping_criteria"] = [*given, criterion]
+    if settings.token_healing:
+        place, name = (further, "input_ids") if further.get("input_ids") is not None else (arguments, "inputs")
+        place[name] = target.heal_tokens(place[name], tokenizer)
+    for name in ("stop_strings", "token_healing"):
+        if not getattr(settings, name):
+            continue
+        own = arguments.get("generation_config")  # a copy by now
+        if own is not None:
+            setattr(own, name, None)
+        if own is None or getattr(target.generation_config, name):  # which the host would fill in again
+            further[name] = None
+
+
+def decode(
+    choice: LoopChoice,
+    streamer: BaseStreamer | None,
+    target: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> ModelOutput | Tensor:
+    """Decode as the host's `_sample` does, with our loop: same arguments, same results."""
+    start = time.perf_counter()
+    prompts = read_prompts(target, input_ids, model_kwargs)
+    transcript = make_transcript(target, prompts, logits_processor, stopping_criteria, generation_config, streamer)
+    keeps_cache, is_whole = generation_config.return_dict_in_generate or choice.has_cache, has_hooks_of_others(target)
+    config = make_round_config(
+        *(target, choice, prompts, transcript, logits_processor, generation_config, model_kwargs),
+        keeps_rows=keeps_cache or is_whole,
+    )
+    rows = transcript.rows
+    room = Room(len(rows), max(prompts.lengths), rows[0].max_new)
+    with Engine(target, choice.drafter, config, room, is_eager=choice.is_eager, capturer=CAPTURER) as engine:
+        prompt = engine.prefill(
+            *(prompts.ids, prompts.mask, model_kwargs, generation_config), move=not choice.has_cache, is_whole=is_whole
+        )
+        engine.admit(rows, prompt, transcript if transcript.in_step else None)
+        while show(transcript, engine):
+            engine.round()
+        cache = fill_cache(engine, prompt, transcript, prompts) if keeps_cache else None
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return transcript.sequences(prompts.given)
+    speculation = Speculation(choice.loop, explain(choice, config, transcript, logits_processor), choice.depth)
+    return make_output(transcript, prompts, engine, cache, speculation, seconds=time.perf_counter() - start)
+
+
+def show(transcript: Transcript, engine: Engine) -> bool:
+    """Show what the rows have said to whom the call says; whether something is left to say.
+
+    Raises:
+        Exception: What a row's own processors or criteria raised.
+    """
+    if (error := next((row.error for row in transcript.rows if row.error is not None), None)) is not None:
+        raise error
+    with engine.clocks.host:
+        transcript.show()
+    return not transcript.is_over

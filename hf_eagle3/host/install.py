@@ -23,7 +23,7 @@ from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .assisted import wrap_assisted_decoding, wrap_get_candidate_generator, wrap_speculative_sampling
 from .auto_config import wrap_from_pretrained
 from .batching import wrap_continuous_batching
-from .generate import wrap_generate, wrap_sample
+from .generate import wrap_generate
 from .pipelines import wrap_load_assistant_model
 
 # Candidate generators are given the model's outputs from 5.8 on, but only from 5.17 on can the host take draft tokens
@@ -36,7 +36,6 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (GenerationMixin, "generate", wrap_generate),
     (GenerationMixin, "_get_candidate_generator", wrap_get_candidate_generator),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
-    (GenerationMixin, "_sample", wrap_sample),
     (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
     (pipelines, "load_assistant_model", wrap_load_assistant_model),
     (ContinuousMixin, "generate_batch", wrap_continuous_batching),

@@ -2,11 +2,11 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
@@ -31,33 +31,15 @@ KNOWN_INPUTS = {
 }
 
 
-class Choice(StoppingCriteria):
-    """The loop for one call. A criterion only so that the host hands it through to the decode loop."""
+class LoopChoice(NamedTuple):
+    """The loop for one call."""
 
-    def __init__(
-        self,
-        loop: str,
-        why: str,
-        drafter: PreTrainedModel,
-        depth: int,
-        *,
-        has_cache: bool = False,
-        is_eager: bool = False,
-    ):
-        self.loop, self.why, self.drafter, self.depth = loop, why, drafter, depth
-        self.is_eager = is_eager  # whether rounds must not be captured
-        self.has_cache = has_cache  # one of the user's, to be left as plain decoding leaves it
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's signature
-        raise AssertionError("The choice of a loop is taken out before criteria are asked.")
-
-
-def take_choice(criteria: Any) -> Choice | None:  # Any: the host's list of criteria, changed in place
-    """Take the choice out of a call's criteria; None if there is none."""
-    for index, criterion in enumerate(criteria or ()):
-        if isinstance(criterion, Choice):
-            return criteria.pop(index)
-    return None
+    loop: str
+    why: str
+    drafter: PreTrainedModel
+    depth: int
+    has_cache: bool = False  # one of the user's, to be left as plain decoding leaves it
+    is_eager: bool = False  # whether rounds must not be captured
 
 
 def kinds_of_layers(cache: Cache) -> set[str]:
@@ -140,7 +122,7 @@ def choose_loop(
     settings: GenerationConfig,
     inputs: Mapping[str, Any],
     has_synced_gpus: bool,
-) -> Choice:
+) -> LoopChoice:
     """Our loop wherever it can take the call, unless asked otherwise; else the host's.
 
     Args:
@@ -173,11 +155,11 @@ def choose_loop(
             "without drafting, leave out assistant_model."
         )
     if asked == "host":
-        return Choice(HOST_LOOP, "asked for", drafter, depth)
+        return LoopChoice(HOST_LOOP, "asked for", drafter, depth)
     if why_not is None:
         why = "asked for" if asked else "attention caches only"
         has_cache = find_cache(inputs) is not None
-        return Choice(OWN_LOOP, why, drafter, depth, has_cache=has_cache, is_eager=asked == "eager")
+        return LoopChoice(OWN_LOOP, why, drafter, depth, has_cache=has_cache, is_eager=asked == "eager")
     if asked is not None:
         raise ValueError(f'decode_loop="{asked}" cannot take this call: {why_not}. Leave out decode_loop or that.')
-    return Choice(HOST_LOOP, why_not, drafter, depth)
+    return LoopChoice(HOST_LOOP, why_not, drafter, depth)

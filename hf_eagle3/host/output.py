@@ -3,27 +3,73 @@
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..compat import CACHE_NAME
+from ..decoding.engine import Engine
 from ..decoding.phases import run_target
 from ..decoding.prefill import Prompt
-from ..decoding.state import DecodeState
+from ..decoding.state import RoundState
 from ..decoding.transcript import Transcript
+from ..rows.block import Block
+from ..speculation.stats import Speculation
+from .request import Prompts
 
 
-def fill_pads(target: PreTrainedModel, prompt: Prompt, state: DecodeState, transcript: Transcript) -> None:
+def make_output(
+    transcript: Transcript,
+    prompts: Prompts,
+    engine: Engine,
+    cache: Cache | None,
+    speculation: Speculation,
+    *,
+    seconds: float,
+) -> GenerateDecoderOnlyOutput:
+    """What `generate` returns with `return_dict_in_generate`, and what speculation brought."""
+    speculation.graphs = engine.graphs
+    speculation.rows = [Speculation(speculation.loop, speculation.why, speculation.depth) for _ in transcript.rows]
+    for row, own in zip(transcript.rows, speculation.rows, strict=True):
+        row.count(speculation, own, length=transcript.length)
+    speculation.seconds = seconds
+    clocks = engine.clocks
+    speculation.draft_seconds, speculation.accept_seconds, speculation.host_seconds = (
+        c.read_seconds() for c in clocks
+    )
+    output = GenerateDecoderOnlyOutput(
+        sequences=transcript.sequences(prompts.given),
+        scores=transcript.scores,
+        logits=transcript.logits,
+        **{CACHE_NAME: cache},
+    )
+    output.speculation = speculation
+    return output
+
+
+def fill_cache(engine: Engine, prompt: Prompt, transcript: Transcript, prompts: Prompts) -> Cache:
+    """The host's cache, holding what plain decoding leaves there."""
+    with engine.lock, engine.over_masks:
+        fill_pads(engine.target, prompt, engine.phases.state, transcript)
+    assert transcript.length is not None
+    slots = slots_of_output(prompt, transcript.length, prompts.mask.shape[1], prompts.order)
+    engine.phases.state.cache.to_host(prompt.host_cache, slots)
+    return prompt.host_cache
+
+
+def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transcript: Transcript) -> None:
     """Let the target's cache hold what plain decoding leaves there behind rows that end early: its own pads."""
     assert transcript.length is not None
-    num_known = torch.tensor([min(len(text), transcript.length) for text in transcript.texts])  # [B]
+    num_known = torch.tensor([min(len(row.text), transcript.length) for row in transcript.rows])  # [B]
     width = transcript.length - int(num_known.min())
     if not width:
         return
     new = transcript.sequences(prompt.lengths.new_zeros(len(num_known), 0))  # [B, n]
-    # Each row from its last text token on; what comes too much lies behind the end.
+    # Feed each row from its last token; surplus positions lie past its end.
     at = (num_known - 1)[:, None] + torch.arange(width)  # [B, width]
     tokens = new.gather(1, at.clamp(max=new.shape[1] - 1).to(new.device))
-    state.length.copy_(prompt.lengths + num_known.to(prompt.lengths.device))
-    state.target_cache.reserve(int(state.length.max()) + width)
-    run_target(target, state, tokens)
+    length = prompt.lengths + num_known.to(prompt.lengths.device)
+    state.cache.reserve(int(length.max()) + width)
+    run_target(target, state, tokens, Block(length - 1, width))
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:

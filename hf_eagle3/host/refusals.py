@@ -113,6 +113,15 @@ def refuse_settings(settings: GenerationConfig) -> None:
         )
 
 
+def refuse_weights(target: PreTrainedModel, settings: GenerationConfig) -> None:
+    """Raise if attention weights are asked for that the target's attention does not give."""
+    if settings.output_attentions and target.config.get_text_config()._attn_implementation != "eager":
+        raise ValueError(
+            "The target's attention gives no weights to return (output_attentions=True): call "
+            "target.set_attn_implementation('eager') first, or leave out output_attentions."
+        )
+
+
 def refuse_cache(cache: Any) -> None:  # Any: a user may pass anything
     """Raise if the target's cache cannot forget refused draft tokens: a quantised one, or a static one of some kinds.
 

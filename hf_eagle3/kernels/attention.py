@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..speculation.tree import Ancestry
 from .deferred import take
 from .language import jit, require, round_up_to_power, shared_memory, tl
 from .rotary import ROTATION, apply_rotary, rotate_and_write
@@ -28,6 +29,7 @@ def attend_rows_eager(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    ancestry: Ancestry | None = None,
 ) -> Tensor:
     """Attention of T new tokens in each row, which sit at the slots from `start` on, over what they can see.
 
@@ -40,17 +42,16 @@ def attend_rows_eager(
         window: How many slots a token sees at most, its own included.
         sinks: [H], a score that each head also gives to nothing.
         softcap: Scores are squashed into (-softcap, softcap).
+        ancestry: Which of the new tokens see one another, if they are no chain. Positions, which a window counts, are
+            slots but for new tokens: those are at start + depth.
 
     Returns:
         [B, T, H, D_v] in the query's dtype.
     """
     B, H, T, _ = query.shape
     L, H_kv = keys.shape[1:3]
-    slots = start[:, None] + torch.arange(T, device=start.device)  # [B, T]
+    is_visible = see_rows(start, T, L, window=window, ancestry=ancestry)  # [B, T, L]
     at = torch.arange(L, device=start.device)
-    is_visible = at <= slots[..., None]  # [B, T, L]
-    if window is not None:
-        is_visible &= at > slots[..., None] - window
     is_used = (at < start[:, None] + T)[..., None, None]  # [B, L, 1, 1]
 
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -69,6 +70,22 @@ def attend_rows_eager(
     return out.reshape(B, T, H, -1).to(query.dtype)
 
 
+def see_rows(start: Tensor, T: int, L: int, *, window: int | None, ancestry: Ancestry | None) -> Tensor:
+    """[B, T, L] bool: which slots each new token sees. Arguments as of `attend_rows_eager`."""
+    first = start[:, None, None]  # [B, 1, 1]
+    at = torch.arange(L, device=start.device)
+    if ancestry is None:
+        places = first + torch.arange(T, device=start.device)[:, None]  # [B, T, 1]
+        is_visible, positions = at <= places, at
+    else:
+        places = first + ancestry.depths[:, None]
+        new = at - first  # [B, 1, L], which token of the block a slot holds
+        is_new, token = (new >= 0) & (new < T), new.clamp(0, T - 1)
+        is_visible = (new < 0) | (is_new & (ancestry.bits[:, None] >> token & 1).bool())
+        positions = torch.where(is_new, first + ancestry.depths[token], at)
+    return is_visible if window is None else is_visible & (positions > places - window)
+
+
 @jit()
 def _tanh(x):
     """Right to a few units in the last place. Near 0 the formula with the exponential is not: there a polynomial."""
@@ -84,6 +101,8 @@ def _attend_split(
     values,
     start,
     sinks,
+    ancestors,  # [T] int64: bits of the new tokens that each one sees
+    depths,  # [T] int64
     out,  # [B, T, H, D_v]
     partial,  # [B*H_kv, num_splits, T*G, D_v] float32
     stats,  # [B*H_kv, num_splits, T*G, 2] float32: largest score, sum of exponentials; to the base 2
@@ -113,6 +132,7 @@ def _attend_split(
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_TREE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pair = tl.program_id(0)
@@ -133,10 +153,15 @@ def _attend_split(
     q_at = query + b * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :]
     q = tl.load(q_at, mask=is_row[:, None] & is_d[None, :], other=0.0)
 
-    # What the tile's tokens can see between them, and this program's share of it.
+    # Which slots the tile's tokens can see between them, and this program's share of those. Nobody sees a later token.
     high = first + tl.minimum(T, (tile * BLOCK_M + BLOCK_M - 1) // G + 1)
     low = 0
-    if HAS_WINDOW:
+    if IS_TREE:
+        seen = tl.load(ancestors + t, mask=is_row, other=0)
+        depth = tl.load(depths + t, mask=is_row, other=0).to(tl.int32)
+        if HAS_WINDOW:
+            low = tl.maximum(0, first - window + 1)
+    elif HAS_WINDOW:
         low = tl.maximum(0, first + (tile * BLOCK_M) // G - window + 1)
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), num_splits) * BLOCK_N
     begin = low + split * share
@@ -161,9 +186,19 @@ def _attend_split(
         else:
             scores = scores * (scaling * 1.4426950408889634)
         at = n + slot
-        is_visible = at[None, :] <= (first + t)[:, None]
-        if HAS_WINDOW:
-            is_visible = is_visible & (at[None, :] > (first + t)[:, None] - window)
+        if IS_TREE:
+            new = at - first  # which token of the block a slot holds
+            is_new = (new >= 0) & (new < T)
+            bit = tl.where(is_new, new, 0).to(tl.int64)
+            is_visible = (new < 0)[None, :] | (is_new[None, :] & (((seen[:, None] >> bit[None, :]) & 1) != 0))
+            if HAS_WINDOW:
+                new_depth = tl.load(depths + bit, mask=is_new, other=0).to(tl.int32)
+                position = tl.where(is_new, first + new_depth, at)
+                is_visible = is_visible & (position[None, :] > (first + depth)[:, None] - window)
+        else:
+            is_visible = at[None, :] <= (first + t)[:, None]
+            if HAS_WINDOW:
+                is_visible = is_visible & (at[None, :] > (first + t)[:, None] - window)
         scores = tl.where(is_visible, scores, float("-inf"))
 
         new_best = tl.maximum(best, tl.max(scores, 1))
@@ -244,6 +279,7 @@ def attend_rows(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    ancestry: Ancestry | None = None,
     num_splits: int | None = None,
     blocks: tuple[int, int, int] | None = None,
 ) -> Tensor:
@@ -289,6 +325,7 @@ def attend_rows(
             values,
             start,
             sinks_at,
+            *(ancestry or (start, start)),  # not read where there is none
             out,
             partial,
             stats,
@@ -312,6 +349,7 @@ def attend_rows(
             HAS_WINDOW=window is not None,
             HAS_SINKS=sinks is not None,
             HAS_SOFTCAP=softcap is not None,
+            IS_TREE=ancestry is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=num_warps,
             num_stages=num_stages,

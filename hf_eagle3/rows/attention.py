@@ -104,7 +104,7 @@ def row_attention(
 ) -> tuple[Tensor, None]:  # [B, T, H, D_v]
     """Attend as the host's functions do: each new token sees what its row holds up to itself, within the window."""
     cache, name = WRITING.get(), type(module).__name__
-    if cache is None or cache.start is None:
+    if cache is None or cache.block is None:
         options = {"scaling": scaling, "s_aux": s_aux, "softcap": softcap}
         given = {name: value for name, value in options.items() if value is not None}
         return attend_as_loaded(module, query, key, value, attention_mask, **given, **kwargs)
@@ -123,11 +123,12 @@ def row_attention(
         query,
         key.transpose(1, 2),
         value.transpose(1, 2),
-        cache.start.to(query.device),
+        cache.block.start.to(query.device),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=kwargs.get("sliding_window"),
         sinks=s_aux,
         softcap=softcap,
+        ancestry=cache.block.ancestry,
     )
     return out, None
 

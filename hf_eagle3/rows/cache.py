@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..kernels.attention import write_rows, write_rows_eager
+from .block import Block
 
 # The cache that the forward under way writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
@@ -70,9 +71,9 @@ class RowLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        assert self.cache.start is not None
+        assert self.cache.block is not None
         write = write_rows if BY_KERNELS.get() else write_rows_eager
-        write(self.keys, self.values, key_states, value_states, self.cache.start)
+        write(self.keys, self.values, key_states, value_states, self.cache.block.start)
         if self.cache.is_first:
             return key_states, value_states
         keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
@@ -92,7 +93,7 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """A cache [B, L] a layer. Each forward says by `writing` which slots it writes.
+    """A cache [B, L] a layer. Each forward says by `writing` which block it adds.
 
     Args:
         num_layers: Of the model.
@@ -101,29 +102,29 @@ class RowCache(Cache):
 
     def __init__(self, num_layers: int, capacity: int):
         self.capacity = capacity
-        self.start: Tensor | None = None  # [B] int64, while a forward runs: the first slot it writes to
+        self.block: Block | None = None  # while a forward runs: what it adds
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
 
     @contextmanager
-    def writing(self, slots: Tensor, *, is_first: bool = False) -> Iterator["RowCache"]:
-        """Let one forward write its T positions to `slots` [B, T], one behind the other in each row.
+    def writing(self, block: Block, *, is_first: bool = False) -> Iterator["RowCache"]:
+        """Let one forward add a block.
 
         On a CPU it attends to no more slots than the longest row needs; elsewhere to ask would be a wait.
         """
         self.is_first = is_first
         self.num_visible = self.capacity
-        if slots.device.type == "cpu":
-            self.num_visible = min(to_bucket(int(slots.max()) + 1), self.capacity)
-        self.start = slots[:, 0].contiguous()
+        if block.start.device.type == "cpu":
+            self.num_visible = min(to_bucket(int(block.start.max()) + block.num_tokens), self.capacity)
+        self.block = block._replace(start=block.start.contiguous())
         token = WRITING.set(self)
         try:
             yield self
         finally:
             WRITING.reset(token)
-            self.start, self.is_first = None, False
+            self.block, self.is_first = None, False
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""
@@ -177,6 +178,21 @@ class RowCache(Cache):
                 for x in (layer.keys, layer.values)
             )  # [B, S, H_kv, D]
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+
+    def keep(self, start: Tensor, path: Tensor) -> None:
+        """Keep of a block only the tokens on a path: token path[b, i] of row b moves to slot start[b] + i.
+
+        Args:
+            start: [B] int64, the block's.
+            path: [B, n] int64, ascending.
+        """
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        kept, to = start[:, None] + path, start[:, None] + torch.arange(path.shape[1], device=path.device)
+        for layer in self.layers:
+            if layer.is_initialized:
+                for held in (layer.keys, layer.values):
+                    at = [x.to(held.device) for x in (rows, kept, to)]
+                    held[at[0], at[2]] = held[at[0], at[1]]
 
     def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
         """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""

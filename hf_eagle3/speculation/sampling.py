@@ -19,8 +19,6 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-ToProbs = Callable[[Tensor], Tensor]  # logits [B, V_d] -> probabilities [B, V_d] float32
-
 # They look at the scores alone, so they may be given scores over any vocabulary and at any position.
 STATELESS_WARPERS = (
     TemperatureLogitsWarper,
@@ -41,18 +39,10 @@ def stateless_warpers(processors: Iterable[LogitsProcessor]) -> list[LogitsProce
     return [p for p in processors if type(p) in STATELESS_WARPERS]
 
 
-def make_to_probs(warpers: list[LogitsProcessor]) -> ToProbs:
-    """A function from logits [B, V_d] to the probabilities [B, V_d] that remain after `warpers`."""
-
-    def to_probs(logits: Tensor) -> Tensor:
-        # A drafter in half precision can overflow. Any finite law is lossless, NaN is not a law.
-        logits = logits.float().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
-        no_tokens = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
-        for warper in warpers:
-            logits = warper(no_tokens, logits)
-        return logits.softmax(dim=-1)
-
-    return to_probs
+def to_probs(logits: Tensor, warp: Callable[[Tensor], Tensor]) -> Tensor:
+    """The probabilities [B, n, V_d] that `warp` leaves of logits [B, n, V_d]."""
+    # A drafter in half precision can overflow. Any finite distribution is lossless, NaN is none.
+    return warp(logits.float().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)).softmax(dim=-1)
 
 
 def likeliest(logits: Tensor) -> Tensor:

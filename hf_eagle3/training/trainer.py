@@ -33,6 +33,7 @@ from transformers.utils import logging
 from ..checkpoints.card import write_card
 from ..checkpoints.convert import check_rope
 from ..checkpoints.exporter import describe_target
+from ..drafters.kinds import find_kind
 from ..host.loop_choice import why_not_target
 from ..host.refusals import is_drafter, refuse_other_models
 from ..modeling import Eagle3DrafterModel
@@ -870,7 +871,7 @@ def _check_drafter(drafter: Any, will_adapt: bool) -> None:  # whatever was give
             "No weight of this drafter trains, as in a folder of adapters that were loaded with it. Merge them "
             "(merge_and_unload of PEFT), or resume the run that made them, or give peft_config (--use_peft)."
         )
-    if drafter.config.is_parallel:
+    if not find_kind(drafter.config).has_steps:
         raise ValueError(
             f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
             "trained here."

@@ -26,8 +26,7 @@ from hf_eagle3.bench.prompts import Prompts, read_questions
 from hf_eagle3.bench.shapes import make_random_drafter
 from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.data_parallel import Team
-from hf_eagle3.decoding import phases as decode
-from hf_eagle3.speculation.accept import Verdict
+from hf_eagle3.speculation.accept import RULES, Verdict
 from hf_eagle3.speculation.stats import Speculation
 
 pytestmark = pytest.mark.any_release
@@ -351,11 +350,11 @@ def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys)
 
 
 def test_a_loop_that_accepts_whatever_is_drafted_is_caught(real, tmp_path, monkeypatch, capsys):
-    def accept_all(draft_tokens, target_logits):
-        K = draft_tokens.shape[1]
-        return Verdict(torch.full((len(draft_tokens),), K), target_logits[:, K].argmax(-1))
+    def accept_all(proposal, scores, judging):
+        B, K = proposal.tokens.shape
+        return Verdict(torch.full((B,), K), scores[:, K].argmax(-1))
 
-    monkeypatch.setattr(decode, "accept_greedy", accept_all)
+    monkeypatch.setitem(RULES, "greedy", accept_all)
     assert cli.main([*real, "--batch-sizes", "2", "--out", str(tmp_path / "out")]) == 1
     assert "our loop, drafting: prompt 1 differs from generate() at new token 1: " in capsys.readouterr().err
 
@@ -515,7 +514,7 @@ def test_dflash_column_of_a_drafter_with_code_of_its_own(real, tmp_path, monkeyp
 
 def test_rounds_of_dflash_are_counted_by_forwards_of_the_target(target, drafter):
     class StandIn(torch.nn.Module):
-        def spec_generate(self, target, input_ids, max_new_tokens, stop_token_ids, temperature):  # noqa: ARG002
+        def spec_generate(self, target, input_ids, max_new_tokens, stop_token_ids, temperature):
             for _ in range(1 + 4):  # the prompt's, and four rounds of 3 tokens
                 target(input_ids)
             return torch.cat([input_ids, input_ids.new_full((1, 1 + 4 * 3), 7)], dim=1)
@@ -532,7 +531,7 @@ def test_rounds_of_dflash_are_counted_by_forwards_of_the_target(target, drafter)
 
 def test_dflash_that_fails_is_a_dash_with_its_reason(real, tmp_path, monkeypatch):
     class Broken(torch.nn.Module):
-        def spec_generate(self, target, input_ids, max_new_tokens, stop_token_ids, temperature):  # noqa: ARG002
+        def spec_generate(self, target, input_ids, max_new_tokens, stop_token_ids, temperature):
             raise TypeError("crop() takes no such length")
 
     monkeypatch.setattr(command, "load_dflash", lambda *_, **__: Broken())

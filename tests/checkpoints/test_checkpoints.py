@@ -36,7 +36,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DeepseekV3ForCausalLM,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -45,8 +44,10 @@ from transformers import (
 
 import hf_eagle3
 from hf_eagle3.checkpoints import load, load_published_config
-from hf_eagle3.drafters.draft import draft_chain, extend
+from hf_eagle3.drafters.draft import Committed, Prompted
+from hf_eagle3.drafters.parallel import PARALLEL
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
+from hf_eagle3.speculation.shape import chain
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -164,19 +165,21 @@ def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
         padded[:, :T], more[:, :T] = ids, states
         padded, more = drafter.with_masks(padded, more, torch.tensor([[T]]))
         at_once = drafter(padded, aux_hidden_states=more).logits[0, T - 1 :]
-        # As a round does it, over a cache:
-        cache, position_ids = DynamicCache(), torch.arange(T)[None]
-        feature = extend(drafter, ids, states, cache, position_ids=position_ids)
 
-        def choose(logits: Tensor) -> tuple[Tensor, None]:
-            seen.append(logits)
+        # As a round does it, over a cache:
+        def choose(logits: Tensor, step: int) -> tuple[Tensor, None]:
+            seen.append(logits[0])
             return logits.argmax(-1), None
 
-        tokens = draft_chain(drafter, feature, cache, depth=K, choose=choose).tokens
+        count = torch.tensor([T])
+        prompted = Prompted(ids.roll(1, dims=1), states, count, torch.zeros_like(count))
+        memory = PARALLEL.begin(drafter, prompted, chain(K))
+        PARALLEL.catch_up(memory, Committed(ids[:, -1:], None, torch.ones_like(count)), chain(K))
+        tokens = PARALLEL.propose(drafter, memory, chain(K), choose).tokens
     torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-10)
     torch.testing.assert_close(torch.cat(seen), wanted, rtol=0, atol=1e-10)
     assert torch.equal(tokens[0], drafter.to_target_ids(wanted.argmax(-1)))
-    assert cache.get_seq_length() == T
+    assert int(memory.start) == T - 1
 
 
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])

@@ -56,7 +56,7 @@ def test_demo_streams_the_first_run_of_each_kind(target, drafter, tokenizer):
     heard = []
 
     class Listener(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             heard[-1][1].append(text)
 
     def make_streamer(kind: str) -> TextStreamer:

@@ -27,12 +27,13 @@ from transformers import (
     pipeline,
 )
 
-import hf_eagle3.host.own_loop as own_loop
 from hf_eagle3.compat import CACHE_NAME
-from hf_eagle3.decoding import prefill
+from hf_eagle3.host import generate
 from hf_eagle3.host.loop_choice import has_holes
 from hf_eagle3.modeling import Eagle3DrafterModel
 from hf_eagle3.recorder import StateRecorder
+from hf_eagle3.rows import block
+from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import to_bucket
 from hf_eagle3.rows.masks import make_mask
 from hf_eagle3.speculation.numbers import NotANumberError
@@ -136,48 +137,51 @@ def test_cache_grows_beyond_its_first_bucket(target):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_between_rounds_caches_hold_what_was_verified(family, monkeypatch):
     target = make_target(family)
-    original, rounds = own_loop.decode, []
+    original, rounds = generate.show, []
 
-    def checked(phases, prompt, *, transcript, **kwargs):
-        for rows in original(phases, prompt, transcript=transcript, **kwargs):
-            rounds.append(rows)
-            for b, row in enumerate(rows):
-                if transcript.is_live(row):
-                    text = torch.tensor([*prompt.tokens[row, : prompt.lengths[row]].tolist(), *transcript.texts[row]])
-                    assert_in_step(target, phases.drafter, phases.state, b, text)
-            yield rows
+    def checked(transcript, engine):
+        rounds.append(engine.rows)
+        prompt = engine._prompt
+        for b, row in enumerate(engine.rows):
+            if row.is_live:
+                number = transcript.rows.index(row)
+                text = torch.tensor([*prompt.tokens[number, : prompt.lengths[number]].tolist(), *row.text])
+                assert_in_step(target, engine.drafter, engine.phases, b, text)
+        return original(transcript, engine)
 
-    monkeypatch.setattr(own_loop, "decode", checked)
+    monkeypatch.setattr(generate, "show", checked)
     assert_same(target, pad(prompts_of(3, 17, 9)), max_new_tokens=20)
     assert len(rounds) > 5
 
 
-def assert_in_step(target, drafter, state, b: int, text: Tensor):
-    length, pending = int(state.length[b]), int(state.num_pending[b])
+def assert_in_step(target, drafter, phases, b: int, text: Tensor):
+    state, memory = phases.state, phases.memory
+    length, pending = int(state.length[b]), int(memory.num_pending[b])
     start = length - 1 - pending
     assert length == len(text)
     assert state.root[b] == text[-1]
-    assert state.block[b, :pending].tolist() == text[start + 1 :].tolist()
+    assert memory.start[b] == start
+    assert memory.tokens[b, :pending].tolist() == text[start + 1 :].tolist()
     cache = DynamicCache()
     with StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
         target(text[None, :-1], **{CACHE_NAME: cache})
         states = recorder.take("cpu")
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(state.states[b, :pending], states[0, start:], **close)
+    torch.testing.assert_close(memory.states[b, :pending], states[0, start:], **close)
     kinds = getattr(target.config, "layer_types", None) or ()
     windows = [WINDOW if kind.startswith("sliding") else length for kind in kinds]
-    for i, (ours, fresh) in enumerate(zip(state.target_cache.layers, cache.layers, strict=True)):
+    for i, (ours, fresh) in enumerate(zip(state.cache.layers, cache.layers, strict=True)):
         seen = slice(max(length - (windows[i] if windows else length), 0), length - 1)
         torch.testing.assert_close(ours.keys[b, seen].transpose(0, 1), fresh.keys[0][:, seen], **close)
         torch.testing.assert_close(ours.values[b, seen].transpose(0, 1), fresh.values[0][:, seen], **close)
     if start:
         fresh = Eagle3DrafterModel.forward(drafter, text[None, 1 : start + 1], states[:, :start], use_cache=True)
-        ours = state.drafter_cache.layers[0].keys[b, :start].transpose(0, 1)
+        ours = memory.cache.layers[0].keys[b, :start].transpose(0, 1)
         torch.testing.assert_close(ours, fresh.past_key_values.layers[0].keys[0], **close)
 
 
 def test_a_wide_window_mask_by_hand():
-    mask = make_mask(torch.tensor([[2, 3]]), 5, window=2)[0, 0].long()
+    mask = make_mask(Block(torch.tensor([2]), 2), 5, window=2)[0, 0].long()
     assert mask.tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
@@ -345,7 +349,7 @@ def test_long_prompts_run_one_by_one(family, side, monkeypatch):
     left = pad(prompts_of(19, 4, 13, 1))
     options = {"max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY}
     plain = target.generate(**left, **options)
-    monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
+    monkeypatch.setattr(block, "LONG_PROMPT", 3)
     oracle = make_oracle(target, plain.sequences, left)
     with watched(target) as shapes:
         out = target.generate(**batch, assistant_model=oracle, **options)

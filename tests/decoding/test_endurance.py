@@ -51,19 +51,19 @@ class Fails:
 
 
 class FailingProcessor(Fails, LogitsProcessor):
-    def __call__(self, input_ids, scores):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores):
         self.use()
         return scores
 
 
 class FailingCriterion(Fails, StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.use()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 class FailingStreamer(Fails):
-    def put(self, value):  # noqa: ARG002  the host's signature
+    def put(self, value):
         self.use()
 
     def end(self):

@@ -14,19 +14,22 @@ import pytest
 import torch
 from helpers.arguments import Raise
 from helpers.batches import GREEDY, assert_same, assert_same_up_to_ties, make_oracle, pad, plain_of, prompts_of
-from helpers.capture import ATTEND_BY_ROWS, move
+from helpers.capture import capture_on_cpus, move
 from helpers.marks import slow_but
 from helpers.models import FAMILIES, OLD, count_hooks, make_drafter, make_prompt, make_target
 from transformers import LogitsProcessorList
 from transformers.models.llama import modeling_llama
 
-import hf_eagle3.host.own_loop as own_loop
-from hf_eagle3.decoding import arena, cuda_graphs, lock, prefill
-from hf_eagle3.decoding import captured as graphs
-from hf_eagle3.decoding.phases import Phases
+import hf_eagle3.decoding.arena as arena
+from hf_eagle3 import release_graphs
+from hf_eagle3.decoding import cuda_graphs, lock
+from hf_eagle3.decoding.captured import CudaGraphs
+from hf_eagle3.decoding.engine import say_once
+from hf_eagle3.host import generate
 from hf_eagle3.kernels import fusion
 from hf_eagle3.recorder import StateRecorder
-from hf_eagle3.rows.attention import UnfitError
+from hf_eagle3.rows import block
+from hf_eagle3.rows.attention import UnfitError, attending_by_rows
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_larger_calls_get_more_memory(target, counts):
 
 
 def test_kept_caches_are_counted(target, counts):
-    graphs.release_graphs()
+    release_graphs()
     assert arena.count_cache_bytes(target) == 0
     drafter = make_drafter(target)
     target.generate(**pad(prompts_of(9, 4)), assistant_model=drafter, max_new_tokens=8, **GREEDY)
@@ -96,7 +99,7 @@ def test_kept_caches_are_counted(target, counts):
 
 
 def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
-    monkeypatch.setattr(prefill, "LONG_PROMPT", 3)
+    monkeypatch.setattr(block, "LONG_PROMPT", 3)
     drafter = make_drafter(target)
     for lengths in ((19, 4, 13), (5, 9), (7, 8, 30)):
         batch, options = pad(prompts_of(*lengths)), {"max_new_tokens": 8, **GREEDY}
@@ -108,17 +111,16 @@ def test_long_prompts_fill_the_kept_memory(target, counts, monkeypatch):
 
 
 @pytest.mark.parametrize("further", slow_but([{}], [{}, {"no_repeat_ngram_size": 3}]), ids=["tensors", "in_order"])
-def test_memory_grows_within_a_call(target, counts, monkeypatch, further):
-    monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
-    monkeypatch.setattr(arena, "FIRST_ROOM", 16)
+def test_memory_grows_within_a_call(target, monkeypatch, further):
+    counts = capture_on_cpus(monkeypatch, first_room=16)
     _, out = assert_same(target, pad(prompts_of(50, 60)), max_new_tokens=150, **further)
     assert counts.captured >= 4
     assert "captured" in out.speculation.graphs
 
 
 @pytest.mark.parametrize("eos", [[11, 25, 37, 41, 52, 7, 13], list(range(3, 60, 3))])
-def test_batches_shrink_as_rows_end(target, counts, monkeypatch, eos):
-    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+def test_batches_shrink_as_rows_end(target, monkeypatch, eos):
+    counts = capture_on_cpus(monkeypatch, worth_capture=20)
     batch = pad(prompts_of(9, 4, 6, 12, 3, 5, 8))
     plain, out = assert_same(target, batch, max_new_tokens=60, eos_token_id=eos)
     ends = [row.num_tokens for row in out.speculation.rows]
@@ -131,8 +133,8 @@ def test_batches_shrink_as_rows_end(target, counts, monkeypatch, eos):
     assert counts.captured > before
 
 
-def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, counts, monkeypatch):
-    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, monkeypatch):
+    counts = capture_on_cpus(monkeypatch, worth_capture=20)
     batch = pad(prompts_of(9, 4, 6, 12))
     eos = target.generate(**batch, max_new_tokens=19, **GREEDY)[:3, 30].unique().tolist()  # three rows end early
     options = {"max_new_tokens": 19, "eos_token_id": eos, **GREEDY}
@@ -148,24 +150,24 @@ def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, counts, 
 
 
 @pytest.mark.parametrize("lateness", slow_but([2], [0, 1, 2]))
-def test_rounds_may_be_read_late(target, counts, monkeypatch, lateness):
-    monkeypatch.setattr(graphs.CapturedPhases, "lateness", lateness)
+def test_rounds_may_be_read_late(target, monkeypatch, lateness):
+    capture_on_cpus(monkeypatch, rounds_in_flight=lateness)
     for eos in (None, [11, 25, 37]):
         assert_same(target, pad(prompts_of(9, 4, 6)), max_new_tokens=25, eos_token_id=eos)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.9, "min_p": 0.02}], ids=str)
-def test_sampling_draws_the_same_numbers_as_eager_rounds(target, counts, monkeypatch, options):
+def test_sampling_draws_the_same_numbers_as_eager_rounds(target, monkeypatch, options):
     batch, drafter, runs = pad(prompts_of(5, 3)), make_drafter(target), []
-    monkeypatch.setattr(graphs.CapturedPhases, "lateness", 0)
-    # Eager rounds drop a row at once, after which the others draw other numbers.
-    monkeypatch.setattr(Phases, "keep", lambda self, _, **__: list(range(len(self.state.length))))
+    counts = capture_on_cpus(monkeypatch, rounds_in_flight=0)
+    # Eager rounds would drop a row at once, after which the others draw other numbers: dict outputs keep all.
+    options = {**options, "return_dict_in_generate": True}
     for loop in ("own", "own", "eager"):
         torch.manual_seed(3)
         out = target.generate(
             **batch, assistant_model=drafter, do_sample=True, max_new_tokens=20, decode_loop=loop, **options
         )
-        runs.append(out.tolist())
+        runs.append(out.sequences.tolist())
     assert runs[0] == runs[1] == runs[2]
     assert counts.captured == 3
 
@@ -231,7 +233,7 @@ def test_interrupted_call_leaves_graphs_usable(target, counts):
         target.generate(**batch, logits_processor=LogitsProcessorList([Raise(10)]), **options)
     assert count_hooks(target) == 0
     assert target.generate(**batch, **options).tolist() == plain.tolist()
-    assert graphs.why_busy(target) is None
+    assert lock.why_busy(target) is None
 
 
 class GenerateInside(torch.nn.Module):
@@ -276,17 +278,16 @@ class OutOfResourcesError(Exception):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_a_kernel_refuses_is_done_without(error, target, counts, monkeypatch):
+def test_what_a_kernel_refuses_is_done_without(error, target, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(graphs, "capture", fail)
+    capture_on_cpus(monkeypatch, around=fail)
     _, out = assert_same(target, pad(prompts_of(9, 4)), max_new_tokens=12)
     assert out.speculation.graphs == f"none ({type(error).__name__}: {error})"
 
 
-def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch):
-    monkeypatch.setattr(own_loop, "why_not_captured", lambda t, _: graphs.why_busy(t))
+def test_call_within_a_call_leaves_the_memory_alone(target, counts):
     prompt, drafter = make_prompt(6), make_drafter(target)
     plain = target.generate(prompt, max_new_tokens=8, **GREEDY)
     inside = GenerateInside(target, drafter)
@@ -297,11 +298,11 @@ def test_call_within_a_call_leaves_the_memory_alone(target, counts, monkeypatch)
     assert set(inside.told) == {"none (another call of this target is under way)"}
 
 
-def test_target_that_cannot_be_captured_runs_eagerly(target, counts, monkeypatch, caplog):
+def test_target_that_cannot_be_captured_runs_eagerly(target, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "capture", fail)
+    capture_on_cpus(monkeypatch, around=fail)
     drafter, prompt = make_drafter(target), make_prompt(9)
     options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
     for _ in range(2):
@@ -330,23 +331,21 @@ def test_cpu_runs_eagerly_and_says_so(target):
     assert out.speculation.graphs == "none (the models are on cpu)"
 
 
-def test_threads_take_turns_with_what_records(target, counts, monkeypatch):
+def test_threads_take_turns_with_what_records(target, monkeypatch):
     """One has the graphs, the others run eagerly; while layers are changed, nobody runs them."""
-    capture = graphs.capture
 
-    def slow_capture(function, *args, pool):
-        model = function.__self__.target
+    def slow_capture(capture, function, *args, pool):
+        model = function.__self__.models.target
         time.sleep(0.02)  # layers are changed all the while
         replay, results = capture(function, *args, pool=pool)
 
         def replay_alone():  # the stand-in runs layers as a recording does; graphs would not
-            with graphs.turns_of(model).alone():
+            with lock.lock_of(model).alone():
                 replay()
 
         return replay_alone, results
 
-    monkeypatch.setattr(graphs, "capture", slow_capture)
-    monkeypatch.setattr(own_loop, "why_not_captured", lambda *_: None)
+    capture_on_cpus(monkeypatch, around=slow_capture)
     drafter = make_drafter(target)
     prompts = [make_prompt(n) for n in (5, 7, 9)]
     plain = [target.generate(prompt, max_new_tokens=10, **GREEDY).tolist() for prompt in prompts]
@@ -369,18 +368,16 @@ def test_threads_take_turns_with_what_records(target, counts, monkeypatch):
     assert f"none ({lock.BUSY})" in told
     assert told & {"captured", "replayed"}
     assert target.config._attn_implementation == drafter.config._attn_implementation == "sdpa"
-    assert graphs.why_busy(target) is None
+    assert lock.why_busy(target) is None
 
 
-def test_a_size_that_cannot_be_captured_leaves_the_others_alone(target, counts, monkeypatch):
-    capture = graphs.capture
-
-    def fail_for_two(function, *args, pool):
+def test_a_size_that_cannot_be_captured_leaves_the_others_alone(target, monkeypatch):
+    def fail_for_two(capture, function, *args, pool):
         if len(function.__self__.state.length) == 2:
             raise RuntimeError("waits")
         return capture(function, *args, pool=pool)
 
-    monkeypatch.setattr(graphs, "capture", fail_for_two)
+    capture_on_cpus(monkeypatch, around=fail_for_two)
     told = []
     drafter = make_drafter(target)
     for lengths in ((3, 4, 5), (3, 4), (3, 4), (3, 4, 5)):
@@ -395,16 +392,13 @@ def test_a_size_that_cannot_be_captured_leaves_the_others_alone(target, counts, 
     assert told == ["captured", *["none (RuntimeError: waits)"] * 2, "replayed"]
 
 
-def test_a_batch_that_cannot_shrink_goes_on_eagerly(target, counts, monkeypatch, caplog):
-    capture = graphs.capture
-
-    def fail_for_few(function, *args, pool):
+def test_a_batch_that_cannot_shrink_goes_on_eagerly(target, monkeypatch, caplog):
+    def fail_for_few(capture, function, *args, pool):
         if len(function.__self__.state.length) < 7:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return capture(function, *args, pool=pool)
 
-    monkeypatch.setattr(graphs, "capture", fail_for_few)
-    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+    capture_on_cpus(monkeypatch, around=fail_for_few, worth_capture=20)
     batch, options = (
         pad(prompts_of(9, 4, 6, 12, 3, 5, 8)),
         {"max_new_tokens": 60, "eos_token_id": list(range(3, 60, 3))},
@@ -493,7 +487,7 @@ def test_layers_that_the_hosts_kernels_replaced_are_captured(counts):
 def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
     monkeypatch.setattr(type(target), "device", torch.device("cuda"), raising=False)
     for reason in ("LlamaMLP has forward hooks", "LlamaMLP has forward hooks", lock.BUSY, "the models are on cpu"):
-        own_loop.say_once(target, reason)
+        say_once(target, reason)
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
         "LlamaMLP has forward hooks.",
         "the models are on cpu.",
@@ -544,7 +538,7 @@ def test_models_of_one_family_are_recorded_in_threads_and_others_are_left_alone(
     assert threading.get_ident() not in rotating
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert not any("forward" in vars(module) for model in (*targets, *drafters) for module in model.modules())
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu
@@ -558,7 +552,7 @@ def test_arithmetic_on_a_gpu():
     check(nullcontext())
     check(tf32(True), is_exact=False)
     assert seen == ["captured", *["captured", "replayed"] * 3, "captured", "captured"]
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu
@@ -568,7 +562,7 @@ def test_bfloat16_under_autocast_to_another_dtype(family):
     check, _ = make_arithmetic_check(target, device="cuda")
     for context in (nullcontext(), torch.autocast("cuda", dtype=torch.float16), nullcontext()):
         check(context, is_exact=False)
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu
@@ -590,7 +584,7 @@ def test_replaced_layers_are_captured_on_a_gpu():
     target = replace_layers(copy.deepcopy(make_target("llama"))).cuda()
     check, _ = make_arithmetic_check(target, device="cuda")
     check(nullcontext())
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu
@@ -621,31 +615,34 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     options = {"max_new_tokens": 60, "assistant_model": drafter, **GREEDY, **options}
     torch.manual_seed(5)
     captured = target.generate(**batch, **options).tolist()
-    graphs.release_graphs()
+    release_graphs()
 
-    def run_eagerly(function, *args, pool):
-        phases = function.__self__
-        target, drafter = phases.target, phases.drafter
-        random_state = torch.cuda.get_rng_state()
-        results = function(*args)
-        torch.cuda.set_rng_state(random_state)
+    class Eagerly(CudaGraphs):
+        """Replays by running the same phases, kernels and all."""
 
-        def replay():
-            with (
-                ATTEND_BY_ROWS(target),
-                ATTEND_BY_ROWS(drafter),
-                graphs.fused(target, drafter),
-                StateRecorder(target, drafter.bound_aux_layer_ids) as recorder,
-            ):
-                phases.target, phases.drafter, phases.recorder = target, drafter, recorder
-                move(function(*args), results)
+        def capture(self, function, *args, pool):
+            phases = function.__self__
+            models = phases.models
+            random_state = torch.cuda.get_rng_state()
+            results = function(*args)
+            torch.cuda.set_rng_state(random_state)
 
-        return replay, results
+            def replay():
+                with (
+                    attending_by_rows(models.target),
+                    attending_by_rows(models.drafter),
+                    fusion.fused(models.target, models.drafter),
+                    StateRecorder(models.target, models.drafter.bound_aux_layer_ids) as recorder,
+                ):
+                    phases.models = models._replace(recorder=recorder)
+                    move(function(*args), results)
 
-    monkeypatch.setattr(graphs, "capture", run_eagerly)
+            return replay, results
+
+    monkeypatch.setattr(generate, "CAPTURER", Eagerly())
     torch.manual_seed(5)
     assert target.generate(**batch, **options).tolist() == captured
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu
@@ -656,7 +653,7 @@ def test_rounds_are_captured_after_somebody_asked_for_hidden_states():
     expected = target.generate(prompt, **options)
     with torch.no_grad():
         target(prompt, output_hidden_states=True)
-    graphs.release_graphs()
+    release_graphs()
     out = target.generate(prompt, **options)
     assert out.speculation.graphs.startswith("captured")
     assert torch.equal(out.sequences, expected.sequences)
@@ -682,14 +679,14 @@ def test_a_failed_capture_leaves_pytorch_as_it_was(breaks_capture):
     before = torch.cuda.memory_reserved()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="captur" if breaks_capture else "no graph"):
-            graphs.capture(fail, pool=cuda_graphs.new_pool())
+            cuda_graphs.capture(fail, pool=cuda_graphs.new_pool())
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.rand(3, device="cuda").max() < 1
     torch.cuda.empty_cache()  # fails while memory is set apart for a capture
     assert torch.cuda.memory_reserved() <= before + 2**21
     torch.manual_seed(5)
     drawn = torch.rand(8, device="cuda")
-    replay, out = graphs.capture(draw, pool=cuda_graphs.new_pool())
+    replay, out = cuda_graphs.capture(draw, pool=cuda_graphs.new_pool())
     torch.manual_seed(5)
     replay()
     torch.testing.assert_close(out, 1 + drawn)
@@ -708,7 +705,7 @@ def test_graphs_do_without_workspaces_that_others_clear():
     for _ in range(2):  # the second's memory is its own
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
-        replay, out = graphs.capture(multiply, pool=cuda_graphs.new_pool())
+        replay, out = cuda_graphs.capture(multiply, pool=cuda_graphs.new_pool())
         assert torch.cuda.memory_allocated() - before < out.nbytes + 2**20  # a workspace takes 32 MiB
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
@@ -735,4 +732,4 @@ def test_rounds_run_on_a_device_that_is_not_the_current_one():
             assert out.speculation.graphs.startswith(told)
             assert out.speculation.rounds > 0
         assert torch.cuda.current_device() == 0
-        graphs.release_graphs()
+        release_graphs()

@@ -1,23 +1,23 @@
 """P-EAGLE drafters in both loops: a round's draft comes from one forward, and the text is the target's."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.batches import GREEDY, assert_same, pad, plain_of, prompts_of
+from helpers.capture import capture_on_cpus
 from helpers.marks import slow_but
 from helpers.models import DRAFTERS, H, V, make_drafter, make_prompt, make_target
 
-from hf_eagle3.decoding import arena
-from hf_eagle3.decoding import captured as graphs
-from hf_eagle3.decoding import phases as decode
-from hf_eagle3.decoding.phases import Phases
-from hf_eagle3.decoding.state import DecodeState
-from hf_eagle3.drafters import draft
-from hf_eagle3.drafters.draft import choose_greedy
+from hf_eagle3 import release_graphs
+from hf_eagle3.drafters import kinds
+from hf_eagle3.drafters.draft import Committed, DrafterMemory, choose_greedy
+from hf_eagle3.drafters.parallel import PARALLEL as PARALLEL_KIND
 from hf_eagle3.modeling import Eagle3DrafterConfig
 from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.rows.cache import RowCache
+from hf_eagle3.speculation.shape import chain
 from hf_eagle3.training import Eagle3Trainer, Eagle3TrainingArguments
 
 pytestmark = pytest.mark.any_release
@@ -57,25 +57,20 @@ def test_rows_that_are_done_do_no_harm(target, depth, eos):
 
 
 def test_a_row_that_is_done_stays_in_the_cache(target):
-    """`commit` lets its length grow to K+1 slots before the end, and a round is 2K wide."""
+    """It goes on over junk, K+1 positions a round, and a round is 2K wide."""
     K, drafter = 5, make_drafter(target, **PARALLEL)
-    cache = RowCache(drafter.config.num_hidden_layers, 64)
-    state = DecodeState(
-        length=torch.tensor([64 - K - 1, 20]),
-        root=torch.tensor([3, 4]),
-        block=torch.randint(V, (2, K + 1)),
-        states=torch.randn(2, K + 1, 3 * H),
-        num_pending=torch.tensor([1, K + 1]),
-        first=torch.zeros(2, dtype=torch.long),
-        shift=torch.zeros(2, 1, dtype=torch.long),
-        last_position=torch.tensor(100),
-        target_cache=RowCache(1, 64),
-        drafter_cache=cache,
-    )
+    cache, zeros = RowCache(drafter.config.num_hidden_layers, 64), torch.zeros(2, dtype=torch.long)
+    states, tokens = torch.randn(2, K + 1, 3 * H), torch.randint(V, (2, K + 1))
+    start, pending = torch.tensor([64 - K, 13]), torch.tensor([1, K + 1])
+    memory = DrafterMemory(tokens.clone(), states.clone(), pending, start, zeros, cache)
+    PARALLEL_KIND.catch_up(memory, Committed(tokens, states, torch.tensor([1, K + 1])), chain(K))
     with torch.no_grad():
-        assert decode.draft(drafter, state, depth=K, choose=choose_greedy).tokens.shape == (2, K)
-    assert cache.layers[0].keys[1, : 20 - 1 - (K + 1)].count_nonzero() == 0
-    assert cache.layers[0].keys[1, 20 - 1 - (K + 1) :][: 2 * K].all()
+        draft = PARALLEL_KIND.propose(drafter, memory, chain(K), choose_greedy)
+    assert draft.tokens.shape == (2, K)
+    at = 13 + K + 1
+    assert cache.layers[0].keys[1, :at].count_nonzero() == 0
+    assert cache.layers[0].keys[1, at:][: 2 * K].all()
+    assert cache.layers[0].keys[0, 64 - 2 * K :].all()
 
 
 # ---- what is drafted ----
@@ -98,14 +93,15 @@ def draft_afresh(target, drafter, text, position: int, depth: int) -> list[int]:
 def test_drafts_of_our_loop_are_those_of_a_fresh_forward(target, monkeypatch, overrides):
     drafter, seen = make_drafter(target, **overrides), []
     drafter.generation_config.decode_loop = "own"
-    original = decode.draft_parallel
 
-    def spy(drafter, state, **options):
-        out = original(drafter, state, **options)
-        seen.append((state.length.tolist(), state.root.tolist(), out.tokens.tolist()))
+    def spy(drafter, memory, *args):
+        out = PARALLEL_KIND.propose(drafter, memory, *args)
+        roots = memory.tokens.gather(1, memory.num_pending[:, None] - 1)[:, 0]
+        length = memory.first + memory.start + memory.num_pending + 1
+        seen.append((length.tolist(), roots.tolist(), out.tokens.tolist()))
         return out
 
-    monkeypatch.setattr(decode, "draft_parallel", spy)
+    monkeypatch.setattr(kinds, "KINDS", [replace(PARALLEL_KIND, propose=spy)])
     batch = pad(prompts_of(12, 3, 7))
     options = {"num_assistant_tokens": 4, "max_new_tokens": 15, "return_dict_in_generate": True, **GREEDY}
     out = target.generate(**batch, assistant_model=drafter, **options)
@@ -121,16 +117,15 @@ def test_drafts_of_our_loop_are_those_of_a_fresh_forward(target, monkeypatch, ov
 @pytest.mark.parametrize("overrides", [PARALLEL, WINDOW], ids=["full", "window"])
 def test_drafts_of_the_hosts_loop_are_those_of_a_fresh_forward(target, monkeypatch, overrides):
     drafter, seen = make_drafter(target, **overrides), []
-    original = draft.draft_parallel
 
-    def spy(drafter, feature, cache, **options):
-        before = cache.get_seq_length()
-        out = original(drafter, feature, cache, **options)
-        assert cache.get_seq_length() == before
-        seen.append((int(feature.position_ids), out.tokens[0].tolist()))
+    def spy(drafter, memory, *args):
+        before = memory.over(memory.cache)
+        out = PARALLEL_KIND.propose(drafter, memory, *args)
+        assert all(torch.equal(getattr(memory, name), getattr(before, name)) for name in memory.TENSORS)
+        seen.append((int(memory.first + memory.start + memory.num_pending) - 1, out.tokens[0].tolist()))
         return out
 
-    monkeypatch.setattr(draft, "draft_parallel", spy)
+    monkeypatch.setattr(kinds, "KINDS", [replace(PARALLEL_KIND, propose=spy)])
     prompt = make_prompt(9)
     options = {"num_assistant_tokens": 4, "max_new_tokens": 15, "decode_loop": "host", **GREEDY}
     text = target.generate(prompt, assistant_model=drafter, **options)[0]
@@ -164,10 +159,8 @@ def test_captured_rounds(family, lengths, counts):
 
 
 @pytest.mark.parametrize("depth", slow_but([3], [3, 20]))
-def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, counts, monkeypatch, depth):
-    monkeypatch.setattr(graphs, "FIRST_ROOM", 16)
-    monkeypatch.setattr(arena, "FIRST_ROOM", 16)
-    monkeypatch.setattr(graphs, "WORTH_CAPTURE", 20)
+def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, monkeypatch, depth):
+    counts = capture_on_cpus(monkeypatch, first_room=16, worth_capture=20)
     batch = pad(prompts_of(50, 4, 60, 12, 3))
     options = {"drafter_options": PARALLEL, "max_new_tokens": 100, "eos_token_id": [11, 25, 37, 41]}
     assert_same(target, batch, depth=depth, **options)
@@ -179,14 +172,14 @@ def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, count
     assert counts.captured > 6
 
 
-def test_captured_sampling_draws_the_same_numbers(target, counts, monkeypatch):
+def test_captured_sampling_draws_the_same_numbers(target, monkeypatch):
     batch, drafter, runs = pad(prompts_of(5, 3)), make_drafter(target, **PARALLEL), []
-    monkeypatch.setattr(graphs.CapturedPhases, "lateness", 0)
-    monkeypatch.setattr(Phases, "keep", lambda self, _, **__: list(range(len(self.state.length))))
+    counts = capture_on_cpus(monkeypatch, rounds_in_flight=0)
     for loop in ("own", "own", "eager"):
         torch.manual_seed(3)
         options = {"do_sample": True, "top_k": 5, "max_new_tokens": 20, "decode_loop": loop}
-        runs.append(target.generate(**batch, assistant_model=drafter, **options).tolist())
+        options["return_dict_in_generate"] = True  # keeps rows that are done
+        runs.append(target.generate(**batch, assistant_model=drafter, **options).sequences.tolist())
     assert runs[0] == runs[1] == runs[2]
     assert counts.captured == 3
 
@@ -204,7 +197,7 @@ def test_captured_rounds_on_a_gpu(lengths):
         assert out.sequences.tolist() == plain.tolist()
         if loop == "own":
             assert out.speculation.graphs.startswith(("captured", "replayed"))
-    graphs.release_graphs()
+    release_graphs()
 
 
 # ---- what is refused ----

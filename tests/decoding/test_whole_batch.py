@@ -14,7 +14,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from hf_eagle3 import release_graphs
 from hf_eagle3.compat import CACHE_NAME
-from hf_eagle3.decoding.phases import Phases
 from hf_eagle3.host.loop_choice import ASKED
 
 GREEDY = {"do_sample": False}
@@ -38,7 +37,7 @@ class Noting:
 class Criterion(Noting, StoppingCriteria):
     """Notes its calls and answers by `decide`."""
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.note(input_ids, scores)
         return self.decide(input_ids[:, T:])
 
@@ -72,7 +71,7 @@ class FirstRow(Criterion):
 
 
 class Steps(Criterion):
-    def decide(self, new):  # noqa: ARG002
+    def decide(self, new):
         return len(self.calls) >= 6
 
 
@@ -94,7 +93,7 @@ class OneInTensor(Criterion):
 
 
 class Never(Criterion):
-    def decide(self, new):  # noqa: ARG002
+    def decide(self, new):
         return False
 
 
@@ -224,7 +223,7 @@ class CountsInDict(Processor):
         super().__init__()
         self.count = {}
 
-    def bans(self, row, input_ids):  # noqa: ARG002
+    def bans(self, row, input_ids):
         self.count[row] = self.count.get(row, 0) + 1
         return self.count[row] % 3 == 0
 
@@ -253,7 +252,7 @@ class CountsInTensor(Processor):
 
 
 class CountsCalls(Processor):
-    def bans(self, row, input_ids):  # noqa: ARG002
+    def bans(self, row, input_ids):
         return len(self.calls) % 4 == row
 
 
@@ -329,8 +328,7 @@ def test_prompts_of_embeddings_are_asked_about(target, make):
 @pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", [RemembersRows, EachRow, CountsInTensor], ids=lambda c: c.__name__)
 def test_captured_rounds_that_are_read_late_ask_alike(target, make, eos, lateness, monkeypatch):
-    counts = capture_on_cpus(monkeypatch)
-    monkeypatch.setattr(Phases, "lateness", lateness)
+    counts = capture_on_cpus(monkeypatch, rounds_in_flight=lateness)
     _, out = assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, streams=True)
     assert out.speculation.graphs.startswith("captured in")
     assert counts.replayed > 3

@@ -10,7 +10,7 @@ class StopAt(StoppingCriteria):
     def __init__(self, length):
         self.length, self.lengths_seen = length, []
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.lengths_seen.append(input_ids.shape[1])
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
@@ -48,5 +48,5 @@ class StopOn(StoppingCriteria):
     def __init__(self, tokens):
         self.tokens = torch.tensor(sorted(tokens))
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         return torch.isin(input_ids[:, -1], self.tokens)

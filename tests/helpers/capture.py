@@ -1,19 +1,26 @@
 """A stand-in for CUDA graphs, so that rounds can be captured on a CPU."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-import hf_eagle3.host.own_loop as own_loop
-from hf_eagle3.decoding import captured as graphs
+from hf_eagle3 import release_graphs
+from hf_eagle3.decoding.captured import CudaGraphs
+from hf_eagle3.decoding.lock import why_busy
+from hf_eagle3.decoding.phases import Phases
+from hf_eagle3.host import generate
 from hf_eagle3.recorder import StateRecorder
+from hf_eagle3.rows.attention import attending_by_rows
 
-ATTEND_BY_ROWS = graphs.attending_by_rows
 
-
+@dataclass
 class Counts:
     """What happened."""
 
-    captured = replayed = 0
+    captured: int = 0
+    replayed: int = 0
 
 
 def move(new, old):
@@ -27,38 +34,50 @@ def move(new, old):
             move(a, b)
 
 
-def capture_on_cpus(monkeypatch):
-    """Let rounds be captured on a CPU, and count it."""
-    counts = Counts()
+@dataclass(frozen=True)
+class GraphsOnCpus(CudaGraphs):
+    """Captures by running a phase, and replays by running it again: attending by rows, into the same memory."""
 
-    def capture(function, *args, pool):
-        counts.captured += 1
-        phases = function.__self__
-        target, drafter = phases.target, phases.drafter
+    counts: Counts = field(default_factory=Counts)
+    around: Callable | None = None  # captures in the place of `capture`, which it is given first
+
+    def why_not(self, target, drafter):
+        return why_busy(target)
+
+    def warm_up(self, function, device):
+        random_state = torch.get_rng_state()
+        function()
+        torch.set_rng_state(random_state)
+
+    def capture(self, function, *args, pool):
+        if self.around is None:
+            return self.capture_here(function, *args, pool=pool)
+        return self.around(self.capture_here, function, *args, pool=pool)
+
+    def capture_here(self, function, *args, pool):
+        self.counts.captured += 1
+        phases: Phases = function.__self__
         random_state = torch.get_rng_state()
         results = function(*args)
         torch.set_rng_state(random_state)  # a capture draws nothing
 
         def replay():
-            counts.replayed += 1
+            self.counts.replayed += 1
+            models = phases.models
             with (
-                ATTEND_BY_ROWS(target),
-                ATTEND_BY_ROWS(drafter),
-                StateRecorder(target, drafter.bound_aux_layer_ids) as recorder,
+                attending_by_rows(models.target),
+                attending_by_rows(models.drafter),
+                StateRecorder(models.target, models.drafter.bound_aux_layer_ids) as recorder,
             ):
-                # The recording lets go of the models; a graph has no need of them.
-                phases.target, phases.drafter, phases.recorder = target, drafter, recorder
+                phases.models = models._replace(recorder=recorder)  # that of the recording is closed by now
                 move(function(*args), results)
-            phases.target = phases.drafter = phases.recorder = None
 
         return replay, results
 
-    def warm_up(function, device):
-        random_state = torch.get_rng_state()
-        function()
-        torch.set_rng_state(random_state)
 
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "warm_up", warm_up)
-    monkeypatch.setattr(own_loop, "why_not_captured", lambda *_: None)
-    return counts
+def capture_on_cpus(monkeypatch, **options):
+    """Let rounds be captured on a CPU, and count it. `options` are those of `GraphsOnCpus`."""
+    release_graphs()  # what other tests have captured
+    graphs = GraphsOnCpus(**options)
+    monkeypatch.setattr(generate, "CAPTURER", graphs)
+    return graphs.counts

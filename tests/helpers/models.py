@@ -201,14 +201,26 @@ class OracleDrafter(Eagle3DrafterModel):
         self.seen = []  # (tokens, states, positions) of the first draft steps
         return self
 
-    def forward(self, input_ids, aux_hidden_states=None, hidden_states=None, position_ids=None, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        aux_hidden_states=None,
+        hidden_states=None,
+        position_ids=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
         """As the network's, with other logits."""
         assert not torch.is_grad_enabled()
-        out = super().forward(input_ids, aux_hidden_states, hidden_states, position_ids=position_ids, **kwargs)
-        if aux_hidden_states is not None and not self._are_masks(aux_hidden_states):
-            self._check(input_ids, aux_hidden_states, position_ids, out)
+        options = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, **kwargs}
+        out = super().forward(input_ids, aux_hidden_states, hidden_states, **options)
+        is_each = isinstance(logits_to_keep, Tensor)  # the positions themselves; from the first on comes no text
+        kept = logits_to_keep[0] if is_each else torch.arange(input_ids.shape[1])[-out.logits.shape[1] :]
+        if aux_hidden_states is not None:
+            n = int(kept[0]) + 1 if is_each else input_ids.shape[1]
+            self._check(input_ids[:, :n], aux_hidden_states[:, :n], position_ids[:, :n], out)
         logits = torch.zeros_like(out.logits)
-        for t, position in enumerate(position_ids[0, -logits.shape[1] :].tolist()):
+        for t, position in enumerate(position_ids[0, kept].tolist()):
             ids = self.draft_to_target_ids
             token = self.text[position + 2] if position + 2 < len(self.text) else 0
             wanted = (ids == token).nonzero()
@@ -218,16 +230,13 @@ class OracleDrafter(Eagle3DrafterModel):
             logits[0, t, draft_id] = 5.0
         return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
 
-    def _are_masks(self, aux_hidden_states) -> bool:
-        return self.config.is_parallel and bool((aux_hidden_states == self.mask_hidden).all())
-
     def _check(self, input_ids, aux_hidden_states, position_ids, out):
         assert torch.equal(input_ids[0], self.text[position_ids[0] + 1])
-        self.seen.append((input_ids, aux_hidden_states, position_ids))
+        self.seen.append((input_ids.clone(), aux_hidden_states.clone(), position_ids))  # they change in place
         tokens, states, positions = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
         assert torch.equal(positions[0], torch.arange(positions.shape[1]) + positions[0, 0])
         fresh = super().forward(tokens, states, position_ids=positions)
-        torch.testing.assert_close(out.logits[:, -1], fresh.logits[:, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.logits[:, 0], fresh.logits[:, -1], rtol=1e-4, atol=1e-4)
 
     @property
     def seen_states(self) -> Tensor:

@@ -17,7 +17,6 @@ from helpers.capture import capture_on_cpus
 from helpers.models import DRAFTERS, make_drafter, make_prompt, make_target
 from hf_eagle3 import release_graphs
 from hf_eagle3.decoding import arena
-from hf_eagle3.decoding import captured as graphs
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 BATCH = (30, 7, 1, 18)
@@ -50,7 +49,7 @@ class StopAfter(StoppingCriteria):
     def __init__(self, length):
         self.length = length
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         return torch.tensor([input_ids.shape[1] >= self.length] * len(input_ids))
 
 
@@ -65,16 +64,12 @@ class Collect(BaseStreamer):
         pass
 
 
-def failing(capture):
+def fail_at_last(capture, function, *args, pool):
     """Fails in the end, when the others have no more messages to wait for: the stand-in for a capture does run."""
-
-    def capture_or_fail(function, *args, pool):
-        if function.__name__ == "settle":
-            function(*args)
-            raise RuntimeError("no graphs here")
-        return capture(function, *args, pool=pool)
-
-    return capture_or_fail
+    if function.__name__ == "accept":
+        function(*args)
+        raise RuntimeError("no graphs here")
+    return capture(function, *args, pool=pool)
 
 
 def tell(out):
@@ -177,7 +172,7 @@ def main(folder, families):
         results["replays"] = counts.replayed
         release_graphs()
         if RANK == 1:
-            patch.setattr(graphs, "capture", failing(graphs.capture))
+            capture_on_cpus(patch, around=fail_at_last)
         results["captured by one"] = greedy(targets["llama"], {})
     (folder / f"{RANK}.json").write_text(json.dumps(results))
     leave()

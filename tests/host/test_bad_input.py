@@ -256,7 +256,7 @@ class Breaks(LogitsProcessor):
 
     put = end = use
 
-    def __call__(self, input_ids, scores):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores):
         self.use()
         return scores
 
@@ -264,7 +264,7 @@ class Breaks(LogitsProcessor):
 class BreaksAsked(Breaks, StoppingCriteria):
     """As a criterion."""
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.use()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 

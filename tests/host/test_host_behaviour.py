@@ -144,7 +144,7 @@ class StopAtLength(StoppingCriteria):
     def __init__(self, length: int):
         self.length, self.asked = length, []
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.asked.append((input_ids.shape[1], None if scores is None else len(scores)))
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
@@ -538,7 +538,7 @@ def streamers_get_each_token():
     class Said(TextStreamer):
         text = ""
 
-        def on_finalized_text(self, text, stream_end=False):  # noqa: ARG002  the host's signature
+        def on_finalized_text(self, text, stream_end=False):
             self.text += text
 
     puts, said = Puts(), Said(tokenizer(), skip_prompt=True)

@@ -160,7 +160,7 @@ class StopAt(StoppingCriteria):
     def __init__(self, length: int):
         self.length, self.seen = length, []
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.seen.append(list(input_ids.shape))
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
@@ -171,7 +171,7 @@ class StopAll(StoppingCriteria):
     def __init__(self, by: int):
         self.by, self.seen = by, []
 
-    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores, **kwargs):
         self.seen.append([list(input_ids.shape), None if scores is None else len(scores)])
         return int(input_ids[:, -1].sum()) % self.by == 0
 
@@ -247,7 +247,7 @@ class Tuning(LlamaForCausalLM):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "sharpness": 2.0}
 
-    def forward(self, input_ids=None, position_ids=None, sharpness=1.0, **kwargs):  # noqa: ARG002  for others
+    def forward(self, input_ids=None, position_ids=None, sharpness=1.0, **kwargs):
         return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 

@@ -27,8 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from hf_eagle3 import release_graphs
 from hf_eagle3.compat import CACHE_NAME
-from hf_eagle3.decoding import captured as graphs
 from hf_eagle3.rows.attention import attending_by_rows, own_attention, weigh
 from hf_eagle3.rows.attention_trial import why_not_ours
 
@@ -317,7 +317,7 @@ def check_on_gpu(target, drafter, *, can_wait=False):
             assert target.dtype != torch.float32 or torch.equal(out.sequences, plain.sequences)
             if loop == "own" and not (can_wait and len(lengths) > 1):
                 assert out.speculation.graphs.startswith(("captured", "replayed")), out.speculation.graphs
-    graphs.release_graphs()
+    release_graphs()
 
 
 @pytest.mark.gpu

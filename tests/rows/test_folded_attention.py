@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from hf_eagle3.rows.attention import FOLDED, FoldedAttention, folded_attention
+from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import RowCache
 
 pytestmark = pytest.mark.any_release
@@ -57,9 +58,9 @@ def test_leaving_restores_the_name_whoever_has_entered():
 
 def test_a_forward_attends_to_what_the_longest_row_has():
     cache = RowCache(1, 448)
-    for slots, num_visible in ((torch.tensor([[5], [70]]), 128), (torch.tensor([[440], [3]]), 448)):
-        with cache.writing(slots):
+    for start, num_visible in ((torch.tensor([5, 70]), 128), (torch.tensor([440, 3]), 448)):
+        with cache.writing(Block(start, 1)):
             new = torch.randn(2, 3, 1, 8)
             keys, values = cache.update(new, new, 0)
             assert cache.num_visible == keys.shape[2] == values.shape[2] == num_visible
-            assert torch.equal(keys[1, :, slots[1, 0]], new[1, :, 0])
+            assert torch.equal(keys[1, :, start[1]], new[1, :, 0])

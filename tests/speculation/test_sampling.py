@@ -23,13 +23,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hf_eagle3.drafters import draft as drafting
+from hf_eagle3.drafters.draft import Draft, make_choose_sampled
 from hf_eagle3.host import candidates
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.speculation import accept, sampling
+from hf_eagle3.speculation import accept, noise, sampling
 from hf_eagle3.speculation.accept import accept_sampled
+from hf_eagle3.speculation.noise import GlobalNoise
 from hf_eagle3.speculation.numbers import has_nan
-from hf_eagle3.speculation.sampling import STATELESS_WARPERS, draw, likeliest, make_to_probs, stateless_warpers
+from hf_eagle3.speculation.sampling import STATELESS_WARPERS, draw, likeliest, stateless_warpers, to_probs
+from hf_eagle3.speculation.warpers import RowWarper, read_settings
 
 pytestmark = pytest.mark.any_release
 
@@ -140,7 +142,9 @@ def test_a_parallel_draft_is_drawn_from_what_it_is_told_to_be():
     _, drafter = tiny_models(is_parallel=True)
     N = 20000
     logits = torch.randn(3, 5).expand(N, 3, 5)
-    draft = drafting.choose_at_once(drafter, logits, drafting.make_choose_sampled(make_to_probs([])))
+    choose = make_choose_sampled(lambda x: x, GlobalNoise())
+    draft_ids, probs = choose(logits, 0)
+    draft = Draft(drafter.to_target_ids(draft_ids), probs)
     assert draft.tokens.shape == (N, 3)
     torch.testing.assert_close(draft.probs, logits.softmax(-1))
     q = torch.zeros(3, TINY_V)
@@ -151,7 +155,7 @@ def test_a_parallel_draft_is_drawn_from_what_it_is_told_to_be():
 class Unchanged(LogitsProcessor):
     """Does nothing, and does not say so."""
 
-    def __call__(self, input_ids, scores):  # noqa: ARG002  the host's signature
+    def __call__(self, input_ids, scores):
         return scores
 
 
@@ -164,6 +168,13 @@ def scripted(seed: int, V_d: int, *, spread: float = 1.5):
     p_logits = spread * torch.randn(TINY_V, TINY_V, generator=generator)
     q_logits = spread * torch.randn(TINY_V, V_d, generator=generator)
     return p_logits, q_logits, torch.randperm(TINY_V, generator=generator)[:V_d].sort().values
+
+
+def make_to_probs(warpers):
+    """From logits [B, V_d] to the probabilities that warpers leave, as a round computes them for each row."""
+    settings, further = read_settings(warpers)
+    warper = RowWarper([settings], further, torch.device("cpu"))
+    return lambda logits: to_probs(logits[None], warper)[0]
 
 
 def emit(p_logits, q_logits, ids, warpers, *, rows: int, depth: int = 2, root: int = 2) -> Tensor:
@@ -267,7 +278,7 @@ def test_a_greedy_draft_told_as_a_sampled_one_is_noticed(monkeypatch):
 @pytest.mark.slow
 def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
     """The end-to-end test above has the power to see what it is for."""
-    monkeypatch.setattr(drafting, "draw", lambda weights: weights.argmax(-1))
+    monkeypatch.setattr(noise, "draw", lambda weights: weights.argmax(-1))
     for loop in ("host", "own"):
         with pytest.raises(AssertionError, match="p-value"):
             assert_generated_as(generate_rows(300, loop=loop), exact(PROMPT, 3, ()))
@@ -285,7 +296,7 @@ def test_what_is_kept_is_what_p_and_q_allow(data, K, B):
     p = torch.where(torch.rand(p.shape, generator=generator) < 0.3, 0, p)
     p = p / p.sum(-1, keepdim=True)
     tokens = draw(q.view(-1, TINY_V)).view(B, K)
-    num_accepted, next_token = accept_sampled(tokens, q, p)
+    num_accepted, next_token, _ = accept_sampled(tokens, q, p)
     for b in range(B):
         n = int(num_accepted[b])
         assert 0 <= n <= K
@@ -308,7 +319,7 @@ def test_refusal_with_nothing_left_falls_back_to_p(monkeypatch):
     p = torch.tensor([[[0.0, 1.0 - 2**-24], [0.5, 0.5]]])
     q = torch.tensor([[[0.0, 1.0]]])
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2**-24))
-    num_accepted, next_token = accept_sampled(torch.tensor([[1]]), q, p)
+    num_accepted, next_token, _ = accept_sampled(torch.tensor([[1]]), q, p)
     assert (num_accepted.tolist(), next_token.tolist()) == ([0], [1])
 
 

@@ -1,0 +1,318 @@
+"""Decoding rows: admit them, run rounds, release them. It knows no `generate()`."""
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..drafters.draft import DrafterMemory, Prompted
+from ..drafters.kinds import find_kind
+from ..kernels.onednn import PackedLinears
+from ..recorder import StateRecorder
+from ..rows.attention import FoldedAttention
+from ..rows.cache import RowCache, count_cached_layers, to_bucket
+from ..rows.rotation import own_lengths
+from ..speculation.accept import Proposal, Verdict
+from ..speculation.numbers import has_nan, raise_if_nan
+from ..speculation.stats import Stopwatch
+from ..speculation.warpers import RowWarper
+from ..tensor_parallel import is_true_for_any, make_agree
+from .arena import Arena, KnownUnfitError, open_arena
+from .captured import CapturedPhases, CudaGraphs
+from .in_order import accept_in_order, accept_in_step, put_pads
+from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
+from .loop import DeviceRead, Launched
+from .phases import Models, Phases, Verified
+from .prefill import Prompt, prefill
+from .preparation import find_asked, name_of
+from .row import Row
+from .state import RoundConfig, RoundState
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+# Experts that copy the weights they choose: at 8 tokens GptOss-20b's take 34 ms a forward, grouped ones 18 at 32 tokens.
+FEW_TOKENS = 4
+# A model that attends otherwise or waits for the device, a shape that a kernel refuses, a card that cannot run one:
+# eager rounds need none of it, and raise again what is the caller's own.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
+ASKED_FOR = "asked for"
+# Reasons for eager rounds that were said, by target.
+_said: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
+
+
+class Clocks(NamedTuple):
+    """Where the time of a call goes; the rest is verification."""
+
+    draft: Stopwatch
+    accept: Stopwatch
+    host: Stopwatch
+
+
+class Room(NamedTuple):
+    """How much an engine's memory holds at first."""
+
+    num_rows: int
+    prompt_length: int  # of the longest
+    max_new: int | None  # tokens that a row may get, if there is a limit
+
+
+class Engine:
+    """Rounds of draft, verify, accept and commit over rows that accept different numbers. A context manager.
+
+    Args:
+        target: The model to generate with.
+        drafter: Bound to it.
+        config: What the rounds do.
+        room: What they will hold.
+        is_eager: Do not capture rounds.
+        capturer: Captures them otherwise.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
+        config: RoundConfig,
+        room: Room,
+        *,
+        is_eager: bool = False,
+        capturer: CudaGraphs | None = None,
+    ):
+        self.target, self.drafter, self.config, self.room = target, drafter, config, room
+        self.is_eager, self.capturer = is_eager, capturer or CudaGraphs()
+        self.rows: list[Row] = []  # in their places in the batch
+        self.clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
+        self._stack = ExitStack()
+        self._launched: deque[Launched] = deque()
+        self._num_tokens = 0  # most new tokens of a row that was ever admitted
+
+    def __enter__(self) -> "Engine":
+        with ExitStack() as stack:  # which undoes what was entered if something fails
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _open(self, stack: ExitStack) -> None:
+        """Take memory and hooks."""
+        target, drafter, room, shape = self.target, self.drafter, self.room, self.config.shape
+        stack.enter_context(own_lengths(target))
+        self.why_eager = ASKED_FOR if self.is_eager else self._find_why_eager()
+        if self.why_eager is None and not take_arena(target):
+            self.why_eager = BUSY
+        elif self.why_eager is None:
+            stack.callback(give_arena_back, target)
+        self.arena: Arena | None = None
+        self._drafter_cache: RowCache | None = None
+        if self.why_eager is None:
+            # Graphs are recorded on the current device.
+            stack.enter_context(torch.cuda.device_of(torch.empty(0, device=target.device)))
+            first = self.capturer.first_room
+            num_new = first if room.max_new is None else min(room.max_new, first)
+            sizes = {"num_rows": room.num_rows, "num_new": num_new, "prompt_length": room.prompt_length}
+            self.arena = stack.enter_context(open_arena(target, drafter, shape=shape, **sizes))
+            self._target_cache, self._drafter_cache = self.arena.first_rows(room.num_rows)
+        else:
+            capacity = to_bucket(room.prompt_length + shape.first_slots)
+            self._target_cache = RowCache(count_cached_layers(target), capacity)
+        self.recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
+        self.lock: LayerLock = lock_of(target)
+        # Rounds that are not captured compute the same in other ways.
+        self.over_masks = FoldedAttention(target, drafter, folds=not self.is_eager)
+        self._around: list[AbstractContextManager] = [self.over_masks]
+        if self.why_eager is not None and not self.is_eager:  # layers on a CPU, if there are any
+            self._around.append(PackedLinears(target, drafter))
+        for context in self._around:
+            stack.callback(leave, context, self.lock)
+
+    def _find_why_eager(self) -> str | None:
+        """What keeps rounds from being captured, told once; None if nothing does."""
+        target, name = self.target, type(self.target).__name__
+        why = self.capturer.why_not(target, self.drafter)
+        if why is None and (last := self.config.starts_anew) is not None:
+            why = f"{name} computes its cache anew where a text passes {last} tokens"
+        if why is None and (asked := find_asked(target)) is not None:
+            why = f"{name} is asked for the position of each token by {name_of(asked)}"
+        if why is not None:
+            say_once(target, why)
+        return why
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        *,
+        move: bool = True,
+        is_whole: bool = False,
+    ) -> Prompt:
+        """The target's forward over the prompts; see `prefill.prefill`."""
+        with self.lock:
+            return prefill(
+                *(self.target, self.recorder, input_ids, mask, model_kwargs, generation_config),
+                device=self.drafter.device,
+                cache=self._target_cache,
+                move=move,
+                is_whole=is_whole,
+            )
+
+    def admit(self, rows: Sequence[Row], prompt: Prompt, transcript: Transcript | None = None) -> None:
+        """Begin with rows behind their prompts, and choose their first tokens. The engine must have none.
+
+        Args:
+            rows: One for each row of the prompt.
+            prompt: What `prefill` returned.
+            transcript: Of these rows, where they are in step.
+        """
+        assert not self.rows, "rows are admitted to an engine that has none"
+        target, drafter, config = self.target, self.drafter, self.config
+        if len(rows) * config.shape.num_verified <= FEW_TOKENS:
+            # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
+            self._stack.enter_context(target._optimize_model_for_decode())
+        self.rows, self._prompt, self._transcript = list(rows), prompt, transcript
+        self._numbers = {id(row): number for number, row in enumerate(rows)}
+        seeds = [0 if row.seed is None else row.seed for row in rows]
+        state = RoundState.behind(prompt, max_length=config.max_length, seeds=seeds)
+        models = Models(target, drafter, find_kind(drafter.config), self.recorder, make_agree(target))
+        first = prompt.lengths - prompt.num_states
+        prompted = Prompted(prompt.tokens, prompt.states, prompt.num_states, first)
+        with self.lock, self.clocks.draft:
+            memory = models.kind.begin(drafter, prompted, config.shape, cache=self._drafter_cache)
+        warper = RowWarper([row.settings for row in rows], config.further_warpers, state.length.device)
+        self.phases = self._make_phases(models, state, memory, warper)
+        self._accept(Proposal(state.root.new_zeros(len(rows), 0), None), Verified(prompt.logits, None))
+
+    def _make_phases(self, models: Models, state: RoundState, memory: DrafterMemory, warper: RowWarper) -> Phases:
+        """Captured if that works, else eager."""
+        parts = (models, state, memory, warper, self.config, [self.lock, *self._around])
+        if self.arena is None:
+            return Phases(*parts)
+        captured = CapturedPhases(*parts, self.arena, self.capturer)
+        try:
+            captured.begin()
+        except CAPTURE_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.why_eager = str(error)
+            if not isinstance(error, KnownUnfitError):
+                self.why_eager = f"{type(error).__name__}: {error}"
+                logger.warning("Rounds cannot be captured in CUDA graphs, so they run eagerly: %s", self.why_eager)
+        if is_true_for_any(self.target, self.why_eager is not None) and self.why_eager is None:
+            self.why_eager = "another process could not capture them"
+        if self.why_eager is None:
+            return captured
+        captured.give_up(self.why_eager)
+        return Phases(*parts)
+
+    @property
+    def graphs(self) -> str:
+        """How rounds ran, in words."""
+        if isinstance(self.phases, CapturedPhases):
+            return self.phases.how
+        return f"none ({self.why_eager})"
+
+    def round(self) -> None:
+        """Draft, verify, accept, commit: once over all rows that are left. Texts grow, if not by this round, by one before."""
+        self._drop_rows()
+        phases, config = self.phases, self.config
+        self._num_tokens = max(self._num_tokens, *(len(row.text) for row in self.rows))
+        known = self._prompt.extra + self._prompt.columns.shape[1] + self._num_tokens
+        phases.reserve(known + config.shape.slots_ahead(len(self._launched)))
+        self._start_anew()
+        with phases.entered():
+            with self.clocks.draft:
+                proposal = phases.draft()
+            if self._transcript is not None:
+                put_pads(proposal.tokens, self._transcript)
+            verified = phases.verify(proposal)
+        self._accept(proposal, verified)
+
+    def release(self, row: Row) -> None:
+        """Let a row end here; it leaves the batch with the next round."""
+        row.end(len(row.text), cuts=False)
+
+    def _drop_rows(self) -> None:
+        """Go on without rows that have ended, if that pays."""
+        kept = [b for b, row in enumerate(self.rows) if row.is_live]
+        if len(kept) < len(self.rows) and not self.config.keeps_rows:
+            num_left = max(self.rows[b].num_left for b in kept)
+            self.rows = [self.rows[b] for b in self.phases.keep(kept, num_left=num_left)]
+
+    def _start_anew(self) -> None:
+        """Let rows have a cache of their whole text where the target computes its own anew."""
+        for b, row in enumerate(self.rows):
+            if self.config.starts_anew is not None and row.is_live:
+                number = self._numbers[id(row)]
+                new = self._prompt.tokens.new_tensor(row.text)
+                text = torch.cat([self._prompt.tokens[number, : self._prompt.num_states[number]], new])
+                if len(text) == self.config.starts_anew + 1:
+                    self.phases.start_anew(b, text)
+
+    def _accept(self, proposal: Proposal, verified: Verified) -> None:
+        """Accept and commit; texts grow by what is read, which is this round's report or an earlier one's."""
+        depth = self.config.shape.depth if proposal.tokens.shape[1] else 0
+        if self.config.in_order:
+            rows, starts = self.rows, [len(row.text) for row in self.rows]
+            self._accept_in_python(proposal, verified)
+        else:
+            with self.clocks.accept:
+                report, scores = self.phases.accept(proposal, verified)
+            self._launched.append(Launched(self.rows, depth, DeviceRead(report), scores, verified.logits))
+            if len(self._launched) <= self.phases.rounds_in_flight:
+                return
+            launched = self._launched.popleft()
+            rows, depth = launched.rows, launched.num_drafted
+            starts = [len(row.text) for row in rows]
+            read = launched.read()
+            raise_if_nan(read.is_nan)
+            with self.clocks.host:
+                launched.append(read)
+        for row, start in zip(rows, starts, strict=True):
+            row.took_part(depth, start)
+
+    def _accept_in_python(self, proposal: Proposal, verified: Verified) -> None:
+        """Accept where processors look at the text, and commit."""
+        phases, config, K = self.phases, self.config, proposal.tokens.shape[1]
+        with self.clocks.host:
+            raise_if_nan(bool(has_nan(verified.logits[:, 0])))
+            limits = [K] * len(self.rows)
+            if (last := config.starts_anew) is not None and K:
+                limits = [last - n if n <= last else K for n in phases.state.length.tolist()]
+            decide: Callable[..., Verdict] = partial(accept_in_order, rows=self.rows)
+            if self._transcript is not None:
+                decide = partial(accept_in_step, transcript=self._transcript)
+            verdict = decide(
+                proposal,
+                verified.logits,
+                do_sample=config.do_sample,
+                noise=phases.noise,
+                agree=phases.models.agree,
+                limits=limits,
+            )
+        phases.commit(proposal, verdict, verified.states)
+
+
+def say_once(target: PreTrainedModel, why_eager: str) -> None:
+    """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
+    said = _said.setdefault(target, set())
+    if target.device.type == "cuda" and why_eager not in (*said, BUSY):
+        said.add(why_eager)
+        logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
+
+
+def leave(context: AbstractContextManager, lock: LayerLock) -> None:
+    """Let a call leave nothing of `context` behind, even if it is interrupted while that is entered."""
+    with lock:
+        context.__exit__(None, None, None)

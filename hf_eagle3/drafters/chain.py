@@ -1,0 +1,113 @@
+"""EAGLE-3: a chain of draft tokens, one draft step each (arXiv:2503.01840, section 3)."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..rows.block import Block, is_by_rows, whole_rows
+from ..rows.cache import RowCache, to_bucket
+from ..rows.masks import make_masks
+from ..speculation.shape import DraftShape
+from .draft import Choose, Committed, Draft, DrafterKind, DrafterMemory, Prompted
+
+
+def begin(
+    drafter: PreTrainedModel, prompted: Prompted, shape: DraftShape, *, cache: RowCache | None = None
+) -> DrafterMemory:
+    """As `draft.Begin`. `cache` has room for the prompts; by default one is made."""
+    B, M, width = prompted.states.shape
+    device = drafter.device
+    num_states, first = prompted.num_states.to(device), prompted.first.to(device)
+    if cache is None:
+        cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M + shape.num_drafter_slots))
+    if is_by_rows(prompted.num_states, M):
+        parts = [(slice(b, b + 1), n - 1) for b, n in enumerate(prompted.num_states.tolist())]
+    else:
+        parts = [(slice(0, B), M - 1)]  # padding after each row's real states is overwritten by later writes
+    for part, num_slots in parts if shape.num_nodes else []:
+        if not num_slots:
+            continue
+        block = whole_rows(part.stop - part.start, num_slots, device)
+        view = cache if len(parts) == 1 else cache.view(part.start, 1, of=B)
+        with view.writing(block, is_first=True):
+            drafter(
+                input_ids=prompted.tokens[part, 1 : num_slots + 1].to(device),
+                aux_hidden_states=prompted.states[part, :num_slots],
+                position_ids=block.places + first[part, None],
+                past_key_values=view,
+                logits_to_keep=1,
+            )
+    states = prompted.states.new_zeros(B, shape.max_new, width)
+    rows = torch.arange(B, device=states.device)
+    states[:, 0] = prompted.states[rows, (num_states - 1).to(states.device)]
+    return DrafterMemory(
+        tokens=torch.zeros(B, shape.max_new, dtype=torch.long, device=device),
+        states=states,
+        num_pending=torch.ones_like(num_states),
+        start=num_states - 1,
+        first=first.clone(),
+        cache=cache,
+    )
+
+
+def catch_up(memory: DrafterMemory, committed: Committed, shape: DraftShape) -> None:
+    """As `draft.CatchUp`."""
+    device, n = memory.tokens.device, committed.tokens.shape[1]
+    memory.tokens[:, :n].copy_(committed.tokens)
+    if committed.states is not None:
+        # A row that is done and stays goes on over junk. It must not leave the cache.
+        last = memory.cache.capacity - shape.num_drafter_slots
+        memory.start.copy_((memory.start + memory.num_pending).clamp(max=last))
+        memory.states[:, :n].copy_(committed.states)
+    memory.num_pending.copy_(committed.num_new.to(device))
+
+
+def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, choose: Choose) -> Draft:
+    """As `draft.Propose`, for a chain.
+
+    The first draft step runs over D+1 positions in every row. What it writes behind a row's last pending state is junk,
+    as is all that the later steps write: the next round writes there again, from the target's own states.
+    """
+    cache, first = memory.cache, memory.first[:, None]  # [B, 1]
+    last = (memory.num_pending - 1)[:, None]  # [B, 1]
+    block = Block(memory.start, memory.tokens.shape[1])
+    with cache.writing(block):
+        out = drafter(
+            input_ids=memory.tokens,
+            aux_hidden_states=memory.states,
+            attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
+            position_ids=block.places + first,
+            past_key_values=cache,
+            logits_to_keep=last,
+        )
+    feedback = out.feedback.gather(1, last[..., None].expand(-1, -1, out.feedback.shape[-1]))  # [B, 1, H]
+    block = Block(memory.start + last[:, 0], 1)
+    tokens: list[Tensor] = []
+    probs: list[Tensor] = []
+    for step in range(shape.depth):
+        if step:
+            block = block._replace(start=block.start + 1)
+            with cache.writing(block):
+                out = drafter(
+                    input_ids=tokens[-1],
+                    hidden_states=feedback,
+                    attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
+                    position_ids=block.places + first,
+                    past_key_values=cache,
+                )
+            feedback = out.feedback
+        draft_ids, q = choose(out.logits[:, -1:], step)  # [B, 1], [B, 1, V_d]
+        tokens.append(drafter.to_target_ids(draft_ids))
+        if q is not None:
+            probs.append(q)
+    return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None)
+
+
+CHAIN = DrafterKind(
+    name="EAGLE-3",
+    fits=lambda config: True,  # noqa: ARG005  what no other kind knows
+    begin=begin,
+    catch_up=catch_up,
+    propose=propose,
+    count_forwards=lambda shape: shape.depth,
+)

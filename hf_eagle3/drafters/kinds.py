@@ -1,0 +1,14 @@
+"""Which kind a drafter is of, by its config. A new kind is a file beside this one, and a row here."""
+
+from transformers import PreTrainedConfig
+
+from .chain import CHAIN
+from .draft import DrafterKind
+from .parallel import PARALLEL
+
+KINDS: list[DrafterKind] = [PARALLEL, CHAIN]  # the first that fits
+
+
+def find_kind(config: PreTrainedConfig) -> DrafterKind:
+    """The kind of a drafter with this config."""
+    return next(kind for kind in KINDS if kind.fits(config))

@@ -1,0 +1,93 @@
+"""What a round proposes, and how much room that takes: the one owner of these counts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tree import MAX_NODES, Ancestry, find_depths, make_ancestry, make_paths
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """The draft tokens of a round, each by the node it follows: 0 is the root, node n the n-th draft token.
+
+    Raises:
+        ValueError: A node follows itself or a later one, or there are too many.
+    """
+
+    parents: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= parent <= node for node, parent in enumerate(self.parents)):
+            raise ValueError(f"Each draft token follows an earlier one, or 0, the root; got parents {self.parents}.")
+        if len(self.parents) > MAX_NODES and not self.is_chain:
+            raise ValueError(f"A draft tree has at most {MAX_NODES} tokens, got {len(self.parents)}.")
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token follows the one before it; no token at all is a chain, too."""
+        return self.parents == tuple(range(len(self.parents)))
+
+    @property
+    def num_nodes(self) -> int:
+        """N, draft tokens of a round."""
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """D, draft tokens on the longest path: as many can be accepted. A chain of K has depth K."""
+        return len(self.parents) if self.is_chain else max(find_depths(self.parents))
+
+    @property
+    def num_verified(self) -> int:
+        """Tokens that the target runs over in a round: the root and the draft."""
+        return self.num_nodes + 1
+
+    @property
+    def max_new(self) -> int:
+        """Most tokens that a round adds to a row, and states that are then pending."""
+        return self.depth + 1
+
+    @property
+    def num_drafter_slots(self) -> int:
+        """Slots that drafting writes, from the first pending state on: the last draft token is fed to nobody."""
+        return self.depth + self.num_nodes
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that a round may write behind a row's verified tokens, by either model."""
+        return self.num_verified + self.max_new
+
+    @property
+    def first_slots(self) -> int:
+        """Slots behind a prompt that the first round needs: that of the token which the prompt's logits give, and its own."""
+        return 1 + self.num_slots
+
+    @property
+    def slack(self) -> int:
+        """Slots behind the longest text that memory is made with: for the rounds under way when the last row ends."""
+        return self.num_slots + 2 * self.max_new + 2
+
+    def slots_ahead(self, num_rounds: int) -> int:
+        """Slots behind what is known of a text that the next round needs, with `num_rounds` launched and not read."""
+        return num_rounds * self.max_new + self.num_slots
+
+    def ancestry(self, device: torch.device) -> Ancestry | None:
+        """Who sees whom, as tensors; None for a chain, whose tokens see those before them."""
+        return None if self.is_chain else make_ancestry(self.parents, device)
+
+    def paths(self, device: torch.device) -> Tensor:
+        """[N+1, D+1] int64, the way from the root to each node; its end repeats."""
+        return make_paths(self.parents, device)
+
+
+def chain(num_tokens: int) -> DraftShape:
+    """`num_tokens` draft tokens, one after the other."""
+    return DraftShape(tuple(range(num_tokens)))
+
+
+NONE = chain(0)
+# By name: a shape of so many draft tokens.
+SHAPES: Mapping[str, Callable[[int], DraftShape]] = {"chain": chain}
