@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,15 @@ def test_size():
 
 
 @pytest.mark.parametrize("name", REMOTE_CODE_FILES)
-def test_remote_code_is_that_of_the_repository(name):
-    """After a change to `modeling/`, copy it here: the folder must load where hf-eagle3 is not installed."""
-    assert (ASSET / name).read_text(encoding="utf-8") == (ROOT / "modeling" / name).read_text(encoding="utf-8")
+def test_remote_code_is_a_link_to_that_of_the_repository(name):
+    """The folder loads where hf-eagle3 is not installed. Wheels and sdists hold files here: test_packaging.py."""
+    assert (ASSET / name).is_symlink()
+    assert (ASSET / name).readlink() == Path("../../../modeling") / name
+    assert (ASSET / name).is_file()
+
+
+def test_it_has_no_code_of_its_own():
+    assert {path.name for path in ASSET.glob("*.py")} == set(REMOTE_CODE_FILES)
 
 
 def test_it_is_an_eagle_3_1_drafter_for_smollm2(drafter):

@@ -2,8 +2,10 @@
 
 import ast
 import re
+import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from itertools import chain
@@ -13,6 +15,7 @@ import pytest
 from helpers.paths import ROOT
 
 from hf_eagle3.host.install import MINIMUM_TRANSFORMERS
+from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 
 pytestmark = pytest.mark.any_release
 
@@ -21,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
+DRAFTER_FOLDER = "hf_eagle3/assets/smollm2-135m-instruct-eagle3"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_eagle3/__init__.py").read_text(), re.MULTILINE)
 
@@ -117,6 +121,22 @@ def test_modeling_link_is_relative():
     assert link.readlink() == Path("../modeling")
 
 
+def assert_code_is_in_the_drafters_folder(*built: Path) -> None:
+    """The links of the clone are files in wheels and sdists, which are unpacked where links may lead nowhere."""
+    for archive in built:
+        is_wheel = archive.suffix == ".whl"
+        folder = f"{'' if is_wheel else archive.name.removesuffix('.tar.gz') + '/'}{DRAFTER_FOLDER}"
+        with zipfile.ZipFile(archive) if is_wheel else tarfile.open(archive) as opened:
+            for name in REMOTE_CODE_FILES:
+                if is_wheel:
+                    assert not stat.S_ISLNK(opened.getinfo(f"{folder}/{name}").external_attr >> 16), name
+                    code = opened.read(f"{folder}/{name}")
+                else:
+                    assert opened.getmember(f"{folder}/{name}").isreg(), name
+                    code = opened.extractfile(f"{folder}/{name}").read()
+                assert code == (ROOT / "modeling" / name).read_bytes()
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_modeling_once(tmp_path):
     # Asked for without importing it here: setuptools replaces parts of the standard library on import.
@@ -149,6 +169,7 @@ def test_wheel_and_sdist_hold_modeling_once(tmp_path):
     assert "hf_eagle3/py.typed" in names
     for path in (source / "hf_eagle3/assets").rglob("*"):
         assert path.is_dir() or str(path.relative_to(source)) in names
+    assert_code_is_in_the_drafters_folder(*(source / "dist").glob("*"))
 
     # The wheel stands alone: `modeling` is found in it, not in the clone.
     site = tmp_path / "site"

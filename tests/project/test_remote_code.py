@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
+from hf_eagle3.smollm2 import DRAFTER_FOLDER
 
 MODELING = ROOT / "modeling"
 V = 64
@@ -115,9 +116,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "drafter"
 
 
-@pytest.mark.parametrize("auto", slow_but(["AutoModel"], ["AutoModel", "AutoModelForCausalLM"]))
-def test_loads_in_a_fresh_process_without_hf_eagle3(auto, folder, tmp_path):
-    # Where Python finds torch and Transformers, but not this repository, nor an editable install of it.
+def run_without_hf_eagle3(tmp_path: Path, script: str, *arguments: str) -> str:
+    """What `script` prints where Python finds torch and Transformers, but not this repository, however installed."""
     paths = [p for p in sys.path if p and not (Path(p) / "hf_eagle3").exists() and "hf_eagle3" not in p]
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
     env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -127,10 +127,38 @@ def test_loads_in_a_fresh_process_without_hf_eagle3(auto, folder, tmp_path):
     env["PYTHONPATH"] = os.pathsep.join([str(block.parent), *paths])
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     run = subprocess.run(
-        [*command, "-c", SCRIPT, str(folder), auto], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        [*command, "-c", script, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert "all is well transformers_modules" in run.stdout
+    return run.stdout
+
+
+@pytest.mark.parametrize("auto", slow_but(["AutoModel"], ["AutoModel", "AutoModelForCausalLM"]))
+def test_loads_in_a_fresh_process_without_hf_eagle3(auto, folder, tmp_path):
+    assert "all is well transformers_modules" in run_without_hf_eagle3(tmp_path, SCRIPT, str(folder), auto)
+
+
+@pytest.mark.slow
+def test_the_shipped_drafter_loads_from_the_clone_and_saves_files(tmp_path):
+    """There its code is links, which neither the host nor `save_pretrained` may pass on."""
+    script = """
+import sys
+from pathlib import Path
+from transformers import AutoModel
+
+folder, saved = Path(sys.argv[1]), Path(sys.argv[2])
+drafter = AutoModel.from_pretrained(folder, trust_remote_code=True)
+drafter.save_pretrained(saved)
+assert not [path for path in saved.iterdir() if path.is_symlink()]
+again = AutoModel.from_pretrained(saved, trust_remote_code=True)
+states = again.state_dict()
+assert all(tensor.equal(states[name]) for name, tensor in drafter.state_dict().items())
+print("all is well", type(again).__module__.split(".")[0])
+"""
+    out = run_without_hf_eagle3(tmp_path, script, str(DRAFTER_FOLDER), str(tmp_path / "saved"))
+    assert "all is well transformers_modules" in out
+    for name in REMOTE_CODE_FILES:
+        assert (tmp_path / "saved" / name).read_bytes() == (MODELING / name).read_bytes()
 
 
 def test_the_folder_holds_the_code_as_it_is_here(folder):
