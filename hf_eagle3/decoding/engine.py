@@ -31,7 +31,7 @@ from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
 from .loop import DeviceRead, Launched
 from .phases import Models, Phases, Verified
-from .prefill import Prompt, prefill
+from .prefill import Prompt, PromptCall, prefill
 from .preparation import find_asked, name_of
 from .row import Row
 from .state import RoundConfig, RoundState
@@ -158,15 +158,10 @@ class Engine:
         move: bool = True,
         is_whole: bool = False,
     ) -> Prompt:
-        """The target's forward over the prompts; see `prefill.prefill`."""
+        """The target's forward over the prompts; arguments as of `prefill.PromptCall`."""
+        given = (self.target, self.recorder, input_ids, mask, model_kwargs, generation_config)
         with self.lock:
-            return prefill(
-                *(self.target, self.recorder, input_ids, mask, model_kwargs, generation_config),
-                device=self.drafter.device,
-                cache=self._target_cache,
-                move=move,
-                is_whole=is_whole,
-            )
+            return prefill(PromptCall(*given, self.drafter.device, self._target_cache, move, is_whole))
 
     def admit(self, rows: Sequence[Row], prompt: Prompt, transcript: Transcript | None = None) -> None:
         """Begin with rows behind their prompts, and choose their first tokens. The engine must have none.

@@ -18,10 +18,8 @@ from ..recorder import StateRecorder
 from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
 from ..rows.rotation import at_once, find_switch, rotating
+from .columns import counts_from_zero, is_text_only, real_first
 from .preparation import HOST_DROPS_MASKS, AskedPositions, AskedRow, find_asked, name_of, prepare_next, shows_all
-
-# What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
-PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 class Prompt(NamedTuple):
@@ -40,70 +38,24 @@ class Prompt(NamedTuple):
     asked: AskedPositions | None  # position ids of later tokens, where `shift` does not say them
 
 
-def read_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """The attention mask [B, S] bool, over cached and new columns."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask.to(input_ids.device).bool()
-    cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    given = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    # The host drops a mask of ones from 5.23 on. The position ids are as long as it was.
-    position_ids = model_kwargs.get("position_ids")
-    S = max(past + 1, given) if position_ids is None else max(position_ids.shape[-1], given)
-    return torch.ones(len(input_ids), S, dtype=torch.bool, device=input_ids.device)
+class PromptCall(NamedTuple):
+    """What a prompt's forward is given."""
 
+    target: PreTrainedModel  # the model to generate with
+    recorder: StateRecorder  # open, on it
+    input_ids: Tensor  # [B, T] as the host passes them to its decode loop; no columns where embeddings are given
+    mask: Tensor  # [B, S] bool, of cached and new columns; the last is real in every row
+    model_kwargs: dict[str, Any]  # as the host passes them to its decode loop; the cache among them is filled
+    generation_config: GenerationConfig
+    device: torch.device  # the drafter's
+    cache: RowCache  # to hold what the target has seen of each row, with room for the longest
+    move: bool  # leave nothing in the host's cache
+    is_whole: bool  # run the batch as it is given, since hooks of others count on its rows
 
-def real_first(mask: Tensor) -> Tensor:
-    """[B, P] int64: the real columns of a mask [B, S] in their order, then pads; P real ones in the fullest row."""
-    P = int(mask.sum(-1).max())
-    return mask.long().sort(dim=-1, descending=True, stable=True).indices[:, :P]
-
-
-def pads_to_the_left(mask: Tensor, past: int) -> Tensor:
-    """[B, S] int64: the columns in an order that puts pads first, among new ones."""
-    new = mask[:, past:].long().sort(dim=-1, stable=True).indices + past
-    old = torch.arange(past, device=mask.device).expand(len(mask), past)
-    return torch.cat([old, new], dim=-1)
-
-
-def reorder(input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], order: Tensor) -> tuple[Tensor, Tensor]:
-    """The prompt with its columns in `order` [B, S]: ids and mask; what belongs to columns changes in `model_kwargs`."""
-    S = mask.shape[1]
-
-    def take(x: Tensor) -> Tensor:  # [..., B, n], of the last n columns
-        index = (order[:, S - x.shape[-1] :] - (S - x.shape[-1])).to(x.device)
-        return x.gather(-1, index.expand(*x.shape[:-2], len(index), -1))
-
-    mask = take(mask)
-    for name in PER_COLUMN:
-        if (given := model_kwargs.get(name)) is not None and given.dim() > 1:
-            model_kwargs[name] = take(given.expand(*given.shape[:-2], len(mask), -1))
-    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
-        index = (order[:, S - embeds.shape[1] :] - (S - embeds.shape[1])).to(embeds.device)
-        model_kwargs["inputs_embeds"] = embeds.gather(1, index[..., None].expand_as(embeds))
-    model_kwargs["attention_mask"] = mask.long()
-    return take(input_ids) if input_ids.shape[1] else input_ids, mask
-
-
-def is_text_only(model_kwargs: dict[str, Any]) -> bool:
-    """Whether a prompt is nothing but tokens from the beginning of a text."""
-    position_ids = model_kwargs.get("position_ids")
-    others = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_NAME}
-    return (
-        int(model_kwargs[CACHE_NAME].get_seq_length()) == 0
-        and (position_ids is None or position_ids.dim() == 2)
-        and all(value is None for name, value in model_kwargs.items() if name not in others)
-    )
-
-
-def counts_from_zero(model_kwargs: dict[str, Any], mask: Tensor) -> bool:
-    """Whether the position ids of real columns are 0, 1, 2, ... in each row, so that nobody gave others."""
-    position_ids = model_kwargs.get("position_ids")
-    if position_ids is None:
-        return True
-    counted = mask.long().cumsum(-1) - 1  # [B, S]
-    return bool(((position_ids.to(mask.device) == counted) | ~mask).all())
+    @property
+    def is_padded(self) -> bool:
+        """Whether some column is no token."""
+        return not bool(self.mask.all())
 
 
 def keeps_what_rows_keep(target: PreTrainedModel, cache: Cache) -> bool:
@@ -128,134 +80,122 @@ def find_shift(prepared: dict[str, Any], lengths: Tensor, num_cached: int) -> Te
     return position_ids.expand(*position_ids.shape[:-2], len(lengths), 1) - lengths[:, None]
 
 
-def prefill_by_rows(
-    target: PreTrainedModel,
-    recorder: StateRecorder,
-    input_ids: Tensor,
-    mask: Tensor,
-    model_kwargs: dict[str, Any],
-    generation_config: GenerationConfig,
-    *,
-    device: torch.device,
-    cache: RowCache,
-) -> Prompt:
-    """As `prefill`, one prompt after the other: no pads are computed, no [T, S] mask is made, and less lives at once."""
-    B, _ = mask.shape
-    num_real = mask.sum(-1)  # [B]
-    columns = real_first(mask)  # [B, P]
-    P = columns.shape[1]
-    tokens = input_ids.gather(1, columns)  # [B, P]
-    places = torch.arange(P, device=input_ids.device)[None]  # [1, P]
-    is_asked = find_asked(target) is not None
-    logits, states, shifts, extras, asked = [], None, [], set(), []
+class RowPrompt(NamedTuple):
+    """The target after one prompt of several that run one by one."""
+
+    num_cached: int
+    logits: Tensor  # [1, 1, V] float32
+    states: Tensor  # [1, length, A*Ht]
+    shift: Tensor | None  # [1, 1], or [axes, 1, 1]
+    asked: AskedRow | None
+
+
+def prefill_row(call: PromptCall, ids: Tensor, b: int, *, is_asked: bool) -> RowPrompt:
+    """Run the target over the tokens of row `b` alone, [1, length]; the row's part of the cache is filled."""
+    target, length = call.target, ids.shape[1]
+    places = torch.arange(length, device=ids.device)[None]  # [1, length]
+    host_cache = DynamicCache(config=target.config.get_text_config(decoder=True))
+    own = {**call.model_kwargs, CACHE_NAME: host_cache, "position_ids": places}
+    own["attention_mask"] = torch.ones_like(places) if is_asked and not HOST_DROPS_MASKS else None
+    with call.recorder.in_chunks():
+        out = target._prefill(ids, call.generation_config, own)
+    host_cache = out.get(CACHE_NAME, host_cache)  # a target may have made another
+    num_cached = int(host_cache.get_seq_length())
+    asked = shift = None
+    if is_asked:
+        kwargs = target._update_model_kwargs_for_generation(out, own, is_encoder_decoder=False)
+        asked = AskedRow(ids[0].tolist(), num_cached - length, {length + 1: kwargs})
+    else:
+        lengths = torch.tensor([length], device=ids.device)
+        prepared = prepare_next(target, out, ids, own)
+        shift = find_shift(prepared, lengths.new_tensor([num_cached]), num_cached)
+    logits = out.logits[:, -1:].to(ids.device, torch.float32, copy=True)
+    states = call.recorder.take(call.device)[:, -length:]
+    call.cache.reserve(num_cached)
+    slots = torch.arange(num_cached, device=ids.device)[None]
+    call.cache.view(b, 1, of=len(call.mask)).from_host(host_cache, slots, move=True)
+    return RowPrompt(num_cached, logits, states, shift, asked)
+
+
+def prefill_by_rows(call: PromptCall) -> Prompt:
+    """One prompt after the other: no pads are computed, no [T, S] mask is made, and less lives at once."""
+    num_real = call.mask.sum(-1)  # [B]
+    columns = real_first(call.mask)  # [B, P]
+    tokens = call.input_ids.gather(1, columns)  # [B, P]
+    is_asked = find_asked(call.target) is not None
+    rows, states = [], None
     for b, length in enumerate(num_real.tolist()):
-        own_cache = DynamicCache(config=target.config.get_text_config(decoder=True))
-        own = {**model_kwargs, CACHE_NAME: own_cache, "position_ids": places[:, :length]}
-        has_mask = is_asked and not HOST_DROPS_MASKS
-        own["attention_mask"] = torch.ones_like(places[:, :length]) if has_mask else None
-        ids = tokens[b : b + 1, :length]
-        with recorder.in_chunks():
-            out = target._prefill(ids, generation_config, own)
-        own_cache = out.get(CACHE_NAME, own_cache)  # a target may have made another
-        num_cached = int(own_cache.get_seq_length())
-        extras.add(num_cached - length)
-        if is_asked:
-            kwargs = target._update_model_kwargs_for_generation(out, own, is_encoder_decoder=False)
-            asked.append(AskedRow(ids[0].tolist(), num_cached - length, {length + 1: kwargs}))
-        else:
-            prepared = prepare_next(target, out, ids, own)
-            shifts.append(find_shift(prepared, num_real.new_tensor([num_cached]), num_cached))
-        logits.append(out.logits[:, -1:].to(input_ids.device, torch.float32, copy=True))
-        seen = recorder.take(device)[:, -length:]  # [1, length, A*Ht]
-        states = seen.new_zeros(B, P, seen.shape[-1]) if states is None else states
-        states[b, :length] = seen[0]
-        cache.reserve(num_cached)
-        cache.view(b, 1, of=B).from_host(own_cache, torch.arange(num_cached, device=places.device)[None], move=True)
+        row = prefill_row(call, tokens[b : b + 1, :length], b, is_asked=is_asked)
+        states = row.states.new_zeros(*columns.shape, row.states.shape[-1]) if states is None else states
+        states[b, :length] = row.states[0]
+        rows.append(row._replace(states=states[:0]))  # held once
     assert states is not None
+    extras = {row.num_cached - length for row, length in zip(rows, num_real.tolist(), strict=True)}
     if len(extras) > 1:
         raise ValueError(
-            f"After prompts of {num_real.tolist()} tokens, the caches of {type(target).__name__} hold "
+            f"After prompts of {num_real.tolist()} tokens, the caches of {type(call.target).__name__} hold "
             f"{sorted(extras)} positions more than that: rows must agree. Call generate() once for each row."
         )
     (extra,) = extras
+    asked = [row.asked for row in rows if row.asked is not None]
+    shifts = [row.shift for row in rows if row.shift is not None]
     return Prompt(
         lengths=num_real + extra,
         extra=extra,
         columns=columns,
-        logits=torch.cat(logits),
+        logits=torch.cat([row.logits for row in rows]),
         tokens=tokens,
         states=states,
         num_states=num_real,
-        shift=torch.zeros_like(num_real)[:, None] if is_asked else torch.cat(shifts, dim=-2),
-        cache=cache,
-        host_cache=model_kwargs[CACHE_NAME],
-        asked=AskedPositions(target, asked) if is_asked else None,
+        shift=torch.cat(shifts, dim=-2) if shifts else torch.zeros_like(num_real)[:, None],
+        cache=call.cache,
+        host_cache=call.model_kwargs[CACHE_NAME],
+        asked=AskedPositions(call.target, asked) if is_asked else None,
     )
 
 
-def prefill(
-    target: PreTrainedModel,
-    recorder: StateRecorder,
-    input_ids: Tensor,
-    mask: Tensor,
-    model_kwargs: dict[str, Any],
-    generation_config: GenerationConfig,
-    *,
-    device: torch.device,
-    cache: RowCache,
-    move: bool,
-    is_whole: bool = False,
-) -> Prompt:
+def prefill(call: PromptCall) -> Prompt:
     """Run the target over the prompts, as plain decoding would.
-
-    Args:
-        target: The model to generate with.
-        recorder: Open, on it.
-        input_ids: As the host passes them to its decode loop, [B, T]; no columns where embeddings are given.
-        mask: [B, S] bool, of cached and new columns; the last is real in every row.
-        model_kwargs: As the host passes them to its decode loop; the cache among them is filled.
-        generation_config: The call's.
-        device: The drafter's.
-        cache: To hold what the target has seen of each row, with room for the longest.
-        move: Leave nothing in the host's.
-        is_whole: Run the batch as it is given, since hooks of others count on its rows.
 
     Raises:
         ValueError: Rows would have to run by themselves, and cannot.
     """
+    target, mask, settings = call.target, call.mask, call.generation_config
     B, S = mask.shape
-    is_padded = not bool(mask.all())
-    can_part = is_text_only(model_kwargs) and counts_from_zero(model_kwargs, mask) and not is_whole
-    in_chunks = generation_config.prefill_chunk_size is not None
+    is_alone = B == 1 and not call.is_padded
+    can_part = is_text_only(call.model_kwargs) and counts_from_zero(call.model_kwargs, mask) and not call.is_whole
+    in_chunks = settings.prefill_chunk_size is not None
     asked_by = find_asked(target)
     # A target that is asked for each token is asked as if a row were alone, and so must its prompt be. Chunks of padded
     # rows end elsewhere than those of rows alone, which matters where rotation depends on the length.
     must_part = asked_by is not None or (in_chunks and find_switch(target) is not None)
-    should_part = (
-        is_by_rows(mask.sum(-1), S) and not in_chunks and keeps_what_rows_keep(target, model_kwargs[CACHE_NAME])
-    )
-    if can_part and (should_part or (must_part and (B > 1 or is_padded))):
-        models = (target, recorder)
-        with rotating(at_once):
-            return prefill_by_rows(
-                *models, input_ids, mask, model_kwargs, generation_config, device=device, cache=cache
+    keeps = keeps_what_rows_keep(target, call.model_kwargs[CACHE_NAME])
+    should_part = is_by_rows(mask.sum(-1), S) and not in_chunks and keeps
+    with rotating(at_once):
+        if can_part and (should_part or (must_part and not is_alone)):
+            return prefill_by_rows(call)
+        if asked_by is not None and not is_alone:
+            raise ValueError(
+                f"{type(target).__name__} prepares the inputs of its forwards in a way of its own ({name_of(asked_by)}), "
+                "so a drafter can help with a batch of text alone, from its beginning; got a batch with more: call "
+                "generate() once for each row, without pads."
             )
-    if asked_by is not None and (B > 1 or is_padded):
-        raise ValueError(
-            f"{type(target).__name__} prepares the inputs of its forwards in a way of its own ({name_of(asked_by)}), "
-            "so a drafter can help with a batch of text alone, from its beginning; got a batch with more: call "
-            "generate() once for each row, without pads."
-        )
-    with recorder.in_chunks(), rotating(at_once):
-        out = target._prefill(input_ids, generation_config, model_kwargs)
-    host_cache = out.get(CACHE_NAME, model_kwargs[CACHE_NAME])  # a target may have made another
-    states = recorder.take(device)  # [B, N, A*Ht]
+        return prefill_batch(call, is_asked=asked_by is not None)
 
+
+def prefill_batch(call: PromptCall, *, is_asked: bool) -> Prompt:
+    """All prompts in one forward, or in the host's chunks."""
+    target, input_ids, mask = call.target, call.input_ids, call.mask
+    B, S = mask.shape
+    with call.recorder.in_chunks():
+        out = target._prefill(input_ids, call.generation_config, call.model_kwargs)
+    host_cache = out.get(CACHE_NAME, call.model_kwargs[CACHE_NAME])  # a target may have made another
+    states = call.recorder.take(call.device)  # [B, N, A*Ht]
     num_cached = int(host_cache.get_seq_length())
     extra = num_cached - S
-    prepared = None if asked_by is not None else prepare_next(target, out, input_ids, model_kwargs)
+    prepared = None if is_asked else prepare_next(target, out, input_ids, call.model_kwargs)
     is_seen = prepared is None or shows_all(prepared.get("attention_mask"), num_cached + 1)
-    if extra < 0 or (extra and (is_padded or not is_seen)):
+    if extra < 0 or (extra and (call.is_padded or not is_seen)):
         raise ValueError(
             f"After a prompt of {S} columns, pads included, the cache of {type(target).__name__} holds {num_cached} "
             "positions: a drafter can help if there are as many, or more, all of which later tokens see, and no pads. "
@@ -263,36 +203,32 @@ def prefill(
         )
     columns = real_first(mask)  # [B, P]
     lengths = mask.sum(-1) + extra  # [B]
-    asked = None
+    asked, shift = None, torch.zeros_like(lengths)[:, None]
     if prepared is None:
-        kwargs = target._update_model_kwargs_for_generation(out, dict(model_kwargs), is_encoder_decoder=False)
+        kwargs = target._update_model_kwargs_for_generation(out, dict(call.model_kwargs), is_encoder_decoder=False)
         T = input_ids.shape[1]
         asked = AskedPositions(target, [AskedRow(input_ids[0].tolist(), num_cached - T, {T + 1: kwargs})])
-        shift = torch.zeros_like(lengths)[:, None]
     else:
         shift = find_shift(prepared, lengths, num_cached)
+    call.cache.reserve(int(lengths.max()))
+    before = torch.arange(extra, device=columns.device).expand(B, extra)
+    call.cache.from_host(host_cache, torch.cat([before, columns + extra], dim=1), move=call.move)
+    tokens, states, num_states = take_ids_and_states(call, states)
+    logits = out.logits[:, -1:].to(input_ids.device, torch.float32, copy=True)
+    parts = (logits, tokens, states, num_states, shift, call.cache, host_cache, asked)
+    return Prompt(lengths, extra, columns, *parts)
 
-    # Embeddings given as a prompt have no token ids: drafting starts where ids do, at the latest with the last state.
+
+def take_ids_and_states(call: PromptCall, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, M], states [B, M, A*Ht] and their number [B], of the last positions that have both; pads last.
+
+    Embeddings given as a prompt have no token ids: drafting starts where ids do, at the latest with the last state.
+    """
+    input_ids, S = call.input_ids, call.mask.shape[1]
     num_ids = min(max(input_ids.shape[1], 1), states.shape[1])
-    new = mask[:, S - num_ids :]  # [B, num_ids]
-    num_states = new.sum(-1)  # [B]
+    new = call.mask[:, S - num_ids :]  # [B, num_ids]
     order = real_first(new)  # [B, M]
     tokens = torch.zeros_like(order) if not input_ids.shape[1] else input_ids[:, -num_ids:].gather(1, order)
     states = states[:, -num_ids:]
-    index = order.to(device)[..., None].expand(-1, -1, states.shape[-1])
-    cache.reserve(int(lengths.max()))
-    before = torch.arange(extra, device=columns.device).expand(B, extra)
-    cache.from_host(host_cache, torch.cat([before, columns + extra], dim=1), move=move)
-    return Prompt(
-        lengths=lengths,
-        extra=extra,
-        columns=columns,
-        logits=out.logits[:, -1:].to(input_ids.device, torch.float32, copy=True),
-        tokens=tokens,
-        states=states.gather(1, index),
-        num_states=num_states,
-        shift=shift,
-        cache=cache,
-        host_cache=host_cache,
-        asked=asked,
-    )
+    index = order.to(call.device)[..., None].expand(-1, -1, states.shape[-1])
+    return tokens, states.gather(1, index), new.sum(-1)

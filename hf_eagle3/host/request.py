@@ -8,7 +8,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE_NAME
-from ..decoding.prefill import counts_from_zero, is_text_only, pads_to_the_left, read_mask, reorder
+from ..decoding.columns import counts_from_zero, is_text_only, pads_to_the_left, read_mask, reorder
 from ..decoding.preparation import Switch, find_switch
 from ..decoding.row import Row
 from ..decoding.state import RoundConfig
