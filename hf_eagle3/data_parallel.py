@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Shares of the work differ, and a launcher ends all processes when one of them fails.
+# How long a process waits for the others. Shares of work differ; if one process fails, the launcher ends all.
 PATIENCE = timedelta(days=7)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-_one_capture = threading.Lock()  # PyTorch knows one at a time, and nobody may wait for a whole device meanwhile
-_failed: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking them
+_one_capture = threading.Lock()  # PyTorch captures one graph at a time, and waiting for the device breaks a capture
+_failed: list[torch.cuda.CUDAGraph] = []  # kept, since the allocator of pinned memory still queries them
 
 
 def warm_up(function: Callable[[], None], device: torch.device) -> None:
-    """Run what is to be captured, so that kernels are compiled and libraries have their workspaces.
+    """Run `function` twice before its capture, so that kernels are compiled and libraries have their workspaces.
 
-    Random numbers are drawn as if it had not run.
+    The device's random state is put back.
     """
     random_state = torch.cuda.get_rng_state(device)
     stream = torch.cuda.Stream(device)
@@ -30,9 +30,9 @@ def warm_up(function: Callable[[], None], device: torch.device) -> None:
 
 
 def capture(function: Callable, *args: Any, pool: Any) -> tuple[Callable[[], None], Any]:
-    """How to replay `function(*args)` on the current device, and where its results will lie.
+    """Capture `function(*args)` on the current device; how to replay it, and the tensors that hold its results.
 
-    A failure leaves PyTorch as it was.
+    A failed capture is undone.
     """
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     stream = stream_of_captures(before.device_index)
@@ -55,7 +55,7 @@ def stream_of_captures(device_index: int) -> torch.cuda.Stream:
 
 @contextmanager
 def workspaces_apart() -> Iterator[None]:
-    """Let cuBLAS have new workspaces inside, and forget them afterwards.
+    """Give cuBLAS new workspaces inside, and drop them afterwards.
 
     PyTorch keeps one for each stream. Captured, it lies in the memory of the graphs that first used it, and would go with
     them, or whenever somebody clears all workspaces, as `torch.compile` does for graphs of its own: later graphs would

@@ -45,8 +45,8 @@ FEW_TOKENS = 4
 # eager rounds need none of it, and raise again what is the caller's own.
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
 ASKED_FOR = "asked for"
-# Reasons for eager rounds that were said, by target.
-_said: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
+# Reasons for eager rounds that were logged, by target.
+_logged: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
 
 
 class Clocks(NamedTuple):
@@ -137,7 +137,7 @@ class Engine:
             stack.callback(leave, context, self.lock)
 
     def _find_why_eager(self) -> str | None:
-        """What keeps rounds from being captured, told once; None if nothing does."""
+        """What keeps rounds from being captured, logged once; None if nothing does."""
         target, name = self.target, type(self.target).__name__
         why = self.capturer.why_not(target, self.drafter)
         if why is None and (last := self.config.starts_anew) is not None:
@@ -145,7 +145,7 @@ class Engine:
         if why is None and (asked := find_asked(target)) is not None:
             why = f"{name} is asked for the position of each token by {name_of(asked)}"
         if why is not None:
-            say_once(target, why)
+            warn_once(target, why)
         return why
 
     def prefill(
@@ -299,11 +299,11 @@ class Engine:
         phases.commit(proposal, verdict, verified.states)
 
 
-def say_once(target: PreTrainedModel, why_eager: str) -> None:
+def warn_once(target: PreTrainedModel, why_eager: str) -> None:
     """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
-    said = _said.setdefault(target, set())
-    if target.device.type == "cuda" and why_eager not in (*said, BUSY):
-        said.add(why_eager)
+    logged = _logged.setdefault(target, set())
+    if target.device.type == "cuda" and why_eager not in (*logged, BUSY):
+        logged.add(why_eager)
         logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
 
 

@@ -21,7 +21,7 @@ def why_busy(target: PreTrainedModel) -> str | None:
 
 
 def take_arena(target: PreTrainedModel) -> bool:
-    """Have the target's arena to oneself, until `give_arena_back`; False if another call has it."""
+    """Reserve the target's arena for one call, until `give_arena_back`; False if another call has it."""
     with _lock:
         is_free = target not in _busy
         _busy.add(target)
@@ -29,15 +29,16 @@ def take_arena(target: PreTrainedModel) -> bool:
 
 
 def give_arena_back(target: PreTrainedModel) -> None:
-    """Let other calls have it."""
+    """End a reservation."""
     with _lock:
         _busy.discard(target)
 
 
 class LayerLock:
-    """Any number of threads run a target's layers, or one records graphs over it, for which they are changed.
+    """A shared and exclusive lock on a target's layers.
 
-    A context: entered around what runs them. `alone` waits until nobody does.
+    Any number of threads run them at once, inside the lock as a context. A capture changes them, so it takes the lock
+    `alone`, after all others have left.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class LayerLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For the time of a recording."""
+        """Exclusively, for a capture."""
         with self._changed:
             self._changed.wait_for(lambda: not self._records and not self._running)
             self._records = True
@@ -69,6 +70,6 @@ class LayerLock:
 
 
 def lock_of(target: PreTrainedModel) -> LayerLock:
-    """Of the threads that use `target`."""
+    """The lock on the layers of `target`."""
     with _lock:
         return _locks.setdefault(target, LayerLock())

@@ -1,4 +1,4 @@
-"""What a batch has said so far, as the host shows it: column by column."""
+"""The texts of a batch so far, column by column, as the host shows them."""
 
 import torch
 from torch import Tensor

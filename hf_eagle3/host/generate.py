@@ -216,7 +216,7 @@ def decode(
 
 
 def show(transcript: Transcript, engine: Engine) -> bool:
-    """Show what the rows have said to whom the call says; whether something is left to say.
+    """Give new columns to the call's criteria and streamer; whether some row goes on.
 
     Raises:
         Exception: What a row's own processors or criteria raised.

@@ -21,8 +21,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # the last for layers that share others'
 # Families whose layers make positions of their own, by `model_type`.
 OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
-# Of what `generate` is given by name: what our loop reads, and what only the prompt's forward does. Other inputs plain
-# decoding passes to each forward.
+# Arguments of `generate` that our loop reads, or that only the prompt's forward takes. Plain decoding passes any other
+# input to each forward.
 KNOWN_INPUTS = {
     *("attention_mask", "input_ids", "inputs_embeds", "past_key_values", "cache", "position_ids"),
     *("tokenizer", "assistant_tokenizer", "use_cache", "logits_to_keep"),

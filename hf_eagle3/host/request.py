@@ -73,7 +73,7 @@ def make_transcript(
     settings: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> Transcript:
-    """The rows of a call, with nothing said yet."""
+    """The rows of a call, without new tokens."""
     B, T = prompts.ids.shape
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     eos = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
@@ -178,9 +178,9 @@ def find_crossed_switch(target: PreTrainedModel, lengths: list[int], max_new: in
 
 
 def has_hooks_of_others(target: PreTrainedModel) -> bool:
-    """Whether somebody else than the host, PyTorch, accelerate and us is told when a module of `target` runs.
+    """Whether modules of `target` have hooks of others than the host, PyTorch, accelerate and us.
 
-    Such hooks may count on the rows that they were given, as PEFT's do where each row has an adapter.
+    Such hooks may depend on the rows that the call was given, as PEFT's do where each row has an adapter.
     """
     hooks = (h for m in target.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     packages = (str(getattr(hook, "__module__", None)).partition(".")[0] for hook in hooks)

@@ -83,7 +83,9 @@ class InOrder(LogitsProcessorList):
         self.looks_at_text = len(stateless_warpers(processors)) < len(processors)
         self.length: int | None = None  # of the last prefix that was asked about, where tokens are chosen here
         self.next_token: int | None = None  # chosen after it, if the text goes on
-        self.draft: tuple[Tensor, Tensor] | None = None  # a sampled one, [1, K], and its law q [1, K, V]
+        self.draft: tuple[Tensor, Tensor] | None = (
+            None  # a sampled one, [1, K], and what it was drawn from, q [1, K, V]
+        )
         self.tokens: list[int] = []  # chosen after it
 
     def begin(self, draft_tokens: Tensor, q: Tensor) -> None:

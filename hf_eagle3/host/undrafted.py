@@ -1,4 +1,4 @@
-"""Our decode loop for those who have no drafter: plain decoding, with rounds as fast as ours are."""
+"""Our decode loop without a drafter: plain decoding in captured rounds."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from .refusals import why_not_drafted
 def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     """What to give `target.generate` so that our loop decodes without drafting.
 
-    Nothing where stock `generate` is as fast: a target that our loop does not take, or whose rounds run eagerly on a GPU.
-    The drafter among it is never run, and has next to no weights.
+    An empty dict where stock `generate` is as fast: for a target that our loop does not take, or whose rounds run eagerly
+    on a GPU. The drafter in the dict has next to no weights and is never run.
     """
     text = target.config.get_text_config(decoder=True)
     if target.config.is_encoder_decoder or any(p.is_meta for p in target.parameters()) or why_not_drafted(target):

@@ -1,8 +1,8 @@
 """Attentions of ours for stock layers of the host: by row lengths instead of masks, and over masks.
 
-Rounds attend by them whatever a model was loaded with, which serves its prompts. All are registered with the host's
-`AttentionInterface`. A config names them while rounds run; forwards that are not ours, in other threads, then get the
-model's own attention. Where a row's tokens sit, the cache that the layer writes to says.
+The attention that a model was loaded with serves its prompts, these serve its rounds. All are registered with the host's
+`AttentionInterface`, and a config names them while rounds run; forwards of other threads then get the model's own
+attention. The cache that a layer writes to says at which slots the new tokens are.
 """
 
 import copy
@@ -154,7 +154,7 @@ def attending_by_rows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         BY_KERNELS.reset(token)
         with _lock:
-            if before != BY_ROWS:  # whoever entered first leaves last
+            if before != BY_ROWS:  # the context entered first is left last
                 config._attn_implementation_internal = before if id(config) in _users else own
 
 
@@ -253,9 +253,10 @@ def attention_of_rounds(own: str, *, folds: bool) -> str:
 
 
 class FoldedAttention:
-    """Lets text layers of `models` attend over masks, to be entered around the forwards of eager rounds.
+    """Lets text layers of `models` attend over masks. A context for the forwards of eager rounds.
 
-    The last to leave puts the model's own name back. To leave again is harmless, as after an interrupt.
+    On exit of the last one inside, the name of the model's own attention is put back, so overlapping threads cannot leave
+    ours installed. A second exit, as after an interrupt, does nothing.
 
     Args:
         folds: Let what attends by sdpa on a CPU do so over fewer copies.

@@ -1,4 +1,4 @@
-"""Caches whose rows have lengths of their own, and the masks that go with them.
+"""Caches whose rows have lengths of their own.
 
 A slot is where a position lives: slot = position, in every row and layer. What lies in slots at or behind a row's
 length is junk that the next write overwrites and no mask shows.
@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..kernels.attention import write_rows, write_rows_eager
 from .block import Block
 
-# The cache that the forward under way writes to.
+# The cache that the current forward writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
-# Whether it does so by kernels: rounds that are captured. Eager ones do without, since a card may run none.
+# Whether kernels write to it: captured rounds. Eager rounds use PyTorch, since a card may run no kernel.
 BY_KERNELS: ContextVar[bool] = ContextVar("by_kernels", default=False)
 
 

@@ -48,7 +48,7 @@ def to_probs(logits: Tensor, warp: Callable[[Tensor], Tensor]) -> Tensor:
 def likeliest(logits: Tensor) -> Tensor:
     """[...] int64, where the largest of `logits` [..., V] is.
 
-    The likeliest of 16 bits is the likeliest of 32, among which PyTorch looks three times as fast on a CPU.
+    On a CPU, PyTorch finds the largest of 32-bit numbers three times as fast, so 16-bit logits are widened first.
     """
     return (logits.float() if logits.is_cpu and logits.itemsize == 2 else logits).argmax(-1)
 

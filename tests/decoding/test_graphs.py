@@ -24,7 +24,7 @@ import hf_eagle3.decoding.arena as arena
 from hf_eagle3 import release_graphs
 from hf_eagle3.decoding import cuda_graphs, lock
 from hf_eagle3.decoding.captured import CudaGraphs
-from hf_eagle3.decoding.engine import say_once
+from hf_eagle3.decoding.engine import warn_once
 from hf_eagle3.host import generate
 from hf_eagle3.kernels import fusion
 from hf_eagle3.recorder import StateRecorder
@@ -487,7 +487,7 @@ def test_layers_that_the_hosts_kernels_replaced_are_captured(counts):
 def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
     monkeypatch.setattr(type(target), "device", torch.device("cuda"), raising=False)
     for reason in ("LlamaMLP has forward hooks", "LlamaMLP has forward hooks", lock.BUSY, "the models are on cpu"):
-        say_once(target, reason)
+        warn_once(target, reason)
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
         "LlamaMLP has forward hooks.",
         "the models are on cpu.",
