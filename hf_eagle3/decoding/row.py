@@ -1,7 +1,7 @@
 """One request: its text so far, and every promise about it alone."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,15 @@ from ..speculation.stats import Speculation
 from ..speculation.warpers import RowSettings
 from ..tensor_parallel import Agree, keep
 
-if TYPE_CHECKING:
-    from .transcript import Transcript
+
+class Batch(Protocol):
+    """The batch that a row belongs to."""
+
+    pads: bool  # whether pads follow rows that have ended
+
+    @property
+    def length(self) -> int | None:
+        """New tokens in each row of the output, once known."""
 
 
 class Taken(NamedTuple):
@@ -63,7 +70,7 @@ class Row:
         self.scores: list[Tensor] | None = [] if keep_scores else None  # [V] each
         self.logits: list[Tensor] | None = [] if keep_logits else None
         self.error: Exception | None = None
-        self.batch: Transcript | None = None  # whose row this is, if it is one of several
+        self.batch: Batch | None = None  # if it is one of several
         self._taken: list[Taken] = []
 
     @property
