@@ -26,7 +26,7 @@ from transformers.generation.logits_process import (
 from hf_eagle3.drafters.draft import Draft, make_choose_sampled
 from hf_eagle3.host import candidates
 from hf_eagle3.modeling import Eagle3DrafterModel
-from hf_eagle3.speculation import accept, noise, sampling
+from hf_eagle3.speculation import noise
 from hf_eagle3.speculation.accept import accept_sampled
 from hf_eagle3.speculation.noise import GlobalNoise
 from hf_eagle3.speculation.numbers import has_nan
@@ -177,20 +177,22 @@ def make_to_probs(warpers):
     return lambda logits: to_probs(logits[None], warper)[0]
 
 
-def emit(p_logits, q_logits, ids, warpers, *, rows: int, depth: int = 2, root: int = 2) -> Tensor:
+def emit(
+    p_logits, q_logits, ids, warpers, *, rows: int, depth: int = 2, root: int = 2, rule=accept_sampled, choose=draw
+) -> Tensor:
     """[rows, depth] first tokens that rounds with these tables emit; a short round is continued plainly."""
     to_probs = make_to_probs(warpers)
     token = torch.full((rows,), root)
     tokens, q_rows = [], []
     for _ in range(depth):
         q = to_probs(q_logits[token])  # [rows, V_d]
-        token = ids[sampling.draw(q)]
+        token = ids[choose(q)]
         tokens.append(token)
         q_rows.append(torch.zeros(rows, TINY_V).index_copy(1, ids, q))
     draft_tokens = torch.stack(tokens, dim=1)
     context = torch.cat([torch.full((rows, 1), root), draft_tokens], dim=1)  # [rows, depth+1]
     p = torch.stack([to_probs(p_logits[context[:, k]]) for k in range(depth + 1)], dim=1)
-    verdict = accept.accept_sampled(draft_tokens, torch.stack(q_rows, dim=1), p)
+    verdict = rule(draft_tokens, torch.stack(q_rows, dim=1), p)
     emitted = torch.cat([draft_tokens, draft_tokens[:, :1]], dim=1).scatter(
         1, verdict.num_accepted[:, None], verdict.next_token[:, None]
     )
@@ -255,24 +257,23 @@ def wrong_residual_is_p(draft_tokens, draft_probs, target_probs):
 @pytest.mark.parametrize(
     "mutant", [wrong_q_is_flattened, wrong_q_is_uniform, wrong_p_is_renormalised, wrong_residual_is_p]
 )
-def test_a_wrong_rule_is_noticed(monkeypatch, mutant):
-    monkeypatch.setattr(accept, "accept_sampled", mutant)
+def test_a_wrong_rule_is_noticed(mutant):
     tables = scripted(3, 5)
+    samples = emit(*tables, [], rows=60_000, rule=mutant)
     with pytest.raises(AssertionError, match="p-value"):
-        assert_distributed_as(emit(*tables, [], rows=60_000)[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
+        assert_distributed_as(samples[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
 
 
-def test_calling_any_draft_certain_is_lossless_too(monkeypatch):
-    monkeypatch.setattr(accept, "accept_sampled", q_is_a_point_mass)
+def test_calling_any_draft_certain_is_lossless_too():
     tables = scripted(3, 5)
-    assert_distributed_as(emit(*tables, [], rows=60_000), expected_law(tables[0], []))
+    assert_distributed_as(emit(*tables, [], rows=60_000, rule=q_is_a_point_mass), expected_law(tables[0], []))
 
 
-def test_a_greedy_draft_told_as_a_sampled_one_is_noticed(monkeypatch):
-    monkeypatch.setattr(sampling, "draw", lambda weights: weights.argmax(-1))
+def test_a_greedy_draft_told_as_a_sampled_one_is_noticed():
     tables = scripted(3, 5)
+    samples = emit(*tables, [], rows=60_000, choose=lambda weights: weights.argmax(-1))
     with pytest.raises(AssertionError, match="p-value"):
-        assert_distributed_as(emit(*tables, [], rows=60_000)[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
+        assert_distributed_as(samples[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
 
 
 @pytest.mark.slow
