@@ -26,9 +26,11 @@ from hf_eagle3.training.new_drafter import new_drafter
 from hf_eagle3.training.states.online import OnlineStates, States
 from hf_eagle3.training.states.stored import StoredTarget
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.step.ttt import Method, ttt, unroll_rows
+from hf_eagle3.training.step.ttt import ttt
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 SHAPE_8B = {
     "vocab_size": 128256,

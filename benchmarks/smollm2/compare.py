@@ -25,9 +25,10 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.acceptance import Walk
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 DEPTH = 8
 AUX_LAYER_IDS = [2, 9, 16, 23, 29]

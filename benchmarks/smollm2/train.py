@@ -30,9 +30,10 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.acceptance import Walk
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 # Of the drafter, where the training arguments do not say otherwise.
 SHAPE = {"aux_layer_ids": [2, 15, 27], "num_aux_hidden_states": 3, "intermediate_size": 1536, "num_hidden_layers": 1}

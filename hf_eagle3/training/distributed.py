@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
 from ..tensor_parallel import find_peers, local, whole
-from .step.ttt import merged_weight
+from .step.head_loss import merged_weight
 
 
 def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[], Any]) -> Any:

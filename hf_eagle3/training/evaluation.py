@@ -17,7 +17,7 @@ from .distributed import sum_over_processes
 from .states.stored import NO_DOCUMENT
 from .step.acceptance import Walk, walk
 from .step.batch import Batch, Collator
-from .step.ttt import StepSums
+from .step.head_loss import StepSums
 
 
 class ProcessRows(Dataset):

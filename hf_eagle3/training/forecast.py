@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
 from .sizes import find_size, layer_configs
-from .step.ttt import CHUNK_ELEMENTS
+from .step.head_loss import CHUNK_ELEMENTS
 
 # Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
 SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12}

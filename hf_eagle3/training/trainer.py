@@ -86,9 +86,10 @@ from .states.shared import SharedStates
 from .states.stored import StoredStates, fingerprint_weights
 from .step.acceptance import Walk
 from .step.batch import Batch, Collator, live_steps
+from .step.head_loss import Method, StepSums
 from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
-from .step.ttt import Method, StepSums, ttt
+from .step.ttt import ttt
 
 logger = logging.get_logger(__name__)
 

@@ -19,9 +19,10 @@ from hf_eagle3.diagnosis.readings import Score, reread
 from hf_eagle3.modeling import Eagle3DrafterModel
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 pytestmark = pytest.mark.any_release
 

@@ -24,7 +24,7 @@ from hf_eagle3.training.loading import make_drafter as choose_and_make
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.states.writer import fingerprint_data
 from hf_eagle3.training.step.batch import Collator
-from hf_eagle3.training.step.ttt import unroll_rows
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 pytestmark = pytest.mark.any_release
 

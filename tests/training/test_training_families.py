@@ -21,9 +21,10 @@ from hf_eagle3.training.new_drafter import ROPES, choose_rope
 from hf_eagle3.training.sizes import find_size
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 V = 64
 # Fields of whatever config has them.

@@ -29,9 +29,11 @@ from hf_eagle3.training.step import batch as batch_module
 from hf_eagle3.training.step import ttt as ttt_module
 from hf_eagle3.training.step.acceptance import walk
 from hf_eagle3.training.step.batch import live_steps
-from hf_eagle3.training.step.losses import LOSSES, Lesson
+from hf_eagle3.training.step.head_loss import LossChunk, Method, chunk_loss
+from hf_eagle3.training.step.losses import LOSSES, TargetStep
 from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.step.ttt import Method, teach_chunk, ttt, unroll_rows
+from hf_eagle3.training.step.ttt import ttt
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 pytestmark = pytest.mark.any_release
 
@@ -292,7 +294,7 @@ def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, mon
     drafter.double()
 
 
-def a_lesson(ruled_out):
+def a_target_step(ruled_out):
     """Draft logits [K, C, V_d], what the target says [C+K-1, V_d] of the draft vocabulary, and its log-sum-exp and best.
 
     `ruled_out` [C+K-1, V_d] bool: logits of -inf.
@@ -317,7 +319,7 @@ def some_ruled_out(num_rows):
 def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
     """T-13: of a token with log p = -inf, the definition's sums have no term."""
     C = 5
-    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    logits, kept, lse, best = a_target_step(some_ruled_out(C + K - 1))
     logits.requires_grad_()
     wanted = torch.zeros(K, C, dtype=torch.float64)
     total = 0
@@ -340,7 +342,7 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
 
     shared = (kept - lse[:, None]).unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)
     live = torch.ones(K, C, dtype=torch.bool)
-    value, grad = LOSSES[loss].function(logits.detach(), Lesson(*shared, live, method(loss).mean_alpha))
+    value, grad = LOSSES[loss].function(logits.detach(), TargetStep(*shared, live, method(loss).mean_alpha))
     torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(grad, wanted_grad, atol=1e-12, rtol=1e-12)
 
@@ -349,9 +351,10 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
 def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
     ruled_out = some_ruled_out(5 + K - 1)
     ruled_out[3] = True
-    logits, kept, lse, best = a_lesson(ruled_out)
+    logits, kept, lse, best = a_target_step(ruled_out)
     live = torch.ones(K, 5, dtype=torch.bool)
-    *sums, _, grad = teach_chunk(logits, kept, lse, best, best.new_zeros(K, 5), live, method(loss), torch.ones(K))
+    chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, 5))
+    *sums, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
     assert all(x.isfinite().all() for x in (*sums, grad))
 
 
@@ -360,16 +363,17 @@ def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
 def test_what_does_not_train_may_be_anything(loss, value):
     """T-13: rows without a live step have no gradient and no part in the sums, and leave live steps alone."""
     C = 5
-    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    logits, kept, lse, best = a_target_step(some_ruled_out(C + K - 1))
     depth = torch.tensor([K, 1, 0, 0, 0])
     live = torch.arange(K)[:, None] < depth
-    chunk = kept, lse, best, best.new_zeros(K, C), live, method(loss), torch.ones(K, dtype=torch.float64)
-    wanted = teach_chunk(logits, *chunk)
+    chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, C))
+    options = live, method(loss), torch.ones(K, dtype=torch.float64)
+    wanted = chunk_loss(chunk, *options)
     assert wanted[-1][live].abs().sum() > 0
     strange = logits.clone()
     strange[~live] = torch.where(torch.arange(V_D) % 2 == 0, value, logits[~live])
     kept[K:] = value  # what only dead slots and steps read
-    found = teach_chunk(strange, *chunk)
+    found = chunk_loss(chunk._replace(logits=strange), *options)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     assert (found[-1][~live] == 0).all()
@@ -443,7 +447,7 @@ def test_no_row_of_the_vocabulary_outlives_its_tile(target, monkeypatch):
     assert max(widest) <= 31 * 32 < len(batch["rows"]) * K * 31  # a chunk, or the head transposed; not a step
 
 
-def test_lesson_is_not_trained(target):
+def test_the_target_is_not_trained(target):
     drafter = make(target)
     loss, _ = run(drafter, target, batch_of(*several_rows()), steps=2)
     loss.backward()
@@ -564,21 +568,18 @@ def test_the_head_gives_the_targets_own_logits(family):
     states = source.states(batch)
     assert (source.head.weight is None) == (family == "surprise")
     ids = torch.tensor([3, 50, 7, 8, 30])  # not ascending, as some publish it
-    said = source.head.say(states.last_hidden_states, DraftVocabulary(ids, V))
+    found = source.head.logits(states.last_hidden_states, DraftVocabulary(ids, V))
     logits = torch.cat([model(x[None]).logits[0] for x in batch["input_ids"].split(batch["lengths"])])
-    torch.testing.assert_close(said.kept - said.lse[:, None], logits.log_softmax(-1)[:, ids], atol=2e-5, rtol=1e-4)
-    assert torch.equal(said.best, logits.argmax(-1))
+    torch.testing.assert_close(found.kept - found.lse[:, None], logits.log_softmax(-1)[:, ids], atol=2e-5, rtol=1e-4)
+    assert torch.equal(found.best, logits.argmax(-1))
 
 
-def test_tiles_of_the_head_are_one_vocabulary(monkeypatch):
-    from hf_eagle3.training.step import target_head
-
+def test_tiles_of_the_head_are_one_vocabulary():
     torch.manual_seed(0)
     head, last = TargetHead(torch.randn(V, 16), None, V), torch.randn(7, 16)
     ids = torch.tensor([0, 3, 7, 8, 30, 59])
-    whole = head.say(last, DraftVocabulary(ids, V))
-    monkeypatch.setattr(target_head, "TILE", 8)
-    tiled = head.say(last, DraftVocabulary(ids, V))
+    whole = head.logits(last, DraftVocabulary(ids, V))
+    tiled = head.logits(last, DraftVocabulary(ids, V, tile=8))
     torch.testing.assert_close(tiled.kept - tiled.lse[:, None], whole.kept - whole.lse[:, None])
     assert torch.equal(tiled.best, whole.best)
 
