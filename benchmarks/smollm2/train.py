@@ -116,7 +116,7 @@ def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Pat
         rows = [joined(p, a) for p, a in zip(prompts, texts, strict=True)]
         walks: list[dict[int, Walk]] = []
         for row in rows:
-            batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
+            batch = collate([row]).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 _, sums = ttt(trainer.model, batch, source.states(batch), source.head, vocabulary, method)
             walks.append({k: walk_batch(sums.hits[:k], batch) for k in (3, 5, 7)})

@@ -140,9 +140,11 @@ class FiniteGuard:
         path = self._folder / f"nan_batch_step{step}{f'_process{rank}' if rank else ''}.pt"
         where = "in another process"
         if batches:
-            kept = [{name: batch[name].cpu() for name in ("input_ids", "loss_mask")} for batch in batches]
+            kept = [
+                {"input_ids": b.input_ids.cpu(), "loss_mask": b.loss_mask.cpu(), "lengths": b.lengths} for b in batches
+            ]
             self._folder.mkdir(parents=True, exist_ok=True)
-            torch.save([{**k, "lengths": b["lengths"]} for k, b in zip(kept, batches, strict=True)], path)
+            torch.save(kept, path)
             where = f"see {path} for its tokens"
         raise FloatingPointError(
             f"The loss of update {step} is NaN or infinite ({where}), so training stops before it spoils the weights. "

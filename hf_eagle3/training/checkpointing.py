@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .states.stored import digest
+from .states.folder import digest
 
 logger = logging.get_logger(__name__)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
 from ..tensor_parallel import find_peers, local, whole
+from .loading import load_in_every_process
 from .step.head_loss import merged_weight
 
 
@@ -37,6 +39,28 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
         if not torch.is_grad_enabled():  # else the backward pass does it
             for unit in sharded_units(drafter):
                 unit.reshard()
+
+
+def settle_fsdp(plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool) -> None:  # Any: accelerate's plugin
+    """Settle how FSDP2 shards `drafter`.
+
+    Raises:
+        ValueError: FSDP of version 1, or adapters.
+    """
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError("Eagle3Trainer needs version 2 of FSDP: set fsdp_version: 2 (accelerate) or drop --fsdp.")
+    # Else accelerate would broadcast the first process's drafter, which all processes have, and stop at its buffers
+    # (accelerate 1.15: they are no DTensors).
+    plugin.cpu_ram_efficient_loading = False
+    load_in_every_process()  # the plugin has set the opposite
+    if has_adapters:
+        raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
+    if plugin.mixed_precision_policy is not None:  # else gradients and sums of losses would be kept in bfloat16
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    if not plugin.transformer_cls_names_to_wrap:  # else those that the class names, which a drafter may lack
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in drafter.layers})
 
 
 def sharded_units(module: nn.Module) -> Iterator[FSDPModule]:

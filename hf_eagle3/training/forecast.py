@@ -10,10 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
+from ..tensor_parallel import local
+from .arguments import Eagle3TrainingArguments
 from .sizes import find_size, layer_configs
+from .step.batch import live_steps
 from .step.head_loss import CHUNK_ELEMENTS
 
 # Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
@@ -22,6 +28,7 @@ SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12
 # and 7, on H100 and H200; 0.69 on an H200 of one long document from stored states, but 0.56 on an H100, by older attention
 # (benchmarks/results/training_8b_shape_*_202611.md). Small shapes reach less: they wait for launches. A100: not measured.
 UTILISATION = 0.70
+FORECAST_ROWS = 1000  # the rows that a forecast reads
 STATE_BYTES = 18  # a trained weight: float32 itself, two Adam moments, gradient; and a bf16 copy for arithmetic
 HALF = 2  # bytes of a number in bf16
 # Kinds of layers whose cost of a token does not grow with those before it; "mamba" up to Transformers 5.17.
@@ -271,4 +278,38 @@ def make_forecast(
         activations=activation_bytes(drafter, rows_at_once * mean, ttt_steps, share, recomputed=recomputed),
         tokens_per_second=speed,
         seconds=None if speed is None else tokens / speed,
+    )
+
+
+def forecast_training(
+    args: Eagle3TrainingArguments,
+    rows: Any,  # by index, of any class
+    model: nn.Module,
+    target: PreTrainedModel | None,
+    shape: DrafterShape,
+    target_shape: TargetShape | None,
+) -> Forecast:
+    """The cost of training `model` by `args` on `rows`, by the first of them. Only this process's part of the target counts."""
+    some = [rows[i] for i in range(min(FORECAST_ROWS, len(rows)))]
+    lengths = [int(n) for row in some for n in row.get("lengths", [len(row["input_ids"])])]
+    depth = np.concatenate(
+        [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], args.ttt_steps) for r in some]
+    )
+    update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num_rows = args.max_steps * update if args.max_steps > 0 else args.num_train_epochs * len(rows)
+    per_row = len(lengths) / len(some)
+    return make_forecast(
+        shape,
+        target_shape,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        target_bytes=0 if target is None else sum(local(p).nbytes for p in target.parameters()),
+        lengths=lengths,
+        rows_at_once=round(args.per_device_train_batch_size * per_row),
+        num_rows=num_rows * per_row,
+        share=float(depth.mean() / args.ttt_steps),
+        ttt_steps=args.ttt_steps,
+        recomputed=args.recomputes_activations,
+        has_average=args.ema_decay > 0,
+        num_devices=args.world_size,
+        device_name=torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None,
     )

@@ -13,9 +13,9 @@ from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
-from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
 from .new_drafter import new_drafter
-from .states.stored import fingerprint_weights
+from .states.folder import fingerprint_weights
 
 # accelerate's, which `from_pretrained` looks at: in Transformers 5.17 all processes but the first then get zeros.
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -98,13 +98,6 @@ def make_drafter(
     size = min(args.draft_vocab_size, vocab_size)
     ids = choose_draft_vocabulary(counts, size, always=always, min_coverage=args.min_coverage)
     return new_drafter(target, ids, **args.drafter_fields())
-
-
-def end_tokens(target: Any) -> list[int]:
-    """What `target` ends a text with."""
-    settings = getattr(target, "generation_config", None) or target.config
-    ends = getattr(settings, "eos_token_id", None)
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:

@@ -51,7 +51,7 @@ def trained(target, prompts) -> Eagle3DrafterModel:
     )
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     states, vocabulary = source.states(batch), DraftVocabulary(drafter.draft_to_target_ids, V)
-    live = (batch["depth"] > torch.arange(4)[:, None]).sum(1)
+    live = (batch.depth > torch.arange(4)[:, None]).sum(1)
     method = Method(LOSSES["forward_kl"], 1 / (4 * live), torch.zeros(4))
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(160):

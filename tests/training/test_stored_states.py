@@ -21,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments, cli
 from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.training import StateWriter, StoredStates, StoredStatesError, TokenDataset, new_drafter, store_states
-from hf_eagle3.training.evaluation import ProcessRows
+from hf_eagle3.training.data.eval_rows import ProcessRows
+from hf_eagle3.training.states.folder import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
 from hf_eagle3.training.states.online import OnlineStates
-from hf_eagle3.training.states.stored import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
-from hf_eagle3.training.states.writer import default_aux_layer_ids, plan_shards
+from hf_eagle3.training.states.plan import plan_shards
+from hf_eagle3.training.states.writer import default_aux_layer_ids
 from hf_eagle3.training.step.batch import Collator
 from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
@@ -62,7 +63,7 @@ def lesson(drafter, batch, source, steps=STEPS):
     """Loss, sums and gradients of `batch`, with the states of `source`."""
     drafter.zero_grad()
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
-    scale = torch.tensor([0.8**t for t in range(steps)], device=batch["rows"].device) / len(batch["rows"])
+    scale = torch.tensor([0.8**t for t in range(steps)], device=batch.rows.device) / len(batch.rows)
     states = source.states(batch)
     loss, sums = ttt(drafter, batch, states, source.head, vocabulary, Method(LOSSES["forward_kl"], scale, scale * 0))
     loss.backward()
@@ -171,7 +172,7 @@ def test_states_that_no_loss_reads_are_rightly_left_out(target, folder, monkeypa
     batch = batch_of(stored.dataset, range(len(ROWS)))
     read = stored.states(batch)
     loss, _, _ = lesson(drafter, batch, stored)
-    rows = batch["rows"]
+    rows = batch.rows
     ends = rows[:-1][rows.diff() != 1]  # the last slot of each answer: the aux states at it, the last state after it
     for i in (0, 1):
         spoilt = [x.clone() for x in read]
@@ -220,7 +221,7 @@ def test_rows_may_be_cut_and_packed(target, folder):
         for pack in (rows[5:2:-1], rows[:3])
     ]
     batch = Collator(STEPS)(packs)
-    assert batch["documents"] == [row["documents"][0] for row in (*rows[5:2:-1], *rows[:3])]
+    assert batch.documents == [row["documents"][0] for row in (*rows[5:2:-1], *rows[:3])]
     drafter = make_drafter(target)
     loss, _, _ = lesson(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
     torch.testing.assert_close(lesson(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
@@ -441,7 +442,7 @@ def test_states_go_to_the_device_of_the_batch_and_the_head_with_them(tmp_path):
     batch = batch_of(stored.dataset, range(len(ROWS)))
     on_host = stored.states(batch)
     drafter = make_drafter(stored.target).cuda()
-    there = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
+    there = batch.to("cuda")
     on_device = stored.states(there)
     assert stored.head.weight.is_cuda
     assert all(b.is_cuda and torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device, strict=True))
@@ -881,7 +882,7 @@ def test_positions_are_those_that_the_trainer_reads():
     for _ in range(50):
         mask = rng.random(int(rng.integers(3, 30))) < 0.6
         batch = Collator(4)([{"input_ids": mask.astype(int), "loss_mask": mask}])
-        assert (batch["rows"] + 1).tolist() == stored_positions(mask).tolist()
+        assert (batch.rows + 1).tolist() == stored_positions(mask).tolist()
 
 
 # ---- the command ----

@@ -175,7 +175,7 @@ def test_a_batch_size_that_fits_is_found(target, rows, tmp_path):
     sizes = []
 
     def hook(batch):
-        sizes.append(len(batch["lengths"]))
+        sizes.append(len(batch.lengths))
         if sizes[-1] > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return states(batch)

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import TokenDataset
 from hf_eagle3.training.loading import make_drafter as choose_and_make
+from hf_eagle3.training.states.folder import fingerprint_data
 from hf_eagle3.training.states.online import OnlineStates
-from hf_eagle3.training.states.writer import fingerprint_data
 from hf_eagle3.training.step.batch import Collator
 from hf_eagle3.training.step.unroll_rows import unroll_rows
 
@@ -65,11 +65,11 @@ def test_only_distances_between_positions_count(double_target, variant):
     drafter = make(double_target, **VARIANTS[variant])
     batch = batch_of(*several_rows(), steps=STEPS, every_slot=drafter.config.num_hidden_layers > 1)
     drafter.rotary_emb = DoubleRotary(drafter.config)  # the host's own rounds angles to float32
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     with torch.no_grad():
         outputs, moved, stretched = (
             unroll_rows(drafter, {**batch, "position_ids": positions}, aux, STEPS)
-            for positions in (batch["position_ids"], batch["position_ids"] + 1000, batch["position_ids"] * 2)
+            for positions in (batch.position_ids, batch.position_ids + 1000, batch.position_ids * 2)
         )
     torch.testing.assert_close(moved, outputs, atol=1e-10, rtol=0)
     assert ((stretched - outputs).abs().amax((1, 2)) > 1e-4).all()  # they are read at every step

@@ -368,9 +368,9 @@ class RecordedStates:
         self.asked = []
 
     def states(self, batch):
-        self.asked += batch["documents"]
-        assert len(batch["documents"]) == len(batch["lengths"])
-        parts = [self._kept[i] for i in batch["documents"]]
+        self.asked += batch.documents
+        assert len(batch.documents) == len(batch.lengths)
+        parts = [self._kept[i] for i in batch.documents]
         return type(parts[0])(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,3 +114,10 @@ def vocabulary_fingerprint(draft_to_target_ids: Tensor, vocab_size: int) -> str:
     """A sha256 over V, V_d and the ids [V_d]: two drafters with one fingerprint mean the same by each draft id."""
     ids = draft_to_target_ids.detach().cpu().to(torch.int64).numpy()
     return hashlib.sha256(f"{vocab_size},{len(ids)}:".encode() + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def end_tokens(target: Any) -> list[int]:  # Any: a target, or its stand-in
+    """The tokens that end a text of `target`."""
+    settings = getattr(target, "generation_config", None) or target.config
+    ends = getattr(settings, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

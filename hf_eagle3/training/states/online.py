@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ...kernels.fusion import FusedElements
 from ...recorder import StateRecorder, find_layers
 from ...rows.attention import UnfitError
 from ...tensor_parallel import is_spread
-from ..step.batch import Batch
+from ..step.batch import Batch, States
 from ..step.target_head import TargetHead
 from .packed import attending_by_documents
 
@@ -26,13 +26,6 @@ MAX_DIFFERENCE = 0.05  # of states, relative: far above rounding, far below a do
 MAX_PADDING = 0.1  # of the tokens of one target forward
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LENGTH_STEP = 128  # on a GPU rows are padded to a multiple of it: cuDNN plans its attention once for each shape
-
-
-class States(NamedTuple):
-    """Of the N tokens of a flat batch."""
-
-    aux_hidden_states: Tensor  # [N, A*Ht], at the drafter's boundaries, ascending
-    last_hidden_states: Tensor  # [N, Ht], after the final norm: what the head reads; [N, V] if `head` takes logits
 
 
 class StateSource(Protocol):
@@ -91,19 +84,22 @@ class OnlineStates:
         """The target that runs."""
         return self._target
 
-    @torch.no_grad()
     def states(self, batch: Batch) -> States:
-        """Run the target over the documents of `batch`.
+        """Run the target over the documents of `batch`."""
+        return self.run(batch.split_documents(), batch.input_ids.device)
 
-        On a GPU it has a stream of its own that waits for nothing: the target of this batch runs beside what is still to
-        do for the last one, such as the optimiser's step.
+    @torch.no_grad()
+    def run(self, documents: Sequence[Tensor], device: torch.device) -> States:
+        """Run the target over `documents`, each [T] int64 on the host; the states are on `device`.
+
+        On a GPU the target has a stream of its own that waits for nothing, so it runs beside the rest of the last step,
+        such as the optimiser's update.
         """
-        device = batch["input_ids"].device
         if not self._runs_beside(device):
-            return self._states(batch, device)
+            return self._states(documents, device)
         self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
-            states = self._states(batch, device)
+            states = self._states(documents, device)
         main = torch.cuda.current_stream(device)
         main.wait_stream(self._stream)
         for x in states:
@@ -116,9 +112,7 @@ class OnlineStates:
         is_here = self._target.device == device and len(devices) <= 1
         return device.type == "cuda" and is_here and not self._is_shared
 
-    def _states(self, batch: Batch, device: torch.device) -> States:
-        lengths = batch["lengths"]
-        documents = torch.from_numpy(batch["tokens"]).split(lengths)
+    def _states(self, documents: Sequence[Tensor], device: torch.device) -> States:
         if not self._is_checked:
             self._check_target(documents[0][None, :64].to(self._target.device))
         if self._packs is None:

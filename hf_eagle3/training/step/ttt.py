@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ...modeling import Eagle3DrafterModel
-from ..states.online import States
-from .batch import Batch
+from .batch import Batch, States
 from .head_loss import FusedHeadLoss, LossInputs, Method, StepSums, head_weight
 from .target_head import DraftVocabulary, TargetHead
 from .unroll_rows import unroll_rows
@@ -25,16 +24,16 @@ def ttt(
         The loss [], which is the sum over steps of scale times loss, and its sums.
     """
     steps = len(method.scale)
-    if len(batch["rows"]):
+    if len(batch.rows):
         normed = unroll_rows(drafter, batch, states.aux_hidden_states, steps)  # [k, R, H]
     else:
         normed = states.aux_hidden_states.new_zeros(steps, 0, drafter.config.hidden_size)
-    rows, depth, trained = batch["rows"], batch["depth"], batch["trained"]
+    rows, depth, trained = batch.rows, batch.depth, batch.trained
     if trained is not None:
         normed, rows, depth = normed[:, trained], rows[trained], depth[trained]
     last = states.last_hidden_states[rows + 1]  # [L, Ht]
     ahead = torch.arange(2, steps + 2, device=rows.device)[:, None]
-    token = batch["input_ids"][(rows + ahead).clamp_max(len(batch["input_ids"]) - 1)]  # [k, L]
+    token = batch.input_ids[(rows + ahead).clamp_max(len(batch.input_ids) - 1)]  # [k, L]
     inputs = LossInputs(head, vocabulary, method, last, depth, vocabulary.to_draft[token])
     loss, *sums = FusedHeadLoss.apply(inputs, torch.is_grad_enabled(), normed, head_weight(drafter))
     if not len(rows):  # every weight takes part in every step, or other processes would wait for its gradient

@@ -25,14 +25,14 @@ from .elementwise import bare_norm, fuse_on_gpu, norm, rotate, swiglu, working_d
 
 
 def unroll_rows(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Tensor, steps: int) -> Tensor:
-    """Normed outputs [k, R, H] of the slots `batch["rows"]` at each of k steps."""
+    """Normed outputs [k, R, H] of the slots `batch.rows` at each of k steps."""
     layers: Any = drafter.layers
     if not all(isinstance(layer.self_attn, Eagle3Attention) for layer in layers):
         return _unroll_padded(drafter, batch, aux_hidden_states, steps)
-    rows, spans, at = batch["rows"], batch["spans"], batch["position_ids"]
+    rows, spans, at = batch.rows, batch.spans, batch.position_ids
     first = layers[0]
     features = fuse_states(drafter, aux_hidden_states)  # [N, H]
-    tokens = batch["input_ids"].roll(-1)  # [N], one after each slot; the last is never live
+    tokens = batch.input_ids.roll(-1)  # [N], one after each slot; the last is never live
     inputs = FirstInputs(first, drafter.embed(tokens[None])[0].to(features.dtype), rows)
     hidden = features
     blocks: list[tuple[Tensor, Tensor]] = []  # by layer: keys and values of step 0, [M, Hkv, D]
@@ -209,12 +209,12 @@ def _after_attention(layer: Any, residual: Tensor, out: Tensor) -> Tensor:
 
 def _unroll_padded(drafter: Eagle3DrafterModel, batch: Batch, aux_hidden_states: Tensor, steps: int) -> Tensor:
     """`unroll_rows` by the eager twin, for a drafter whose attention is not Llama's."""
-    lengths = batch["lengths"]
-    ids = nn.utils.rnn.pad_sequence(batch["input_ids"].split(lengths), batch_first=True)  # [D, T]
+    lengths = batch.lengths
+    ids = nn.utils.rnn.pad_sequence(batch.input_ids.split(lengths), batch_first=True)  # [D, T]
     aux = nn.utils.rnn.pad_sequence(aux_hidden_states.split(lengths), batch_first=True)
     starts = torch.tensor([i * ids.shape[1] for i in range(len(lengths))], device=ids.device)
     document = torch.repeat_interleave(
         torch.arange(len(lengths), device=ids.device), torch.tensor(lengths, device=ids.device)
     )
-    flat = (starts[document] + batch["position_ids"])[batch["rows"]]  # [R]
+    flat = (starts[document] + batch.position_ids)[batch.rows]  # [R]
     return torch.stack([normed.flatten(0, 1)[flat] for normed in unroll(drafter, ids, aux, steps)])
