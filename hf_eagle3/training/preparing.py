@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.liger import apply_liger_kernel
+from transformers.integrations import liger
 
 from ..checkpoints.convert import check_rope
 from ..drafters.kinds import find_kind
@@ -142,7 +142,7 @@ def find_fingerprint(
 def run_online(target: PreTrainedModel, drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments) -> StateSource:
     """The target in the loop, with the kernels that are asked for; shared where processes share it."""
     if args.use_liger_kernel:
-        apply_liger_kernel(target, args.liger_kernel_config)
+        liger.apply_liger_kernel(target, args.liger_kernel_config)
     boundaries, use_kernels = drafter.bound_aux_layer_ids or (), not args.use_liger_kernel
     source = OnlineStates(target, boundaries, args.target_batch_tokens, use_kernels=use_kernels)
     peers = find_peers(target)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_eagle3 import Eagle3Trainer, cli
 from hf_eagle3.training.arguments import REFUSED, REFUSED_OF_ACCELERATE
-from hf_eagle3.training.trainer import UNHONOURED
+from hf_eagle3.training.preparing import UNHONOURED
 
 HONOURED = {
     # the optimizer and its schedule

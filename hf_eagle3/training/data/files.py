@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -70,6 +70,10 @@ def read_rows(path: Path) -> Iterator[FileRow]:
             row = FileRow(row)
             row.place = f"{path}, line {number}"
             yield row
+
+
+# Adds rows to a file, as `append_rows` does.
+Append = Callable[[Path, Iterable[Mapping[str, Any]]], None]
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from ...host.undrafted import decode_plainly
 from ...modeling.text_eagle3 import parse_json, show
 from .answer_shards import count_answered, find_shares, gather_shares, name_share, next_share
 from .conversations import Message
-from .files import DataError, append_rows, keep_lines, read_whole_lines
+from .files import Append, DataError, append_rows, keep_lines, read_whole_lines
 from .prompts import Prompt, eos_token_ids, seeded
 from .rendering import ChatRenderer, Turn, find_end, merge_turns
 
@@ -123,6 +123,8 @@ def regenerate(
     drafter: PreTrainedModel | None = None,
     target_name: str = "",
     team: Team | None = None,
+    window: int = WINDOW,
+    append: Append = append_rows,
 ) -> None:
     """Answer `prompts` into the JSONL file `path`, in their order; what is answered already is left as it is.
 
@@ -135,6 +137,8 @@ def regenerate(
         drafter: Drafts for `target`: the same distribution, sooner. Without one, our loop decodes plainly where it can.
         target_name: For the record.
         team: Processes that answer each a share of the prompts, with a target each. All must call.
+        window: Batches whose prompts are sorted by length together, for less padding.
+        append: Adds rows to a file.
 
     Raises:
         ValueError: `path` holds answers to other prompts, or made otherwise.
@@ -143,7 +147,7 @@ def regenerate(
     if not prompts:
         raise ValueError("Nothing to answer: no prompt is left.")
     team = team or Team(target.device, is_alone=True)
-    begun = _go_on(path, prompts, renderer, sampling, target_name) if team.rank == 0 else None
+    begun = _go_on(path, prompts, renderer, sampling, target_name, append) if team.rank == 0 else None
     asked, first_share = team.gather(begun)[0]  # after this, nobody reads what another writes
     num_done, title, seed = len(prompts) - len(asked), "answers", sampling.seed + len(prompts) - len(asked)
     is_shared = team.size > 1 or bool(find_shares(path))
@@ -158,21 +162,27 @@ def regenerate(
         seeded(target, seed),
     ):
         helped = decode_plainly(target) if drafter is None else {"assistant_model": drafter}
-        _answer(target, renderer, prompts, own, place, sampling, helped, progress)
+        size = window * sampling.batch_size
+        _answer(target, renderer, prompts, own, place, sampling, helped, progress, size, append)
     team.wait()
     if is_shared and team.rank == 0:
-        gather_shares(path, prompts, count_answered(path, prompts)[1])
+        gather_shares(path, prompts, count_answered(path, prompts)[1], append)
 
 
 def _go_on(
-    path: Path, prompts: Sequence[Prompt], renderer: ChatRenderer, sampling: Sampling, target_name: str
+    path: Path,
+    prompts: Sequence[Prompt],
+    renderer: ChatRenderer,
+    sampling: Sampling,
+    target_name: str,
+    append: Append,
 ) -> tuple[list[int], int]:
     """Put what was written before in order: the numbers of `prompts` that are left, and of the first new share."""
     _keep_record(path, renderer, sampling, target_name)
     num_lines, num_done = count_answered(path, prompts)
     if keep_lines(path, num_lines):
         logger.warning(f"{path} ends in the middle of a prompt's rows; going on before them.")
-    left = gather_shares(path, prompts, num_done)
+    left = gather_shares(path, prompts, num_done, append)
     return left, next_share(path)
 
 
@@ -183,11 +193,13 @@ def _answer(
     numbers: Sequence[int],
     path: Path,
     sampling: Sampling,
-    helped: Mapping[str, Any],  # what `generate` gets to be faster
+    helped: Mapping[str, Any],  # options of `generate` that make it faster
     progress: tqdm,
+    size: int,  # prompts that are sorted by length together
+    append: Append,
 ) -> None:
     """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
-    num_tokens, start, size = 0, time.perf_counter(), WINDOW * sampling.batch_size
+    num_tokens, start = 0, time.perf_counter()
 
     def on_batch(num_new: int, num_done: int) -> None:
         nonlocal num_tokens
@@ -200,7 +212,7 @@ def _answer(
         for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, helped, on_batch):
             answered, window = window[: len(groups)], window[len(groups) :]
             rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
-            append_rows(path, rows)
+            append(path, rows)
 
 
 def _answer_in_order(
