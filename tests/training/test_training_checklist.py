@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -68,7 +69,7 @@ def test_only_distances_between_positions_count(double_target, variant):
     aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     with torch.no_grad():
         outputs, moved, stretched = (
-            unroll_rows(drafter, {**batch, "position_ids": positions}, aux, STEPS)
+            unroll_rows(drafter, replace(batch, position_ids=positions), aux, STEPS)
             for positions in (batch.position_ids, batch.position_ids + 1000, batch.position_ids * 2)
         )
     torch.testing.assert_close(moved, outputs, atol=1e-10, rtol=0)

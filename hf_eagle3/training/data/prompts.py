@@ -217,13 +217,9 @@ def make_prompts(
     ):
         helped = decode_plainly(target)
         while len(texts) < count and num_drawn < most:
-            new: list[str] = []
             num_rows = min(batch_size, -(-(count - len(texts)) // team.size))
             drawn = team.gather(_draw_prompts(target, renderer, slot, num_rows, temperature, helped))
-            for text in itertools.chain.from_iterable(drawn):
-                if text and hash_text(text) not in seen and len(texts) + len(new) < count:
-                    seen.add(hash_text(text))
-                    new.append(text)
+            new = _take_new(itertools.chain.from_iterable(drawn), seen, count - len(texts))
             num_drawn += num_rows * team.size
             if team.rank == 0:
                 append_rows(path, ({"prompt": text, "source": "self"} for text in new))
@@ -235,6 +231,16 @@ def make_prompts(
             "for). Raise --self-temperature, or take these."
         )
     return [Prompt([{"role": "user", "content": text}], source="self") for text in texts]
+
+
+def _take_new(drawn: Iterable[str], seen: set[str], most: int) -> list[str]:
+    """At most `most` texts of `drawn` whose hashes are not in `seen`, where they are added."""
+    new: list[str] = []
+    for text in drawn:
+        if text and hash_text(text) not in seen and len(new) < most:
+            seen.add(hash_text(text))
+            new.append(text)
+    return new
 
 
 def _draw_prompts(
