@@ -29,7 +29,7 @@ CARD = "README.md"
 
 
 class CheckpointedTrainer(Trainer, ABC):
-    """Saves and resumes, for any number of processes. What is trained, and how, is for the subclass."""
+    """Saves and resumes for any number of processes. The subclass trains."""
 
     args: Eagle3TrainingArguments
     _resumed: Path | None = None  # the checkpoint that training goes on from
@@ -38,7 +38,7 @@ class CheckpointedTrainer(Trainer, ABC):
     @property
     @abstractmethod
     def _recipe(self) -> Mapping[str, Any]:
-        """What must be the same for training to go on as if it had never stopped."""
+        """The facts that must be the same for training to go on as if it had never stopped."""
 
     @abstractmethod
     def _save_own_state(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class CheckpointedTrainer(Trainer, ABC):
         trial: Any = None,  # the host's
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As the host's, after a look whether a checkpoint to resume from was trained in this way.
+        """As the host's, after a check that the checkpoint to resume from was trained in the same way.
 
         Raises:
             ValueError: It was not.
@@ -71,17 +71,17 @@ class CheckpointedTrainer(Trainer, ABC):
         stack.enter_context(only_writer(folder))
         tidy(folder)
 
-    def _find_checkpoint(self, asked: str | bool | None) -> Path | None:
-        """The whole checkpoint that is asked for by name, or by True for the newest."""
-        if not asked:
+    def _find_checkpoint(self, name: str | bool | None) -> Path | None:
+        """The whole checkpoint `name`; the newest one for True."""
+        if not name:
             return None
-        if asked is True:
+        if name is True:
             return find_whole_checkpoint(Path(self.args.output_dir))
-        check_whole(Path(asked))
-        return Path(asked)
+        check_whole(Path(name))
+        return Path(name)
 
     def _first(self, function: Callable[[], Any]) -> Any:
-        """What `function` gives in the first process, for all; what it raises is raised in all."""
+        """The result of `function` in the first process, for all; an error of its is raised in all."""
         found: list[Any] = [None, None]  # its result, and its error
         if self.is_world_process_zero():
             try:
@@ -103,7 +103,7 @@ class CheckpointedTrainer(Trainer, ABC):
     # ---- writing ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the host's; of a sharded drafter, the whole."""
+        """As the host's; a sharded drafter is saved whole."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -114,12 +114,12 @@ class CheckpointedTrainer(Trainer, ABC):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _get_output_dir(self, trial: Any) -> str:  # Any: the host's
-        """Where checkpoints go; while one is written, a folder beside."""
+        """The folder of checkpoints; while one is written, a folder beside it."""
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / SAVING) if self._is_saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # Any: the host's
-        """As the host's, beside its place; once all processes have written their files, it is renamed."""
+        """As the host's, in a folder beside, which is renamed once all processes have written their files."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -158,13 +158,13 @@ class CheckpointedTrainer(Trainer, ABC):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the host's, with how it was trained; each file takes the place of an earlier one at once."""
+        """As the host's, with the recipe; each file replaces an earlier one in one step."""
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir)
         with replacing_files(folder) as beside:
-            if (card := folder / CARD).exists():  # PEFT adds to the one that is there
+            if (card := folder / CARD).exists():  # PEFT adds to an existing card
                 shutil.copy(card, beside)
             super()._save(str(beside), state_dict)
             write_recipe(beside, self._recipe)
@@ -198,7 +198,7 @@ class CheckpointedTrainer(Trainer, ABC):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As any number of processes wrote them, replicated or sharded."""
+        """From a checkpoint of any number of processes, replicated or sharded."""
         if checkpoint is None:
             return
         folder = Path(checkpoint)
@@ -210,7 +210,7 @@ class CheckpointedTrainer(Trainer, ABC):
         )
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
         if self.lr_scheduler.last_epoch != self.state.global_step:
-            # Other updates than before: the schedule goes on where the data does.
+            # Updates have other rows than before: the schedule follows the data.
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
 
@@ -222,7 +222,7 @@ class CheckpointedTrainer(Trainer, ABC):
         resume_from_checkpoint: str | None,
         trial: Any,  # the host's
     ) -> tuple[int, int]:
-        """As the host's; when an update has other rows than before, go on at the same row, not the same update."""
+        """As the host's. If updates have other rows than before, training goes on at the same row, not the same update."""
         args = self.args
         self._updates_per_epoch = num_update_steps_per_epoch
         self._rows_per_update = self._train_batch_size * args.gradient_accumulation_steps * args.world_size

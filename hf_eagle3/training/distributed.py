@@ -20,7 +20,7 @@ from .step.head_loss import merged_weight
 
 
 def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[], Any]) -> Any:
-    """Run `function` as the forward of `drafter`, through all that wraps it: gradients are synchronised there.
+    """Run `function` as the forward of `drafter`, through its wrappers, which synchronise gradients.
 
     Sharded weights are whole within it. Submodules are not called as modules there, so nothing else would gather them;
     their gradients are scattered when the backward pass of the whole ends.
@@ -33,7 +33,7 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
 
     drafter.forward = forward
     try:
-        return model(None)  # DDP on a GPU looks for an input to move
+        return model(None)  # DDP on a GPU needs an input to move
     finally:
         del drafter.forward
         if not torch.is_grad_enabled():  # else the backward pass does it
@@ -64,12 +64,12 @@ def settle_fsdp(plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool)
 
 
 def sharded_units(module: nn.Module) -> Iterator[FSDPModule]:
-    """What FSDP2 gathers and scatters as one."""
+    """The modules that FSDP2 gathers and scatters as one."""
     return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
 
 
 def base_drafter(model: nn.Module) -> Eagle3DrafterModel:
-    """The drafter in an unwrapped `model`: itself, or what adapters adapt."""
+    """The drafter in an unwrapped `model`: the model itself, or the base of its adapters."""
     get_base: Any = getattr(model, "get_base_model", None)  # PEFT's
     return model if get_base is None else get_base()  # type: ignore[return-value]  # a drafter then
 
@@ -137,7 +137,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def served_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Eagle3DrafterModel:
     """A drafter of its own as it will be served: whole, adapters merged, in eval mode. All processes must call.
 
-    Nothing that is done with it touches the one in training. The random state stays as it is.
+    It shares nothing with the one in training. The random state stays as it is.
     """
     drafter = base_drafter(model)
     with no_init_weights():

@@ -1,8 +1,8 @@
-"""What a training will cost, before its first step: arithmetic, memory, time.
+"""The cost of a training before its first step: arithmetic, memory, time.
 
 A multiply-add is two operations; causal attention counts half the square; the backward pass of a trained linear layer is
 twice its forward, that of flash attention two and a half times; norms, rotations and elementwise losses are left out.
-Memory is what autograd keeps, tensor by tensor (`activation_bytes`). Letters: T tokens of a document, k draft steps, s
+Memory counts the tensors that autograd keeps (`activation_bytes`). Letters: T tokens of a document, k draft steps, s
 the share of slots that train.
 """
 
@@ -22,9 +22,9 @@ from .sizes import find_size, layer_configs
 from .step.batch import live_steps
 from .step.head_loss import CHUNK_ELEMENTS
 
-# Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
+# Dense bf16 operations a second that a long matrix product reaches, by a part of the device's name.
 SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12}
-# Of that, in training. Measured at the 8B shape, every position supervised: 0.70-0.73 with the target in the loop at TTT 4
+# The share of these in training. Measured at the 8B shape, every position supervised: 0.70-0.73 with the target in the loop at TTT 4
 # and 7, on H100 and H200; 0.69 on an H200 of one long document from stored states, but 0.56 on an H100, by older attention
 # (benchmarks/results/training_8b_shape_*_202611.md). Small shapes reach less: they wait for launches. A100: not measured.
 UTILISATION = 0.70
@@ -181,21 +181,21 @@ def activation_bytes(
     layer = 2 * W + (Q + 2 * K)  # its input, normed; query, key and value side by side: values are a view of that
     layer += Q + K + Q  # query and key rotated; attention's output
     layer += 0 if recomputed else after_attention
-    step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which teaching gives
+    step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which the loss gives
     trained = k * step + Q + 2 * K  # what token embeddings bring to query, key and value
 
     num_trained = share * num_slots
     # At the end of the forward pass outputs stand side by side, and logits of one chunk and the target's of its slots.
     logits = min(CHUNK_ELEMENTS, k * num_trained * shape.draft_vocab_size)
-    teaching = k * W * num_trained + logits * (1 + 1 / k)
+    loss = k * W * num_trained + logits * (1 + 1 / k)
     # On the way back, of one layer: gradients of gate, up and their product.
     back = num_trained * (3 * I + (after_attention if recomputed else 0))
-    numbers = num_slots * every + (num_slots - num_trained) * idle + num_trained * trained + max(teaching, back)
+    numbers = num_slots * every + (num_slots - num_trained) * idle + num_trained * trained + max(loss, back)
     return round(numbers * size)
 
 
 def borrowed_bytes(shape: DrafterShape) -> int:
-    """Of a target whose states are stored: its head and embeddings, which training keeps."""
+    """Bytes of the head and embeddings that training keeps of a target whose states are stored."""
     return 2 * shape.vocab_size * shape.target_width * HALF
 
 

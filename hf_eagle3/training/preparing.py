@@ -1,4 +1,4 @@
-"""Everything that is settled before the host's Trainer begins: settings, models, rows, and the source of states."""
+"""The preparation of a training, before the host's Trainer begins: settings, models, rows, and the source of states."""
 
 import sys
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ UNHONOURED: Mapping[str, str] = {
 
 
 class Prepared(NamedTuple):
-    """What is trained on what."""
+    """The parts of a training, loaded and checked."""
 
     target: PreTrainedModel | None  # frozen, on its device; None where states come from elsewhere
     drafter: Eagle3DrafterModel  # bound to its target
@@ -117,7 +117,7 @@ def settle_drafter(
     rows: Any,  # by index, of any class; or None
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Eagle3DrafterModel:
-    """The drafter that is given, after a look at how much of `rows` it can propose; else a new one."""
+    """The given drafter, after a check of its coverage of `rows`; else a new one."""
     if drafter is None:
         return make_drafter(bound_to, args, rows, tokenizer)
     if rows is not None:
@@ -140,7 +140,7 @@ def find_fingerprint(
 
 
 def run_online(target: PreTrainedModel, drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments) -> StateSource:
-    """The target in the loop, with the kernels that are asked for; shared where processes share it."""
+    """The target in the loop, with our kernels or Liger's; shared where processes share it."""
     if args.use_liger_kernel:
         liger.apply_liger_kernel(target, args.liger_kernel_config)
     boundaries, use_kernels = drafter.bound_aux_layer_ids or (), not args.use_liger_kernel

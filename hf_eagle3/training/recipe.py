@@ -21,12 +21,12 @@ SHAPE = (
 def describe_recipe(
     drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
 ) -> dict[str, Any]:
-    """What must be the same for training to go on as if it had never stopped.
+    """The facts that must be the same for training to go on as if it had never stopped.
 
     Args:
         drafter: Bound to its target.
-        args: Of the training.
-        rows: The training rows by index, of whatever class; None if there are none.
+        args: The training's.
+        rows: The training rows by index, of any class; None if there are none.
         target_fingerprint: Of the target's weights or of the stored hidden states; None where there is none.
     """
     return {

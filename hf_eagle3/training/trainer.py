@@ -59,7 +59,7 @@ class Eagle3Trainer(CheckpointedTrainer):
             with `input_ids` and `loss_mask` is taken as it is.
         processing_class: The target's tokenizer; needed for `messages`, and saved with the drafter.
         peft_config: Train adapters of the drafter instead of its weights; of PEFT, such as `LoraConfig`.
-        states: Where hidden states come from, instead of the target run over each batch. `target_model` may then be
+        states: A source of hidden states, in the place of the target run over each batch. `target_model` may then be
             None, and nothing is generated in evaluation.
         compute_metrics: Called with the `StepSums` of an evaluation, summed over all processes; gives more metrics.
         kwargs: As for the host's Trainer.
@@ -69,7 +69,8 @@ class Eagle3Trainer(CheckpointedTrainer):
             GPUs in one process.
     """
 
-    # The loss is normed over the whole accumulated batch. Read from Transformers 5.23 on; `__init__` says it to older.
+    # The loss is normed over the whole accumulated batch. Transformers 5.23 and later read this; older ones read
+    # `model_accepts_loss_kwargs`.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -153,7 +154,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     @property
     def drafter(self) -> Eagle3DrafterModel:
-        """The drafter that is trained, or whose adapters are."""
+        """The drafter that is trained, or whose adapters are trained."""
         return base_drafter(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
 
     # ---- one batch ----
@@ -171,12 +172,12 @@ class Eagle3Trainer(CheckpointedTrainer):
 
         return call_as_forward(model, drafter, forward)
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:  # the host has a table here
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # the host moves tables
         """`inputs` on this process's device."""
         return inputs.to(self.args.device)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
-        """As the host's, which reads a table."""
+        """As the host's, which reads tables."""
         super()._track_num_input_tokens({"input_ids": inputs.input_ids})
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
@@ -211,7 +212,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         return (loss, sums) if return_outputs else loss
 
     def _step_scale(self, counts: Tensor) -> Tensor:
-        """[k] what the sum of each step's losses is multiplied by, given the slots that train at each."""
+        """[k] the factor on each step's loss sum, given the slots that train there."""
         if self._loss.weighs_steps:
             return 1 / counts[:1].clamp_min(1).expand_as(counts)
         return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device) / counts.clamp_min(1)
@@ -260,7 +261,7 @@ class Eagle3Trainer(CheckpointedTrainer):
             self._average = None
 
     def forecast(self) -> Forecast:
-        """What this training will cost. Of the target, as much as lies in this process."""
+        """The cost of this training. Only this process's part of the target counts."""
         if self._rows is None:
             raise ValueError("A forecast needs train_dataset.")
         return forecast_training(
@@ -275,7 +276,9 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     # ---- evaluation ----
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:  # Any: rows, a name, or None, as the host's
+    def get_eval_dataloader(
+        self, eval_dataset: Any = None
+    ) -> DataLoader:  # Any: rows, a name, or None, as in the host
         """Batches of this process's part of `eval_dataset`, whose rows may be as they are given to the constructor."""
         if isinstance(eval_dataset, str):
             rows = self.eval_dataset[eval_dataset]
@@ -317,7 +320,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         """There is nothing to predict.
 
         Raises:
-            ValueError: Always; the message says what to call.
+            ValueError: Always; the message names the calls to use.
         """
         del args, kwargs
         raise ValueError(
@@ -346,7 +349,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         if isinstance(rows, RowsWithin) and len(beyond := rows.beyond()):
             found = evaluation.measure(self._load(beyond), f"{description}, beyond {args.max_length} tokens")
             metrics |= {f"long_{name}": value for name, value in found.metrics.items()}
-        target: Any = self.target_model  # what cannot generate, such as a stand-in, is passed over
+        target: Any = self.target_model  # a stand-in cannot generate
         if hasattr(target, "generate") and args.eval_generate_prompts:
             walked = evaluation.generate(target, rows)
         metrics["acceptance_length"] = float(walked.acceptance_length)
@@ -386,10 +389,10 @@ class Eagle3Trainer(CheckpointedTrainer):
         model_name: str | None = None,
         **others: Any,  # the host's, for models trained on a labelled data set
     ) -> None:
-        """Write the drafter's card, with what the last evaluation measured; `push_to_hub` uploads it.
+        """Write the drafter's card, with the results of the last evaluation; `push_to_hub` uploads it.
 
         Raises:
-            ValueError: The target's name is not known, or an argument says what the card does not have.
+            ValueError: The target's name is not known, or an argument names a field that the card does not have.
         """
         if others or tags:
             raise ValueError(f"A drafter's card has no {', '.join(sorted([*others, *(['tags'] if tags else [])]))}.")

@@ -32,10 +32,10 @@ def read_answers(path: Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
             row = None
         if not isinstance(row, dict) or not all(type(row.get(key)) is kind for key, kind in WRITTEN.items()):
             raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
-        asked = row["prompt_id"]
-        if not 0 <= asked < len(prompts) or row["prompt_fingerprint"] != prompts[asked].fingerprint:
+        prompt_id = row["prompt_id"]
+        if not 0 <= prompt_id < len(prompts) or row["prompt_fingerprint"] != prompts[prompt_id].fingerprint:
             raise ValueError(
-                f"{path} has an answer in line {number} to another prompt than number {asked} of these. Give the prompts "
+                f"{path} has an answer in line {number} to another prompt than number {prompt_id} of these. Give the prompts "
                 "it was begun with (more may follow them), or a new file."
             )
         rows.append(row)

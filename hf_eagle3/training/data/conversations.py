@@ -4,8 +4,8 @@ A request reaches an engine as JSON, so absent keys are absent there, and the en
 which are JSON text, before it renders them. Data sets keep that text, and those in Arrow have null for every key that
 another row has.
 
-Roles are mapped by a table. An unknown one is an error: taken for the assistant's, it would teach the drafter to propose
-what the target never says, such as a tool's output.
+Roles are mapped by a table. An unknown one is an error: taken for the assistant's, it would train the drafter on
+text that the target never generates, such as a tool's output.
 """
 
 import json

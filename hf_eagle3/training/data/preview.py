@@ -22,7 +22,7 @@ def format_row(row: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase
     parts = []
     for start, end in itertools.pairwise(edges):
         text = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = escape_controls(text)  # what the row says moves no cursor; our own colours are put around it
+        text = escape_controls(text)  # a row's text must not move the cursor; our own colours are put around it
         if color:
             # Line by line, so that the colour does not run to the terminal's edge, nor into a pager's next line.
             code = SUPERVISED if mask[start] else PLAIN

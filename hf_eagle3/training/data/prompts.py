@@ -28,7 +28,7 @@ from .rendering import MARKER, ChatRenderer, find_end
 logger = logging.get_logger(__name__)
 
 MAX_PROMPT_TOKENS = 512  # of a prompt that the target makes up; a longer one is dropped
-TRIES = 8  # times as many prompts as asked for are drawn at most
+TRIES = 8  # the most prompts that are drawn for each wanted one
 
 
 class Prompt(NamedTuple):
@@ -41,21 +41,21 @@ class Prompt(NamedTuple):
 
     @property
     def user_texts(self) -> list[str]:
-        """All that the user says."""
-        said = [content_text(message.get("content")) for message in self.messages if message["role"] == "user"]
-        return [text for text in said if text] + list(self.later)
+        """All texts of the user."""
+        texts = [content_text(message.get("content")) for message in self.messages if message["role"] == "user"]
+        return [text for text in texts if text] + list(self.later)
 
     @property
     def fingerprint(self) -> str:
         """The same for the same prompt: what a file of answers is compared by when it is gone on with."""
-        asked = json.dumps([self.messages, self.later, self.tools], sort_keys=True)
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        facts = json.dumps([self.messages, self.later, self.tools], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a JSONL file: rows with `messages` (or `conversations`), `prompt` or `turns`.
 
-    Stored answers at a conversation's end are not used: the user's messages are asked again, one after the other.
+    Stored answers at a conversation's end are not used: the user's messages are answered anew, one after the other.
 
     Raises:
         DataError: A row is no prompt; the message names the line.
@@ -121,12 +121,12 @@ def hash_text(text: str) -> str:
 
 
 def exclude(prompts: Iterable[Prompt], unwanted: Iterable[Prompt], *, dedupe: bool = False) -> list[Prompt]:
-    """`prompts` without those in which the user says anything that is said in `unwanted`.
+    """`prompts` without those that share a text of the user with `unwanted`.
 
     Args:
         prompts: To choose from; order is kept.
         unwanted: Eval prompts.
-        dedupe: Keep the first only of prompts in which the user says the same.
+        dedupe: Keep only the first of prompts with the same texts of the user.
     """
     forbidden = {hash_text(text) for prompt in unwanted for text in prompt.user_texts}
     seen: set[tuple[str, ...]] = set()
@@ -144,7 +144,7 @@ def exclude(prompts: Iterable[Prompt], unwanted: Iterable[Prompt], *, dedupe: bo
 
 
 class UserSlot(NamedTuple):
-    """Where the template puts what the user says."""
+    """The place of the user's text in the template."""
 
     before: str  # what the target reads to write it
     after: str  # what ends it, without the blanks around
@@ -251,7 +251,7 @@ def _draw_prompts(
     temperature: float,
     helped: Mapping[str, Any],
 ) -> list[str]:
-    """`count` texts; empty ones for what did not end."""
+    """`count` texts; empty for those that did not end."""
     tokenizer = renderer.tokenizer
     ends = {*renderer.terminators, *eos_token_ids(target)}
     if (after := renderer.encode(slot.after)) and after[0] in tokenizer.all_special_ids:
@@ -279,7 +279,7 @@ def _draw_prompts(
 
 
 def eos_token_ids(target: PreTrainedModel) -> list[int]:
-    """What ends the target's turns."""
+    """The tokens that end the target's turns."""
     ends = target.generation_config.eos_token_id
     return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 

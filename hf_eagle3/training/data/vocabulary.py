@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 SIZES = (8_000, 16_000, 32_000, 64_000)
 GOOD_COVERAGE = 0.98  # warned about below
 MIN_COVERAGE = 0.90  # refused below
-FEW_TOKENS = 1_000_000  # a count over fewer says little about tokens it has not seen
+FEW_TOKENS = 1_000_000  # fewer give no good estimate of the share of unseen tokens
 
 
 class Coverage(NamedTuple):
@@ -52,8 +52,8 @@ def measure_coverage(counts: Tensor, sizes: Sequence[int] = SIZES, ranking: Tens
     Args:
         counts: Of supervised tokens.
         sizes: Sizes of draft vocabularies.
-        ranking: [V] counts that say which are the most frequent; `counts` by default. With the counts of all data
-            here, it says how well one source is covered by a vocabulary chosen on all.
+        ranking: [V] counts by which tokens are ranked; `counts` by default. With the counts of all data here, the
+            result is the coverage of one source by a vocabulary chosen on all.
     """
     order = (counts if ranking is None else ranking).sort(descending=True, stable=True).indices
     cumulated = counts[order].cumsum(0)  # [V]
@@ -96,7 +96,7 @@ def check_coverage(counts: Tensor, ids: Tensor, min_coverage: float, advice: str
     """Say how many of the supervised tokens, `counts` [V], the draft vocabulary `ids` [V_d] is.
 
     Raises:
-        ValueError: They are less than `min_coverage` (a share); `advice` says what else to do.
+        ValueError: They are less than `min_coverage` (a share); `advice` ends the message.
     """
     covered = counts[ids].sum().item() / max(counts.sum().item(), 1)
     logger.info(f"Draft vocabulary: {len(ids)} of {len(counts)} tokens cover {covered:.2%} of the supervised tokens.")

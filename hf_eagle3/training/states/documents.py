@@ -207,5 +207,5 @@ class StoredDataset(TokenDataset):
         }
 
     def select(self, indices: Iterable[int]) -> "StoredDataset":
-        """The rows at `indices`, say to keep some for evaluation."""
+        """The rows at `indices`, for instance to keep some for evaluation."""
         return StoredDataset(self._documents, self._indices[np.fromiter(indices, dtype=np.int64)], self._max_length)

@@ -17,7 +17,7 @@ from .online import OnlineStates
 
 
 class SharedStates:
-    """The states of each process's own rows. All that share the target must call equally often.
+    """The states of each process's own rows. All processes that share the target must call equally often.
 
     Args:
         source: Runs the target.

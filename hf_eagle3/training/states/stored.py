@@ -37,13 +37,13 @@ class StoredStates:
     """Hidden states from a folder that `store_states` wrote: a `StateSource` that needs no target.
 
     Args:
-        folder: Where they are.
+        folder: Their folder.
         max_length: Longer documents are cut on the right.
-        verify: Read every file and compare its digest; else sizes and headers are looked at.
-        allow_incomplete: Take a folder whose writing was interrupted, with the documents that are there.
+        verify: Read every file and compare its digest; otherwise sizes and headers are checked.
+        allow_incomplete: Take a folder whose writing was interrupted, with the documents that it has.
 
     Raises:
-        StoredStatesError: Something is missing, damaged, or not as the manifest says.
+        StoredStatesError: A file is missing, damaged, or does not match the manifest.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StoredStates:
 
     @property
     def head(self) -> TargetHead:
-        """The target's."""
+        """The target's head."""
         return TargetHead.of(self.target)
 
     @property

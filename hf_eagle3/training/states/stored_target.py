@@ -35,12 +35,12 @@ class StoredTarget(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of its weights."""
         return self.embed_tokens.weight.dtype
 
     def get_input_embeddings(self) -> nn.Embedding:

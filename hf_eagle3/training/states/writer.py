@@ -51,7 +51,7 @@ BOUNDARIES = (
     "i: the input of layer i, which is the host's hidden_states[i]; the number of layers: the output of the last one, "
     "before the final norm; one more: after it; none at all: after the final norm"
 )
-MAX_LEFT_OUT = 0.01  # of the documents: those whose states are not finite
+MAX_LEFT_OUT = 0.01  # the largest share of documents whose states are not finite
 TMP = ".tmp"
 PACKAGES = ("hf-eagle3", "torch", "transformers", "safetensors")
 
@@ -77,14 +77,14 @@ class StateWriter:
     Args:
         target: Any decoder of the host whose head is a linear layer.
         dataset: Rows with `input_ids` and `loss_mask`, or with `messages`; as the trainer takes them.
-        folder: Where to; new, empty, or of an interrupted run with the same arguments, which then goes on.
+        folder: A new or empty folder, or that of an interrupted run with the same arguments, which then goes on.
         drafter_or_aux_layer_ids: A drafter that fits the target, or ascending boundaries, as
             `Eagle3DrafterConfig.aux_layer_ids` has them. None: those of a new drafter.
         tokenizer: The target's; needed for `messages`. Its fingerprint is stored.
         max_length: Longer rows are cut on the right, unless `dataset` is a `TokenDataset`.
         chat_template_kwargs: For the chat template of every row, such as `{"enable_thinking": False}`.
-        dtype: Of the stored states; the target's own if None.
-        shard_size: Bytes a file.
+        dtype: The dtype of the stored states; the target's own if None.
+        shard_size: The most bytes of a file.
         batch_tokens: Tokens of one forward of the target, padding included.
 
     Raises:
@@ -143,7 +143,7 @@ class StateWriter:
 
     @property
     def _last_size(self) -> int:
-        """What the head reads, which may be narrower than the layers (OPT 350M)."""
+        """The width of the head's input, which may be narrower than the layers (OPT 350M)."""
         head = self._source.head.weight
         return self._text.hidden_size if head is None else head.shape[-1]
 
@@ -166,7 +166,7 @@ class StateWriter:
 
     @property
     def size(self) -> StoredSize:
-        """What it takes on disk, all in all."""
+        """The size of everything on disk."""
         plan = self._plan
         head = sum(tensor.numel() * tensor.element_size() for tensor in self._head.values())
         return StoredSize(
@@ -180,14 +180,14 @@ class StateWriter:
         )
 
     def run(self) -> Path:
-        """Write what is not there yet. Returns the folder.
+        """Write the files that are missing. Returns the folder.
 
         Raises:
             StoredStatesError: The folder has states of something else.
             FileExistsError: The folder has other things in it.
             FolderInUseError: Another run writes to it.
             OSError: The disk is too small, or became full; what is written is kept, and can be gone on from.
-            ValueError: States that are not finite, or with which the head does not say what the target says.
+            ValueError: States that are not finite, or on which the head does not give the target's argmax.
         """
         with ExitStack() as stack:
             if self._folder.is_dir():
@@ -222,7 +222,7 @@ class StateWriter:
     # ---- before writing ----
 
     def _begin(self) -> dict[str, Any]:
-        """The manifest to go on with: that of the folder if it has one, which must be of the same states."""
+        """The manifest to go on with: the folder's if it has one, which must describe the same states."""
         ours = self._manifest()
         if not self._folder.exists() or not any(self._folder.iterdir()):
             return ours
@@ -307,7 +307,7 @@ class StateWriter:
     # ---- writing ----
 
     def _write(self, name: str, write: Callable[[Path], Any], todo: Collection[str]) -> None:
-        """A file that is there whole or not at all."""
+        """Write a file so that it is there whole or not at all."""
         path = self._folder / name
         temporary = path.with_name(name + TMP)
         try:
@@ -335,7 +335,7 @@ class StateWriter:
         todo: Collection[str],
         left_out: Sequence[int] = (),
     ) -> None:
-        """A file, and its line in the manifest: in this order, so that what is listed is whole."""
+        """Write a file, then its entry in the manifest, so that every listed file is whole."""
         self._write(name, lambda path: save_file(tensors, path), todo)
         path = self._folder / name
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
@@ -396,7 +396,7 @@ class StateWriter:
         return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
 
     def _shard(self, members: range, bar: tqdm) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """The states of consecutive documents, one behind the other, and those that are not finite, with where."""
+        """The states of consecutive documents, one behind the other, and the place in each document that is not finite."""
         plan, width = self._plan, self._last_size
         aux = torch.empty(int(plan.num_aux[members].sum()), self._aux_bytes // self._dtype.itemsize, dtype=self._dtype)
         last = torch.empty(int(plan.num_last[members].sum()), width, dtype=self._dtype)
@@ -422,7 +422,7 @@ class StateWriter:
         return {AUX: aux, LAST: last}, left_out
 
     def _windows(self, members: range) -> Iterator[range]:
-        """Consecutive documents of about four forwards, so that those of like length can go side by side."""
+        """Consecutive documents of about four forwards, so that similar lengths can run side by side."""
         first, used = members.start, 0
         for i in members:
             length = int(self._plan.lengths[i])

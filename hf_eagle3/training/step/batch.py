@@ -65,7 +65,7 @@ class Batch:
     position_ids: Tensor  # [N] int64, from 0 in each document
     tokens: np.ndarray  # [N] int64, `input_ids` once more, always on the host
     lengths: list[int]  # [D], of each document
-    documents: list[int]  # [D], where the states of each document are stored; empty if rows do not say
+    documents: list[int]  # [D], where the states of each document are stored; empty if rows do not name them
     rows: Tensor  # [R] int64, the slots that run, ascending
     depth: Tensor  # [R] int64, at how many steps each of them trains
     trained: Tensor | None  # [L] int64, the indices of `rows` with a depth above 0; None: all
@@ -163,7 +163,7 @@ def live_steps(loss_mask: np.ndarray, lengths: Sequence[int], ttt_steps: int) ->
 
 
 def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray, squares: SquareRule) -> Spans:
-    """Consecutive `slots` [R] of one document as spans; `document` [N] and `starts` [D] say where each lies."""
+    """Consecutive `slots` [R] of one document as spans; `document` [N] is the document of each token, `starts` [D] the first token of each."""
     breaks = (np.diff(slots) != 1) | (np.diff(document[slots]) != 0)
     first = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(slots)]]) if len(slots) else np.zeros(1, np.int64)
     begins, lasts = slots[first[:-1]], slots[first[1:] - 1]  # [S]
@@ -190,7 +190,7 @@ def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray, squ
 
 
 def _find_squares(num_queries: np.ndarray, num_keys: np.ndarray, rule: SquareRule) -> Squares | None:
-    """Squares for spans of so many queries and keys [S]; None where `rule` says that they do not pay."""
+    """Squares for spans of so many queries and keys [S]; None where they do not pay by `rule`."""
     if not len(num_keys):
         return None
     side = -(-int(num_keys.max()) // rule.step) * rule.step

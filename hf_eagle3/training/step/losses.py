@@ -74,7 +74,7 @@ def negative_log_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor,
 
 
 def hybrid_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
-    """W KL(p || q) + (1 - w)(1 - alpha), w = exp(-3 mean alpha of the step), LK-lambda (arXiv:2602.23881).
+    """Sum of w KL(p || q) and (1 - w)(1 - alpha), w = exp(-3 mean alpha of the step), LK-lambda (arXiv:2602.23881).
 
     Divergence first, acceptance once there is some. The mean is of the last update, so that it is the same for all
     micro-batches and processes.
