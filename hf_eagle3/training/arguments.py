@@ -213,7 +213,7 @@ class Eagle3TrainingArguments(TrainingArguments):
 
     @property
     def recomputes_activations(self) -> bool:
-        """What the host calls activation checkpointing; up to Transformers 5.22, gradient checkpointing."""
+        """Whether activations are recomputed: the host's activation checkpointing, gradient checkpointing up to 5.22."""
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         return bool(getattr(self, name))
 

@@ -1,4 +1,4 @@
-"""Several processes: forwards through what wraps a drafter, sums over processes, whole weights out of sharded ones."""
+"""Several processes: forwards through a drafter's wrappers, sums over processes, whole weights out of sharded ones."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -37,7 +37,7 @@ NOT_ATTENDING = frozenset({"linear_attention", "mamba", "recurrent", "conv", "mo
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """Weights of a drafter by what they do, in numbers, and its widths."""
+    """Numbers of a drafter's weights by their part in a step, and its widths."""
 
     fc: int
     qkv: int  # query, key and value of all layers
@@ -92,7 +92,7 @@ class DrafterShape:
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What of a target's forward costs time."""
+    """The sizes that a target's forward time depends on."""
 
     active: float  # weights that take part in one token's forward: without embeddings, with the experts it goes to
     attending: tuple[
@@ -127,10 +127,10 @@ def drafter_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0, *, 
     """Operations a token of a document, forward and backward.
 
     Args:
-        shape: Of the drafter.
+        shape: The drafter's.
         T: Tokens of a document.
         k: Draft steps.
-        share: Of slots that train; the rest costs the first feature, and keys and values of the first step.
+        share: The share of slots that train; the rest costs the first feature, and keys and values of the first step.
         recomputed: Whether the backward pass computes what follows attention once more.
     """
     return forward_flops(shape, T, k, share) + backward_flops(shape, T, k, share, recomputed=recomputed)
@@ -165,16 +165,16 @@ def activation_bytes(
     Log-sum-exps, positions and what lives within one kernel are left out.
 
     Args:
-        shape: Of the drafter.
+        shape: The drafter's.
         num_slots: Tokens of the micro-batch.
         k: Draft steps.
-        share: Of slots that train.
+        share: The share of slots that train.
         recomputed: Whether the backward pass computes what follows attention once more.
         size: Bytes of a number.
     """
     W, Q, K, I = shape.width, shape.heads_width, shape.kv_width, shape.mlp_width
     every = 2 * shape.aux_width + shape.target_width  # states of the target, and aux states normed
-    every += 2 * W + 2 * K  # features; token embeddings normed, and what they bring to keys and values
+    every += 2 * W + 2 * K  # features; token embeddings normed, and their share of keys and values
     idle = W + 3 * K  # features normed, keys and values of the first step, keys once more as they are rotated
 
     after_attention = 2 * W + 3 * I  # the sum, normed; gate, up and their product
@@ -182,7 +182,7 @@ def activation_bytes(
     layer += Q + K + Q  # query and key rotated; attention's output
     layer += 0 if recomputed else after_attention
     step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which the loss gives
-    trained = k * step + Q + 2 * K  # what token embeddings bring to query, key and value
+    trained = k * step + Q + 2 * K  # the share of token embeddings in query, key and value
 
     num_trained = share * num_slots
     # At the end of the forward pass outputs stand side by side, and logits of one chunk and the target's of its slots.
@@ -200,7 +200,7 @@ def borrowed_bytes(shape: DrafterShape) -> int:
 
 
 class Forecast(NamedTuple):
-    """What is to come; sizes in bytes, of one device."""
+    """The cost of a training; sizes in bytes, of one device."""
 
     trained: int  # weights
     tokens: int  # of all updates and processes
@@ -245,21 +245,21 @@ def make_forecast(
     num_devices: int,
     device_name: str | None,
 ) -> Forecast:
-    """Put together what `Forecast` has.
+    """Compute a `Forecast`.
 
     Args:
         drafter, target: Their shapes; no target where its states are stored.
         trained: Weights that the optimizer changes.
         target_bytes: On one device; 0 where none is loaded.
         lengths: Tokens of some of the data's documents.
-        rows_at_once: Of one micro-batch on one device.
-        num_rows: Of all updates and devices.
+        rows_at_once: Rows of one micro-batch on one device.
+        num_rows: Rows of all updates and devices.
         share: See `drafter_flops`.
         ttt_steps: k.
         recomputed: See `drafter_flops`.
         has_average: Whether there is an average of the weights.
         num_devices: That compute.
-        device_name: Of a GPU, None elsewhere.
+        device_name: The GPU's name; None elsewhere.
     """
     mean = sum(lengths) / len(lengths)
     T = sum(int(n) ** 2 for n in lengths) / sum(lengths)  # of the document that a token is in

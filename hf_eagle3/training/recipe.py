@@ -27,7 +27,7 @@ def describe_recipe(
         drafter: Bound to its target.
         args: The training's.
         rows: The training rows by index, of any class; None if there are none.
-        target_fingerprint: Of the target's weights or of the stored hidden states; None where there is none.
+        target_fingerprint: That of the target's weights or of the stored hidden states; None where there is none.
     """
     return {
         "target": drafter.config.target_name_or_path or drafter.bound_target_name,

@@ -248,7 +248,7 @@ def converts(action: Any, value: Any) -> bool:  # Any: as above
 
 
 def refuse_unknown(names: Sequence[str], known: Iterable[str], prefix: str) -> None:
-    """Raise DataError for `names`, if there are any, with what they may have meant."""
+    """Raise DataError for `names`, if there are any, with similar options."""
     if not names:
         return
     parts = []

@@ -55,6 +55,15 @@ LAYERS = {
         ["attention", "losses", "target_head"],
         ["acceptance", "batch", "elementwise"],
     ],
+    "training/data": [
+        ["regenerate"],
+        ["answer_shards", "preview", "reading"],
+        ["eval_rows", "prompts", "vocabulary"],
+        ["token_rows"],
+        ["checking"],
+        ["rendering"],
+        ["conversations", "files", "packing"],
+    ],
 }
 RANKS = {
     package: {name: rank for rank, layer in enumerate(layers) for name in layer} for package, layers in LAYERS.items()

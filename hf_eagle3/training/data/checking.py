@@ -57,7 +57,7 @@ def first_of(entry: Mapping[str, Any], *keys: str) -> Any:  # whatever stands th
 
 
 def check_tools(tools: Any) -> None:  # Any: whatever stands in the row
-    """Raise unless `tools` are a list of tables, any of it in JSON, as data sets store what has no fixed columns.
+    """Raise unless `tools` are a list of tables, any of it in JSON, as data sets store values without fixed columns.
 
     Raises:
         ValueError: They are not.

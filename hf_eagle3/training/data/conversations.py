@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-Message = dict[str, Any]  # `role`, and what the chat template knows: content, reasoning_content, tool_calls, ...
+Message = dict[str, Any]  # `role`, and keys of the chat template: content, reasoning_content, tool_calls, ...
 
 ROLES = {
     "system": "system",
@@ -28,7 +28,7 @@ ROLES = {
 
 
 class Conversation(NamedTuple):
-    """What the chat template is given for one row."""
+    """The arguments of the chat template for one row."""
 
     messages: list[Message]
     first_supervised: int = 0  # assistant turns before this message are history only
@@ -63,7 +63,7 @@ def read_tools(tools: Any) -> list[Any] | None:
     Raises:
         ValueError: They are neither.
     """
-    tools = read_json_text(tools, "tools")  # as data sets store what has no fixed columns
+    tools = read_json_text(tools, "tools")  # as data sets store values without fixed columns
     if not tools:
         return None
     if not isinstance(tools, (list, tuple)):

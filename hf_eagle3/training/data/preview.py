@@ -1,4 +1,4 @@
-"""Training rows as a person can check them: text with what is supervised set off, and the numbers of a data set."""
+"""Training rows for a person to check: text with the supervised tokens set off, and the numbers of a data set."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,7 @@ def num_spans(mask: np.ndarray) -> int:
 
 
 def describe_dataset(dataset: TokenDataset, vocab_size: int) -> str:
-    """The numbers of `dataset`, a line each: rows, tokens, and what a draft vocabulary would cover."""
+    """The numbers of `dataset`, a line each: rows, tokens, and the coverage of draft vocabularies."""
     counts = dataset.counts
     rows = [dataset[i] for i in range(len(dataset))]
     tokens = sum(len(row["input_ids"]) for row in rows)

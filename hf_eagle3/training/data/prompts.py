@@ -27,12 +27,12 @@ from .rendering import MARKER, ChatRenderer, find_end
 
 logger = logging.get_logger(__name__)
 
-MAX_PROMPT_TOKENS = 512  # of a prompt that the target makes up; a longer one is dropped
+MAX_PROMPT_TOKENS = 512  # the longest prompt that the target may make up; longer ones are dropped
 TRIES = 8  # the most prompts that are drawn for each wanted one
 
 
 class Prompt(NamedTuple):
-    """What to ask: `messages`, and after each answer the next of `later`."""
+    """A prompt to answer: `messages`, and after each answer the next of `later`."""
 
     messages: list[Message]  # ends with the user's
     later: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Prompt(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same prompt: what a file of answers is compared by when it is gone on with."""
+        """A digest of the prompt, to compare a file of answers with when a run goes on."""
         facts = json.dumps([self.messages, self.later, self.tools], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -146,8 +146,8 @@ def exclude(prompts: Iterable[Prompt], unwanted: Iterable[Prompt], *, dedupe: bo
 class UserSlot(NamedTuple):
     """The place of the user's text in the template."""
 
-    before: str  # what the target reads to write it
-    after: str  # what ends it, without the blanks around
+    before: str  # the target's prompt to write it
+    after: str  # the text that ends it, without blanks around
 
 
 def find_user_slot(renderer: ChatRenderer) -> UserSlot:
@@ -195,7 +195,7 @@ def make_prompts(
         known: Not to be made up again.
         temperature: Above 0, or all would be the same.
         batch_size: Written side by side.
-        seed: Of the sampling.
+        seed: The seed of the sampling.
         team: Processes that write side by side, with a target each. All must call, and get the same prompts.
     """
     if temperature <= 0:

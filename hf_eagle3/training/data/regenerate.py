@@ -85,7 +85,7 @@ class Dialogue:
         rendered = renderer.render(self.messages, tools=self.prompt.tools, add_generation_prompt=True)
         ids, so_far = renderer.encode(rendered), self.turns[-1].input_ids if self.turns else []
         if ids[: len(so_far)] != so_far and rendered.startswith(self.text):
-            # The same text in other tokens: the target sampled what the tokenizer would not have written.
+            # The same text in other tokens: the target sampled tokens that the tokenizer would not choose.
             kept = so_far + renderer.encode(rendered[len(self.text) :])
             if renderer.tokenizer.decode(kept) == renderer.tokenizer.decode(ids):
                 ids = kept
@@ -312,7 +312,7 @@ def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any
 
 
 def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_name: str) -> None:
-    """Write how the rows of `path` are made beside it, or compare with what is written there.
+    """Write the settings of `path` beside it, or compare them with those that are there.
 
     Raises:
         ValueError: The file was begun otherwise.

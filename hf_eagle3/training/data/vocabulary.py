@@ -1,4 +1,4 @@
-"""The draft vocabulary: which of the target's tokens the drafter can propose, and how much of its text they are."""
+"""The draft vocabulary: the target's tokens that the drafter can propose, and their share of its text."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -47,10 +47,10 @@ def count_by_source(dataset: TokenDataset, vocab_size: int) -> dict[str, Tensor]
 
 
 def measure_coverage(counts: Tensor, sizes: Sequence[int] = SIZES, ranking: Tensor | None = None) -> Coverage:
-    """What share of `counts` [V] the most frequent tokens have, for each of `sizes` below V, and for V.
+    """The share of the most frequent tokens in `counts` [V], for each of `sizes` below V, and for V.
 
     Args:
-        counts: Of supervised tokens.
+        counts: [V] counts of supervised tokens.
         sizes: Sizes of draft vocabularies.
         ranking: [V] counts by which tokens are ranked; `counts` by default. With the counts of all data here, the
             result is the coverage of one source by a vocabulary chosen on all.

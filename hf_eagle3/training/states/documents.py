@@ -29,7 +29,7 @@ OPEN_SHARDS = 256  # mapped at a time
 
 
 def check_columns(path: Path, columns: Mapping[str, np.ndarray], num_shards: int) -> None:
-    """Raise unless the tensors of all documents are what they are read as, and fit together.
+    """Raise unless the tensors of all documents have the expected types, and fit together.
 
     Raises:
         StoredStatesError: They are not; the message names the tensor.

@@ -157,7 +157,7 @@ FILE_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sha256": ("a digest", lambda x: isinstance(x, str)),
     "left_out": ("a list of documents", lambda x: x is None or are_counts(x)),
 }
-# Key of the manifest, with dots -> what it must be, in words, and whether it is.
+# Key of the manifest, with dots -> the expected value in words, and its check.
 MANIFEST_KEYS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "files": ("a table of files", lambda x: isinstance(x, dict)),
     "num_shards": ("a number from 1 to a million", lambda x: is_count(x) and 1 <= x <= 10**6),

@@ -22,7 +22,7 @@ from .packed import attending_by_documents
 
 logger = logging.get_logger(__name__)
 
-MAX_DIFFERENCE = 0.05  # of states, relative: far above rounding, far below the effect of seeing another document
+MAX_DIFFERENCE = 0.05  # relative, between states: far above rounding, far below the effect of seeing another document
 MAX_PADDING = 0.1  # share of padding in one target forward
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LENGTH_STEP = 128  # on a GPU rows are padded to a multiple of it: cuDNN plans its attention once for each shape

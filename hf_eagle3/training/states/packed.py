@@ -41,7 +41,7 @@ def attend_documents(
     scaling: float | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
-    **kwargs: Any,  # Any: what else the host hands to every attention function
+    **kwargs: Any,  # Any: other arguments that the host gives every attention function
 ) -> tuple[Tensor, None]:  # [1, N, Hq, D]
     """Causal attention within each document, and within the window."""
     documents, name, window = RUNNING.get(), type(module).__name__, kwargs.get("sliding_window")

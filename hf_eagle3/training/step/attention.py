@@ -39,10 +39,10 @@ def attend_eagerly(
         query: [R, Hq, D], of step t.
         block: Keys and values [M, Hkv, D] of step 0, by `spans`.
         own: Keys and values [R, Hkv, D] of steps 1 .. t, this step's included.
-        spans: Which keys a query sees: those of its span, up to itself.
-        scale: Of the scores.
-        window: Sees keys at positions above its own by less than so many: query i of step t the block's keys
-            j > i + t - window, of its own steps those less than `window` ago. None sees all.
+        spans: A query sees the keys of its span, up to itself.
+        scale: The factor on the scores.
+        window: A query sees only keys less than this many positions before its own: query i of step t sees the block's
+            keys j > i + t - window, and its own steps less than `window` ago. None: all keys.
 
     Returns:
         [R, Hq, D].
@@ -221,7 +221,7 @@ def _flash_forward(query, key, value, spans, scale, window):  # type: ignore[no-
 
 
 def _flash_backward(grad, query, key, value, out, lse, spans, scale, window):  # type: ignore[no-untyped-def]
-    nothing = torch.empty(0, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is not
+    nothing = torch.empty(0, dtype=torch.uint64, device=query.device)  # the state of an unused dropout
     return torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, lse, spans.query_ends, spans.key_ends, *spans.longest, 0.0, True, nothing, nothing,
         scale=scale, window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
@@ -260,7 +260,7 @@ def _to_squares(x: Tensor, shape: tuple[int, int], places: Tensor) -> Tensor:
 
 
 def _from_squares(x: Tensor, places: Tensor) -> Tensor:
-    """[n, heads, D], what is at `places` of [S, heads, T, D]."""
+    """[n, heads, D], the values at `places` of [S, heads, T, D]."""
     flat = x.transpose(1, 2).flatten(0, 1)
     return flat if len(places) == len(flat) else flat.index_select(0, places)
 
@@ -276,7 +276,10 @@ def _dense_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
 def _dense_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    T, nothing = query.shape[2], torch.empty(0, dtype=torch.int64, device=query.device)  # of a dropout there is not
+    T, nothing = (
+        query.shape[2],
+        torch.empty(0, dtype=torch.int64, device=query.device),
+    )  # the state of an unused dropout
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad, query, key, value, out, lse, nothing, nothing, None, None, None, T, T, 0.0, True, scale=scale
     )
@@ -287,11 +290,11 @@ MATH = Block(_math_forward, _math_backward)  # any device and dtype; scores of o
 FLASH = Block(_flash_forward, _flash_backward)  # PyTorch's own flash attention, no package needed
 SQUARES = attend_in_squares(_dense_forward, _dense_backward)  # cuDNN's: twice as fast, but it plans for each shape
 
-MAX_ERROR = 0.02  # of the trial, relative: of bfloat16, far below a wrong formula
+MAX_ERROR = 0.02  # of the trial, relative: above the rounding of bfloat16, far below a wrong formula
 
 
 def pick_block(query: Tensor, key: Tensor, spans: Spans, window: int | None) -> Block:
-    """For half precision on CUDA SQUARES, where spans fill them and cuDNN has what it takes, or FLASH; MATH for the rest."""
+    """For half precision on CUDA: SQUARES where spans fill them and cuDNN supports the shape, else FLASH; otherwise MATH."""
     is_half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     if not (query.is_cuda and is_half and D <= 256 and D % 8 == 0):
         return MATH

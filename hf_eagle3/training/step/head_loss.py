@@ -84,7 +84,7 @@ def head_weight(drafter: Eagle3DrafterModel) -> Tensor:
 
 def merged_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer, with its active low-rank adapters added."""
-    weight: Tensor = getattr(module, "weight")  # noqa: B009  of a layer, or of what adapts one
+    weight: Tensor = getattr(module, "weight")  # noqa: B009  a linear layer, or its adapted form
     for name in getattr(module, "active_adapters", ()):
         if name in module.lora_A:  # type: ignore[operator]
             weight = weight + module.get_delta_weight(name)  # type: ignore[operator]
