@@ -66,7 +66,7 @@ def _head_loss(
     scale,
     loss,
     alpha,
-    guess,
+    drafted,
     ratio,
     C,
     V,
@@ -85,7 +85,7 @@ def _head_loss(
         tl.store(loss + row, 0.0)
         tl.store(alpha + row, 0.0)
         tl.store(ratio + row, 0.0)
-        tl.store(guess + row, -2)
+        tl.store(drafted + row, -2)
     else:
         z_top = tl.full([BLOCK], NEVER, tl.float32)
         z_sum = tl.zeros([BLOCK], tl.float32)
@@ -99,7 +99,7 @@ def _head_loss(
             z_top = higher
         z_best = tl.max(z_top, 0)
         z_lse = z_best + tl.log(tl.sum(z_sum * tl.exp(z_top - z_best), 0))
-        guessed = tl.min(tl.where(z_top == z_best, where, V), 0)
+        drafted_id = tl.min(tl.where(z_top == z_best, where, V), 0)
         p_lse, whole = tl.load(restricted + place), tl.load(lse + place)
         x = tl.load(token + row)
         at = tl.maximum(x, 0)
@@ -122,7 +122,7 @@ def _head_loss(
             tl.store(z_row + column, ((q - p) * factor).to(logits.dtype.element_ty), mask=inside)
         tl.store(loss + row, tl.sum(divergence, 0) * counts)
         tl.store(alpha + row, tl.sum(overlap, 0))
-        tl.store(guess + row, guessed.to(tl.int64))
+        tl.store(drafted + row, drafted_id.to(tl.int64))
 
 
 def head_loss(
@@ -146,7 +146,7 @@ def head_loss(
     k, C, V = logits.shape
     restricted = summarise(kept)[2]
     loss, alpha, ratio = (torch.empty(k, C, dtype=torch.float32, device=logits.device) for _ in range(3))
-    guess = torch.empty(k, C, dtype=torch.int64, device=logits.device)
+    drafted = torch.empty(k, C, dtype=torch.int64, device=logits.device)
     with torch.cuda.device_of(logits):
         _head_loss[(C, k)](
             logits,
@@ -159,7 +159,7 @@ def head_loss(
             scale,
             loss,
             alpha,
-            guess,
+            drafted,
             ratio,
             C,
             V,
@@ -167,7 +167,7 @@ def head_loss(
             NEVER=NEVER,
             num_warps=8,
         )
-    return loss, alpha, guess, ratio
+    return loss, alpha, drafted, ratio
 
 
 @jit()

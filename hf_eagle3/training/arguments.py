@@ -202,7 +202,7 @@ class Eagle3TrainingArguments(TrainingArguments):
             raise ValueError(f"Training a drafter does not honour {'; '.join(reasons)}. Leave that out.")
 
     def drafter_fields(self) -> dict[str, Any]:
-        """Fields of a new drafter's config that these arguments settle."""
+        """Fields of a new drafter's config that these arguments set."""
         fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
         if self.norm_before_fc:  # in place of a norm for each state
             fields["fc_norm"] = False

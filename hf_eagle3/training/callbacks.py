@@ -70,7 +70,7 @@ class Average:
             ours.copy_(kept)
         self._is_in = not self._is_in
 
-    def settle(self) -> None:
+    def keep(self) -> None:
         """Put the averages into the model for good."""
         if not self._is_in:
             self.swap()

@@ -41,8 +41,10 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
                 unit.reshard()
 
 
-def settle_fsdp(plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool) -> None:  # Any: accelerate's plugin
-    """Settle how FSDP2 shards `drafter`.
+def configure_fsdp(
+    plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool
+) -> None:  # Any: accelerate's plugin
+    """Configure how FSDP2 shards `drafter`.
 
     Raises:
         ValueError: FSDP of version 1, or adapters.

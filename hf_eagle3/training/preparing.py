@@ -77,7 +77,7 @@ def prepare(
     )
     train_rows = reader.read(train_dataset, args.max_length)
     eval_rows = reader.read_sets(eval_dataset, args.eval_max_length or args.max_length)
-    drafter = settle_drafter(given, bound_to, args, train_rows, tokenizer)
+    drafter = choose_drafter(given, bound_to, args, train_rows, tokenizer)
     target_fingerprint = find_fingerprint(target, states, drafter)
     drafter.bind(bound_to)
     source = run_online(bound_to, drafter, args) if states is None else states
@@ -110,7 +110,7 @@ def load_models(
     return target, drafter
 
 
-def settle_drafter(
+def choose_drafter(
     drafter: Eagle3DrafterModel | None,
     bound_to: Any,  # a target, or its stand-in
     args: Eagle3TrainingArguments,

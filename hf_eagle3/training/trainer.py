@@ -22,7 +22,7 @@ from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
 from .checkpointed_trainer import CheckpointedTrainer
 from .data.eval_rows import ProcessRows, RowsWithin
 from .data.packing import PackedDataset
-from .distributed import base_drafter, call_as_forward, settle_fsdp, sum_over_processes
+from .distributed import base_drafter, call_as_forward, configure_fsdp, sum_over_processes
 from .evaluation import Evaluation
 from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, forecast_training, target_flops
 from .loading import adapt
@@ -123,7 +123,7 @@ class Eagle3Trainer(CheckpointedTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
-        self._settle_wrapping(has_adapters=peft_config is not None)
+        self._check_wrapping(has_adapters=peft_config is not None)
         self._loss = LOSSES[args.loss_type]
         self._mean_alpha = torch.zeros(args.ttt_steps, device=args.device)
         self._average: Average | None = None
@@ -132,13 +132,13 @@ class Eagle3Trainer(CheckpointedTrainer):
         self.add_callback(own_configs)
         self.add_callback(AroundUpdates(self))
 
-    def _settle_wrapping(self, *, has_adapters: bool) -> None:
+    def _check_wrapping(self, *, has_adapters: bool) -> None:
         if self.is_deepspeed_enabled:
             raise ValueError("Eagle3Trainer trains with DDP or FSDP2, not with DeepSpeed: a drafter needs no more.")
         if self.get_cp_size() * self.get_sp_size() * self.get_tp_size() > 1:
             raise ValueError("Eagle3Trainer splits rows over processes, and no row: leave out parallelism_config.")
         if self.is_fsdp_enabled:
-            settle_fsdp(self.accelerator.state.fsdp_plugin, self.drafter, has_adapters=has_adapters)
+            configure_fsdp(self.accelerator.state.fsdp_plugin, self.drafter, has_adapters=has_adapters)
 
     def _begin_sums(self) -> None:
         """Forget the losses and acceptance of earlier updates."""
@@ -257,7 +257,7 @@ class Eagle3Trainer(CheckpointedTrainer):
     def finish(self) -> None:
         """After the last update: the average of the weights takes their place."""
         if self._average is not None:
-            self._average.settle()
+            self._average.keep()
             self._average = None
 
     def forecast(self) -> Forecast:

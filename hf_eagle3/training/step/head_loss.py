@@ -191,7 +191,7 @@ def chunk_loss(
     loss, grad = method.loss.function(logits, TargetStep(log_p, best, live, method.mean_alpha))
     grad = (grad * step_scale[:, None, None]).where(live[..., None], 0).to(dtype)
 
-    guess, total = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
+    drafted, total = logits.argmax(-1), logits.logsumexp(-1)  # [k, C]
     alpha = torch.minimum((logits - total[..., None]).exp(), log_p.exp()).sum(-1)
     at = token.clamp_min(0)[..., None]
     log_q = logits.gather(-1, at)[..., 0] - total
@@ -199,12 +199,12 @@ def chunk_loss(
     whole = live[-1]  # [C]
     return (
         loss.where(live, 0).sum(-1),
-        ((guess == best) & live).sum(-1),
+        ((drafted == best) & live).sum(-1),
         alpha.where(live, 0).sum(-1),
         live.sum(-1),
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
-        (guess == token) & live,
+        (drafted == token) & live,
         grad,
     )
 
@@ -213,17 +213,17 @@ def chunk_loss_by_kernel(chunk: LossChunk, depth: Tensor, step_scale: Tensor) ->
     """`chunk_loss` of `forward_kl`, for slots of `depth` [C]; the gradient overwrites the logits."""
     logits, kept, lse, best, token = chunk
     k, C, _ = logits.shape
-    loss, alpha, guess, ratio = head_loss.head_loss(logits, kept, lse, best, token, depth, step_scale)
+    loss, alpha, drafted, ratio = head_loss.head_loss(logits, kept, lse, best, token, depth, step_scale)
     live = depth > torch.arange(k, device=depth.device)[:, None]
     whole = live[-1]
     return (
         loss.sum(-1),
-        (guess == best.unfold(0, C, 1)).sum(-1),
+        (drafted == best.unfold(0, C, 1)).sum(-1),
         alpha.sum(-1),
         live.sum(-1),
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
-        guess == token,
+        drafted == token,
         logits,
     )
 
