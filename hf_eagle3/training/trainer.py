@@ -119,7 +119,9 @@ class Eagle3Trainer(CheckpointedTrainer):
             train_dataset=PackedDataset(ready.train_rows, args.max_length) if packs else ready.train_rows,
             eval_dataset=ready.eval_rows,
             processing_class=ready.tokenizer,
-            data_collator=Collator(max(args.ttt_steps, args.eval_depth), drafter.config.num_hidden_layers > 1),
+            data_collator=Collator(
+                max(args.ttt_steps, args.eval_depth), every_slot=drafter.config.num_hidden_layers > 1
+            ),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
