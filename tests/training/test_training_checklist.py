@@ -113,9 +113,9 @@ def test_a_thousand_dialogues_are_what_an_engine_is_given(template, beginning):
         prompt = tokenizer.apply_chat_template(dialogue[:-1], add_generation_prompt=True, return_dict=False)
         assert ids[: len(prompt)] == prompt
         assert not row["loss_mask"][len(prompt) - 1]
-        taught = row["loss_mask"][len(prompt) :]
-        assert taught[: taught.sum()].all()
-        assert not tokenizer.decode(ids[len(prompt) + taught.sum() :]).strip()
+        supervised = row["loss_mask"][len(prompt) :]
+        assert supervised[: supervised.sum()].all()
+        assert not tokenizer.decode(ids[len(prompt) + supervised.sum() :]).strip()
 
 
 @pytest.mark.slow
@@ -123,8 +123,8 @@ def test_workers_may_be_spawned(rows):
     """T-37: what they need can be pickled, and gives the same batches there."""
     dataset, collator = (pickle.loads(pickle.dumps(x)) for x in (TokenDataset(rows, None, None), Collator(3)))
     ours, theirs = Collator(3)([*TokenDataset(rows, None, None)]), collator([*dataset])
-    assert torch.equal(ours["input_ids"], theirs["input_ids"])
-    assert torch.equal(ours["depth"], theirs["depth"])
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.depth, theirs.depth)
 
 
 @pytest.mark.slow
