@@ -23,12 +23,14 @@ from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3.training.forecast import STATE_BYTES, DrafterShape, activation_bytes, borrowed_bytes
 from hf_eagle3.training.new_drafter import new_drafter
-from hf_eagle3.training.states.online import OnlineStates, States
-from hf_eagle3.training.states.stored import StoredTarget
-from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.states.online import OnlineStates
+from hf_eagle3.training.states.stored_target import StoredTarget
+from hf_eagle3.training.step.batch import Batch, Collator, States
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.step.ttt import Method, ttt, unroll_rows
+from hf_eagle3.training.step.ttt import ttt
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 SHAPE_8B = {
     "vocab_size": 128256,
@@ -66,7 +68,7 @@ WORK = {
 }
 
 
-def make_batch(steps: int, documents: int, length: int, share: float, vocab_size: int, device: str) -> dict:
+def make_batch(steps: int, documents: int, length: int, share: float, vocab_size: int, device: str) -> Batch:
     """Random documents, of which the last `share` of tokens are the target's."""
     rng = np.random.default_rng(0)
     prompt = max(1, round(length * (1 - share)))
@@ -74,8 +76,7 @@ def make_batch(steps: int, documents: int, length: int, share: float, vocab_size
         {"input_ids": rng.integers(2, vocab_size, length), "loss_mask": np.arange(length) >= prompt}
         for _ in range(documents)
     ]
-    batch = Collator(steps)(rows)
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    return Collator(steps)(rows).to(device)
 
 
 def num_bytes(drafter, optimizer) -> int:
@@ -93,7 +94,7 @@ def measure(
     if device == "cpu":
         length = 48
     batch = make_batch(steps, documents, length, share, vocab_size, device)
-    depth = batch["depth"].cpu()
+    depth = batch.depth.cpu()
     scale = torch.tensor([0.8**t / max(1, int((depth > t).sum())) for t in range(steps)], device=device)
     method = Method(LOSSES["forward_kl"], scale, torch.zeros_like(scale))
     sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -117,7 +118,7 @@ def measure(
     kinds = {"ours": ours}
     if make_peer is not None:
         peer_model = make_peer(steps)
-        ids = batch["input_ids"].reshape(documents, -1)  # equally long, without gaps
+        ids = batch.input_ids.reshape(documents, -1)  # equally long, without gaps
         mask = torch.ones_like(ids)
         kinds["peer"] = [lambda: peer_model.states(ids), lambda states: peer_model.learn(ids, mask, *states)]
 

@@ -30,9 +30,10 @@ from hf_eagle3.training.distributed import call_as_forward
 from hf_eagle3.training.new_drafter import new_drafter
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.states.shared import SharedStates
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 
 def replicate(drafter: torch.nn.Module, device: torch.device) -> torch.nn.Module:

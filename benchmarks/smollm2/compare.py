@@ -25,9 +25,10 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.acceptance import Walk
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 DEPTH = 8
 AUX_LAYER_IDS = [2, 9, 16, 23, 29]
@@ -54,8 +55,7 @@ def evaluate(drafter, target, arrays: dict[str, np.ndarray], answers: Path) -> d
             group: [Walk(0, np.zeros(k, dtype=np.int64)) for k in range(1, DEPTH + 1)] for group in ("all", "no loops")
         }
         for prompt, text in zip(prompts, texts, strict=True):
-            batch = collate([joined(prompt, text)])
-            batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+            batch = collate([joined(prompt, text)]).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 _, sums = ttt(drafter, batch, source.states(batch), source.head, vocabulary, method)
             for k in range(1, DEPTH + 1):

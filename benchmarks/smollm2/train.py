@@ -30,9 +30,10 @@ from hf_eagle3.training.evaluation import walk_batch
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.acceptance import Walk
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 # Of the drafter, where the training arguments do not say otherwise.
 SHAPE = {"aux_layer_ids": [2, 15, 27], "num_aux_hidden_states": 3, "intermediate_size": 1536, "num_hidden_layers": 1}
@@ -115,7 +116,7 @@ def evaluate(trainer: Eagle3Trainer, arrays: dict[str, np.ndarray], answers: Pat
         rows = [joined(p, a) for p, a in zip(prompts, texts, strict=True)]
         walks: list[dict[int, Walk]] = []
         for row in rows:
-            batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in collate([row]).items()}
+            batch = collate([row]).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 _, sums = ttt(trainer.model, batch, source.states(batch), source.head, vocabulary, method)
             walks.append({k: walk_batch(sums.hits[:k], batch) for k in (3, 5, 7)})

@@ -11,7 +11,8 @@ from .data.vocabulary import (
     vocabulary_fingerprint,
 )
 from .new_drafter import new_drafter
-from .states.stored import StoredStates, StoredStatesError
+from .states.folder import StoredStatesError
+from .states.stored import StoredStates
 from .states.writer import StateWriter, store_states
 from .trainer import Eagle3Trainer
 

@@ -1,4 +1,4 @@
-"""`Eagle3TrainingArguments`: the host's training arguments, and what training a drafter adds."""
+"""`Eagle3TrainingArguments`: the host's training arguments, and those of training a drafter."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field
@@ -11,14 +11,14 @@ from .step.losses import LOSSES
 
 logger = logging.get_logger(__name__)
 
-# What the two generations of drafters differ in, as fields of a drafter's config.
+# The differences of the two generations of drafters, as fields of a drafter's config.
 VERSIONS: dict[str, dict[str, bool]] = {
     "3": {"fc_norm": False, "norm_output": False},
     "3.1": {"fc_norm": True, "norm_output": True},
 }
 NORMS = ("fc_norm", "norm_output", "norm_before_fc")
 
-# Fields of the host's that training a drafter does not honour: refused unless left at their default. What to do instead.
+# Fields of the host that training a drafter does not honour, with what to do instead; refused unless at their default.
 REFUSED: Mapping[str, str] = {
     "label_smoothing_factor": "a drafter is taught the target's own distribution, which has no labels to smooth",
     "neftune_noise_alpha": "a drafter reads its target's embeddings, which stay as they are",
@@ -40,9 +40,9 @@ REFUSED: Mapping[str, str] = {
     "deepspeed": "a drafter is trained with DDP or FSDP2",
     "parallelism_config": "rows are split over processes, and no row is",
 }
-# Refused before the host asks for what they need.
+# Refused before the host looks for the packages that they need.
 WITH_PACKAGES = ("deepspeed", "parallelism_config")
-NOT_REENTRANT = {"use_reentrant": False}  # how activations are recomputed, said or not
+NOT_REENTRANT = {"use_reentrant": False}  # how activations are recomputed, always
 # The same of `accelerator_config`.
 REFUSED_OF_ACCELERATE: Mapping[str, str] = {
     "split_batches": "per_device_train_batch_size is that of a process",
@@ -52,7 +52,7 @@ REFUSED_OF_ACCELERATE: Mapping[str, str] = {
 
 @dataclass
 class Eagle3TrainingArguments(TrainingArguments):
-    """The host's training arguments, and what TTT adds.
+    """The host's training arguments, and those of TTT.
 
     Changed defaults: learning rate, schedule, warm-up, clipping, second beta; columns are left alone; DDP neither looks
     for unused parameters nor sends buffers around; a loss of NaN is not hidden from the log.
@@ -188,7 +188,7 @@ class Eagle3TrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(table)}; got {getattr(self, name)!r}.")
 
     def refuse_unhonoured(self, names: Iterable[str] = REFUSED) -> None:
-        """Raise ValueError if a field is set that training a drafter does not honour; the message says what instead."""
+        """Raise ValueError if a field is set that training a drafter does not honour; the message names the alternative."""
         fields = self.__dataclass_fields__
         reasons = [
             f"{name}={value!r}: {REFUSED[name]}"
@@ -202,7 +202,7 @@ class Eagle3TrainingArguments(TrainingArguments):
             raise ValueError(f"Training a drafter does not honour {'; '.join(reasons)}. Leave that out.")
 
     def drafter_fields(self) -> dict[str, Any]:
-        """Fields of a new drafter's config that these arguments settle."""
+        """Fields of a new drafter's config that these arguments set."""
         fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
         if self.norm_before_fc:  # in place of a norm for each state
             fields["fc_norm"] = False
@@ -213,12 +213,12 @@ class Eagle3TrainingArguments(TrainingArguments):
 
     @property
     def recomputes_activations(self) -> bool:
-        """What the host calls activation checkpointing; up to Transformers 5.22, gradient checkpointing."""
+        """Whether activations are recomputed: the host's activation checkpointing, gradient checkpointing up to 5.22."""
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         return bool(getattr(self, name))
 
 
 def _is_default(value: Any, field: Field) -> bool:
-    """Whether `value` means what `field` is by default; of what is empty, all means the same."""
+    """Whether `value` is equivalent to the default of `field`; all empty values are."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return value in (default, NOT_REENTRANT) or (not value and not default)

@@ -1,4 +1,4 @@
-"""What happens around an update: configs kept, weights averaged, numbers that are none stopped."""
+"""Around an update: keep configs, average weights, stop at losses that are not finite."""
 
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from .step.batch import Batch
 
 logger = logging.get_logger(__name__)
 
-# What the host's Trainer writes into the configs of the model it trains.
+# Fields that the host's Trainer writes into the configs of the model it trains.
 HOST_WRITES = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 AVERAGE_FILE = "ema.safetensors"
 MOST_SKIPPED = 20  # updates in a row without finite gradients
 
 
 class KeepOwnConfigs(TrainerCallback):
-    """Takes back what the host's Trainer writes into a drafter's configs: `use_cache`, and the tokenizer's tokens.
+    """Undoes the changes of the host's Trainer to a drafter's configs: `use_cache`, and the tokenizer's tokens.
 
-    A drafter's special tokens are its target's, and its generation config says how to draft and nothing else.
+    A drafter's special tokens are its target's, and its generation config holds settings of drafting alone.
     """
 
     def __init__(self, drafter: Eagle3DrafterModel):
@@ -70,8 +70,8 @@ class Average:
             ours.copy_(kept)
         self._is_in = not self._is_in
 
-    def settle(self) -> None:
-        """Leave the averages in the model for good."""
+    def keep(self) -> None:
+        """Put the averages into the model for good."""
         if not self._is_in:
             self.swap()
 
@@ -94,9 +94,9 @@ class Average:
 
 
 class FiniteGuard:
-    """Stops at a loss that is no number, with the batch written down; skips updates whose gradients are none.
+    """Stops at a loss that is not finite and saves its batch; skips updates whose gradients are not finite.
 
-    Asked once an update: one wait for the device and one small sum over processes, whatever the accumulation.
+    It checks once an update: one wait for the device and one small sum over processes, at any accumulation.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path):
@@ -105,14 +105,14 @@ class FiniteGuard:
         self._skipped = 0
 
     def watch(self, loss: Tensor, batch: Batch) -> None:
-        """Remember the loss of a micro-batch."""
+        """Keep the loss of a micro-batch for the check."""
         self._seen.append((loss.detach().isfinite(), batch))
 
     def check(self, parameters: list[Tensor], step: int) -> None:
-        """Before the optimizer takes update `step` (from 1).
+        """Check update `step` (from 1) before the optimizer takes it.
 
         Raises:
-            FloatingPointError: A loss of this update is NaN or infinite, in whatever process.
+            FloatingPointError: A loss of this update is NaN or infinite, in any process.
         """
         seen, self._seen = self._seen, []
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
@@ -140,9 +140,11 @@ class FiniteGuard:
         path = self._folder / f"nan_batch_step{step}{f'_process{rank}' if rank else ''}.pt"
         where = "in another process"
         if batches:
-            kept = [{name: batch[name].cpu() for name in ("input_ids", "loss_mask")} for batch in batches]
+            kept = [
+                {"input_ids": b.input_ids.cpu(), "loss_mask": b.loss_mask.cpu(), "lengths": b.lengths} for b in batches
+            ]
             self._folder.mkdir(parents=True, exist_ok=True)
-            torch.save([{**k, "lengths": b["lengths"]} for k, b in zip(kept, batches, strict=True)], path)
+            torch.save(kept, path)
             where = f"see {path} for its tokens"
         raise FloatingPointError(
             f"The loss of update {step} is NaN or infinite ({where}), so training stops before it spoils the weights. "
@@ -152,7 +154,7 @@ class FiniteGuard:
 
 
 class AroundUpdates(TrainerCallback):
-    """Tells the trainer where its host is in an update."""
+    """Calls the trainer at the points of an update."""
 
     def __init__(self, trainer: Any):  # an Eagle3Trainer, which imports this module
         self._trainer = trainer
@@ -170,5 +172,5 @@ class AroundUpdates(TrainerCallback):
         self._trainer.after_update()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """The best checkpoint is loaded, if asked for."""
+        """The best checkpoint is loaded, if the arguments say so."""
         self._trainer.finish()

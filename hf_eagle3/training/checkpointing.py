@@ -1,7 +1,7 @@
 """Checkpoints that are there whole or not at all, whenever a run is killed, and finding the newest one that is.
 
 A checkpoint is written beside its place and renamed once it is complete, so a folder `checkpoint-N` never holds half of
-one. What a disk or a copy does to it later is found by the sizes and digests that are written with it.
+one. Later damage by a disk or a copy is found by the sizes and digests that are written with it.
 """
 
 import json
@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .states.stored import digest
+from .states.folder import digest
 
 logger = logging.get_logger(__name__)
 
 # The host uploads nothing from an output folder that begins with an underscore.
-SAVING, REPLACED = "_saving", "_replaced"  # what is being written, and what made room for it
+SAVING, REPLACED = "_saving", "_replaced"  # a checkpoint that is being written, and one that it replaces
 SEAL_FILE = "hf_eagle3_files.json"  # sizes and digests of a checkpoint's files
 STATE_FILE = "trainer_state.json"  # the host's; it writes it last
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -34,7 +34,7 @@ NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """A new folder for files that take the places of those in `folder` when the block ends, each at once."""
+    """A new folder, whose files replace those in `folder` when the block ends, each in one step."""
     beside = folder / SAVING
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -49,7 +49,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, place: Path) -> None:
-    """Seal the finished checkpoint in `folder` and rename it to `place`, whatever is there."""
+    """Seal the finished checkpoint in `folder` and rename it to `place`, replacing one that is there."""
     seal(folder)
     if place.exists():
         replaced = place.parent / REPLACED / place.name
@@ -71,7 +71,7 @@ def seal(folder: Path) -> None:
 
 
 def tidy(output_dir: Path) -> None:
-    """Clear up after a run that was killed in a save: what it was writing goes, what had made room comes back."""
+    """Clean up after a run that was killed in a save: delete the unfinished checkpoint, restore the one it was to replace."""
     shutil.rmtree(output_dir / SAVING, ignore_errors=True)
     for replaced in (output_dir / REPLACED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if not (output_dir / replaced.name).exists():
@@ -126,7 +126,7 @@ def check_whole(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each; empty if it is whole."""
+    """The damages of a checkpoint's files, one line each; empty if it is whole."""
     seal_path = folder / SEAL_FILE
     if not seal_path.exists():
         return _find_unreadable(folder)
@@ -138,7 +138,7 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def _compare(path: Path, name: str, known: Any) -> str | None:
-    """What is wrong with a sealed file, if anything is."""
+    """The damage of a sealed file; None if it is whole."""
     if not path.is_file():
         return f"{name} is missing"
     if not isinstance(known, dict):
@@ -149,7 +149,7 @@ def _compare(path: Path, name: str, known: Any) -> str | None:
 
 
 def _find_unreadable(folder: Path) -> list[str]:
-    """The same for a checkpoint without a seal, written by the host alone or an earlier version: each file is opened."""
+    """The damages of a checkpoint without a seal, written by the host or an earlier version: each file is opened."""
     wrong = [] if (folder / STATE_FILE).exists() else [f"{STATE_FILE}, which is written last, is missing"]
     if not any(path.suffix in (".safetensors", ".bin") and "model" in path.name for path in folder.rglob("*")):
         wrong.append("the weights are missing")
@@ -164,7 +164,7 @@ def _is_json(path: Path) -> bool:
     return _read_json(path) is not None
 
 
-def _read_json(path: Path) -> Any:  # whatever stands there; None where nothing can be read
+def _read_json(path: Path) -> Any:  # any JSON; None where it cannot be read
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -179,7 +179,7 @@ def _is_safetensors(path: Path) -> bool:
         return False
 
 
-# How a file by its suffix shows that it is whole: safetensors knows its length, what torch.save writes ends with a table.
+# Checks that a file is whole, by suffix: safetensors knows its length, and torch.save ends its files with a table.
 READERS = {
     ".json": _is_json,
     ".safetensors": _is_safetensors,

@@ -1,7 +1,8 @@
-"""Several processes: forwards through what wraps a drafter, sums over processes, whole weights out of sharded ones."""
+"""Several processes: forwards through a drafter's wrappers, sums over processes, whole weights out of sharded ones."""
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from transformers.initialization import no_init_weights
 
 from ..modeling import Eagle3DrafterModel
 from ..tensor_parallel import find_peers, local, whole
-from .step.ttt import merged_weight
+from .loading import load_in_every_process
+from .step.head_loss import merged_weight
 
 
 def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[], Any]) -> Any:
-    """Run `function` as the forward of `drafter`, through all that wraps it: gradients are synchronised there.
+    """Run `function` as the forward of `drafter`, through its wrappers, which synchronise gradients.
 
     Sharded weights are whole within it. Submodules are not called as modules there, so nothing else would gather them;
     their gradients are scattered when the backward pass of the whole ends.
@@ -31,7 +33,7 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
 
     drafter.forward = forward
     try:
-        return model(None)  # DDP on a GPU looks for an input to move
+        return model(None)  # DDP on a GPU needs an input to move
     finally:
         del drafter.forward
         if not torch.is_grad_enabled():  # else the backward pass does it
@@ -39,13 +41,37 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
                 unit.reshard()
 
 
+def configure_fsdp(
+    plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool
+) -> None:  # Any: accelerate's plugin
+    """Configure how FSDP2 shards `drafter`.
+
+    Raises:
+        ValueError: FSDP of version 1, or adapters.
+    """
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError("Eagle3Trainer needs version 2 of FSDP: set fsdp_version: 2 (accelerate) or drop --fsdp.")
+    # Else accelerate would broadcast the first process's drafter, which all processes have, and stop at its buffers
+    # (accelerate 1.15: they are no DTensors).
+    plugin.cpu_ram_efficient_loading = False
+    load_in_every_process()  # the plugin has set the opposite
+    if has_adapters:
+        raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
+    if plugin.mixed_precision_policy is not None:  # else gradients and sums of losses would be kept in bfloat16
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    if not plugin.transformer_cls_names_to_wrap:  # else those that the class names, which a drafter may lack
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in drafter.layers})
+
+
 def sharded_units(module: nn.Module) -> Iterator[FSDPModule]:
-    """What FSDP2 gathers and scatters as one."""
+    """The modules that FSDP2 gathers and scatters as one."""
     return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
 
 
 def base_drafter(model: nn.Module) -> Eagle3DrafterModel:
-    """The drafter in an unwrapped `model`: itself, or what adapters adapt."""
+    """The drafter in an unwrapped `model`: the model itself, or the base of its adapters."""
     get_base: Any = getattr(model, "get_base_model", None)  # PEFT's
     return model if get_base is None else get_base()  # type: ignore[return-value]  # a drafter then
 
@@ -113,7 +139,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def served_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Eagle3DrafterModel:
     """A drafter of its own as it will be served: whole, adapters merged, in eval mode. All processes must call.
 
-    Nothing that is done with it touches the one in training. The random state stays as it is.
+    It shares nothing with the one in training. The random state stays as it is.
     """
     drafter = base_drafter(model)
     with no_init_weights():

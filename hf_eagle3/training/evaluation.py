@@ -1,139 +1,151 @@
-"""What an evaluation measures: sums over teaching, rounds walked along the answers, and rounds really decoded."""
+"""An evaluation: sums over rows, rounds walked along the answers, and rounds really decoded."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..decoding.arena import release_graphs
+from ..host.loop_choice import why_not_target
 from ..modeling import Eagle3DrafterModel
-from .data.token_rows import trains_something
-from .distributed import sum_over_processes
-from .states.stored import NO_DOCUMENT
+from .arguments import Eagle3TrainingArguments
+from .distributed import base_drafter, number_targets, served_copy, sum_over_processes
+from .metrics import add_sums, add_walks, by_step, simulated_acceptance_length
+from .states.online import StateSource
 from .step.acceptance import Walk, walk
 from .step.batch import Batch, Collator
-from .step.ttt import StepSums
+from .step.head_loss import Method, StepSums
+from .step.losses import LOSSES
+from .step.target_head import DraftVocabulary
+from .step.ttt import ttt
+
+logger = logging.get_logger(__name__)
 
 
-class ProcessRows(Dataset):
-    """The rows of one process of several: each row is some process's, and all have as many.
+class Measured(NamedTuple):
+    """The results of an evaluation without decoding."""
 
-    Where rows run out, a row of one token fills up, which trains nothing, counts nowhere and is not stored.
+    metrics: dict[str, float]
+    sums: StepSums  # the metrics are computed from them
+    walked: Walk  # rounds along the answers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures the drafter of a trainer. All processes must call its methods.
+
+    Args:
+        args: The trainer's.
+        accelerator: The trainer's.
+        model: The wrapped drafter.
+        source: Gives hidden states.
+        vocabulary: The drafter's.
+        run: Gives loss and sums of a batch, with a scale [k] of each step's loss.
+        step_scale: Gives the factor [k] on the loss sum of each step, from the number [k] of slots that train there.
     """
 
-    FILLER: Mapping[str, Any] = {
-        "input_ids": np.zeros(1, dtype=np.int64),
-        "loss_mask": np.zeros(1, dtype=bool),
-        "documents": [NO_DOCUMENT],
-    }
+    args: Eagle3TrainingArguments
+    accelerator: Accelerator
+    model: nn.Module
+    source: StateSource
+    vocabulary: DraftVocabulary
+    run: Callable[[nn.Module, Batch, Tensor], tuple[Tensor, StepSums]]
+    step_scale: Callable[[Tensor], Tensor]
 
-    def __init__(self, rows: Any, index: int, count: int):  # Any: rows by index, of whatever class
-        self.rows, self._index, self._count = rows, index, count
+    def measure(self, batches: DataLoader, description: str) -> Measured:
+        """Losses, accuracies and rounds along the answers, over all of `batches`."""
+        args, k, depth = self.args, self.args.ttt_steps, self.args.eval_depth
+        steps = max(k, depth)
+        walked = Walk(0, np.zeros(depth, dtype=np.int64))
+        proposable = torch.zeros(
+            2, dtype=torch.int64, device=args.device
+        )  # tokens of answers; those in the vocabulary
 
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self._count)
+        def sums_of_batches() -> Iterator[StepSums]:
+            nonlocal walked
+            scale = torch.ones(steps, device=args.device)
+            for batch in tqdm(batches, desc=description, disable=self._is_quiet, leave=False):
+                batch = batch.to(args.device)
+                _, sums = self.run(self.model, batch, scale)
+                walked += walk_batch(sums.hits[:depth], batch)
+                draft_ids = self.vocabulary.to_draft[batch.input_ids[batch.loss_mask]]
+                proposable.add_(torch.stack([draft_ids.ge(-1).sum(), draft_ids.ge(0).sum()]))
+                yield sums
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        at = index * self._count + self._index
-        return self.rows[at] if at < len(self.rows) else self.FILLER
+        sums = add_sums(sums_of_batches(), steps, self.accelerator)
+        walked = add_walks(walked, self.accelerator)
+        tokens, in_vocabulary = sum_over_processes(self.accelerator, proposable).tolist()
+        losses = sums.loss[:k] * self.step_scale(sums.num_live[:k])
+        metrics = {
+            **by_step("", sums),
+            "loss": float(losses.sum()),
+            "oov_rate": 1 - in_vocabulary / max(tokens, 1),
+            "walked_acceptance_length": float(walked.acceptance_length),
+            "simulated_acceptance_length": simulated_acceptance_length(sums, depth),
+        }
+        return Measured(metrics, sums, walked)
 
+    def generate(self, target: PreTrainedModel, rows: Any) -> Walk:  # Any: by index, of any class
+        """Rounds of greedy decoding from the prompts of the first of `rows`, by all processes together."""
+        index, count = number_targets(target, self.accelerator)
+        mine = list(prompts_of(rows, self.args.eval_generate_prompts))[index::count]
+        bar = tqdm(mine, desc="Generating", disable=self._is_quiet, leave=False)
+        # Processes that share a target each count the same rounds.
+        return add_walks(self._decode(target, bar), self.accelerator)
 
-class RowsWithin(Dataset):
-    """Rows cut to `length` tokens."""
+    @property
+    def _is_quiet(self) -> bool:
+        return self.args.disable_tqdm or self.args.local_process_index > 0
 
-    def __init__(self, rows: Any, length: int):  # Any: rows by index, of whatever class
-        self._rows, self._length = rows, length
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._rows[index]
-        return {**row, **{name: row[name][: self._length] for name in ("input_ids", "loss_mask")}}
-
-    def beyond(self) -> "RowsBeyond":
-        """What was cut."""
-        return RowsBeyond(self._rows, self._length)
-
-
-class RowsBeyond(Dataset):
-    """Rows that are taught from token `length` on alone; those that have nothing to teach there are left out."""
-
-    def __init__(self, rows: Any, length: int):  # Any: rows by index, of whatever class
-        self._rows, self._length = rows, length
-        self._indices = [i for i in range(len(rows)) if trains_something(self._mask(rows[i]))]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._rows[self._indices[index]]
-        return {**row, "loss_mask": self._mask(row)}
-
-    def _mask(self, row: Mapping[str, Any]) -> np.ndarray:
-        mask = np.array(row["loss_mask"], dtype=bool)  # a copy
-        mask[: self._length] = False
-        return mask
-
-
-def add_sums(parts: Iterable[StepSums], steps: int, accelerator: Accelerator) -> StepSums:
-    """`parts` summed over batches and processes, without `hits`. All processes must call, with any number of parts."""
-    device = accelerator.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(5 * steps + 1, dtype=wide, device=device)
-    for part in parts:
-        total += torch.cat(
-            [x.to(wide).reshape(-1) for x in (part.loss, part.correct, part.alpha, part.num_live, part.path)]
-            + [part.num_whole.to(wide).reshape(1)]
+    def _decode(self, target: PreTrainedModel, prompts: Iterable[Tensor]) -> Walk:
+        """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
+        why_not = why_not_target(target)
+        if why_not is None:
+            served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
+            return generate_and_count(target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
+        logger.warning_once(
+            f"{why_not}: in evaluation the target answers by itself, and acceptance lengths are walked along its greedy "
+            "answers, which gives what decoding with the drafter would."
         )
-    loss, correct, alpha, num_live, path = (total := sum_over_processes(accelerator, total))[:-1].view(5, steps)
-    whole = total[-1]
-    return StepSums(loss, correct, alpha, num_live, path, whole, torch.empty(steps, 0, dtype=torch.bool))
+        served = served_copy(model, torch.float32, args.device).bind(target)
+        nothing = torch.zeros(args.eval_depth, device=args.device)
+        method = Method(LOSSES["cross_entropy"], nothing, nothing)
 
+        def find_hits(batch: Batch) -> Tensor:
+            batch = batch.to(args.device)
+            states = self.source.states(batch)
+            with self.accelerator.autocast():
+                return ttt(served, batch, states, self.source.head, self.vocabulary, method)[1].hits
 
-def add_walks(walked: Walk, accelerator: Accelerator) -> Walk:
-    """`walked` summed over processes."""
-    counts = torch.tensor([walked.rounds, *walked.accepted.tolist()], device=accelerator.device)
-    rounds, *accepted = sum_over_processes(accelerator, counts).tolist()
-    return Walk(rounds, np.array(accepted, dtype=np.int64))
+        collate = Collator(args.eval_depth, every_slot=base_drafter(model).config.num_hidden_layers > 1)
+        return generate_and_walk(target, prompts, args.eval_max_new_tokens, collate, find_hits)
 
 
 def walk_batch(hits: Tensor, batch: Batch, *, is_cut: bool = False) -> Walk:
     """`walk` over each document of a batch; `hits` [K, L] as in `StepSums`."""
-    rows, trained = batch["rows"].cpu(), batch["trained"]
-    mask = batch["loss_mask"].cpu().numpy()
+    rows, trained = batch.rows.cpu(), batch.trained
+    mask = batch.loss_mask.cpu().numpy()
     whole = np.zeros((len(hits), len(mask)), dtype=bool)
     whole[:, (rows if trained is None else rows[trained.cpu()]).numpy()] = hits.cpu().numpy()
     total, start = Walk(0, np.zeros(len(hits), dtype=np.int64)), 0
-    for length in batch["lengths"]:
+    for length in batch.lengths:
         total += walk(whole[:, start : start + length], mask[start : start + length], is_cut=is_cut)
         start += length
     return total
 
 
-def by_step(prefix: str, sums: StepSums) -> dict[str, float]:
-    """Mean loss and accuracy of each step."""
-    count = sums.num_live.clamp_min(1)
-    means = {"loss": (sums.loss / count).tolist(), "accuracy": (sums.correct / count).tolist()}
-    return {f"{prefix}{name}_{t}": value for name, values in means.items() for t, value in enumerate(values)}
-
-
-def simulated_acceptance_length(sums: StepSums, depth: int) -> float:
-    """1 + the sum over t of the mean over the data of the products of min(1, q/p) up to step t.
-
-    What speculative sampling gains a round, without bias if the data were sampled from the target at the temperature
-    they will be decoded with. NaN if no slot has as many steps.
-    """
-    return float(1 + (sums.path[:depth] / sums.num_whole).sum())
-
-
 def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index, of whatever class
-    """[T] int64 of the first `count` rows: what stands before the first token that the target generated."""
+    """[T] int64, the prompts of the first `count` rows: the tokens before the first one that the target generated."""
     for i in range(min(count, len(rows))):
         ids, mask = np.asarray(rows[i]["input_ids"]), np.asarray(rows[i]["loss_mask"], dtype=bool)
         if (length := int(mask.argmax())) > 0:
@@ -176,16 +188,16 @@ def generate_and_walk(
     collate: Collator,
     find_hits: Callable[[Batch], Tensor],
 ) -> Walk:
-    """What `generate_and_count` counts, for a target that no drafter can assist.
+    """The counts of `generate_and_count` for a target that no drafter can assist.
 
     The target answers each of `prompts` [T] greedily by itself, and rounds are walked along its answers.
 
     Args:
-        target: Answers.
-        prompts: What it answers.
-        max_new_tokens: Of an answer.
+        target: The model that answers.
+        prompts: [T] int64 each.
+        max_new_tokens: The longest answer.
         collate: Makes a batch of one row.
-        find_hits: [K, L] as in `StepSums`, of a batch.
+        find_hits: Gives the hits [K, L] of a batch, as in `StepSums`.
     """
     total = Walk(0, np.zeros(collate.ttt_steps, dtype=np.int64))
     for prompt in prompts:

@@ -1,8 +1,8 @@
-"""What a training will cost, before its first step: arithmetic, memory, time.
+"""The cost of a training before its first step: arithmetic, memory, time.
 
 A multiply-add is two operations; causal attention counts half the square; the backward pass of a trained linear layer is
 twice its forward, that of flash attention two and a half times; norms, rotations and elementwise losses are left out.
-Memory is what autograd keeps, tensor by tensor (`activation_bytes`). Letters: T tokens of a document, k draft steps, s
+Memory counts the tensors that autograd keeps (`activation_bytes`). Letters: T tokens of a document, k draft steps, s
 the share of slots that train.
 """
 
@@ -10,18 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
+from ..tensor_parallel import local
+from .arguments import Eagle3TrainingArguments
 from .sizes import find_size, layer_configs
-from .step.ttt import CHUNK_ELEMENTS
+from .step.batch import live_steps
+from .step.head_loss import CHUNK_ELEMENTS
 
-# Dense bf16 operations a second that a long matrix product really reaches, by part of the device's name.
+# Dense bf16 operations a second that a long matrix product reaches, by a part of the device's name.
 SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12}
-# Of that, in training. Measured at the 8B shape, every position supervised: 0.70-0.73 with the target in the loop at TTT 4
+# The share of these in training. Measured at the 8B shape, every position supervised: 0.70-0.73 with the target in the loop at TTT 4
 # and 7, on H100 and H200; 0.69 on an H200 of one long document from stored states, but 0.56 on an H100, by older attention
 # (benchmarks/results/training_8b_shape_*_202611.md). Small shapes reach less: they wait for launches. A100: not measured.
 UTILISATION = 0.70
+FORECAST_ROWS = 1000  # the rows that a forecast reads
 STATE_BYTES = 18  # a trained weight: float32 itself, two Adam moments, gradient; and a bf16 copy for arithmetic
 HALF = 2  # bytes of a number in bf16
 # Kinds of layers whose cost of a token does not grow with those before it; "mamba" up to Transformers 5.17.
@@ -30,7 +37,7 @@ NOT_ATTENDING = frozenset({"linear_attention", "mamba", "recurrent", "conv", "mo
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """Weights of a drafter by what they do, in numbers, and its widths."""
+    """Numbers of a drafter's weights by their part in a step, and its widths."""
 
     fc: int
     qkv: int  # query, key and value of all layers
@@ -85,7 +92,7 @@ class DrafterShape:
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What of a target's forward costs time."""
+    """The sizes that a target's forward time depends on."""
 
     active: float  # weights that take part in one token's forward: without embeddings, with the experts it goes to
     attending: tuple[
@@ -120,10 +127,10 @@ def drafter_flops(shape: DrafterShape, T: float, k: int, share: float = 1.0, *, 
     """Operations a token of a document, forward and backward.
 
     Args:
-        shape: Of the drafter.
+        shape: The drafter's.
         T: Tokens of a document.
         k: Draft steps.
-        share: Of slots that train; the rest costs the first feature, and keys and values of the first step.
+        share: The share of slots that train; the rest costs the first feature, and keys and values of the first step.
         recomputed: Whether the backward pass computes what follows attention once more.
     """
     return forward_flops(shape, T, k, share) + backward_flops(shape, T, k, share, recomputed=recomputed)
@@ -158,42 +165,42 @@ def activation_bytes(
     Log-sum-exps, positions and what lives within one kernel are left out.
 
     Args:
-        shape: Of the drafter.
+        shape: The drafter's.
         num_slots: Tokens of the micro-batch.
         k: Draft steps.
-        share: Of slots that train.
+        share: The share of slots that train.
         recomputed: Whether the backward pass computes what follows attention once more.
         size: Bytes of a number.
     """
     W, Q, K, I = shape.width, shape.heads_width, shape.kv_width, shape.mlp_width
     every = 2 * shape.aux_width + shape.target_width  # states of the target, and aux states normed
-    every += 2 * W + 2 * K  # features; token embeddings normed, and what they bring to keys and values
+    every += 2 * W + 2 * K  # features; token embeddings normed, and their share of keys and values
     idle = W + 3 * K  # features normed, keys and values of the first step, keys once more as they are rotated
 
     after_attention = 2 * W + 3 * I  # the sum, normed; gate, up and their product
     layer = 2 * W + (Q + 2 * K)  # its input, normed; query, key and value side by side: values are a view of that
     layer += Q + K + Q  # query and key rotated; attention's output
     layer += 0 if recomputed else after_attention
-    step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which teaching gives
-    trained = k * step + Q + 2 * K  # what token embeddings bring to query, key and value
+    step = shape.num_layers * layer + 2 * W  # the last layer's output; the gradient of its norm, which the loss gives
+    trained = k * step + Q + 2 * K  # the share of token embeddings in query, key and value
 
     num_trained = share * num_slots
     # At the end of the forward pass outputs stand side by side, and logits of one chunk and the target's of its slots.
     logits = min(CHUNK_ELEMENTS, k * num_trained * shape.draft_vocab_size)
-    teaching = k * W * num_trained + logits * (1 + 1 / k)
+    loss = k * W * num_trained + logits * (1 + 1 / k)
     # On the way back, of one layer: gradients of gate, up and their product.
     back = num_trained * (3 * I + (after_attention if recomputed else 0))
-    numbers = num_slots * every + (num_slots - num_trained) * idle + num_trained * trained + max(teaching, back)
+    numbers = num_slots * every + (num_slots - num_trained) * idle + num_trained * trained + max(loss, back)
     return round(numbers * size)
 
 
 def borrowed_bytes(shape: DrafterShape) -> int:
-    """Of a target whose states are stored: its head and embeddings, which training keeps."""
+    """Bytes of the head and embeddings that training keeps of a target whose states are stored."""
     return 2 * shape.vocab_size * shape.target_width * HALF
 
 
 class Forecast(NamedTuple):
-    """What is to come; sizes in bytes, of one device."""
+    """The cost of a training; sizes in bytes, of one device."""
 
     trained: int  # weights
     tokens: int  # of all updates and processes
@@ -238,21 +245,21 @@ def make_forecast(
     num_devices: int,
     device_name: str | None,
 ) -> Forecast:
-    """Put together what `Forecast` has.
+    """Compute a `Forecast`.
 
     Args:
         drafter, target: Their shapes; no target where its states are stored.
         trained: Weights that the optimizer changes.
         target_bytes: On one device; 0 where none is loaded.
         lengths: Tokens of some of the data's documents.
-        rows_at_once: Of one micro-batch on one device.
-        num_rows: Of all updates and devices.
+        rows_at_once: Rows of one micro-batch on one device.
+        num_rows: Rows of all updates and devices.
         share: See `drafter_flops`.
         ttt_steps: k.
         recomputed: See `drafter_flops`.
         has_average: Whether there is an average of the weights.
         num_devices: That compute.
-        device_name: Of a GPU, None elsewhere.
+        device_name: The GPU's name; None elsewhere.
     """
     mean = sum(lengths) / len(lengths)
     T = sum(int(n) ** 2 for n in lengths) / sum(lengths)  # of the document that a token is in
@@ -271,4 +278,38 @@ def make_forecast(
         activations=activation_bytes(drafter, rows_at_once * mean, ttt_steps, share, recomputed=recomputed),
         tokens_per_second=speed,
         seconds=None if speed is None else tokens / speed,
+    )
+
+
+def forecast_training(
+    args: Eagle3TrainingArguments,
+    rows: Any,  # by index, of any class
+    model: nn.Module,
+    target: PreTrainedModel | None,
+    shape: DrafterShape,
+    target_shape: TargetShape | None,
+) -> Forecast:
+    """The cost of training `model` by `args` on `rows`, by the first of them. Only this process's part of the target counts."""
+    some = [rows[i] for i in range(min(FORECAST_ROWS, len(rows)))]
+    lengths = [int(n) for row in some for n in row.get("lengths", [len(row["input_ids"])])]
+    depth = np.concatenate(
+        [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], args.ttt_steps) for r in some]
+    )
+    update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num_rows = args.max_steps * update if args.max_steps > 0 else args.num_train_epochs * len(rows)
+    per_row = len(lengths) / len(some)
+    return make_forecast(
+        shape,
+        target_shape,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        target_bytes=0 if target is None else sum(local(p).nbytes for p in target.parameters()),
+        lengths=lengths,
+        rows_at_once=round(args.per_device_train_batch_size * per_row),
+        num_rows=num_rows * per_row,
+        share=float(depth.mean() / args.ttt_steps),
+        ttt_steps=args.ttt_steps,
+        recomputed=args.recomputes_activations,
+        has_average=args.ema_decay > 0,
+        num_devices=args.world_size,
+        device_name=torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None,
     )

@@ -13,18 +13,18 @@ from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
-from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, find_special_tokens
+from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
 from .new_drafter import new_drafter
-from .states.stored import fingerprint_weights
+from .states.folder import fingerprint_weights
 
-# accelerate's, which `from_pretrained` looks at: in Transformers 5.17 all processes but the first then get zeros.
+# A setting of accelerate that `from_pretrained` reads: in Transformers 5.17 all processes but the first then get zeros.
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def load_in_every_process() -> bool:
-    """Let each process load its models whole from now on; whether they were to be loaded in the first alone.
+    """Let each process load its models whole from now on. Returns whether the first alone was to load them.
 
-    Each runs a target of its own, and shards a drafter that it has.
+    Each process runs its own target, and shards a drafter that it has whole.
     """
     was_first_only = bool(str_to_bool(os.environ.get(EFFICIENT_LOADING, "false")))
     if was_first_only:
@@ -33,10 +33,10 @@ def load_in_every_process() -> bool:
 
 
 def refuse_empty_models(models: dict[str, PreTrainedModel]) -> None:
-    """Ask whether all processes have the same of models that were loaded before. All must call.
+    """Compare models that were loaded before over all processes. All must call.
 
     Raises:
-        ValueError: They have not.
+        ValueError: They differ.
     """
     for name, model in models.items():
         if len(set(gather_object([fingerprint_weights(model)]))) > 1:
@@ -57,7 +57,7 @@ def load_target(target: Any, options: dict[str, Any] | None, device: torch.devic
         options["distributed_config"] = DistributedConfig(**split)
     # Few CPUs have fast half precision.
     defaults: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else "auto"}
-    if device.type != "cpu" and "distributed_config" not in options:  # what is quantised could not be moved later
+    if device.type != "cpu" and "distributed_config" not in options:  # a quantised model cannot be moved later
         defaults["device_map"] = {"": device}
     with opening("target_model", target):
         return AutoModelForCausalLM.from_pretrained(target, **{**defaults, **options})
@@ -88,7 +88,7 @@ def make_drafter(
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
-    if args.aux_layer_ids is None and (n < 3 or len({2, n // 2, n - 3}) < 3):  # as a config without them is read
+    if args.aux_layer_ids is None and (n < 3 or len({2, n // 2, n - 3}) < 3):  # the default boundaries of a config
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
             f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."
@@ -100,15 +100,8 @@ def make_drafter(
     return new_drafter(target, ids, **args.drafter_fields())
 
 
-def end_tokens(target: Any) -> list[int]:
-    """What `target` ends a text with."""
-    settings = getattr(target, "generation_config", None) or target.config
-    ends = getattr(settings, "eos_token_id", None)
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
 def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:
-    """Freeze `target`, and move it to this process's device unless it was placed by who loaded it.
+    """Freeze `target`, and move it to this process's device unless it was placed when it was loaded.
 
     Raises:
         ValueError: Several processes would share its devices, or share it otherwise than by tensor parallelism.
@@ -145,6 +138,6 @@ def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, whi
         raise ImportError("peft_config needs PEFT: pip install 'hf-eagle3[peft]'.") from error
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
-    with warnings.catch_warnings():  # PEFT 0.21 asks by a name that is deprecated from Transformers 5.23 on
+    with warnings.catch_warnings():  # PEFT 0.21 reads a name that is deprecated from Transformers 5.23 on
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(drafter, peft_config)

@@ -1,4 +1,4 @@
-"""One writer of a folder at a time: a lock of the system's, which ends with the process that holds it, however it ends."""
+"""One writer of a folder at a time, by a lock of the system, which ends with its process in every case."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which exists.
 
     Raises:
-        FolderInUseError: Somebody else holds it.
+        FolderInUseError: Another run holds it.
     """
     if fcntl is None:
         yield

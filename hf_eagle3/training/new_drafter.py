@@ -25,11 +25,11 @@ ROPES: Mapping[str, frozenset[str]] = {
     "yarn": frozenset({"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"}),
 }
 COMMON_KEYS = frozenset({"rope_type", "rope_theta"})
-THETA = 10000.0  # of a drafter whose target has no rotary embedding
+THETA = 10000.0  # for a drafter whose target has no rotary embedding
 MLP_SIZES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "dff", "dim_ff")
 MLP_RATIO = 4  # MLP width of a target that states none, in hidden sizes
-HEAD_DIM = 64  # of a drafter whose target has no attention
-# What a target without a length of its own, such as one with ALiBi, leaves to the drafter's config.
+HEAD_DIM = 64  # for a drafter whose target has no attention
+# The longest text of a drafter whose target has no limit of its own, such as one with ALiBi.
 LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
 
 
@@ -88,8 +88,8 @@ def find_sizes(theirs: PreTrainedConfig, width: int) -> dict[str, int]:
     """The sizes of a drafter for a target of config `theirs`.
 
     Args:
-        theirs: Of the text decoder.
-        width: Of the target's token embeddings. They may be narrower than its states (OPT 350M).
+        theirs: The config of the text decoder.
+        width: The width of the target's token embeddings. They may be narrower than its states (OPT 350M).
     """
     heads = find_size(theirs, "num_attention_heads")
     head_dim = find_size(theirs, "head_dim") or (theirs.hidden_size // heads if heads else min(HEAD_DIM, width))

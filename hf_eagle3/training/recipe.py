@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with, written beside it, and compared when training goes on from it."""
+"""The recipe of a checkpoint, written beside it, and compared when training goes on from it."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from ..modeling import Eagle3DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import vocabulary_fingerprint
-from .states.writer import fingerprint_data
+from .states.folder import fingerprint_data
 
 FILE_NAME = "hf_eagle3_recipe.json"
 ALL_THE_SAME = "ignore_recipe_mismatch=True resumes all the same."
@@ -19,19 +19,19 @@ SHAPE = (
 
 
 def describe_recipe(
-    drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, teacher: str | None
+    drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
 ) -> dict[str, Any]:
-    """What must be the same for training to go on as if it had never stopped.
+    """The facts that must be the same for training to go on as if it had never stopped.
 
     Args:
         drafter: Bound to its target.
-        args: Of the training.
-        rows: The training rows by index, of whatever class; None if there are none.
-        teacher: What the target's weights, or the stored hidden states, are known by; None where they cannot be told.
+        args: The training's.
+        rows: The training rows by index, of any class; None if there are none.
+        target_fingerprint: That of the target's weights or of the stored hidden states; None where there is none.
     """
     return {
         "target": drafter.config.target_name_or_path or drafter.bound_target_name,
-        "teacher": teacher,
+        "teacher": target_fingerprint,  # the key that checkpoints have
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
         "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
         **{name: getattr(drafter.config, name) for name in SHAPE},
@@ -64,7 +64,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Compare the recipe in `folder` with that of now. What either does not know (null) is not compared.
+    """Compare the recipe in `folder` with that of now. Fields that are null in either are not compared.
 
     Raises:
         ValueError: They differ, or there is none; the message names the fields.

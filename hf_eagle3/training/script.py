@@ -63,7 +63,7 @@ class ScriptArguments:
 
 @dataclass
 class ModelArguments:
-    """How the models are loaded, and what of the drafter trains."""
+    """How the models are loaded, and which part of the drafter trains."""
 
     target_dtype: str | None = field(
         default=None,
@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
     return tuple(x for x in parsed if hasattr(x, "__dataclass_fields__"))
 
 
-def refuse_other_tables(name: str, value: Any, path: str | None = None) -> None:  # Any: whatever stands in the file
+def refuse_other_tables(name: str, value: Any, path: str | None = None) -> None:  # Any: any value of the file
     """Raise unless an option that is a table is one, or one in JSON.
 
     Raises:
@@ -140,7 +140,7 @@ def refuse_other_tables(name: str, value: Any, path: str | None = None) -> None:
         raise files.DataError(f"{place}{name} must be a table, such as '{{\"a\": 1}}', got {show(value)}.")
 
 
-def is_refused_alone(name: str, value: Any) -> bool:  # Any: whatever stands in a file
+def is_refused_alone(name: str, value: Any) -> bool:  # Any: any value of a file
     """Whether an option of training makes no settings, all others being as they are by default."""
     if name not in Eagle3TrainingArguments.__dataclass_fields__:
         return False
@@ -164,7 +164,7 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML of plain values that says one thing: no key twice, no aliases, whose copies can grow without end."""
+    """YAML of plain values without ambiguity: no key twice, and no aliases, whose copies can grow without end."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:  # the library's nodes
         """The next node."""
@@ -189,7 +189,7 @@ def read_settings(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         path: The file.
-        known: Option -> the parser's action, which says what its value can be.
+        known: Option -> the parser's action, which checks its value.
 
     Raises:
         DataError: It is not a table of options, or has one that is not known or of another kind; the message names it.
@@ -219,9 +219,7 @@ def read_settings(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: check_setting(path, known[name], value) for name, value in settings.items()}
 
 
-def check_setting(
-    path: Path, action: Any, value: Any
-) -> Any:  # Any: argparse's own class; whatever stands in the file
+def check_setting(path: Path, action: Any, value: Any) -> Any:  # Any: argparse's own class; any value of the file
     """`value`, if the option takes it: as it would be typed, where that is text.
 
     Raises:
@@ -250,7 +248,7 @@ def converts(action: Any, value: Any) -> bool:  # Any: as above
 
 
 def refuse_unknown(names: Sequence[str], known: Iterable[str], prefix: str) -> None:
-    """Raise DataError for `names`, if there are any, with what they may have meant."""
+    """Raise DataError for `names`, if there are any, with similar options."""
     if not names:
         return
     parts = []
@@ -278,7 +276,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Ite
 
 
 def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict[str, Any]:
-    """What `from_pretrained` of the target is given."""
+    """The options of the target's `from_pretrained`."""
     options: dict[str, Any] = {} if model.target_dtype is None else {"dtype": model.target_dtype}
     if model.target_revision is not None:
         options["revision"] = model.target_revision
@@ -298,7 +296,7 @@ def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict
 
 
 def lora(model: ModelArguments) -> Any:  # of PEFT, which is optional
-    """The adapters that were asked for, if any."""
+    """The adapters to train, if any."""
     if not model.use_peft:
         return None
     try:
@@ -341,7 +339,7 @@ def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any
 
 
 def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
-    """Train, evaluate, save; returns the trainer. What is to come is told on stderr, what came out on stdout."""
+    """Train, evaluate, save; returns the trainer. The forecast goes to stderr, results to stdout."""
     script, model, args = parse(arguments)
     target = script.target_model_name_or_path
     if target is None and script.states_dir is None:

@@ -1,4 +1,4 @@
-"""Sizes of a target by its config, which may have one a layer, or none."""
+"""Sizes of a target from its config, which may have one for each layer, or none."""
 
 from collections.abc import Iterator
 

@@ -19,9 +19,10 @@ from hf_eagle3.diagnosis.readings import Score, reread
 from hf_eagle3.modeling import Eagle3DrafterModel
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 pytestmark = pytest.mark.any_release
 
@@ -50,7 +51,7 @@ def trained(target, prompts) -> Eagle3DrafterModel:
     )
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     states, vocabulary = source.states(batch), DraftVocabulary(drafter.draft_to_target_ids, V)
-    live = (batch["depth"] > torch.arange(4)[:, None]).sum(1)
+    live = (batch.depth > torch.arange(4)[:, None]).sum(1)
     method = Method(LOSSES["forward_kl"], 1 / (4 * live), torch.zeros(4))
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
     for _ in range(160):

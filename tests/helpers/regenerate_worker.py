@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from hf_eagle3 import cli
@@ -22,6 +23,5 @@ def append(path, rows):
         time.sleep(600)  # until it is ended
 
 
-regenerate.WINDOW = 1
-regenerate.append_rows = append
+regenerate.regenerate = partial(regenerate.regenerate, window=1, append=append)
 sys.exit(cli.main(sys.argv[1:]))

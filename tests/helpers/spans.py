@@ -9,11 +9,11 @@ HQ, HKV, D = 4, 2, 8
 MASKS = [[0] * 3 + [1] * 6, [0] * 2 + [1] * 5 + [0] * 3 + [1] * 7, [0, 0, 1, 1, 1]]
 
 
-def inputs(steps, dtype=torch.float64, device="cpu", head_dim=D, masks=MASKS):
+def inputs(steps, dtype=torch.float64, device="cpu", head_dim=D, masks=MASKS, **options):
     """Spans with gaps and shared prefixes, and random tensors that want gradients."""
     rows = [{"input_ids": np.zeros(len(m), int), "loss_mask": np.array(m)} for m in masks]
-    batch = Collator(steps + 1)(rows)
-    spans, R, N = batch["spans"].to(device), len(batch["rows"]), len(batch["input_ids"])
+    batch = Collator(steps + 1, **options)(rows)
+    spans, R, N = batch.spans.to(device), len(batch.rows), len(batch.input_ids)
     generator = torch.Generator().manual_seed(steps)
 
     def random(n, heads):
@@ -25,9 +25,9 @@ def inputs(steps, dtype=torch.float64, device="cpu", head_dim=D, masks=MASKS):
     return query, slots, own, spans
 
 
-def run(function, query, slots, own, spans, window):
+def run(function, query, slots, own, spans, window, **options):
     block = tuple(x if spans.keys is None else x[spans.keys] for x in slots)
-    out = function(query, block, own, spans, D**-0.5, window)
+    out = function(query, block, own, spans, D**-0.5, window, **options)
     leaves = [query, *slots, *(x for pair in own for x in pair)]
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)

@@ -56,10 +56,11 @@ def make(target, attn="sdpa", noise=0.3, **variant):
     return drafter.bind(target).eval()
 
 
-def batch_of(*rows, steps=K, every_slot=False):
+def batch_of(*rows, steps=K, **options):
     """A flat batch of (input_ids, loss_mask)."""
-    collate = Collator(steps, every_slot)
-    return collate([{"input_ids": np.array(ids), "loss_mask": np.array(mask)} for ids, mask in rows])
+    return Collator(steps, **options)(
+        [{"input_ids": np.array(ids), "loss_mask": np.array(mask)} for ids, mask in rows]
+    )
 
 
 def several_rows(seed=0):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_eagle3.kernels import language, teaching
+from hf_eagle3.kernels import head_loss, language
+from hf_eagle3.training.step.head_loss import LossChunk, Method, chunk_loss, chunk_loss_by_kernel
 from hf_eagle3.training.step.losses import LOSSES
-from hf_eagle3.training.step.ttt import Method, _teach_by_kernel, teach_chunk
 
 pytestmark = pytest.mark.any_release
 
@@ -22,8 +22,8 @@ def test_summary_of_rows(n, V):
     torch.manual_seed(n)
     logits = (torch.randn(n, V, device=DEVICE) * 8).bfloat16()
     logits[0, V // 2 :] = logits[0].max()  # several largest: the first counts
-    top, at, lse = teaching.summarise(logits)
-    their_top, _, their_lse = teaching.summarise_eager(logits)
+    top, at, lse = head_loss.summarise(logits)
+    their_top, _, their_lse = head_loss.summarise_eager(logits)
     assert torch.equal(top, their_top)
     assert at[0] == int((logits[0] == logits[0].max()).nonzero()[0])
     assert torch.equal(logits.gather(1, at[:, None])[:, 0].float(), top)
@@ -33,7 +33,7 @@ def test_summary_of_rows(n, V):
 @kernel
 @pytest.mark.gpu
 @pytest.mark.parametrize(("k", "C", "V"), [(3, 7, 100), (1, 2, 5000), (4, 5, 2048)])
-def test_teaching_is_the_eager_chunk(k, C, V):
+def test_head_loss_is_the_eager_chunk(k, C, V):
     torch.manual_seed(C)
     logits = (torch.randn(k, C, V, device=DEVICE) * 3).bfloat16()
     kept = (torch.randn(C + k - 1, V, device=DEVICE) * 3).bfloat16()
@@ -46,9 +46,10 @@ def test_teaching_is_the_eager_chunk(k, C, V):
     depth[0], depth[-1] = k, 0
     scale = 0.8 ** torch.arange(k, device=DEVICE)
     live = depth > torch.arange(k, device=DEVICE)[:, None]
+    chunk = LossChunk(logits, kept, lse, best, token)
     method = Method(LOSSES["forward_kl"], scale, torch.zeros(k, device=DEVICE))
-    *theirs, their_hits, their_grad = teach_chunk(logits, kept, lse, best, token, live, method, scale)
-    *ours, hits, grad = _teach_by_kernel(logits.clone(), kept, lse, best, token, depth, scale)
+    *theirs, their_hits, their_grad = chunk_loss(chunk, live, method, scale)
+    *ours, hits, grad = chunk_loss_by_kernel(chunk._replace(logits=logits.clone()), depth, scale)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=1e-4, rtol=1e-4)
     assert torch.equal(hits, their_hits)
@@ -65,5 +66,5 @@ def test_scaling_in_place(factor, dtype):
     x = torch.randn(3, 5, 1001, device=DEVICE, dtype=dtype)
     factor = torch.tensor(factor, device=DEVICE)
     expected = (x.float() * factor).to(dtype)
-    assert teaching.scale_(x, factor) is x
+    assert head_loss.scale_(x, factor) is x
     torch.testing.assert_close(x, expected, rtol=0, atol=0)

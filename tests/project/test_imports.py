@@ -13,22 +13,61 @@ import hf_eagle3
 
 PACKAGE = Path(hf_eagle3.__file__).parent
 
-# A module imports from the rows below its own, and from modules of its own row after which it stands.
-LAYERS = [
-    ["cli"],
-    ["bench"],
-    ["__init__"],
-    ["diagnosis", "training"],
-    ["host"],
-    ["checkpoints", "decoding"],
-    ["drafters"],
-    ["rows"],
-    ["kernels", "recorder"],
-    ["speculation", "smollm2", "tensor_parallel", "data_parallel"],
-    ["compat", "console"],
-    ["modeling"],
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# Package -> its modules and folders. A row imports from itself and from the rows below it; no row in a circle.
+LAYERS = {
+    ".": [
+        ["cli"],
+        ["bench"],
+        ["__init__"],
+        ["diagnosis", "training"],
+        ["host"],
+        ["checkpoints", "decoding"],
+        ["drafters"],
+        ["rows"],
+        ["kernels", "recorder"],
+        ["speculation", "smollm2", "tensor_parallel", "data_parallel"],
+        ["compat", "console"],
+        ["modeling"],
+    ],
+    "training": [
+        ["__init__"],
+        ["script"],
+        ["trainer"],
+        ["checkpointed_trainer", "evaluation", "preparing"],
+        ["callbacks", "checkpointing", "forecast", "metrics", "recipe"],
+        ["distributed"],
+        ["loading"],
+        ["arguments", "new_drafter"],
+        ["states"],
+        ["step"],
+        ["data"],
+        ["locks", "sizes"],
+    ],
+    "training/states": [
+        ["writer"],
+        ["head_check", "shared", "stored"],
+        ["documents", "online", "plan", "stored_target"],
+        ["folder", "packed"],
+    ],
+    "training/step": [
+        ["ttt"],
+        ["head_loss", "unroll_rows"],
+        ["attention", "losses", "target_head"],
+        ["acceptance", "batch", "elementwise"],
+    ],
+    "training/data": [
+        ["regenerate"],
+        ["answer_shards", "preview", "reading"],
+        ["eval_rows", "prompts", "vocabulary"],
+        ["token_rows"],
+        ["checking"],
+        ["rendering"],
+        ["conversations", "files", "packing"],
+    ],
+}
+RANKS = {
+    package: {name: rank for rank, layer in enumerate(layers) for name in layer} for package, layers in LAYERS.items()
+}
 MODULES = sorted(
     path.relative_to(PACKAGE)
     for path in PACKAGE.rglob("*.py")
@@ -54,35 +93,58 @@ def find_imports(tree, *, lazily):
             yield from find_imports(node, lazily=lazily)
 
 
-def inner_imports(path, *, lazily=False):
-    """First parts of the package's own modules that the module at `path` imports."""
+def parts_in(package, path):
+    """The part of `package` that the module at `path` belongs to; None for a module outside."""
+    try:
+        inner = path.relative_to(package)
+    except ValueError:
+        return None
+    return inner.parts[0].removesuffix(".py")
+
+
+def inner_imports(package, path, *, lazily=False):
+    """Parts of `package` that its module at `path` imports."""
     tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
     for level, name in find_imports(tree, lazily=lazily):
-        if level == len(path.parts):
-            first = name.split(".")[0]
-            yield first if first in RANK else "__init__"
-        elif level == 0 and name.startswith("hf_eagle3."):
-            yield name.split(".")[1]
+        if level == 0 and not name.startswith("hf_eagle3."):
+            continue
+        above = path.parts[: len(path.parts) - level] if level else ()
+        target = Path(*above, *name.removeprefix("hf_eagle3." if not level else "").split("."))
+        if (part := parts_in(package, target)) is not None:
+            yield part if part in RANKS[package] else "__init__"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_imports_point_inwards(path):
-    module = path.parts[0].removesuffix(".py")
-    assert module in RANK, f"{module} has no place in LAYERS"
-    for imported in inner_imports(path):
+def modules_of(package):
+    return [(package, path) for path in MODULES if parts_in(package, path) is not None]
+
+
+@pytest.mark.parametrize(("package", "path"), [pair for package in LAYERS for pair in modules_of(package)], ids=str)
+def test_imports_point_downwards(package, path):
+    ranks, module = RANKS[package], parts_in(package, path)
+    if module == "__init__" and package != "." and "__init__" not in ranks:
+        return
+    assert module in ranks, f"{module} has no place in the layers of {package}"
+    for imported in inner_imports(package, path):
         if imported != module:
-            assert RANK[imported] >= RANK[module], f"{path} imports {imported}, which is further out"
+            assert ranks[imported] >= ranks[module], f"{path} imports {imported}, which is further out"
 
 
-def test_nothing_imports_in_a_circle():
+@pytest.mark.parametrize("package", LAYERS)
+def test_nothing_imports_in_a_circle(package):
     edges = {}
-    for path in MODULES:
-        module = path.parts[0].removesuffix(".py")
-        edges.setdefault(module, set()).update(set(inner_imports(path)) - {module})
+    for _, path in modules_of(package):
+        module = parts_in(package, path)
+        edges.setdefault(module, set()).update(set(inner_imports(package, path)) - {module})
     done = set()
     while ready := [m for m in edges if m not in done and edges[m] <= done | {"modeling"}]:
         done.update(ready)
     assert done == set(edges), f"a circle among {sorted(set(edges) - done)}"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_layers_name_what_exists(package):
+    found = {parts_in(package, path) for _, path in modules_of(package)} | {"modeling"}
+    assert set(RANKS[package]) <= found
 
 
 def test_network_imports_nothing_of_ours():

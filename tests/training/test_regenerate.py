@@ -29,13 +29,13 @@ from helpers.marks import slow_but
 from helpers.paths import ROOT
 from helpers.processes import worker_environment
 from helpers.training import TINY
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_eagle3 import cli
 from hf_eagle3.data_parallel import Team
 from hf_eagle3.training import ChatRenderer, TokenDataset, new_drafter
-from hf_eagle3.training.data import regenerate as regenerate_module
 from hf_eagle3.training.data.answer_shards import find_shares, name_share
 from hf_eagle3.training.data.files import append_rows, keep_lines, read_rows, read_whole_lines
 from hf_eagle3.training.data.prompts import (
@@ -128,12 +128,13 @@ def test_the_bar_moves_with_answers_that_wait_to_be_written(random_target, tmp_p
     """The longest prompt is answered last, and is the first of the file."""
     path, seen = tmp_path / "out.jsonl", []
 
-    class Bar(regenerate_module.tqdm):
-        def update(self, n=1):
-            seen.append((n, path.exists()))
-            super().update(n)
+    update = tqdm.update
 
-    monkeypatch.setattr(regenerate_module, "tqdm", Bar)
+    def watch(self, n=1):
+        seen.append((n, path.exists()))
+        return update(self, n)
+
+    monkeypatch.setattr(tqdm, "update", watch)
     prompts = [ask("a" * n) for n in (30, 1, 9, 4, 2)]
     rows = answers(random_target, make_tokenizer(), prompts, path)
     assert seen == [(2, False), (2, False), (1, False)]
@@ -318,7 +319,7 @@ def test_a_full_disk_is_said():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_what_was_written_before_the_disk_was_full_is_gone_on_with(random_target, tmp_path, monkeypatch):
+def test_what_was_written_before_the_disk_was_full_is_gone_on_with(random_target, tmp_path):
     tokenizer, prompts = make_tokenizer(), [ask("a"), ask("b"), ask("c")]
     wanted = answers(random_target, tokenizer, prompts, tmp_path / "whole.jsonl")
     path, num_calls = tmp_path / "out.jsonl", 0
@@ -331,10 +332,8 @@ def test_what_was_written_before_the_disk_was_full_is_gone_on_with(random_target
             place = Path("/dev/full")
         append_rows(place, rows)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_eagle3.training.data.regenerate.append_rows", fill_up)
-        with pytest.raises(OSError, match="make room"):
-            answers(random_target, tokenizer, prompts, path)
+    with pytest.raises(OSError, match="make room"):
+        answers(random_target, tokenizer, prompts, path, append=fill_up)
     assert answers(random_target, tokenizer, prompts, path) == wanted
 
 
@@ -391,8 +390,10 @@ def together(size, work):
             raise error
 
 
-def answer_together(size, target, tokenizer, prompts, path, sampling=GREEDY):
-    together(size, lambda team: regenerate(target, ChatRenderer(tokenizer), prompts, path, sampling, team=team))
+def answer_together(size, target, tokenizer, prompts, path, sampling=GREEDY, **options):
+    together(
+        size, lambda team: regenerate(target, ChatRenderer(tokenizer), prompts, path, sampling, team=team, **options)
+    )
     return list(read_rows(path))
 
 
@@ -400,8 +401,8 @@ class DiedError(Exception):
     """What a process dies of."""
 
 
-def dying(monkeypatch, name, count):
-    """Let whoever writes to a file whose name ends in `name` die in its write number `count`."""
+def dying(name, count):
+    """Options of a run that dies in write number `count` to a file whose name ends in `name`."""
     num_calls = 0
 
     def append(place, rows):
@@ -412,9 +413,7 @@ def dying(monkeypatch, name, count):
             raise DiedError
         append_rows(place, rows)
 
-    for module in ("regenerate", "shares"):
-        monkeypatch.setattr(f"hf_eagle3.training.{module}.append_rows", append)
-    monkeypatch.setattr("hf_eagle3.training.data.regenerate.WINDOW", 1)  # a write for each batch
+    return {"append": append, "window": 1}  # a write for each batch
 
 
 PROMPTS = [ask("a", "b"), *(ask(letter) for letter in "cdefgh"), ask("d", "e", "f"), *(ask(x * 3) for x in "ghijk")]
@@ -440,10 +439,8 @@ def test_when_a_process_dies_nothing_is_lost_and_nothing_doubled(
 ):
     tokenizer, path = make_tokenizer(), tmp_path / "out.jsonl"
     wanted = answers(random_target, tokenizer, PROMPTS, tmp_path / "one.jsonl")
-    with monkeypatch.context() as patch:
-        dying(patch, name, count)
-        with pytest.raises(DiedError):
-            answer_together(2, random_target, tokenizer, PROMPTS, path)
+    with pytest.raises(DiedError):
+        answer_together(2, random_target, tokenizer, PROMPTS, path, **dying(name, count))
     kept = {json.loads(line)["prompt_id"] for share in find_shares(path) for line in read_whole_lines(share)}
     assert kept  # of both processes, in most of these
     asked_again = []

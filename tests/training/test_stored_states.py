@@ -1,6 +1,7 @@
 """Stored hidden states: what is written, that training from them is training online, and what is refused."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -16,19 +17,23 @@ from helpers.marks import slow_rows_but
 from helpers.stored import ROWS, STEPS, TARGETS, TINY, V, batch_of, make_rows, make_target
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments, cli
 from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.training import StateWriter, StoredStates, StoredStatesError, TokenDataset, new_drafter, store_states
-from hf_eagle3.training.evaluation import ProcessRows
+from hf_eagle3.training.data.eval_rows import ProcessRows
+from hf_eagle3.training.states.documents import Documents
+from hf_eagle3.training.states.folder import DOCUMENTS, HEAD, MANIFEST, read_manifest, shard_name, stored_positions
 from hf_eagle3.training.states.online import OnlineStates
-from hf_eagle3.training.states.stored import DOCUMENTS, HEAD, MANIFEST, shard_name, stored_positions
-from hf_eagle3.training.states.writer import default_aux_layer_ids, plan_shards
-from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.states.plan import plan_shards
+from hf_eagle3.training.states.writer import default_aux_layer_ids
+from hf_eagle3.training.step.batch import Collator, States
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 pytestmark = pytest.mark.any_release
 
@@ -57,11 +62,11 @@ def make_drafter(target, **overrides):
     return new_drafter(target, torch.arange(2, 42), **overrides)
 
 
-def lesson(drafter, batch, source, steps=STEPS):
+def step_of(drafter, batch, source, steps=STEPS):
     """Loss, sums and gradients of `batch`, with the states of `source`."""
     drafter.zero_grad()
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
-    scale = torch.tensor([0.8**t for t in range(steps)], device=batch["rows"].device) / len(batch["rows"])
+    scale = torch.tensor([0.8**t for t in range(steps)], device=batch.rows.device) / len(batch.rows)
     states = source.states(batch)
     loss, sums = ttt(drafter, batch, states, source.head, vocabulary, Method(LOSSES["forward_kl"], scale, scale * 0))
     loss.backward()
@@ -152,9 +157,9 @@ def test_training_from_stored_states_is_training_online(family, tmp_path):
     drafter = make_drafter(target)
     online = OnlineStates(target, drafter.bound_aux_layer_ids)
     batch = batch_of(stored.dataset, range(len(ROWS)))
-    loss, sums, grads = lesson(drafter, batch, online)
+    loss, sums, grads = step_of(drafter, batch, online)
     stored.check(drafter)
-    offline_loss, offline_sums, offline_grads = lesson(drafter, batch, stored)
+    offline_loss, offline_sums, offline_grads = step_of(drafter, batch, stored)
     torch.testing.assert_close(offline_loss, loss, rtol=1e-5, atol=0)
     assert torch.equal(offline_sums.correct, sums.correct)
     assert torch.equal(offline_sums.num_live, sums.num_live)
@@ -163,20 +168,20 @@ def test_training_from_stored_states_is_training_online(family, tmp_path):
         torch.testing.assert_close(offline_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_states_that_no_loss_reads_are_rightly_left_out(target, folder, monkeypatch):
+def test_states_that_no_loss_reads_are_rightly_left_out(target, folder):
     """Negative control: one position fewer, and training differs."""
     stored = StoredStates(folder)
     drafter = make_drafter(target)
     batch = batch_of(stored.dataset, range(len(ROWS)))
     read = stored.states(batch)
-    loss, _, _ = lesson(drafter, batch, stored)
-    rows = batch["rows"]
+    loss, _, _ = step_of(drafter, batch, stored)
+    rows = batch.rows
     ends = rows[:-1][rows.diff() != 1]  # the last slot of each answer: the aux states at it, the last state after it
     for i in (0, 1):
         spoilt = [x.clone() for x in read]
         spoilt[i][ends + i] = 0
-        monkeypatch.setattr(stored, "states", lambda _, spoilt=spoilt: type(read)(*spoilt))
-        assert lesson(drafter, batch, stored)[0] != loss
+        source = types.SimpleNamespace(head=stored.head, states=lambda _, spoilt=spoilt: States(*spoilt))
+        assert step_of(drafter, batch, source)[0] != loss
 
 
 def test_bfloat16_states_train_alike(tmp_path):
@@ -185,9 +190,9 @@ def test_bfloat16_states_train_alike(tmp_path):
     assert stored.dtype == torch.bfloat16
     drafter = make_drafter(target)
     batch = batch_of(stored.dataset, range(len(ROWS)))
-    online, _, _ = lesson(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
+    online, _, _ = step_of(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
     stored.check(drafter)
-    offline, _, _ = lesson(drafter, batch, stored)
+    offline, _, _ = step_of(drafter, batch, stored)
     torch.testing.assert_close(offline, online, rtol=1e-2, atol=0)
 
 
@@ -196,9 +201,9 @@ def test_a_drafter_of_several_layers_trains_from_stored_states(target, folder):
     stored = StoredStates(folder)
     drafter = make_drafter(target, num_hidden_layers=2)
     batch = batch_of(stored.dataset, range(len(ROWS)), every_slot=True)
-    loss, _, grads = lesson(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
+    loss, _, grads = step_of(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
     stored.check(drafter)
-    offline_loss, _, offline_grads = lesson(drafter, batch, stored)
+    offline_loss, _, offline_grads = step_of(drafter, batch, stored)
     torch.testing.assert_close(offline_loss, loss, rtol=1e-5, atol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(offline_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -219,10 +224,10 @@ def test_rows_may_be_cut_and_packed(target, folder):
         for pack in (rows[5:2:-1], rows[:3])
     ]
     batch = Collator(STEPS)(packs)
-    assert batch["documents"] == [row["documents"][0] for row in (*rows[5:2:-1], *rows[:3])]
+    assert batch.documents == [row["documents"][0] for row in (*rows[5:2:-1], *rows[:3])]
     drafter = make_drafter(target)
-    loss, _, _ = lesson(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
-    torch.testing.assert_close(lesson(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
+    loss, _, _ = step_of(drafter, batch, OnlineStates(target, drafter.bound_aux_layer_ids))
+    torch.testing.assert_close(step_of(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
 
 
 def test_long_documents_train_from_stored_states(target, tmp_path):
@@ -244,7 +249,7 @@ def test_long_documents_train_from_stored_states(target, tmp_path):
             return out
 
     with Watch():
-        loss, sums, _ = lesson(drafter, batch, stored)
+        loss, sums, _ = step_of(drafter, batch, stored)
     assert loss.isfinite()
     assert sums.num_live[0] > 60
     assert largest < 4096 * 1024
@@ -309,7 +314,7 @@ def test_a_row_that_fills_up_has_no_stored_document(folder):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_evaluation_divides_rows_that_do_not_divide(target, folder, tmp_path, monkeypatch, batch_size):
+def test_evaluation_divides_rows_that_do_not_divide(target, folder, tmp_path, batch_size):
     """Process 1 of 2 has the second of three rows and one that fills up."""
     stored = StoredStates(folder)
     trainer = Eagle3Trainer(
@@ -320,8 +325,9 @@ def test_evaluation_divides_rows_that_do_not_divide(target, folder, tmp_path, mo
         eval_dataset=stored.dataset.select([3, 8, 4]),
     )
     expected = trainer.evaluate(stored.dataset.select([8]))
-    monkeypatch.setattr("hf_eagle3.training.trainer.ProcessRows", lambda rows, *_: ProcessRows(rows, 1, 2))
-    metrics = trainer.evaluate()
+    share = ProcessRows(trainer.eval_dataset, 1, 2)
+    loader = DataLoader(share, batch_size=batch_size, collate_fn=trainer.data_collator)
+    metrics = trainer.evaluation_loop(loader, "Evaluation").metrics
     measured = {name for name in expected if "loss" in name or "acc" in name or name == "eval_oov_rate"}
     assert len(measured) > STEPS
     assert {name: metrics[name] for name in measured} == pytest.approx(
@@ -440,13 +446,13 @@ def test_states_go_to_the_device_of_the_batch_and_the_head_with_them(tmp_path):
     batch = batch_of(stored.dataset, range(len(ROWS)))
     on_host = stored.states(batch)
     drafter = make_drafter(stored.target).cuda()
-    there = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in batch.items()}
+    there = batch.to("cuda")
     on_device = stored.states(there)
     assert stored.head.weight.is_cuda
     assert all(b.is_cuda and torch.equal(a, b.cpu()) for a, b in zip(on_host, on_device, strict=True))
     online = OnlineStates(target, drafter.bound_aux_layer_ids)
     with torch.autocast("cuda", torch.bfloat16):
-        expected, offline = (lesson(drafter, there, source)[0] for source in (online, stored))
+        expected, offline = (step_of(drafter, there, source)[0] for source in (online, stored))
     torch.testing.assert_close(offline, expected, rtol=1e-2, atol=0)
 
 
@@ -515,27 +521,25 @@ class InterruptedRunError(Exception):
     """Somebody pulled the plug."""
 
 
-def interrupt(monkeypatch, after):
-    """The target fails at its forward number `after` of those that store."""
-    states, calls = OnlineStates.states, 0
-    sampled = 12  # documents of the check that comes first
+def interrupt(target, folder, document):
+    """Let `target` fail at the tokens of `document`, once it stores states in `folder`."""
+    ids = torch.tensor(ROWS[document]["input_ids"])
 
-    def count(self, batch):
-        nonlocal calls
-        calls += 1
-        if calls > sampled + after:
+    def fail(_module, _args, kwargs):
+        rows = kwargs["input_ids"][:, : len(ids)]
+        if (folder / HEAD).exists() and rows.shape[1] == len(ids) and (rows == ids).all(-1).any():
             raise InterruptedRunError
-        return states(self, batch)
 
-    monkeypatch.setattr(OnlineStates, "states", count)
+    return target.model.register_forward_pre_hook(fail, with_kwargs=True)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(target, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_stopped(target, folder, tmp_path):
     other = tmp_path / "states"
-    with monkeypatch.context() as patch:
-        interrupt(patch, after=2)
-        with pytest.raises(InterruptedRunError):
-            store_states(target, ROWS, other, shard_size=SMALL)
+    shards = load_file(folder / DOCUMENTS)["shard"].tolist()
+    hook = interrupt(target, other, shards.index(2))
+    with pytest.raises(InterruptedRunError):
+        store_states(target, ROWS, other, shard_size=SMALL)
+    hook.remove()
     there = sorted(path.name for path in other.glob("states-*"))
     assert len(there) == 2
     with pytest.raises(StoredStatesError, match=r"incomplete: 4 of \d+ files.*allow_incomplete=True"):
@@ -596,14 +600,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(target, tmp_pat
 
 def test_the_disk_works_while_the_target_runs(target, tmp_path, monkeypatch):
     """The target goes on with the next shard while one is written, and no further."""
-    from hf_eagle3.training.states import stored as stored_states
+    threads, real = set(), os.fsync
 
-    threads = set()
-    real = stored_states.digest
-    monkeypatch.setattr(
-        "hf_eagle3.training.states.writer.digest",
-        lambda path: threads.add((path.name.startswith("states-"), threading.get_ident())) or real(path),
-    )
+    def watch(file):
+        is_shard = any((tmp_path / "states").glob("states-*.tmp"))
+        threads.add((is_shard, threading.get_ident()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", watch)
     store_states(target, ROWS, tmp_path / "states", shard_size=SMALL)
     assert (False, threading.get_ident()) in threads
     assert (True, threading.get_ident()) not in threads
@@ -665,15 +669,18 @@ def test_a_target_whose_head_is_more_than_a_layer_is_refused(tmp_path):
         assert not (tmp_path / "states").exists()
 
 
-def test_states_from_which_the_head_says_something_else_are_refused(tmp_path, monkeypatch):
-    """T-24: the states before the final norm, say, are not stored."""
-    target = make_target()
-    real = OnlineStates.states
-    monkeypatch.setattr(
-        OnlineStates,
-        "states",
-        lambda self, batch: (s := real(self, batch))._replace(last_hidden_states=s.aux_hidden_states[:, -32:]),
-    )
+def test_states_on_which_the_head_gives_other_logits_are_refused(tmp_path):
+    """T-24: a target whose head works otherwise at single positions is found by the sample alone."""
+
+    class Fickle(LlamaForCausalLM):
+        def forward(self, *args, logits_to_keep=0, **kwargs):
+            out = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+            if isinstance(logits_to_keep, torch.Tensor):
+                out.logits = out.logits.roll(1, dims=-1)
+            return out
+
+    torch.manual_seed(0)
+    target = Fickle(LlamaConfig(**TINY)).eval()
     with pytest.raises(
         ValueError, match=r"says what the target says at \d+ of \d+ sampled positions, expected 99\.9%"
     ):
@@ -736,8 +743,8 @@ def test_a_drafter_says_what_is_stored(target, tmp_path):
     assert stored.aux_layer_ids == (1, 6)
     stored.check(drafter)
     batch = batch_of(stored.dataset, range(len(ROWS)))
-    loss, _, _ = lesson(drafter, batch, OnlineStates(target, (1, 6)))
-    torch.testing.assert_close(lesson(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
+    loss, _, _ = step_of(drafter, batch, OnlineStates(target, (1, 6)))
+    torch.testing.assert_close(step_of(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
 
 
 # ---- reading what is damaged, or not meant ----
@@ -860,13 +867,11 @@ def test_drafters_of_other_layers_and_targets_are_refused(target, folder):
             stored.check(make_drafter(other))
 
 
-def test_many_shards_are_not_all_kept_open(folder, monkeypatch):
-    monkeypatch.setattr("hf_eagle3.training.states.stored.OPEN_SHARDS", 2)
-    stored = StoredStates(folder)
-    expected = StoredStates(folder).states(batch_of(stored.dataset, range(len(ROWS))))
-    states = stored.states(batch_of(stored.dataset, range(len(ROWS))))
-    assert len(stored._documents._open) == 2
-    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+def test_many_shards_are_not_all_kept_open(folder):
+    documents, expected = (Documents(folder, read_manifest(folder), **options) for options in ({"most_open": 2}, {}))
+    for i in range(len(ROWS)):
+        assert all(torch.equal(a, b) for a, b in zip(documents.states(i), expected.states(i), strict=True))
+    assert len(documents._open) == 2 < len(expected._open)
 
 
 def test_nothing_is_left_to_train_on(folder):
@@ -880,7 +885,7 @@ def test_positions_are_those_that_the_trainer_reads():
     for _ in range(50):
         mask = rng.random(int(rng.integers(3, 30))) < 0.6
         batch = Collator(4)([{"input_ids": mask.astype(int), "loss_mask": mask}])
-        assert (batch["rows"] + 1).tolist() == stored_positions(mask).tolist()
+        assert (batch.rows + 1).tolist() == stored_positions(mask).tolist()
 
 
 # ---- the command ----

@@ -226,7 +226,7 @@ def test_the_card_of_a_trained_drafter_is_whole(target, rows, tmp_path, monkeypa
     with pytest.raises(ValueError, match="has no dataset"):
         trainer.create_model_card(dataset="mine")
     trainer.model.config.target_name_or_path = "some-owner/some-target"
-    monkeypatch.setattr(trainer, "hub_model_id", "me/drafter", raising=False)
+    trainer.hub_model_id = "me/drafter"
     trainer.create_model_card(license="apache-2.0")
     text = (tmp_path / "out" / "README.md").read_text()
     assert not PLACEHOLDER.search(text)

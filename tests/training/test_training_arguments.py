@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_eagle3 import Eagle3Trainer, cli
 from hf_eagle3.training.arguments import REFUSED, REFUSED_OF_ACCELERATE
-from hf_eagle3.training.trainer import UNHONOURED
+from hf_eagle3.training.preparing import UNHONOURED
 
 HONOURED = {
     # the optimizer and its schedule
@@ -175,7 +175,7 @@ def test_a_batch_size_that_fits_is_found(target, rows, tmp_path):
     sizes = []
 
     def hook(batch):
-        sizes.append(len(batch["lengths"]))
+        sizes.append(len(batch.lengths))
         if sizes[-1] > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return states(batch)

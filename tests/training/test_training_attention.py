@@ -5,9 +5,16 @@ import pytest
 import torch
 from helpers.spans import HKV, HQ, MASKS, D, inputs, run
 
-from hf_eagle3.training.step import attention, batch
-from hf_eagle3.training.step.attention import FLASH, MATH, SQUARES, attend, attend_eagerly, pick_block
-from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.attention import (
+    FLASH,
+    MATH,
+    SQUARES,
+    attend,
+    attend_eagerly,
+    attend_in_squares,
+    pick_block,
+)
+from hf_eagle3.training.step.batch import Collator, SquareRule
 
 pytestmark = pytest.mark.any_release
 
@@ -80,16 +87,11 @@ def dense_backward(grad, query, key, value, out, lse, scale):
 
 @pytest.mark.parametrize("masks", [MASKS, [[0, 1, 1, 1, 1, 1, 1, 1]], [[0] * 3 + [1] * 6, [0, 1, 1, 1, 1]]])
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_squares_are_one_softmax(steps, masks, monkeypatch):
+def test_squares_are_one_softmax(steps, masks):
     """Spans that begin late or end early, places that nobody asks for, squares that are full."""
-    monkeypatch.setattr(batch, "SQUARE_STEP", 4)
-    monkeypatch.setattr(batch, "MIN_SQUARE", 4)
-    monkeypatch.setattr(batch, "MAX_SQUARES", 99)
-    monkeypatch.setattr(attention, "pick_block", lambda *_: SQUARES)
-    monkeypatch.setattr(attention, "_dense_forward", dense_forward)
-    monkeypatch.setattr(attention, "_dense_backward", dense_backward)
-    tensors = inputs(steps, masks=masks)
-    ours, our_grads = run(attend, *tensors, None)
+    tensors = inputs(steps, masks=masks, squares=SquareRule(step=4, min_side=4, max_cost=99))
+    kernel = attend_in_squares(dense_forward, dense_backward)
+    ours, our_grads = run(attend, *tensors, None, kernel=kernel)
     theirs, their_grads = run(attend_eagerly, *tensors, None)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     for a, b in zip(our_grads, their_grads, strict=True):
@@ -111,7 +113,7 @@ def test_squares_are_one_softmax(steps, masks, monkeypatch):
 )
 def test_squares_are_for_spans_that_fill_them(masks, shape):
     rows = [{"input_ids": np.zeros(len(m), int), "loss_mask": np.array(m)} for m in masks]
-    squares = Collator(1)(rows)["spans"].squares
+    squares = Collator(1)(rows).spans.squares
     assert (squares and squares.shape) == shape
 
 
@@ -133,10 +135,9 @@ FULL = [[0] + [1] * 1000, [0] * 100 + [1] * 850, [0] * 5 + [1] * 1018]
 @pytest.mark.parametrize("window", [None, 40, 300])
 @pytest.mark.parametrize("steps", [0, 1, 6])
 @pytest.mark.parametrize("masks", [RAGGED, FULL], ids=["ragged", "full"])
-def test_kernels_are_as_near_as_half_precision_allows(masks, steps, window, monkeypatch):
+def test_kernels_are_as_near_as_half_precision_allows(masks, steps, window):
     """Error against float64 at most twice that of the eager form in bfloat16."""
-    monkeypatch.setattr(batch, "MIN_SQUARE", 512)
-    tensors = inputs(steps, torch.bfloat16, "cuda", 64, masks)
+    tensors = inputs(steps, torch.bfloat16, "cuda", 64, masks, squares=SquareRule(min_side=512))
     query, slots, own, spans = tensors
     is_hopper = torch.cuda.get_device_capability() >= (9, 0)
     assert (spans.squares is not None) == (masks is FULL)

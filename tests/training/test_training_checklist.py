@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -21,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import TokenDataset
 from hf_eagle3.training.loading import make_drafter as choose_and_make
+from hf_eagle3.training.states.folder import fingerprint_data
 from hf_eagle3.training.states.online import OnlineStates
-from hf_eagle3.training.states.writer import fingerprint_data
 from hf_eagle3.training.step.batch import Collator
-from hf_eagle3.training.step.ttt import unroll_rows
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 pytestmark = pytest.mark.any_release
 
@@ -65,11 +66,11 @@ def test_only_distances_between_positions_count(double_target, variant):
     drafter = make(double_target, **VARIANTS[variant])
     batch = batch_of(*several_rows(), steps=STEPS, every_slot=drafter.config.num_hidden_layers > 1)
     drafter.rotary_emb = DoubleRotary(drafter.config)  # the host's own rounds angles to float32
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     with torch.no_grad():
         outputs, moved, stretched = (
-            unroll_rows(drafter, {**batch, "position_ids": positions}, aux, STEPS)
-            for positions in (batch["position_ids"], batch["position_ids"] + 1000, batch["position_ids"] * 2)
+            unroll_rows(drafter, replace(batch, position_ids=positions), aux, STEPS)
+            for positions in (batch.position_ids, batch.position_ids + 1000, batch.position_ids * 2)
         )
     torch.testing.assert_close(moved, outputs, atol=1e-10, rtol=0)
     assert ((stretched - outputs).abs().amax((1, 2)) > 1e-4).all()  # they are read at every step
@@ -112,9 +113,9 @@ def test_a_thousand_dialogues_are_what_an_engine_is_given(template, beginning):
         prompt = tokenizer.apply_chat_template(dialogue[:-1], add_generation_prompt=True, return_dict=False)
         assert ids[: len(prompt)] == prompt
         assert not row["loss_mask"][len(prompt) - 1]
-        taught = row["loss_mask"][len(prompt) :]
-        assert taught[: taught.sum()].all()
-        assert not tokenizer.decode(ids[len(prompt) + taught.sum() :]).strip()
+        supervised = row["loss_mask"][len(prompt) :]
+        assert supervised[: supervised.sum()].all()
+        assert not tokenizer.decode(ids[len(prompt) + supervised.sum() :]).strip()
 
 
 @pytest.mark.slow
@@ -122,8 +123,8 @@ def test_workers_may_be_spawned(rows):
     """T-37: what they need can be pickled, and gives the same batches there."""
     dataset, collator = (pickle.loads(pickle.dumps(x)) for x in (TokenDataset(rows, None, None), Collator(3)))
     ours, theirs = Collator(3)([*TokenDataset(rows, None, None)]), collator([*dataset])
-    assert torch.equal(ours["input_ids"], theirs["input_ids"])
-    assert torch.equal(ours["depth"], theirs["depth"])
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.depth, theirs.depth)
 
 
 @pytest.mark.slow

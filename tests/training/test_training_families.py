@@ -21,9 +21,10 @@ from hf_eagle3.training.new_drafter import ROPES, choose_rope
 from hf_eagle3.training.sizes import find_size
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
-from hf_eagle3.training.step.ttt import Method, ttt
+from hf_eagle3.training.step.ttt import ttt
 
 V = 64
 # Fields of whatever config has them.
@@ -324,8 +325,7 @@ def test_states_do_not_depend_on_longer_texts_beside(tmp_path):
     texts = [torch.arange(3, 3 + n) for n in (15, 17, 15)]
 
     def states(*some):
-        ids = torch.cat(some)
-        return source.states({"input_ids": ids, "tokens": ids.numpy(), "lengths": [len(text) for text in some]})
+        return source.run(some, torch.device("cpu"))
 
     together, alone = states(*texts), [states(text) for text in texts]
     for part in range(2):

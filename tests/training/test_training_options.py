@@ -1,6 +1,5 @@
 """What can be asked of the trainer: adapters, averages, packing, other targets, guards, and what it forecasts."""
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -26,8 +25,10 @@ from transformers import (
     TorchAoConfig,
     TrainingArguments,
 )
+from transformers.integrations import liger
 
 from hf_eagle3 import Eagle3Trainer
+from hf_eagle3.kernels.fusion import FusedElements
 from hf_eagle3.tensor_parallel import find_peers
 from hf_eagle3.training import new_drafter
 from hf_eagle3.training.data.packing import pack
@@ -237,18 +238,16 @@ def test_a_stream_is_no_data_set(target, tmp_path):
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_liger_kernels_are_for_the_target_in_place_of_ours(target, rows, tmp_path, monkeypatch, asked):
-    given, ours = [], []
-    monkeypatch.setattr("hf_eagle3.training.trainer.apply_liger_kernel", lambda *args: given.append(args))
-    fused = type("Fused", (contextlib.nullcontext,), {"__init__": lambda self, target: ours.append(target)})
-    monkeypatch.setattr("hf_eagle3.training.states.online.FusedElements", fused)
+    given = []
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda *args: given.append(args))
     options = {"use_liger_kernel": asked, "liger_kernel_config": {"rope": False}}
-    Eagle3Trainer(make_drafter(target), target, args=make_args(tmp_path, **options), train_dataset=rows)
+    trainer = Eagle3Trainer(make_drafter(target), target, args=make_args(tmp_path, **options), train_dataset=rows)
     assert [(model is target, config) for model, config in given] == [(True, {"rope": False})] * asked
-    assert [model is target for model in ours] == [True] * (not asked)
+    assert isinstance(trainer._source._kernels, FusedElements) != asked
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-def test_a_quantised_target_teaches(target, rows, tmp_path):
+def test_a_quantised_target_trains_a_drafter(target, rows, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     target.save_pretrained(tmp_path / "target")
@@ -368,9 +367,9 @@ class RecordedStates:
         self.asked = []
 
     def states(self, batch):
-        self.asked += batch["documents"]
-        assert len(batch["documents"]) == len(batch["lengths"])
-        parts = [self._kept[i] for i in batch["documents"]]
+        self.asked += batch.documents
+        assert len(batch.documents) == len(batch.lengths)
+        parts = [self._kept[i] for i in batch.documents]
         return type(parts[0])(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
@@ -550,10 +549,10 @@ def test_resuming_another_recipe_is_refused(target, rows, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert read_recipe(checkpoint)["ttt_steps"] == 3
 
-    def resume(drafter=None, data=None, teacher=None, **changes):
+    def resume(drafter=None, data=None, other=None, **changes):
         Eagle3Trainer(
             model=make_drafter(target) if drafter is None else drafter,
-            target_model=target if teacher is None else teacher,
+            target_model=target if other is None else other,
             args=make_args(tmp_path, max_steps=3, **changes),
             train_dataset=rows if data is None else data,
         ).train(resume_from_checkpoint=str(checkpoint))
@@ -569,7 +568,7 @@ def test_resuming_another_recipe_is_refused(target, rows, tmp_path):
     with torch.no_grad():
         other_target.lm_head.weight.mul_(1.1)
     with pytest.raises(ValueError, match="teacher was"):
-        resume(teacher=other_target)
+        resume(other=other_target)
     with pytest.raises(ValueError, match="draft_vocabulary was"):
         resume(drafter=new_drafter(target, torch.arange(1, 41)))
     resume(loss_type="cross_entropy", ignore_recipe_mismatch=True)
@@ -622,17 +621,18 @@ def test_losses_that_steer_themselves_resume_exactly(target, rows, tmp_path, los
         assert (whole._mean_alpha > 0).all()
 
 
-def test_recomputing_activations_changes_nothing(target, rows, tmp_path, monkeypatch):
-    from hf_eagle3.training.step import ttt
-
-    calls = []
-    original = ttt.checkpoint
-    monkeypatch.setattr(ttt, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
-    results = []
+def test_recomputing_activations_changes_nothing(target, rows, tmp_path):
+    results, calls = [], {}
     for recomputed in (False, True):
-        trainer = train(target, rows, tmp_path, **{RECOMPUTE: recomputed})
+        drafter, calls[recomputed] = make_drafter(target), 0
+
+        def count(*_, recomputed=recomputed):
+            calls[recomputed] += 1
+
+        drafter.layers[0].self_attn.o_proj.register_forward_hook(count)
+        trainer = train(target, rows, tmp_path, drafter, **{RECOMPUTE: recomputed})
         results.append(weights_of(trainer.model))
-        assert bool(calls) == recomputed
+    assert calls[True] == 2 * calls[False] > 0
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, msg=name)
 

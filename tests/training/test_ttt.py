@@ -1,6 +1,7 @@
 """TTT against a literal simulation of serving, and the supervision table."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,14 +25,14 @@ from transformers import (
 
 from hf_eagle3.drafters.unroll import live_slots, shift, unroll
 from hf_eagle3.rows.attention import UnfitError
-from hf_eagle3.training.states.online import OnlineStates, States, group_by_length
-from hf_eagle3.training.step import batch as batch_module
-from hf_eagle3.training.step import ttt as ttt_module
+from hf_eagle3.training.states.online import OnlineStates, group_by_length
 from hf_eagle3.training.step.acceptance import walk
-from hf_eagle3.training.step.batch import live_steps
-from hf_eagle3.training.step.losses import LOSSES, Lesson
-from hf_eagle3.training.step.target_head import DraftVocabulary, TargetHead
-from hf_eagle3.training.step.ttt import Method, teach_chunk, ttt, unroll_rows
+from hf_eagle3.training.step.batch import SquareRule, States, live_steps
+from hf_eagle3.training.step.head_loss import LossChunk, Method, chunk_loss
+from hf_eagle3.training.step.losses import LOSSES, TargetStep
+from hf_eagle3.training.step.target_head import TILE, DraftVocabulary, TargetHead
+from hf_eagle3.training.step.ttt import ttt
+from hf_eagle3.training.step.unroll_rows import unroll_rows
 
 pytestmark = pytest.mark.any_release
 
@@ -110,8 +111,8 @@ def test_the_slots_that_train():
     mask = np.array([0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1], dtype=bool)
     assert live_steps(mask, [11, 2], 3).tolist() == [0, 3, 2, 1, 0, 0, 0, 2, 1, 0, 0, 0, 0]
     batch = batch_of(*several_rows(), steps=3)
-    starts = np.cumsum([0, *batch["lengths"][:-1]])
-    ours = {(int(slot), t) for slot, n in zip(batch["rows"], batch["depth"], strict=True) for t in range(int(n))}
+    starts = np.cumsum([0, *batch.lengths[:-1]])
+    ours = {(int(slot), t) for slot, n in zip(batch.rows, batch.depth, strict=True) for t in range(int(n))}
     theirs = set()
     for start, (_, mask) in zip(starts, several_rows(), strict=True):
         live = live_slots(torch.tensor([mask], dtype=torch.bool), 3)[:, 0]
@@ -122,15 +123,15 @@ def test_the_slots_that_train():
 def twin(drafter, batch, aux, steps):
     """[k, R, H]: what the eager twin says of the same slots, document by document."""
     outs, start = [], 0
-    for length in batch["lengths"]:
-        ids = batch["input_ids"][None, start : start + length]
+    for length in batch.lengths:
+        ids = batch.input_ids[None, start : start + length]
         outs.append(torch.cat(list(unroll(drafter, ids, aux[None, start : start + length], steps))))  # [k, T, H]
         start += length
-    return torch.cat(outs, dim=1)[:, batch["rows"]]
+    return torch.cat(outs, dim=1)[:, batch.rows]
 
 
 def live_of(batch, steps):
-    return batch["depth"] > torch.arange(steps)[:, None]
+    return batch.depth > torch.arange(steps)[:, None]
 
 
 @pytest.mark.parametrize("every_slot", [False, True])
@@ -140,13 +141,13 @@ def test_flat_rows_are_what_the_twin_computes(target, exact_norms, variant, ever
     drafter = make(target, **VARIANTS[variant])
     several = drafter.config.num_hidden_layers > 1
     batch = batch_of(*several_rows(), every_slot=every_slot or several)
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     live = live_of(batch, K)
     results = []
     for unrolled in (unroll_rows(drafter, batch, aux, K), twin(drafter, batch, aux, K)):
         drafter.zero_grad()
         torch.manual_seed(3)
-        weights = torch.randn(K, len(batch["rows"]), 32, dtype=torch.float64) * live[..., None]
+        weights = torch.randn(K, len(batch.rows), 32, dtype=torch.float64) * live[..., None]
         (unrolled * weights).sum().backward()
         grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
         results.append((unrolled.detach()[live], grads))
@@ -160,9 +161,9 @@ def test_flat_rows_are_what_the_twin_computes(target, exact_norms, variant, ever
 def test_wrong_rows_are_noticed(target, exact_norms):
     """Negative control: queries one slot late see what serving would not have."""
     drafter, batch = make(target), batch_of(*several_rows()[1:2])
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     right = twin(drafter, batch, aux, K)
-    batch["rows"] = batch["rows"] + 1
+    batch = replace(batch, rows=batch.rows + 1)
     wrong = unroll_rows(drafter, batch, aux, K)
     assert (wrong - right)[live_of(batch, K)].abs().max() > 1e-3
 
@@ -177,7 +178,7 @@ def test_latent_attention_is_unrolled_by_the_twin(target):
     }
     drafter = make(target, **latent)
     batch = batch_of(*several_rows(), every_slot=True)
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     with torch.no_grad():
         ours, theirs = unroll_rows(drafter, batch, aux, K), twin(drafter, batch, aux, K)
     torch.testing.assert_close(ours[live_of(batch, K)], theirs[live_of(batch, K)], atol=1e-5, rtol=0)
@@ -185,7 +186,7 @@ def test_latent_attention_is_unrolled_by_the_twin(target):
 
 def test_checkpointed_layers_have_the_same_gradients(target, exact_norms):
     drafter, batch = make(target).train(), batch_of(*several_rows())
-    aux = torch.randn(len(batch["input_ids"]), 96, dtype=torch.float64)
+    aux = torch.randn(len(batch.input_ids), 96, dtype=torch.float64)
     grads = []
     for checkpointed in (False, True):
         drafter.zero_grad()
@@ -198,17 +199,19 @@ def test_checkpointed_layers_have_the_same_gradients(target, exact_norms):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-def method(loss="forward_kl", steps=K, dtype=torch.float64):
+def method(loss="forward_kl", steps=K, dtype=torch.float64, **options):
     decay = 1.0 if LOSSES[loss].weighs_steps else 0.8
-    return Method(LOSSES[loss], decay ** torch.arange(steps, dtype=dtype), torch.full((steps,), 0.3, dtype=dtype))
+    return Method(
+        LOSSES[loss], decay ** torch.arange(steps, dtype=dtype), torch.full((steps,), 0.3, dtype=dtype), **options
+    )
 
 
-def run(drafter, target, batch, loss="forward_kl", steps=K, dtype=torch.float64, states=None):
+def run(drafter, target, batch, loss="forward_kl", steps=K, dtype=torch.float64, states=None, tile=TILE, **options):
     source = OnlineStates(target, drafter.bound_aux_layer_ids)
     states = source.states(batch) if states is None else states
-    vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
+    vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V, tile)
     states = States(*(x.to(dtype) for x in states))
-    return ttt(drafter, batch, states, source.head, vocabulary, method(loss, steps, dtype))
+    return ttt(drafter, batch, states, source.head, vocabulary, method(loss, steps, dtype, **options))
 
 
 def by_definition(loss, q, alpha, kl, best):
@@ -268,9 +271,8 @@ def reference(drafter, target, rows, loss, steps=K):
 
 @pytest.mark.parametrize("variant", slow_but(["3.1"], ["3", "3.1"]))
 @pytest.mark.parametrize("loss", LOSSES)
-def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, monkeypatch, loss, variant):
+def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, loss, variant):
     """Float64 to rounding; the float32 path within 1e-6 of it. In chunks of a few slots, across spans."""
-    monkeypatch.setattr(ttt_module, "CHUNK_ELEMENTS", 3 * K * V_D)
     # Weights as large as trained ones; larger ones magnify the rounding of float32.
     drafter, rows = make(target, noise=0.1, **VARIANTS[variant]), several_rows()
     wanted, sums = reference(drafter, target, rows, loss)
@@ -279,7 +281,7 @@ def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, mon
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
         drafter.zero_grad()
         drafter.to(dtype)
-        value, ours = run(drafter, target, batch_of(*rows), loss, dtype=dtype)
+        value, ours = run(drafter, target, batch_of(*rows), loss, dtype=dtype, chunk_elements=3 * K * V_D)
         value.backward()
         assert value.item() == pytest.approx(wanted.item(), rel=tolerance)
         assert ours.loss.double().tolist() == pytest.approx(sums["loss"].tolist(), rel=10 * tolerance)
@@ -292,7 +294,7 @@ def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, mon
     drafter.double()
 
 
-def a_lesson(ruled_out):
+def a_target_step(ruled_out):
     """Draft logits [K, C, V_d], what the target says [C+K-1, V_d] of the draft vocabulary, and its log-sum-exp and best.
 
     `ruled_out` [C+K-1, V_d] bool: logits of -inf.
@@ -317,7 +319,7 @@ def some_ruled_out(num_rows):
 def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
     """T-13: of a token with log p = -inf, the definition's sums have no term."""
     C = 5
-    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    logits, kept, lse, best = a_target_step(some_ruled_out(C + K - 1))
     logits.requires_grad_()
     wanted = torch.zeros(K, C, dtype=torch.float64)
     total = 0
@@ -340,7 +342,7 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
 
     shared = (kept - lse[:, None]).unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)
     live = torch.ones(K, C, dtype=torch.bool)
-    value, grad = LOSSES[loss].function(logits.detach(), Lesson(*shared, live, method(loss).mean_alpha))
+    value, grad = LOSSES[loss].function(logits.detach(), TargetStep(*shared, live, method(loss).mean_alpha))
     torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(grad, wanted_grad, atol=1e-12, rtol=1e-12)
 
@@ -349,9 +351,10 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
 def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
     ruled_out = some_ruled_out(5 + K - 1)
     ruled_out[3] = True
-    logits, kept, lse, best = a_lesson(ruled_out)
+    logits, kept, lse, best = a_target_step(ruled_out)
     live = torch.ones(K, 5, dtype=torch.bool)
-    *sums, _, grad = teach_chunk(logits, kept, lse, best, best.new_zeros(K, 5), live, method(loss), torch.ones(K))
+    chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, 5))
+    *sums, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
     assert all(x.isfinite().all() for x in (*sums, grad))
 
 
@@ -360,16 +363,17 @@ def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
 def test_what_does_not_train_may_be_anything(loss, value):
     """T-13: rows without a live step have no gradient and no part in the sums, and leave live steps alone."""
     C = 5
-    logits, kept, lse, best = a_lesson(some_ruled_out(C + K - 1))
+    logits, kept, lse, best = a_target_step(some_ruled_out(C + K - 1))
     depth = torch.tensor([K, 1, 0, 0, 0])
     live = torch.arange(K)[:, None] < depth
-    chunk = kept, lse, best, best.new_zeros(K, C), live, method(loss), torch.ones(K, dtype=torch.float64)
-    wanted = teach_chunk(logits, *chunk)
+    chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, C))
+    options = live, method(loss), torch.ones(K, dtype=torch.float64)
+    wanted = chunk_loss(chunk, *options)
     assert wanted[-1][live].abs().sum() > 0
     strange = logits.clone()
     strange[~live] = torch.where(torch.arange(V_D) % 2 == 0, value, logits[~live])
     kept[K:] = value  # what only dead slots and steps read
-    found = teach_chunk(strange, *chunk)
+    found = chunk_loss(chunk._replace(logits=strange), *options)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     assert (found[-1][~live] == 0).all()
@@ -383,11 +387,11 @@ def test_hits_and_paths_along_the_data(target):
     outputs = twin(drafter, batch, states.aux_hidden_states, K)
     ids = drafter.draft_to_target_ids.tolist()
     path, whole = torch.zeros(K).double(), 0
-    for r, (slot, depth) in enumerate(zip(batch["rows"].tolist(), batch["depth"].tolist(), strict=True)):
+    for r, (slot, depth) in enumerate(zip(batch.rows.tolist(), batch.depth.tolist(), strict=True)):
         product = 1.0
         for t in range(depth):
             q = drafter.compute_logits(outputs[t, r]).softmax(-1)
-            token = int(batch["input_ids"][slot + 2 + t])
+            token = int(batch.input_ids[slot + 2 + t])
             assert bool(sums.hits[t, r]) == (ids[int(q.argmax())] == token)
             p = target.lm_head(states.last_hidden_states[slot + 1 + t]).softmax(-1)[token]
             product *= min(1.0, float(q[ids.index(token)].detach() / p)) if token in ids else 0.0
@@ -416,12 +420,8 @@ def test_nothing_to_train_still_touches_every_weight(target):
     assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
 
 
-def test_no_row_of_the_vocabulary_outlives_its_tile(target, monkeypatch):
+def test_no_row_of_the_vocabulary_outlives_its_tile(target):
     """T-18: the largest tensor of heads and loss is a chunk, whatever the number of slots."""
-    from hf_eagle3.training.step import target_head
-
-    monkeypatch.setattr(ttt_module, "CHUNK_ELEMENTS", 2 * K * V_D)
-    monkeypatch.setattr(target_head, "TILE", 8)
     drafter = make(target, draft_vocab_size=31)
     batch = batch_of(*[row for seed in range(6) for row in several_rows(seed)])
     states = OnlineStates(target, drafter.bound_aux_layer_ids).states(batch)
@@ -438,12 +438,12 @@ def test_no_row_of_the_vocabulary_outlives_its_tile(target, monkeypatch):
             return out
 
     with Watch():
-        run(drafter, target, batch, states=states)
-    assert len(batch["rows"]) > 50
-    assert max(widest) <= 31 * 32 < len(batch["rows"]) * K * 31  # a chunk, or the head transposed; not a step
+        run(drafter, target, batch, states=states, tile=8, chunk_elements=2 * K * V_D)
+    assert len(batch.rows) > 50
+    assert max(widest) <= 31 * 32 < len(batch.rows) * K * 31  # a chunk, or the head transposed; not a step
 
 
-def test_lesson_is_not_trained(target):
+def test_the_target_is_not_trained(target):
     drafter = make(target)
     loss, _ = run(drafter, target, batch_of(*several_rows()), steps=2)
     loss.backward()
@@ -471,9 +471,9 @@ def test_states_of_a_batch_are_those_of_each_document_alone(family, packs):
     batch = batch_of(*several_rows())
     states = OnlineStates(model, (1, 3, 5), max_tokens=30, packs=packs).states(batch)
     start = 0
-    for length in batch["lengths"]:
+    for length in batch.lengths:
         here = slice(start, start + length)
-        out = model.model(batch["input_ids"][None, here], output_hidden_states=True)
+        out = model.model(batch.input_ids[None, here], output_hidden_states=True)
         aux = torch.cat([out.hidden_states[i][0] for i in (1, 3, 5)], dim=-1)
         torch.testing.assert_close(states.aux_hidden_states[here], aux, atol=1e-5, rtol=0)
         torch.testing.assert_close(states.last_hidden_states[here], out.last_hidden_state[0], atol=1e-5, rtol=0)
@@ -490,21 +490,20 @@ def test_attention_that_is_not_plain_does_not_pack():
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(500, 450), (9, 40, 21)], ids=["squares", "ragged"])
 @pytest.mark.parametrize("variant", ["3", "3.1", "concat norm", "qk norm"])
-def test_a_fused_step_in_half_precision_comes_near(target, variant, lengths, monkeypatch):
+def test_a_fused_step_in_half_precision_comes_near(target, variant, lengths):
     """Kernels, compiled functions and packed matrices of a GPU, against float64: gradients as near as bfloat16 gets."""
-    monkeypatch.setattr(batch_module, "MIN_SQUARE", 512)
     drafter = make(target, noise=0.1, **VARIANTS[variant])
     rng = np.random.default_rng(0)
     rows = [(rng.integers(0, V, n), [0] * 3 + [1] * (n - 3)) for n in lengths]
-    flat = batch_of(*rows)
-    assert (flat["spans"].squares is None) == (len(lengths) == 3)
+    flat = batch_of(*rows, squares=SquareRule(min_side=512))
+    assert (flat.spans.squares is None) == (len(lengths) == 3)
     wanted, _ = run(drafter, target, flat)
     (3 * wanted).backward()
     grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
     states = OnlineStates(target, drafter.bound_aux_layer_ids).states(flat)
     drafter.zero_grad()
     drafter.float().cuda()
-    there = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in flat.items()}
+    there = flat.to("cuda")
     states = States(*(x.to("cuda", torch.bfloat16) for x in states))
     head = TargetHead(target.lm_head.weight.detach().to("cuda", torch.bfloat16), None, V)
     vocabulary = DraftVocabulary(drafter.draft_to_target_ids, V)
@@ -523,7 +522,7 @@ def test_a_fused_step_in_half_precision_comes_near(target, variant, lengths, mon
 def test_packing_is_found_out_on_a_gpu():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, dtype=torch.bfloat16)).to("cuda", torch.bfloat16).eval()
     source = OnlineStates(model, (1, 3, 5))
-    batch = {k: v.cuda() if hasattr(v, "cuda") else v for k, v in batch_of(*several_rows()).items()}
+    batch = batch_of(*several_rows()).to("cuda")
     packed = source.states(batch)
     assert source._packs
     apart = OnlineStates(model, (1, 3, 5), packs=False).states(batch)
@@ -564,21 +563,18 @@ def test_the_head_gives_the_targets_own_logits(family):
     states = source.states(batch)
     assert (source.head.weight is None) == (family == "surprise")
     ids = torch.tensor([3, 50, 7, 8, 30])  # not ascending, as some publish it
-    said = source.head.say(states.last_hidden_states, DraftVocabulary(ids, V))
-    logits = torch.cat([model(x[None]).logits[0] for x in batch["input_ids"].split(batch["lengths"])])
-    torch.testing.assert_close(said.kept - said.lse[:, None], logits.log_softmax(-1)[:, ids], atol=2e-5, rtol=1e-4)
-    assert torch.equal(said.best, logits.argmax(-1))
+    found = source.head.logits(states.last_hidden_states, DraftVocabulary(ids, V))
+    logits = torch.cat([model(x[None]).logits[0] for x in batch.input_ids.split(batch.lengths)])
+    torch.testing.assert_close(found.kept - found.lse[:, None], logits.log_softmax(-1)[:, ids], atol=2e-5, rtol=1e-4)
+    assert torch.equal(found.best, logits.argmax(-1))
 
 
-def test_tiles_of_the_head_are_one_vocabulary(monkeypatch):
-    from hf_eagle3.training.step import target_head
-
+def test_tiles_of_the_head_are_one_vocabulary():
     torch.manual_seed(0)
     head, last = TargetHead(torch.randn(V, 16), None, V), torch.randn(7, 16)
     ids = torch.tensor([0, 3, 7, 8, 30, 59])
-    whole = head.say(last, DraftVocabulary(ids, V))
-    monkeypatch.setattr(target_head, "TILE", 8)
-    tiled = head.say(last, DraftVocabulary(ids, V))
+    whole = head.logits(last, DraftVocabulary(ids, V))
+    tiled = head.logits(last, DraftVocabulary(ids, V, tile=8))
     torch.testing.assert_close(tiled.kept - tiled.lse[:, None], whole.kept - whole.lse[:, None])
     assert torch.equal(tiled.best, whole.best)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...modeling.text_eagle3 import parse_json
-from .files import append_rows, read_whole_lines
+from .files import Append, append_rows, read_whole_lines
 from .prompts import Prompt
 
 AT_ONCE = 256  # prompts whose rows are written together
@@ -32,10 +32,10 @@ def read_answers(path: Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
             row = None
         if not isinstance(row, dict) or not all(type(row.get(key)) is kind for key, kind in WRITTEN.items()):
             raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
-        asked = row["prompt_id"]
-        if not 0 <= asked < len(prompts) or row["prompt_fingerprint"] != prompts[asked].fingerprint:
+        prompt_id = row["prompt_id"]
+        if not 0 <= prompt_id < len(prompts) or row["prompt_fingerprint"] != prompts[prompt_id].fingerprint:
             raise ValueError(
-                f"{path} has an answer in line {number} to another prompt than number {asked} of these. Give the prompts "
+                f"{path} has an answer in line {number} to another prompt than number {prompt_id} of these. Give the prompts "
                 "it was begun with (more may follow them), or a new file."
             )
         rows.append(row)
@@ -77,7 +77,7 @@ def next_share(path: Path) -> int:
     return 1 + max((int(share.name[prefix:].split(".")[0]) for share in find_shares(path)), default=-1)
 
 
-def gather_shares(path: Path, prompts: Sequence[Prompt], num_done: int) -> list[int]:
+def gather_shares(path: Path, prompts: Sequence[Prompt], num_done: int, append: Append = append_rows) -> list[int]:
     """Move answers from the shares of `path` to `path`, which answers the first `num_done` of `prompts`, in order.
 
     Each share is in order by itself. Shares of which nothing is left are deleted; all stay while something is.
@@ -100,7 +100,7 @@ def gather_shares(path: Path, prompts: Sequence[Prompt], num_done: int) -> list[
 
     ready: Iterable[Answer] = next_in_order()
     while chunk := list(itertools.islice(ready, AT_ONCE)):
-        append_rows(path, itertools.chain.from_iterable(chunk))
+        append(path, itertools.chain.from_iterable(chunk))
         num_done += len(chunk)
     if not ahead:
         for share in shares:

@@ -1,4 +1,4 @@
-"""Whether a row says anything: what its keys hold, looked at before a template, which would write tables as Python does."""
+"""Checks of the values in a row, before a template, which would write tables as Python does."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,14 +32,14 @@ def check_row(row: Any) -> None:  # Any: whatever a file or a data set has in th
 
 
 def check_messages(entries: Sequence[Any]) -> None:
-    """Raise unless each of `entries` has a role that is known and says text.
+    """Raise unless each of `entries` has a known role and text.
 
     Raises:
         ValueError: One has not, or does not.
     """
     for number, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not ("role" in entry or "from" in entry):
-            return  # which is said by who reads it
+            return  # the reader of the row raises for it
         role = first_of(entry, "role", "from")
         if not isinstance(role, str):
             raise ValueError(f"Message {number} has the unknown role {show(role)}; known are {', '.join(ROLES)}.")
@@ -57,7 +57,7 @@ def first_of(entry: Mapping[str, Any], *keys: str) -> Any:  # whatever stands th
 
 
 def check_tools(tools: Any) -> None:  # Any: whatever stands in the row
-    """Raise unless `tools` are a list of tables, any of it in JSON, as data sets store what has no fixed columns.
+    """Raise unless `tools` are a list of tables, any of it in JSON, as data sets store values without fixed columns.
 
     Raises:
         ValueError: They are not.
@@ -70,8 +70,8 @@ def check_tools(tools: Any) -> None:  # Any: whatever stands in the row
             raise ValueError(f"tools[{i}] must be a table, got {show(tool)}.")
 
 
-def read_text(value: Any, name: str) -> Any:  # whatever stands in the row, or its text says
-    """`value`, or what it says in JSON.
+def read_text(value: Any, name: str) -> Any:  # any value, or the value of its JSON
+    """`value`, or the value of its JSON text.
 
     Raises:
         ValueError: It is text and no JSON.

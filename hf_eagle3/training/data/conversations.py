@@ -4,15 +4,15 @@ A request reaches an engine as JSON, so absent keys are absent there, and the en
 which are JSON text, before it renders them. Data sets keep that text, and those in Arrow have null for every key that
 another row has.
 
-Roles are mapped by a table. An unknown one is an error: taken for the assistant's, it would teach the drafter to propose
-what the target never says, such as a tool's output.
+Roles are mapped by a table. An unknown one is an error: taken for the assistant's, it would train the drafter on
+text that the target never generates, such as a tool's output.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-Message = dict[str, Any]  # `role`, and what the chat template knows: content, reasoning_content, tool_calls, ...
+Message = dict[str, Any]  # `role`, and keys of the chat template: content, reasoning_content, tool_calls, ...
 
 ROLES = {
     "system": "system",
@@ -28,7 +28,7 @@ ROLES = {
 
 
 class Conversation(NamedTuple):
-    """What the chat template is given for one row."""
+    """The arguments of the chat template for one row."""
 
     messages: list[Message]
     first_supervised: int = 0  # assistant turns before this message are history only
@@ -63,7 +63,7 @@ def read_tools(tools: Any) -> list[Any] | None:
     Raises:
         ValueError: They are neither.
     """
-    tools = read_json_text(tools, "tools")  # as data sets store what has no fixed columns
+    tools = read_json_text(tools, "tools")  # as data sets store values without fixed columns
     if not tools:
         return None
     if not isinstance(tools, (list, tuple)):

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,7 +20,7 @@ def open_rows(path: Path, mode: str) -> IO[str]:
 
 
 class DataError(ValueError):
-    """Rows or settings that cannot be used: says which file, which line or row, and which key. One line."""
+    """Rows or settings that cannot be used. The message is one line, with file, line or row, and key."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -42,7 +42,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class FileRow(dict[str, Any]):
-    """A row, and where it is from, for whoever finds something wrong with it."""
+    """A row and its place, for error messages."""
 
     place: str  # file and line
 
@@ -70,6 +70,10 @@ def read_rows(path: Path) -> Iterator[FileRow]:
             row = FileRow(row)
             row.place = f"{path}, line {number}"
             yield row
+
+
+# Adds rows to a file, as `append_rows` does.
+Append = Callable[[Path, Iterable[Mapping[str, Any]]], None]
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

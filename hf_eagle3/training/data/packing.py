@@ -1,4 +1,4 @@
-"""Several documents in one row, so that rows of a batch are of like length."""
+"""Several documents in one row, so that rows of a batch have similar lengths."""
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Rows(Protocol):
 class PackedDataset(Dataset):
     """Rows of at most `max_length` tokens, each of one or more rows of `rows`; whole documents, in their own order.
 
-    Documents do not see one another: `lengths` says where each ends.
+    Documents do not see one another: `lengths` has the length of each.
     """
 
     def __init__(self, rows: Rows, max_length: int):
@@ -43,7 +43,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     A longer one than `capacity` is alone in its bin. Bins come in the order of their first index.
     """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left of a bin and which it is, ascending
+    room: list[tuple[int, int]] = []  # the room left in a bin, and its index, ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(room, (lengths[i], -1))
         if at == len(room):

@@ -1,4 +1,4 @@
-"""Training rows as a person can check them: text with what is supervised set off, and the numbers of a data set."""
+"""Training rows for a person to check: text with the supervised tokens set off, and the numbers of a data set."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ def format_row(row: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase
     parts = []
     for start, end in itertools.pairwise(edges):
         text = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = escape_controls(text)  # what the row says moves no cursor; our own colours are put around it
+        text = escape_controls(text)  # a row's text must not move the cursor; our own colours are put around it
         if color:
             # Line by line, so that the colour does not run to the terminal's edge, nor into a pager's next line.
             code = SUPERVISED if mask[start] else PLAIN
@@ -46,7 +46,7 @@ def num_spans(mask: np.ndarray) -> int:
 
 
 def describe_dataset(dataset: TokenDataset, vocab_size: int) -> str:
-    """The numbers of `dataset`, a line each: rows, tokens, and what a draft vocabulary would cover."""
+    """The numbers of `dataset`, a line each: rows, tokens, and the coverage of draft vocabularies."""
     counts = dataset.counts
     rows = [dataset[i] for i in range(len(dataset))]
     tokens = sum(len(row["input_ids"]) for row in rows)

@@ -27,12 +27,12 @@ from .rendering import MARKER, ChatRenderer, find_end
 
 logger = logging.get_logger(__name__)
 
-MAX_PROMPT_TOKENS = 512  # of a prompt that the target makes up; a longer one is dropped
-TRIES = 8  # times as many prompts as asked for are drawn at most
+MAX_PROMPT_TOKENS = 512  # the longest prompt that the target may make up; longer ones are dropped
+TRIES = 8  # the most prompts that are drawn for each wanted one
 
 
 class Prompt(NamedTuple):
-    """What to ask: `messages`, and after each answer the next of `later`."""
+    """A prompt to answer: `messages`, and after each answer the next of `later`."""
 
     messages: list[Message]  # ends with the user's
     later: tuple[str, ...] = ()
@@ -41,21 +41,21 @@ class Prompt(NamedTuple):
 
     @property
     def user_texts(self) -> list[str]:
-        """All that the user says."""
-        said = [content_text(message.get("content")) for message in self.messages if message["role"] == "user"]
-        return [text for text in said if text] + list(self.later)
+        """All texts of the user."""
+        texts = [content_text(message.get("content")) for message in self.messages if message["role"] == "user"]
+        return [text for text in texts if text] + list(self.later)
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same prompt: what a file of answers is compared by when it is gone on with."""
-        asked = json.dumps([self.messages, self.later, self.tools], sort_keys=True)
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        """A digest of the prompt, to compare a file of answers with when a run goes on."""
+        facts = json.dumps([self.messages, self.later, self.tools], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a JSONL file: rows with `messages` (or `conversations`), `prompt` or `turns`.
 
-    Stored answers at a conversation's end are not used: the user's messages are asked again, one after the other.
+    Stored answers at a conversation's end are not used: the user's messages are answered anew, one after the other.
 
     Raises:
         DataError: A row is no prompt; the message names the line.
@@ -121,12 +121,12 @@ def hash_text(text: str) -> str:
 
 
 def exclude(prompts: Iterable[Prompt], unwanted: Iterable[Prompt], *, dedupe: bool = False) -> list[Prompt]:
-    """`prompts` without those in which the user says anything that is said in `unwanted`.
+    """`prompts` without those that share a text of the user with `unwanted`.
 
     Args:
         prompts: To choose from; order is kept.
         unwanted: Eval prompts.
-        dedupe: Keep the first only of prompts in which the user says the same.
+        dedupe: Keep only the first of prompts with the same texts of the user.
     """
     forbidden = {hash_text(text) for prompt in unwanted for text in prompt.user_texts}
     seen: set[tuple[str, ...]] = set()
@@ -144,10 +144,10 @@ def exclude(prompts: Iterable[Prompt], unwanted: Iterable[Prompt], *, dedupe: bo
 
 
 class UserSlot(NamedTuple):
-    """Where the template puts what the user says."""
+    """The place of the user's text in the template."""
 
-    before: str  # what the target reads to write it
-    after: str  # what ends it, without the blanks around
+    before: str  # the target's prompt to write it
+    after: str  # the text that ends it, without blanks around
 
 
 def find_user_slot(renderer: ChatRenderer) -> UserSlot:
@@ -195,7 +195,7 @@ def make_prompts(
         known: Not to be made up again.
         temperature: Above 0, or all would be the same.
         batch_size: Written side by side.
-        seed: Of the sampling.
+        seed: The seed of the sampling.
         team: Processes that write side by side, with a target each. All must call, and get the same prompts.
     """
     if temperature <= 0:
@@ -217,13 +217,9 @@ def make_prompts(
     ):
         helped = decode_plainly(target)
         while len(texts) < count and num_drawn < most:
-            new: list[str] = []
             num_rows = min(batch_size, -(-(count - len(texts)) // team.size))
             drawn = team.gather(_draw_prompts(target, renderer, slot, num_rows, temperature, helped))
-            for text in itertools.chain.from_iterable(drawn):
-                if text and hash_text(text) not in seen and len(texts) + len(new) < count:
-                    seen.add(hash_text(text))
-                    new.append(text)
+            new = _take_new(itertools.chain.from_iterable(drawn), seen, count - len(texts))
             num_drawn += num_rows * team.size
             if team.rank == 0:
                 append_rows(path, ({"prompt": text, "source": "self"} for text in new))
@@ -237,6 +233,16 @@ def make_prompts(
     return [Prompt([{"role": "user", "content": text}], source="self") for text in texts]
 
 
+def _take_new(drawn: Iterable[str], seen: set[str], most: int) -> list[str]:
+    """At most `most` texts of `drawn` whose hashes are not in `seen`, where they are added."""
+    new: list[str] = []
+    for text in drawn:
+        if text and hash_text(text) not in seen and len(new) < most:
+            seen.add(hash_text(text))
+            new.append(text)
+    return new
+
+
 def _draw_prompts(
     target: PreTrainedModel,
     renderer: ChatRenderer,
@@ -245,7 +251,7 @@ def _draw_prompts(
     temperature: float,
     helped: Mapping[str, Any],
 ) -> list[str]:
-    """`count` texts; empty ones for what did not end."""
+    """`count` texts; empty for those that did not end."""
     tokenizer = renderer.tokenizer
     ends = {*renderer.terminators, *eos_token_ids(target)}
     if (after := renderer.encode(slot.after)) and after[0] in tokenizer.all_special_ids:
@@ -273,7 +279,7 @@ def _draw_prompts(
 
 
 def eos_token_ids(target: PreTrainedModel) -> list[int]:
-    """What ends the target's turns."""
+    """The tokens that end the target's turns."""
     ends = target.generation_config.eos_token_id
     return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 

@@ -25,7 +25,7 @@ from ...host.undrafted import decode_plainly
 from ...modeling.text_eagle3 import parse_json, show
 from .answer_shards import count_answered, find_shares, gather_shares, name_share, next_share
 from .conversations import Message
-from .files import DataError, append_rows, keep_lines, read_whole_lines
+from .files import Append, DataError, append_rows, keep_lines, read_whole_lines
 from .prompts import Prompt, eos_token_ids, seeded
 from .rendering import ChatRenderer, Turn, find_end, merge_turns
 
@@ -59,7 +59,7 @@ class Sampling:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def options(self, temperature: float) -> dict[str, Any]:
-        """What `generate` is given for `temperature`."""
+        """The options of `generate` for `temperature`."""
         if temperature == 0:
             return {"do_sample": False}
         given = {"top_p": self.top_p, "top_k": self.top_k}
@@ -77,15 +77,15 @@ class Dialogue:
     messages: list[Message]
     turns: list[Turn] = field(default_factory=list)
     finishes: list[str] = field(default_factory=list)  # stop or length, of each turn
-    text: str = ""  # what `turns` says so far, rendered
+    text: str = ""  # the turns so far, rendered
     is_done: bool = False
 
     def next_prompt(self, renderer: ChatRenderer) -> list[int]:
-        """What the target reads to answer next."""
+        """The token ids of the next prompt."""
         rendered = renderer.render(self.messages, tools=self.prompt.tools, add_generation_prompt=True)
         ids, so_far = renderer.encode(rendered), self.turns[-1].input_ids if self.turns else []
         if ids[: len(so_far)] != so_far and rendered.startswith(self.text):
-            # The same text in other tokens: the target sampled what the tokenizer would not have written.
+            # The same text in other tokens: the target sampled tokens that the tokenizer would not choose.
             kept = so_far + renderer.encode(rendered[len(self.text) :])
             if renderer.tokenizer.decode(kept) == renderer.tokenizer.decode(ids):
                 ids = kept
@@ -93,21 +93,21 @@ class Dialogue:
         return ids
 
     def add(self, prompt_ids: list[int], new_ids: list[int], *, is_ended: bool, renderer: ChatRenderer) -> None:
-        """Take an answer, and ask the next question if there is one."""
+        """Add an answer, and the next question if there is one."""
         self.turns.append(Turn(prompt_ids + new_ids, len(prompt_ids), len(prompt_ids) + len(new_ids)))
         self.finishes.append("stop" if is_ended else "length")
         self.text += renderer.tokenizer.decode(new_ids, skip_special_tokens=False)
         answer = read_answer(new_ids[:-1] if is_ended else new_ids, renderer)
-        num_asked = len(self.turns)
-        # An answer that was cut, or that is none, is nothing to go on from.
-        self.is_done = num_asked > len(self.prompt.later) or not is_ended or not answer.strip()
+        num_answered = len(self.turns)
+        # A dialogue cannot go on from an answer that was cut, or is empty.
+        self.is_done = num_answered > len(self.prompt.later) or not is_ended or not answer.strip()
         if not self.is_done:
-            question = self.prompt.later[num_asked - 1]
+            question = self.prompt.later[num_answered - 1]
             self.messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
 def read_answer(ids: Sequence[int], renderer: ChatRenderer) -> str:
-    """What the target says to the user with `ids`: what follows the last special token, as of a final channel."""
+    """The target's answer to the user in `ids`: the text after the last special token, such as a final channel."""
     special = set(renderer.tokenizer.all_special_ids)
     start = max((i + 1 for i, token in enumerate(ids) if token in special), default=0)
     return renderer.tokenizer.decode(list(ids[start:]), skip_special_tokens=False)
@@ -123,18 +123,22 @@ def regenerate(
     drafter: PreTrainedModel | None = None,
     target_name: str = "",
     team: Team | None = None,
+    window: int = WINDOW,
+    append: Append = append_rows,
 ) -> None:
-    """Answer `prompts` into the JSONL file `path`, in their order; what is answered already is left as it is.
+    """Answer `prompts` into the JSONL file `path`, in their order; answers that it has are kept.
 
     Args:
         target: The model that answers.
         renderer: Its chat template.
-        prompts: What to ask.
-        path: Gets rows with `input_ids`, `loss_mask` and where they come from; `PATH.meta.json` says how they were made.
+        prompts: The prompts to answer.
+        path: Gets rows with `input_ids`, `loss_mask` and where they come from; `PATH.meta.json` gets the settings.
         sampling: How to answer.
         drafter: Drafts for `target`: the same distribution, sooner. Without one, our loop decodes plainly where it can.
         target_name: For the record.
         team: Processes that answer each a share of the prompts, with a target each. All must call.
+        window: Batches whose prompts are sorted by length together, for less padding.
+        append: Adds rows to a file.
 
     Raises:
         ValueError: `path` holds answers to other prompts, or made otherwise.
@@ -143,36 +147,42 @@ def regenerate(
     if not prompts:
         raise ValueError("Nothing to answer: no prompt is left.")
     team = team or Team(target.device, is_alone=True)
-    begun = _go_on(path, prompts, renderer, sampling, target_name) if team.rank == 0 else None
-    asked, first_share = team.gather(begun)[0]  # after this, nobody reads what another writes
-    num_done, title, seed = len(prompts) - len(asked), "answers", sampling.seed + len(prompts) - len(asked)
+    begun = _go_on(path, prompts, renderer, sampling, target_name, append) if team.rank == 0 else None
+    left, first_share = team.gather(begun)[0]  # after this, no process reads a file of another
+    num_done, title, seed = len(prompts) - len(left), "answers", sampling.seed + len(prompts) - len(left)
     is_shared = team.size > 1 or bool(find_shares(path))
     place = path
-    if is_shared:  # as nobody waits for another, answers come out of order
+    if is_shared:  # processes do not wait for one another, so answers come out of order
         place = name_share(path, first_share + team.rank)
         title = f"answers of process 1 of {team.size}"
         seed = random.Random(f"{sampling.seed} {num_done} {first_share + team.rank}").getrandbits(63)
-    own = asked[team.rank :: team.size]
+    own = left[team.rank :: team.size]
     with (
         tqdm(total=len(own), desc=title, unit=" prompts", disable=team.rank > 0) as progress,
         seeded(target, seed),
     ):
         helped = decode_plainly(target) if drafter is None else {"assistant_model": drafter}
-        _answer(target, renderer, prompts, own, place, sampling, helped, progress)
+        size = window * sampling.batch_size
+        _answer(target, renderer, prompts, own, place, sampling, helped, progress, size, append)
     team.wait()
     if is_shared and team.rank == 0:
-        gather_shares(path, prompts, count_answered(path, prompts)[1])
+        gather_shares(path, prompts, count_answered(path, prompts)[1], append)
 
 
 def _go_on(
-    path: Path, prompts: Sequence[Prompt], renderer: ChatRenderer, sampling: Sampling, target_name: str
+    path: Path,
+    prompts: Sequence[Prompt],
+    renderer: ChatRenderer,
+    sampling: Sampling,
+    target_name: str,
+    append: Append,
 ) -> tuple[list[int], int]:
-    """Put what was written before in order: the numbers of `prompts` that are left, and of the first new share."""
+    """Put earlier answers in order. Returns the numbers of `prompts` that are left, and that of the first new share."""
     _keep_record(path, renderer, sampling, target_name)
     num_lines, num_done = count_answered(path, prompts)
     if keep_lines(path, num_lines):
         logger.warning(f"{path} ends in the middle of a prompt's rows; going on before them.")
-    left = gather_shares(path, prompts, num_done)
+    left = gather_shares(path, prompts, num_done, append)
     return left, next_share(path)
 
 
@@ -183,11 +193,13 @@ def _answer(
     numbers: Sequence[int],
     path: Path,
     sampling: Sampling,
-    helped: Mapping[str, Any],  # what `generate` gets to be faster
+    helped: Mapping[str, Any],  # options of `generate` that make it faster
     progress: tqdm,
+    size: int,  # prompts that are sorted by length together
+    append: Append,
 ) -> None:
     """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
-    num_tokens, start, size = 0, time.perf_counter(), WINDOW * sampling.batch_size
+    num_tokens, start = 0, time.perf_counter()
 
     def on_batch(num_new: int, num_done: int) -> None:
         nonlocal num_tokens
@@ -200,7 +212,7 @@ def _answer(
         for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, helped, on_batch):
             answered, window = window[: len(groups)], window[len(groups) :]
             rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
-            append_rows(path, rows)
+            append(path, rows)
 
 
 def _answer_in_order(
@@ -213,7 +225,7 @@ def _answer_in_order(
 ) -> Iterator[list[list[Dialogue]]]:
     """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done.
 
-    `on_batch` hears after each batch how many tokens were generated, and how many more prompts are done.
+    `on_batch` is called after each batch with the numbers of new tokens and of newly finished prompts.
     """
     groups = [
         [
@@ -226,9 +238,9 @@ def _answer_in_order(
     num_given = num_done = 0
     while num_given < len(groups):
         waiting = [dialogue for group in groups[num_given:] for dialogue in group if not dialogue.is_done]
-        asked = [(dialogue, dialogue.next_prompt(renderer)) for dialogue in waiting]
-        asked.sort(key=lambda item: (item[0].temperature, len(item[1])))
-        for temperature, of_one in itertools.groupby(asked, key=lambda item: item[0].temperature):
+        unanswered = [(dialogue, dialogue.next_prompt(renderer)) for dialogue in waiting]
+        unanswered.sort(key=lambda item: (item[0].temperature, len(item[1])))
+        for temperature, of_one in itertools.groupby(unanswered, key=lambda item: item[0].temperature):
             same = list(of_one)
             for i in range(0, len(same), sampling.batch_size):
                 batch = same[i : i + sampling.batch_size]
@@ -250,7 +262,7 @@ def generate_rows(
     temperature: float,
     helped: Mapping[str, Any],
 ) -> list[tuple[list[int], bool]]:
-    """What `target` adds to each of `prompts`, its end of turn included, and whether it came to one."""
+    """The answer of `target` to each of `prompts`, its end of turn included, and whether it has one."""
     ends = eos_token_ids(target)
     width = max(map(len, prompts))
     pad = ends[0] if ends else 0
@@ -270,7 +282,7 @@ def generate_rows(
     )
     rows = []
     for ids in out[:, width:].tolist():
-        end = find_end(ids, 0, ends)  # what follows is padding, often by the same token
+        end = find_end(ids, 0, ends)  # padding follows, often with the same token
         rows.append((ids[:end], end is not None))
     return rows
 
@@ -279,7 +291,7 @@ def generate_rows(
 
 
 def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
-    """A row for each dialogue, or several where the template rewrites what was said."""
+    """A row for each dialogue, or several where the template rewrites earlier turns."""
     rows: list[dict[str, Any]] = []
     for dialogue in dialogues:
         for row in merge_turns(dialogue.turns):
@@ -300,7 +312,7 @@ def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any
 
 
 def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_name: str) -> None:
-    """Write how the rows of `path` are made beside it, or compare with what is written there.
+    """Write the settings of `path` beside it, or compare them with those that are there.
 
     Raises:
         ValueError: The file was begun otherwise.

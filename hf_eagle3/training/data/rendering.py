@@ -1,9 +1,9 @@
 """Which tokens of a conversation the target would have generated, found by rendering it with the chat template.
 
-There is no list of templates. What a turn's prompt is, the template says itself (`add_generation_prompt=True`); what
-the target adds to it is what the rendering has more once the turn is there. Turns share a row as long as the template
-renders earlier ones as they were generated; where it rewrites them, as reasoning templates do that drop earlier
-thinking, each turn gets a row of its own, with the history as it was served.
+There is no list of templates. The template itself gives a turn's prompt (`add_generation_prompt=True`). The target's
+answer is the text that the rendering gains with the turn. Turns share a row as long as the template renders earlier
+ones as they were generated. Reasoning templates that drop earlier thinking rewrite them: then each turn gets a row of
+its own, with the history as it was served.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversations import Conversation, Message, content_text, part_texts, read_messages
 
-# Short conversations that a template is tried with.
+# Short conversations to try a template with.
 USER: Message = {"role": "user", "content": "x"}
 CALL_ID = "abcdefghi"  # nine letters, as Mistral's templates ask for
 CALL_ARGUMENTS = {"x": "y"}
@@ -37,7 +37,7 @@ PROBES: Mapping[str, tuple[list[Message], Mapping[str, Any], list[Message]]] = {
     "tool": ([USER, CALL], RESULT, []),
     "ipython": ([USER, CALL], RESULT, []),
 }
-DATE = datetime.date(2026, 1, 1)  # what a template that asks for the date gets: the same in every run
+DATE = datetime.date(2026, 1, 1)  # today's date for templates: the same in every run
 MARKER = "\ue000turn\ue001"  # private use: no template and no scaffold begins like it
 THOUGHT = "\ue002thought\ue003"  # the same, for reasoning
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -67,7 +67,7 @@ class TokenRow(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One assistant turn after its prompt: `input_ids[start:end]` is what the target generates."""
+    """One assistant turn after its prompt: the target generates `input_ids[start:end]`."""
 
     input_ids: list[int]
     start: int
@@ -121,7 +121,7 @@ class ChatRenderer:
             raise ValueError(f"The chat template cannot render the roles {roles}: {error}") from error
 
     def _apply(self, messages: Sequence[Message], *, tools: list[Any] | None = None, **kwargs: Any) -> str:
-        """What the template makes of `messages` as they are."""
+        """The rendering of `messages` as they are."""
         template = self.tokenizer.get_chat_template(None, tools=tools)
         if "strftime_now" in template:
             template = _date_macro(self.date) + template
@@ -129,7 +129,7 @@ class ChatRenderer:
             list(messages), tools=tools, chat_template=template, tokenize=False, **kwargs
         )
 
-    # ---- what the template wants ----
+    # ---- the template's conventions ----
 
     def _as_served(self, message: Message) -> Message:
         """`message` as engines give it to this template: content in parts as one text where it wants text.
@@ -175,7 +175,7 @@ class ChatRenderer:
         return as_text is not None and as_text != as_object
 
     def _try(self, messages: Sequence[Message]) -> str | None:
-        """What the template makes of `messages`; None if it raises."""
+        """The rendering of `messages`; None if the template raises."""
         try:
             return self._apply(messages, **self.template_kwargs)
         except (TemplateError, TypeError):
@@ -186,7 +186,7 @@ class ChatRenderer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def find_turn(self, conversation: Conversation, number: int) -> Turn:
-        """What the target generates as message `number` of `conversation`, which is the assistant's.
+        """The text that the target generates as message `number` of `conversation`, an assistant's.
 
         Raises:
             ValueError: The renderings without and with the message do not show where its prompt ends.
@@ -199,7 +199,7 @@ class ChatRenderer:
         prompt_ids, ids = self.encode(before), self.encode(through)
         start = len(prompt_ids)
         if ids[:start] != prompt_ids:
-            # The tokenizer joins the prompt's end with what follows. The target, when it answers, reads the prompt alone.
+            # The tokenizer joins the prompt's end with the answer's beginning. The target reads the prompt alone.
             joined, ids = ids, prompt_ids + self.encode(through[len(before) :])
             if self.tokenizer.decode(ids) != self.tokenizer.decode(joined):
                 raise ValueError(
@@ -228,7 +228,7 @@ class ChatRenderer:
         )
 
     def _after_scaffold(self, conversation: Conversation, number: int, before: str, through: str) -> str:
-        """What the target generates after `before`, whose end (`<think>`, say) the rendering `through` does not repeat."""
+        """The target's text after `before`, whose end (such as `<think>`) the rendering `through` does not repeat."""
         message = conversation.messages[number]
         thoughts = {key: THOUGHT for key in REASONING_KEYS if message.get(key)}
         with_markers = {**message, **_like(message, MARKER), **thoughts}
@@ -272,7 +272,7 @@ class ChatRenderer:
         if [message["role"] for message in messages[number + 1 : number + 2]] == ["tool"]:
             longer = self._render_part(conversation, number + 2)
             rest = longer[len(through) :] if longer.startswith(through) else ""
-        else:  # without thoughts, which the template may leave out of what is history then
+        else:  # without thoughts, which the template may leave out of history
             exchange = [{"role": role, **_like(messages[number], MARKER)} for role in ("assistant", "user")]
             parts = self._render_part(
                 conversation._replace(messages=[*messages[:number], *exchange]), number + 2
@@ -283,18 +283,18 @@ class ChatRenderer:
 
     @staticmethod
     def _check_answer(message: Message, number: int, text: str) -> None:
-        """Raise ValueError if the template left out of `text` what the assistant says."""
+        """Raise ValueError if `text` lacks a part of the assistant's message."""
         content = content_text(message.get("content"))
-        said = [content.strip().split("\n")[-1]]
-        said += [str(message[key]).strip().split("\n")[-1] for key in REASONING_KEYS if message.get(key)]
-        said += [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
-        if missing := [part for part in said if part not in text]:
+        parts = [content.strip().split("\n")[-1]]
+        parts += [str(message[key]).strip().split("\n")[-1] for key in REASONING_KEYS if message.get(key)]
+        parts += [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
+        if missing := [part for part in parts if part not in text]:
             raise ValueError(
                 f"Turn {number}: the chat template leaves out {missing[0]!r:.80} of the answer; it writes {text!r:.80}. So this "
                 "is not what the target said. The template may know no thinking or no tools, or not as they are given here, or "
                 "content only in parts ([{'type': 'text', 'text': ...}])."
             )
-        if not any(said):
+        if not any(parts):
             raise ValueError(f"Turn {number}: the answer is empty. Leave it out.")
 
     def _end_of_unterminated(self, ids: Sequence[int], start: int) -> int:

@@ -27,15 +27,15 @@ MAX_ID = np.iinfo(np.int32).max
 
 @dataclass
 class DataCounts:
-    """What became of the rows that a `TokenDataset` was given."""
+    """Counts of the rows that a `TokenDataset` was given."""
 
     num_read: int = 0  # rows as given
     num_made: int = 0  # token rows made of them: a conversation whose history is rewritten gives one a turn
-    num_left_out: int = 0  # of these, without two generated tokens in a row within max_length
-    num_cut: int = 0  # of these, longer than max_length
+    num_left_out: int = 0  # those without two generated tokens in a row within max_length
+    num_cut: int = 0  # those longer than max_length
     num_cut_tokens: int = 0
     num_turns: int = 0  # assistant turns in text
-    num_unterminated: int = 0  # of these, without a token that ends the target's turns
+    num_unterminated: int = 0  # those without a token that ends the target's turns
 
 
 class TokenDataset(Dataset):

@@ -1,8 +1,8 @@
-"""The draft vocabulary: which of the target's tokens the drafter can propose, and how much of its text they are."""
+"""The draft vocabulary: the target's tokens that the drafter can propose, and their share of its text."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 SIZES = (8_000, 16_000, 32_000, 64_000)
 GOOD_COVERAGE = 0.98  # warned about below
 MIN_COVERAGE = 0.90  # refused below
-FEW_TOKENS = 1_000_000  # a count over fewer says little about tokens it has not seen
+FEW_TOKENS = 1_000_000  # fewer give no good estimate of the share of unseen tokens
 
 
 class Coverage(NamedTuple):
@@ -47,13 +47,13 @@ def count_by_source(dataset: TokenDataset, vocab_size: int) -> dict[str, Tensor]
 
 
 def measure_coverage(counts: Tensor, sizes: Sequence[int] = SIZES, ranking: Tensor | None = None) -> Coverage:
-    """What share of `counts` [V] the most frequent tokens have, for each of `sizes` below V, and for V.
+    """The share of the most frequent tokens in `counts` [V], for each of `sizes` below V, and for V.
 
     Args:
-        counts: Of supervised tokens.
+        counts: [V] counts of supervised tokens.
         sizes: Sizes of draft vocabularies.
-        ranking: [V] counts that say which are the most frequent; `counts` by default. With the counts of all data
-            here, it says how well one source is covered by a vocabulary chosen on all.
+        ranking: [V] counts by which tokens are ranked; `counts` by default. With the counts of all data here, the
+            result is the coverage of one source by a vocabulary chosen on all.
     """
     order = (counts if ranking is None else ranking).sort(descending=True, stable=True).indices
     cumulated = counts[order].cumsum(0)  # [V]
@@ -96,7 +96,7 @@ def check_coverage(counts: Tensor, ids: Tensor, min_coverage: float, advice: str
     """Say how many of the supervised tokens, `counts` [V], the draft vocabulary `ids` [V_d] is.
 
     Raises:
-        ValueError: They are less than `min_coverage` (a share); `advice` says what else to do.
+        ValueError: They are less than `min_coverage` (a share); `advice` ends the message.
     """
     covered = counts[ids].sum().item() / max(counts.sum().item(), 1)
     logger.info(f"Draft vocabulary: {len(ids)} of {len(counts)} tokens cover {covered:.2%} of the supervised tokens.")
@@ -114,3 +114,10 @@ def vocabulary_fingerprint(draft_to_target_ids: Tensor, vocab_size: int) -> str:
     """A sha256 over V, V_d and the ids [V_d]: two drafters with one fingerprint mean the same by each draft id."""
     ids = draft_to_target_ids.detach().cpu().to(torch.int64).numpy()
     return hashlib.sha256(f"{vocab_size},{len(ids)}:".encode() + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def end_tokens(target: Any) -> list[int]:  # Any: a target, or its stand-in
+    """The tokens that end a text of `target`."""
+    settings = getattr(target, "generation_config", None) or target.config
+    ends = getattr(settings, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

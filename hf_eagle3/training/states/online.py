@@ -1,9 +1,9 @@
-"""The target's hidden states of a batch: what a drafter reads, and what the target's head reads."""
+"""The target's hidden states of a batch, computed by the target: those that a drafter reads, and those that its head reads."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +16,29 @@ from ...kernels.fusion import FusedElements
 from ...recorder import StateRecorder, find_layers
 from ...rows.attention import UnfitError
 from ...tensor_parallel import is_spread
-from ..step.batch import Batch
+from ..step.batch import Batch, States
 from ..step.target_head import TargetHead
 from .packed import attending_by_documents
 
 logger = logging.get_logger(__name__)
 
-MAX_DIFFERENCE = 0.05  # of states, relative: far above rounding, far below a document that sees another
-MAX_PADDING = 0.1  # of the tokens of one target forward
+MAX_DIFFERENCE = 0.05  # relative, between states: far above rounding, far below the effect of seeing another document
+MAX_PADDING = 0.1  # share of padding in one target forward
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LENGTH_STEP = 128  # on a GPU rows are padded to a multiple of it: cuDNN plans its attention once for each shape
 
 
-class States(NamedTuple):
-    """Of the N tokens of a flat batch."""
-
-    aux_hidden_states: Tensor  # [N, A*Ht], at the drafter's boundaries, ascending
-    last_hidden_states: Tensor  # [N, Ht], after the final norm: what the head reads; [N, V] if `head` takes logits
-
-
 class StateSource(Protocol):
-    """Where hidden states come from."""
+    """A source of hidden states."""
 
     @property
     def head(self) -> TargetHead:
-        """What reads the last hidden states."""
+        """The head that reads the last hidden states."""
         ...
 
     @property
     def target(self) -> PreTrainedModel:
-        """What a drafter binds to: `config`, `get_input_embeddings()`, `get_output_embeddings()`."""
+        """The model that a drafter binds to: `config`, `get_input_embeddings()`, `get_output_embeddings()`."""
         ...
 
     def states(self, batch: Batch) -> States:
@@ -56,15 +49,15 @@ class StateSource(Protocol):
 class OnlineStates:
     """The frozen target, run over each batch.
 
-    Documents run end to end where the target's attention can be told to keep them apart. Else those of like length run
-    side by side, padded on the right without a mask: causal attention never looks there.
+    Documents run end to end where the target's attention can keep them apart. Otherwise documents of similar length run
+    side by side, padded on the right without a mask: causal attention never reads the padding.
 
     Args:
         target: Any decoder of the host.
         aux_layer_ids: Boundaries, as the bound drafter has them.
-        max_tokens: Of one forward, padding included; a longer document runs alone.
+        max_tokens: Tokens of one forward, padding included; a longer document runs alone.
         use_kernels: Norms, rotary embeddings and gated MLPs of a 16-bit target on a GPU as kernels of ours, where they
-            agree with its own. Not of a target that processes share.
+            agree with its own. A target that processes share keeps its own.
         packs: Whether documents go end to end through the target; by default where its attention is plain, on a GPU in 16
             bits, and a trial gives the same states.
     """
@@ -91,19 +84,22 @@ class OnlineStates:
         """The target that runs."""
         return self._target
 
-    @torch.no_grad()
     def states(self, batch: Batch) -> States:
-        """Run the target over the documents of `batch`.
+        """Run the target over the documents of `batch`."""
+        return self.run(batch.split_documents(), batch.input_ids.device)
 
-        On a GPU it has a stream of its own that waits for nothing: the target of this batch runs beside what is still to
-        do for the last one, such as the optimiser's step.
+    @torch.no_grad()
+    def run(self, documents: Sequence[Tensor], device: torch.device) -> States:
+        """Run the target over `documents`, each [T] int64 on the host; the states are on `device`.
+
+        On a GPU the target has a stream of its own that waits for nothing, so it runs beside the rest of the last step,
+        such as the optimiser's update.
         """
-        device = batch["input_ids"].device
         if not self._runs_beside(device):
-            return self._states(batch, device)
+            return self._states(documents, device)
         self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
-            states = self._states(batch, device)
+            states = self._states(documents, device)
         main = torch.cuda.current_stream(device)
         main.wait_stream(self._stream)
         for x in states:
@@ -112,13 +108,11 @@ class OnlineStates:
 
     def _runs_beside(self, device: torch.device) -> bool:
         devices = set(getattr(self._target, "hf_device_map", {}).values())
-        # On two streams, what processes that share the target send one another could go out in different orders.
+        # On two streams, messages between processes that share the target could go out in different orders.
         is_here = self._target.device == device and len(devices) <= 1
         return device.type == "cuda" and is_here and not self._is_shared
 
-    def _states(self, batch: Batch, device: torch.device) -> States:
-        lengths = batch["lengths"]
-        documents = torch.from_numpy(batch["tokens"]).split(lengths)
+    def _states(self, documents: Sequence[Tensor], device: torch.device) -> States:
         if not self._is_checked:
             self._check_target(documents[0][None, :64].to(self._target.device))
         if self._packs is None:
@@ -145,7 +139,7 @@ class OnlineStates:
         return aux, last
 
     def _run_packed(self, documents: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """The same, documents end to end: no padding, and one forward for as many as `max_tokens` holds."""
+        """The same with documents end to end: no padding, and one forward for up to `max_tokens`."""
         aux, last, there = [], [], self._target.device
         for part in _parts([len(document) for document in documents], self._max_tokens):
             here = documents[part]
@@ -200,10 +194,10 @@ class OnlineStates:
     def _check_target(self, row: Tensor) -> None:
         """Try the target on `row` [1, T].
 
-        Where its head applied from outside gives other logits, they are taken as the target gives them from now on.
+        If its head, applied from outside, gives other logits, the target's own logits are used from now on.
 
         Raises:
-            ValueError: What it says of a token depends on later ones.
+            ValueError: Its logits at a token depend on later tokens.
         """
         self._is_checked = True
         with sdpa_kernel(KERNELS, set_priority=True):
@@ -258,7 +252,7 @@ def rotates_by_length(target: PreTrainedModel) -> bool:
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = MAX_PADDING) -> Iterator[list[int]]:
-    """Documents to run side by side: as many as fit, as long as padding is no larger share than `max_padding`."""
+    """Groups of documents to run side by side: as many as fit, with at most `max_padding` as the share of padding."""
     group: list[int] = []
     used = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

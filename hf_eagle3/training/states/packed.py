@@ -1,7 +1,7 @@
 """Several documents through a target in one forward, end to end, each attending to itself alone.
 
-Registered with the host's `AttentionInterface` under a name that has no mask function, so no [N, N] mask is built. Where
-documents end is known to the attention function through a context, since the host's layers would not hand it on.
+Registered with the host's `AttentionInterface` under a name that has no mask function, so no [N, N] mask is built. The ends
+of the documents reach the attention function through a context, since the host's layers do not pass them on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def attend_documents(
     scaling: float | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
-    **kwargs: Any,  # Any: what else the host hands to every attention function
+    **kwargs: Any,  # Any: other arguments that the host gives every attention function
 ) -> tuple[Tensor, None]:  # [1, N, Hq, D]
     """Causal attention within each document, and within the window."""
     documents, name, window = RUNNING.get(), type(module).__name__, kwargs.get("sliding_window")

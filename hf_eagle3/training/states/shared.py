@@ -11,13 +11,13 @@ import torch
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from ..step.batch import Batch
+from ..step.batch import Batch, States
 from ..step.target_head import TargetHead
-from .online import OnlineStates, States
+from .online import OnlineStates
 
 
 class SharedStates:
-    """The states of each process's own rows. All that share the target must call equally often.
+    """The states of each process's own rows. All processes that share the target must call equally often.
 
     Args:
         source: Runs the target.
@@ -40,11 +40,11 @@ class SharedStates:
     def states(self, batch: Batch) -> States:
         """Run the target over the documents of `batch` and over those of the others."""
         everyones: list[Any] = [None] * self._peers.size()
-        own = {name: batch[name] for name in ("tokens", "lengths")}
-        torch.distributed.all_gather_object(everyones, own, group=self._peers)
+        torch.distributed.all_gather_object(everyones, (batch.tokens, batch.lengths), group=self._peers)
+        device = batch.input_ids.device
         kept: States | None = None
-        for rank, documents in enumerate(everyones):
-            states = self._source.states({**documents, "input_ids": batch["input_ids"]})  # whose device is asked for
+        for rank, (tokens, lengths) in enumerate(everyones):
+            states = self._source.run(torch.from_numpy(tokens).split(lengths), device)
             if rank == self._peers.rank():
                 kept = states
         assert kept is not None  # a process is among its peers

@@ -1,17 +1,10 @@
-"""Running a target over a dataset and writing its hidden states to a folder; `stored_states.py` reads it.
+"""Running a target over a dataset and writing its hidden states to a folder; `stored.py` reads it."""
 
-What goes where is planned before anything is written, from the lengths and masks alone. So the size is known
-beforehand, and a run that goes on writes the very files that the first one would have written.
-"""
-
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,17 +13,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...modeling import Eagle3DrafterModel
 from ..data.token_rows import TokenDataset, check_token_ids
-from ..loading import end_tokens
+from ..data.vocabulary import end_tokens
 from ..locks import only_writer
-from .online import OnlineStates
-from .stored import (
+from .folder import (
     AUX,
     DOCUMENTS,
     HEAD,
@@ -40,12 +32,18 @@ from .stored import (
     SCHEMA,
     StoredStatesError,
     digest,
+    file_names,
     fingerprint,
+    fingerprint_data,
     fingerprint_weights,
     read_manifest,
     shard_name,
     stored_positions,
 )
+from .head_check import check_head_on_sample, refuse_head_without_weight
+from .online import OnlineStates
+from .plan import StoredSize, format_bytes, free_bytes, plan_shards
+from .stored_target import head_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -53,78 +51,9 @@ BOUNDARIES = (
     "i: the input of layer i, which is the host's hidden_states[i]; the number of layers: the output of the last one, "
     "before the final norm; one more: after it; none at all: after the final norm"
 )
-SAMPLE, SAMPLE_TOKENS, SAMPLE_POSITIONS = 16, 8192, 256  # of the check: documents, tokens, positions of one
-MAX_LEFT_OUT = 0.01  # of the documents: those whose states are not finite
-AGREEMENT = 0.999  # of positions where the head on the stored state says what the target says
+MAX_LEFT_OUT = 0.01  # the largest share of documents whose states are not finite
 TMP = ".tmp"
 PACKAGES = ("hf-eagle3", "torch", "transformers", "safetensors")
-
-
-@dataclass(frozen=True)
-class StoredSize:
-    """What storing a dataset's states takes."""
-
-    num_documents: int
-    num_tokens: int
-    num_aux: int  # tokens whose aux states are stored
-    num_last: int  # tokens whose last hidden state is stored
-    aux_bytes: int  # of one token
-    last_bytes: int
-    other_bytes: int  # ids, masks, index, head and embeddings
-
-    @property
-    def total_bytes(self) -> int:
-        """Of the whole folder."""
-        return self.num_aux * self.aux_bytes + self.num_last * self.last_bytes + self.other_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_documents} documents of {self.num_tokens} tokens take {format_bytes(self.total_bytes)}: aux states "
-            f"of {self.num_aux} tokens at {self.aux_bytes} bytes, last states of {self.num_last} at {self.last_bytes}, and "
-            f"{format_bytes(self.other_bytes)} of ids, head and embeddings"
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which document goes where."""
-
-    lengths: np.ndarray  # [D]
-    num_aux: np.ndarray  # [D]
-    num_last: np.ndarray  # [D]
-    shards: np.ndarray  # [D], ascending
-
-    @property
-    def num_shards(self) -> int:
-        """How many files of states."""
-        return int(self.shards[-1]) + 1
-
-    def members(self, shard: int) -> range:
-        """The documents of a shard."""
-        first, end = np.searchsorted(self.shards, [shard, shard + 1])
-        return range(int(first), int(end))
-
-    def starts(self, counts: np.ndarray) -> np.ndarray:
-        """[D] the first row of each document in its shard, of `counts` [D] rows each."""
-        before = np.cumsum(counts) - counts
-        return before - before[np.searchsorted(self.shards, self.shards)]
-
-
-def plan_shards(dataset: TokenDataset, aux_bytes: int, last_bytes: int, shard_size: int) -> Plan:
-    """Documents in order, into shards of up to `shard_size` bytes; a larger document has a shard to itself."""
-    counts = np.zeros((3, len(dataset)), dtype=np.int64)
-    shards = np.zeros(len(dataset), dtype=np.int64)
-    shard = used = 0
-    for i in range(len(dataset)):
-        row = dataset[i]
-        positions = stored_positions(np.asarray(row["loss_mask"], dtype=bool))
-        counts[:, i] = len(row["input_ids"]), positions[-1] if len(positions) else 0, len(positions)
-        size = counts[1, i] * aux_bytes + counts[2, i] * last_bytes
-        if used and used + size > shard_size:
-            shard, used = shard + 1, 0
-        shards[i] = shard
-        used += size
-    return Plan(lengths=counts[0], num_aux=counts[1], num_last=counts[2], shards=shards)
 
 
 def default_aux_layer_ids(target: PreTrainedModel) -> tuple[int, ...]:
@@ -148,14 +77,14 @@ class StateWriter:
     Args:
         target: Any decoder of the host whose head is a linear layer.
         dataset: Rows with `input_ids` and `loss_mask`, or with `messages`; as the trainer takes them.
-        folder: Where to; new, empty, or of an interrupted run with the same arguments, which then goes on.
+        folder: A new or empty folder, or that of an interrupted run with the same arguments, which then goes on.
         drafter_or_aux_layer_ids: A drafter that fits the target, or ascending boundaries, as
             `Eagle3DrafterConfig.aux_layer_ids` has them. None: those of a new drafter.
         tokenizer: The target's; needed for `messages`. Its fingerprint is stored.
         max_length: Longer rows are cut on the right, unless `dataset` is a `TokenDataset`.
         chat_template_kwargs: For the chat template of every row, such as `{"enable_thinking": False}`.
-        dtype: Of the stored states; the target's own if None.
-        shard_size: Bytes a file.
+        dtype: The dtype of the stored states; the target's own if None.
+        shard_size: The most bytes of a file.
         batch_tokens: Tokens of one forward of the target, padding included.
 
     Raises:
@@ -189,10 +118,9 @@ class StateWriter:
             raise ValueError(f"shard_size and batch_tokens must be at least 1, got {shard_size} and {batch_tokens}.")
         self._shard_size, self._batch_tokens = shard_size, batch_tokens
         self._boundaries = self._resolve(drafter_or_aux_layer_ids)
-        self._head = _head_tensors(target)
+        self._head = head_tensors(target)
         self._source = OnlineStates(target, self._boundaries, batch_tokens)
-        if self._source.head.weight is None:
-            self._refuse_head()
+        refuse_head_without_weight(self._source)
         self._aux_bytes = max(1, len(self._boundaries)) * self._text.hidden_size * self._dtype.itemsize
         self._plan = plan_shards(self._dataset, self._aux_bytes, self._last_bytes, shard_size)
 
@@ -215,7 +143,7 @@ class StateWriter:
 
     @property
     def _last_size(self) -> int:
-        """What the head reads, which may be narrower than the layers (OPT 350M)."""
+        """The width of the head's input, which may be narrower than the layers (OPT 350M)."""
         head = self._source.head.weight
         return self._text.hidden_size if head is None else head.shape[-1]
 
@@ -236,16 +164,9 @@ class StateWriter:
             )
         return ids
 
-    def _refuse_head(self) -> None:
-        raise ValueError(
-            f"The head of {type(self._target).__name__} is more than a plain linear layer over the last hidden states, so "
-            f"logits of its whole vocabulary ({self._text.vocab_size} a token) would have to be stored. Train with the target "
-            "in the loop instead (Eagle3Trainer with target_model)."
-        )
-
     @property
     def size(self) -> StoredSize:
-        """What it takes on disk, all in all."""
+        """The size of everything on disk."""
         plan = self._plan
         head = sum(tensor.numel() * tensor.element_size() for tensor in self._head.values())
         return StoredSize(
@@ -259,26 +180,26 @@ class StateWriter:
         )
 
     def run(self) -> Path:
-        """Write what is not there yet. Returns the folder.
+        """Write the files that are missing. Returns the folder.
 
         Raises:
             StoredStatesError: The folder has states of something else.
             FileExistsError: The folder has other things in it.
             FolderInUseError: Another run writes to it.
             OSError: The disk is too small, or became full; what is written is kept, and can be gone on from.
-            ValueError: States that are not finite, or with which the head does not say what the target says.
+            ValueError: States that are not finite, or on which the head does not give the target's argmax.
         """
         with ExitStack() as stack:
             if self._folder.is_dir():
                 stack.enter_context(only_writer(self._folder))
             manifest = self._begin()
-            names = [DOCUMENTS, HEAD, *(shard_name(i, self._plan.num_shards) for i in range(self._plan.num_shards))]
+            names = file_names(self._plan.num_shards)
             todo = {name for name in names if not self._is_there(name, manifest["files"].get(name))}
             if not todo:
                 logger.info(f"{self._folder} is complete.")
                 return self._folder
             self._check_space(todo)
-            self._check_sample()
+            check_head_on_sample(self._source, self._dataset, self._plan.lengths, self._dtype)
             if not self._folder.is_dir():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(self._folder))
@@ -301,7 +222,7 @@ class StateWriter:
     # ---- before writing ----
 
     def _begin(self) -> dict[str, Any]:
-        """The manifest to go on with: that of the folder if it has one, which must be of the same states."""
+        """The manifest to go on with: the folder's if it has one, which must describe the same states."""
         ours = self._manifest()
         if not self._folder.exists() or not any(self._folder.iterdir()):
             return ours
@@ -383,43 +304,10 @@ class StateWriter:
                 "there. Store fewer or shorter rows, in bfloat16, or give a folder on a larger disk."
             )
 
-    @torch.no_grad()
-    def _check_sample(self) -> None:
-        """Compare what the head says of states as they will be stored with what the target says."""
-        right = total = 0
-        tokens = 0
-        for i in np.argsort(self._plan.lengths, kind="stable")[:SAMPLE]:
-            row = self._dataset[int(i)]
-            tokens += len(row["input_ids"])
-            if total and tokens > SAMPLE_TOKENS:
-                break
-            ids = torch.from_numpy(np.asarray(row["input_ids"], dtype=np.int64)).to(self._target.device)
-            positions = torch.from_numpy(stored_positions(np.asarray(row["loss_mask"], dtype=bool))[:SAMPLE_POSITIONS])
-            positions = positions.to(ids.device)
-            last = self._source.states(
-                {"input_ids": ids, "tokens": ids.cpu().numpy(), "lengths": [len(ids)]}
-            ).last_hidden_states
-            if self._source.head.weight is None:
-                self._refuse_head()
-            ours = torch.cat([tile for _, tile in self._source.head.tiles(last[positions].to(self._dtype))], dim=-1)
-            logits = self._target(input_ids=ids[None], use_cache=False, logits_to_keep=positions).logits[0]
-            theirs = logits[:, : ours.shape[1]].to(ours.dtype)
-            said = theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]
-            rounding = 2 * torch.finfo(self._dtype).eps * theirs.abs().amax(-1)
-            is_known = theirs.isfinite().all(-1)  # documents that are not finite are found later, one by one
-            right += int(((said >= theirs.amax(-1) - rounding) & is_known).sum())  # of two that tie, either is right
-            total += int(is_known.sum())
-        if right < AGREEMENT * total:
-            raise ValueError(
-                f"The head of {type(self._target).__name__} on its last hidden states in {self._dtype} says what the target says "
-                f"at {right} of {total} sampled positions, expected {AGREEMENT:.1%}. Store them in the target's own dtype, "
-                f"{self._target.dtype}; if they are, please report it with the target's name."
-            )
-
     # ---- writing ----
 
     def _write(self, name: str, write: Callable[[Path], Any], todo: Collection[str]) -> None:
-        """A file that is there whole or not at all."""
+        """Write a file so that it is there whole or not at all."""
         path = self._folder / name
         temporary = path.with_name(name + TMP)
         try:
@@ -447,7 +335,7 @@ class StateWriter:
         todo: Collection[str],
         left_out: Sequence[int] = (),
     ) -> None:
-        """A file, and its line in the manifest: in this order, so that what is listed is whole."""
+        """Write a file, then its entry in the manifest, so that every listed file is whole."""
         self._write(name, lambda path: save_file(tensors, path), todo)
         path = self._folder / name
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
@@ -508,7 +396,7 @@ class StateWriter:
         return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
 
     def _shard(self, members: range, bar: tqdm) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """The states of consecutive documents, one behind the other, and those that are not finite, with where."""
+        """The states of consecutive documents, one behind the other, and the place in each document that is not finite."""
         plan, width = self._plan, self._last_size
         aux = torch.empty(int(plan.num_aux[members].sum()), self._aux_bytes // self._dtype.itemsize, dtype=self._dtype)
         last = torch.empty(int(plan.num_last[members].sum()), width, dtype=self._dtype)
@@ -517,9 +405,8 @@ class StateWriter:
         for window in self._windows(members):
             rows = [self._dataset[i] for i in window]
             lengths = [len(row["input_ids"]) for row in rows]
-            ids = torch.from_numpy(np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows]))
-            here = ids.to(self._target.device)
-            states = self._source.states({"input_ids": here, "tokens": ids.cpu().numpy(), "lengths": lengths})
+            ids = [torch.from_numpy(np.asarray(row["input_ids"], dtype=np.int64)) for row in rows]
+            states = self._source.run(ids, self._target.device)
             parts = zip(states.aux_hidden_states.split(lengths), states.last_hidden_states.split(lengths), strict=True)
             for i, row, (aux_part, last_part) in zip(window, rows, parts, strict=True):
                 positions = torch.from_numpy(stored_positions(np.asarray(row["loss_mask"], dtype=bool)))
@@ -535,7 +422,7 @@ class StateWriter:
         return {AUX: aux, LAST: last}, left_out
 
     def _windows(self, members: range) -> Iterator[range]:
-        """Consecutive documents of about four forwards, so that those of like length can go side by side."""
+        """Consecutive documents of about four forwards, so that similar lengths can run side by side."""
         first, used = members.start, 0
         for i in members:
             length = int(self._plan.lengths[i])
@@ -562,54 +449,9 @@ def store_states(
     return StateWriter(target, dataset, folder, drafter_or_aux_layer_ids, **options).run()
 
 
-def _head_tensors(target: PreTrainedModel) -> dict[str, Tensor]:
-    """The target's embeddings, and its head where that is not the same."""
-    embeddings, head = target.get_input_embeddings().weight.detach(), target.get_output_embeddings()
-    if embeddings.is_meta:
-        raise ValueError(
-            "The target's embeddings are offloaded (device 'meta') and cannot be stored. Load it with them on a device."
-        )
-    tensors = {"embed_tokens.weight": embeddings}
-    if isinstance(head, nn.Linear):
-        if head.weight.data_ptr() != embeddings.data_ptr():
-            tensors["lm_head.weight"] = head.weight.detach()
-        if head.bias is not None:
-            tensors["lm_head.bias"] = head.bias.detach()
-    return tensors
-
-
-def fingerprint_data(dataset: TokenDataset) -> str:
-    """SHA-256 of ids and masks."""
-    total = hashlib.sha256()
-    for i in range(len(dataset)):
-        row = dataset[i]
-        total.update(len(row["input_ids"]).to_bytes(8, "little"))
-        total.update(np.asarray(row["input_ids"], dtype="<i4").tobytes())
-        total.update(np.asarray(row["loss_mask"], dtype=bool).tobytes())
-    return total.hexdigest()
-
-
 def installed_version(package: str) -> str | None:
     """The version of an installed package; None for one that runs from its sources."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder that need not be there yet."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def format_bytes(count: int) -> str:
-    """Like 32.8 GB, in powers of a thousand."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -1,4 +1,4 @@
-"""Acceptance lengths of greedy chain drafting, read off greedy text without decoding it."""
+"""Acceptance lengths of greedy chain drafting, computed from greedy text without decoding it."""
 
 import itertools
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Walk(NamedTuple):
-    """Rounds along a text, and what each depth accepted."""
+    """Rounds along a text, and the acceptances at each depth."""
 
     rounds: int
     accepted: np.ndarray  # [K] int64, rounds that accepted draft token k (and all before it)
@@ -19,7 +19,7 @@ class Walk(NamedTuple):
 
     @property
     def rate_by_depth(self) -> list[float]:
-        """Acceptance rate at each depth, as far as any round got: of rounds that kept all before, those that kept it."""
+        """Acceptance rate at each depth that any round reached: the share of rounds that accepted it among those before."""
         reached = [self.rounds, *self.accepted.tolist()]
         return [kept / before for before, kept in itertools.pairwise(reached) if before]
 
@@ -46,7 +46,7 @@ def walk(hits: np.ndarray, loss_mask: np.ndarray, *, is_cut: bool = False) -> Wa
         end = start + np.argmin(loss_mask[start:]) if not loss_mask[start:].all() else T  # one past the turn
         slot = start - 1
         while slot >= 0 and slot + 2 + is_cut < end:
-            # The round adds a token of the target's own, and the turn has room for so many: as a decoder counts.
+            # The round adds a token of the target's own, and the turn has room for so many, as a decoder counts.
             matched = prefix[:, slot] & (np.arange(K) < end - slot - 3)
             rounds += 1
             accepted += matched

@@ -9,12 +9,13 @@ autograd around a kernel whose log-sum-exp carries no gradient would lose the te
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .batch import SQUARE_STEP, Spans, Squares
+from .batch import Spans, SquareRule, Squares
 from .elementwise import fuse_on_gpu
 
 logger = logging.get_logger(__name__)
@@ -38,10 +39,10 @@ def attend_eagerly(
         query: [R, Hq, D], of step t.
         block: Keys and values [M, Hkv, D] of step 0, by `spans`.
         own: Keys and values [R, Hkv, D] of steps 1 .. t, this step's included.
-        spans: Which keys a query sees: those of its span, up to itself.
-        scale: Of the scores.
-        window: Sees keys at positions above its own by less than so many: query i of step t the block's keys
-            j > i + t - window, of its own steps those less than `window` ago. None sees all.
+        spans: A query sees the keys of its span, up to itself.
+        scale: The factor on the scores.
+        window: A query sees only keys less than this many positions before its own: query i of step t sees the block's
+            keys j > i + t - window, and its own steps less than `window` ago. None: all keys.
 
     Returns:
         [R, Hq, D].
@@ -83,13 +84,15 @@ def attend(
     spans: Spans,
     scale: float,
     window: int | None = None,
+    kernel: "Block | None" = None,
 ) -> Tensor:
-    """As `attend_eagerly`, by the fastest kernel that takes these tensors."""
+    """As `attend_eagerly`, by `kernel`; by default the fastest one that takes these tensors."""
     if window is not None:
         own = own[max(0, (step := len(own)) - window) :]
         window = window - step
     branches = [x for pair in own for x in pair]
-    return _Merged.apply(pick_block(query, block[0], spans, window), spans, scale, window, query, *block, *branches)
+    kernel = kernel or pick_block(query, block[0], spans, window)
+    return _Merged.apply(kernel, spans, scale, window, query, *block, *branches)
 
 
 class _Merged(torch.autograd.Function):
@@ -218,30 +221,34 @@ def _flash_forward(query, key, value, spans, scale, window):  # type: ignore[no-
 
 
 def _flash_backward(grad, query, key, value, out, lse, spans, scale, window):  # type: ignore[no-untyped-def]
-    nothing = torch.empty(0, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is not
+    nothing = torch.empty(0, dtype=torch.uint64, device=query.device)  # the state of an unused dropout
     return torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, lse, spans.query_ends, spans.key_ends, *spans.longest, 0.0, True, nothing, nothing,
         scale=scale, window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
     )  # fmt: skip
 
 
-def _squares_forward(query, key, value, spans, scale, window):  # type: ignore[no-untyped-def]
-    assert window is None
-    shape, at = spans.squares.shape, spans.squares.queries
-    tensors = _to_squares(query, shape, at), *(_to_squares(x, shape, spans.squares.keys) for x in (key, value))
-    out, lse = _dense_forward(*tensors, scale)  # [S, Hq, T, D], [S, Hq, T, 1]
-    return _from_squares(out, at), lse[..., 0].transpose(0, 1).flatten(1).index_select(1, at)
+def attend_in_squares(dense_forward: Callable[..., Any], dense_backward: Callable[..., Any]) -> Block:
+    """A block over spans as squares, by causal attention of [S, heads, T, D] without a window."""
 
+    def forward(query, key, value, spans, scale, window):  # type: ignore[no-untyped-def]
+        assert window is None
+        shape, at = spans.squares.shape, spans.squares.queries
+        tensors = _to_squares(query, shape, at), *(_to_squares(x, shape, spans.squares.keys) for x in (key, value))
+        out, lse = dense_forward(*tensors, scale)  # [S, Hq, T, D], [S, Hq, T, 1]
+        return _from_squares(out, at), lse[..., 0].transpose(0, 1).flatten(1).index_select(1, at)
 
-def _squares_backward(grad, query, key, value, out, lse, spans, scale, window):  # type: ignore[no-untyped-def]
-    assert window is None
-    # Where nothing asks, query, gradient, output and log-sum-exp are zero, and so is what comes of them.
-    (S, T), at, keys = spans.squares.shape, spans.squares.queries, spans.squares.keys
-    grad, query, out = (_to_squares(x, (S, T), at) for x in (grad, query, out))
-    sums = lse.new_zeros(S * T, len(lse)).index_copy_(0, at, lse.T).view(S, T, -1).transpose(1, 2)
-    key, value = (_to_squares(x, (S, T), keys) for x in (key, value))
-    grads = _dense_backward(grad, query, key, value, out, sums.contiguous()[..., None], scale)
-    return tuple(_from_squares(x, places) for x, places in zip(grads, (at, keys, keys), strict=True))
+    def backward(grad, query, key, value, out, lse, spans, scale, window):  # type: ignore[no-untyped-def]
+        assert window is None
+        # At places without a query, query, gradient, output and log-sum-exp are zero, and so are the results.
+        (S, T), at, keys = spans.squares.shape, spans.squares.queries, spans.squares.keys
+        grad, query, out = (_to_squares(x, (S, T), at) for x in (grad, query, out))
+        sums = lse.new_zeros(S * T, len(lse)).index_copy_(0, at, lse.T).view(S, T, -1).transpose(1, 2)
+        key, value = (_to_squares(x, (S, T), keys) for x in (key, value))
+        grads = dense_backward(grad, query, key, value, out, sums.contiguous()[..., None], scale)
+        return tuple(_from_squares(x, places) for x, places in zip(grads, (at, keys, keys), strict=True))
+
+    return Block(forward, backward)
 
 
 def _to_squares(x: Tensor, shape: tuple[int, int], places: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ def _to_squares(x: Tensor, shape: tuple[int, int], places: Tensor) -> Tensor:
 
 
 def _from_squares(x: Tensor, places: Tensor) -> Tensor:
-    """[n, heads, D], what is at `places` of [S, heads, T, D]."""
+    """[n, heads, D], the values at `places` of [S, heads, T, D]."""
     flat = x.transpose(1, 2).flatten(0, 1)
     return flat if len(places) == len(flat) else flat.index_select(0, places)
 
@@ -269,7 +276,10 @@ def _dense_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
 def _dense_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    T, nothing = query.shape[2], torch.empty(0, dtype=torch.int64, device=query.device)  # of a dropout there is not
+    T, nothing = (
+        query.shape[2],
+        torch.empty(0, dtype=torch.int64, device=query.device),
+    )  # the state of an unused dropout
     grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad, query, key, value, out, lse, nothing, nothing, None, None, None, T, T, 0.0, True, scale=scale
     )
@@ -278,13 +288,13 @@ def _dense_backward(
 
 MATH = Block(_math_forward, _math_backward)  # any device and dtype; scores of one span at a time
 FLASH = Block(_flash_forward, _flash_backward)  # PyTorch's own flash attention, no package needed
-SQUARES = Block(_squares_forward, _squares_backward)  # cuDNN's: twice as fast, but it plans for each shape
+SQUARES = attend_in_squares(_dense_forward, _dense_backward)  # cuDNN's: twice as fast, but it plans for each shape
 
-MAX_ERROR = 0.02  # of the trial, relative: of bfloat16, far below a wrong formula
+MAX_ERROR = 0.02  # of the trial, relative: above the rounding of bfloat16, far below a wrong formula
 
 
 def pick_block(query: Tensor, key: Tensor, spans: Spans, window: int | None) -> Block:
-    """For half precision on CUDA SQUARES, where spans fill them and cuDNN has what it takes, or FLASH; MATH for the rest."""
+    """For half precision on CUDA: SQUARES where spans fill them and cuDNN supports the shape, else FLASH; otherwise MATH."""
     is_half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     if not (query.is_cuda and is_half and D <= 256 and D % 8 == 0):
         return MATH
@@ -300,7 +310,7 @@ def _can_square(device: torch.device, dtype: torch.dtype, num_heads: int, num_kv
     n = 200
     ends = torch.tensor([0, n], dtype=torch.int32)
     at = torch.arange(n)
-    spans = Spans(None, ends, ends, (n, n), ((0, n, 0, n),), Squares((1, SQUARE_STEP), at, at)).to(device)
+    spans = Spans(None, ends, ends, (n, n), ((0, n, 0, n),), Squares((1, SquareRule().step), at, at)).to(device)
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad = (
         torch.randn(n, heads, head_dim, generator=generator).to(device, dtype)

@@ -1,31 +1,36 @@
 """From rows of tokens to one flat batch, and to the slots of it that train.
 
 Documents lie one behind the other, without padding. Slot i trains at step t when tokens i+1 .. i+2+t were all generated
-by the target: exactly the drafts that serving makes. So a slot that trains at step t trains at every earlier one, one
-number a slot says all (`depth`), and slots that never train need no queries, only keys and values of the first step.
+by the target: exactly the drafts that serving makes. A slot that trains at step t trains at every earlier one, so one
+number a slot (`depth`) is enough. Slots that never train need no queries, only keys and values of the first step.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]
+T = TypeVar("T")
 
-SQUARE_STEP = 256  # sides of squares are multiples of it, so that few of them are new to a kernel that plans for each
-MIN_SQUARE = 4096  # places of the smallest side: from there on, what faster scores save pays for the copies
-MAX_SQUARES = 1.5  # the scores of all squares, to those that are asked for
+
+@dataclass(frozen=True)
+class SquareRule:
+    """When spans are also laid out as squares, which faster kernels take."""
+
+    step: int = 256  # sides are multiples of it, so that kernels that plan for each shape see few shapes
+    min_side: int = 4096  # from this side on, the faster scores save more than the copies cost
+    max_cost: float = 1.5  # the most scores of all squares for each score that is needed
 
 
 @dataclass(frozen=True)
 class Squares:
-    """Spans side by side, each from the left of a row of its own: key j of a span at place j, its last query at its last."""
+    """Spans side by side, one a row: key j of a span at place j, its last query at the place of its last key."""
 
     shape: tuple[int, int]  # spans, and places of each
-    queries: Tensor  # [R] int64, where each query lies in the flattened shape
+    queries: Tensor  # [R] int64, the place of each query in the flattened shape
     keys: Tensor  # [M] int64
 
 
@@ -45,18 +50,59 @@ class Spans:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Spans":
         """The same, with its tensors on `device`."""
+        return map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=non_blocking)
 
-        squares = self.squares
-        return replace(
-            self,
-            keys=None if self.keys is None else move(self.keys),
-            query_ends=move(self.query_ends),
-            key_ends=move(self.key_ends),
-            squares=squares and replace(squares, queries=move(squares.queries), keys=move(squares.keys)),
-        )
+@dataclass(frozen=True)
+class Batch:
+    """N tokens of D documents, one behind the other without padding, and the R slots among them that run.
+
+    The host's loader moves it by `pin_memory` and `to`, as it does tensors.
+    """
+
+    input_ids: Tensor  # [N] int64
+    loss_mask: Tensor  # [N] bool, true on tokens that the target generated
+    position_ids: Tensor  # [N] int64, from 0 in each document
+    tokens: np.ndarray  # [N] int64, `input_ids` once more, always on the host
+    lengths: list[int]  # [D], of each document
+    documents: list[int]  # [D], where the states of each document are stored; empty if rows do not name them
+    rows: Tensor  # [R] int64, the slots that run, ascending
+    depth: Tensor  # [R] int64, at how many steps each of them trains
+    trained: Tensor | None  # [L] int64, the indices of `rows` with a depth above 0; None: all
+    spans: Spans  # the attention of these rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same, with its tensors on `device`."""
+        return map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same, with its tensors in pinned memory."""
+        return map_tensors(self, Tensor.pin_memory)
+
+    def split_documents(self) -> list[Tensor]:
+        """[T] int64 on the host, the tokens of each document."""
+        return list(torch.from_numpy(self.tokens).split(self.lengths))
+
+
+class States(NamedTuple):
+    """The target's hidden states of the N tokens of a batch."""
+
+    aux_hidden_states: Tensor  # [N, A*Ht], at the drafter's boundaries, ascending
+    last_hidden_states: (
+        Tensor  # [N, Ht], after the final norm, as the head reads them; [N, V] if the head takes logits
+    )
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass with `function` applied to each of its tensors, those of inner dataclasses included."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):  # type: ignore[arg-type]  # a dataclass
+        inner = getattr(value, field.name)
+        if isinstance(inner, Tensor):
+            changes[field.name] = function(inner)
+        elif is_dataclass(inner):
+            changes[field.name] = map_tensors(inner, function)
+    return replace(value, **changes)  # type: ignore[type-var]  # a dataclass
 
 
 @dataclass(frozen=True)
@@ -65,23 +111,17 @@ class Collator:
 
     Args:
         ttt_steps: Most steps that will be unrolled.
-        every_slot: Run all slots, not only those that train: a drafter of several layers needs them, since its second
-            layer's keys come out of the first.
+        every_slot: Run all slots, not only those that train. A drafter of several layers needs them, since the keys of
+            its second layer are computed from the output of the first.
+        squares: When spans are laid out as squares.
     """
 
     ttt_steps: int
     every_slot: bool = False
+    squares: SquareRule = SquareRule()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """One batch of `rows`, each with `input_ids` and `loss_mask`, and `lengths` where it packs several documents.
-
-        Returns:
-            `input_ids` [N] int64, `loss_mask` [N] bool, `position_ids` [N] int64; `lengths`, the documents' as a list, and
-            `tokens`, the ids once more, which stay on the host;
-            `rows` [R] int64, the slots that run, `depth` [R] int64, at how many steps each trains; `trained` [L] int64,
-            the rows with a depth above 0, None if all; `spans`; `documents`, what the rows say of where theirs are
-            stored, as a list.
-        """
+        """One batch of `rows`, each with `input_ids` and `loss_mask`, and `lengths` where it packs several documents."""
         ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
         mask = np.concatenate([np.asarray(row["loss_mask"], dtype=bool) for row in rows])
         lengths = [int(n) for row in rows for n in row.get("lengths", [len(row["input_ids"])])]
@@ -90,20 +130,20 @@ class Collator:
         depth = live_steps(mask, lengths, self.ttt_steps)  # [N]
         runs = np.ones_like(mask) if self.every_slot else depth > 0
         slots = np.flatnonzero(runs)
-        spans = _find_spans(slots, np.repeat(np.arange(len(lengths)), lengths), starts)
+        spans = _find_spans(slots, np.repeat(np.arange(len(lengths)), lengths), starts, self.squares)
         trained = np.flatnonzero(depth[slots])
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "loss_mask": torch.from_numpy(mask),
-            "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths)),
-            "lengths": lengths,
-            "tokens": ids,
-            "documents": [document for row in rows for document in row.get("documents", [])],
-            "rows": torch.from_numpy(slots),
-            "depth": torch.from_numpy(depth[slots]),
-            "trained": None if len(trained) == len(slots) else torch.from_numpy(trained),
-            "spans": spans,
-        }
+        return Batch(
+            input_ids=torch.from_numpy(ids),
+            loss_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths)),
+            tokens=ids,
+            lengths=lengths,
+            documents=[document for row in rows for document in row.get("documents", [])],
+            rows=torch.from_numpy(slots),
+            depth=torch.from_numpy(depth[slots]),
+            trained=None if len(trained) == len(slots) else torch.from_numpy(trained),
+            spans=spans,
+        )
 
 
 def live_steps(loss_mask: np.ndarray, lengths: Sequence[int], ttt_steps: int) -> np.ndarray:
@@ -122,8 +162,8 @@ def live_steps(loss_mask: np.ndarray, lengths: Sequence[int], ttt_steps: int) ->
     return (follow - 1).clip(0, ttt_steps)
 
 
-def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray) -> Spans:
-    """Consecutive `slots` [R] of one document as spans; `document` [N] and `starts` [D] say where each lies."""
+def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray, squares: SquareRule) -> Spans:
+    """Consecutive `slots` [R] of one document as spans; `document` [N] is the document of each token, `starts` [D] the first token of each."""
     breaks = (np.diff(slots) != 1) | (np.diff(document[slots]) != 0)
     first = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(slots)]]) if len(slots) else np.zeros(1, np.int64)
     begins, lasts = slots[first[:-1]], slots[first[1:] - 1]  # [S]
@@ -145,17 +185,19 @@ def _find_spans(slots: np.ndarray, document: np.ndarray, starts: np.ndarray) -> 
             (int(a), int(b), int(c), int(d))
             for a, b, c, d in zip(first[:-1], first[1:], ends[:-1], ends[1:], strict=True)
         ),
-        squares=_find_squares(np.diff(first), counts),
+        squares=_find_squares(np.diff(first), counts, squares),
     )
 
 
-def _find_squares(num_queries: np.ndarray, num_keys: np.ndarray) -> Squares | None:
-    """Places for spans of so many queries and keys [S], if most of what squares hold is asked for."""
+def _find_squares(num_queries: np.ndarray, num_keys: np.ndarray, rule: SquareRule) -> Squares | None:
+    """Squares for spans of so many queries and keys [S]; None where they do not pay by `rule`."""
     if not len(num_keys):
         return None
-    side = -(-int(num_keys.max()) // SQUARE_STEP) * SQUARE_STEP
-    asked = (num_queries * (2 * num_keys - num_queries)).sum()  # twice the scores; a causal square has half of its own
-    if side < MIN_SQUARE or len(num_keys) * side**2 > MAX_SQUARES * asked:
+    side = -(-int(num_keys.max()) // rule.step) * rule.step
+    needed = (
+        num_queries * (2 * num_keys - num_queries)
+    ).sum()  # twice the scores; a causal square has half of its own
+    if side < rule.min_side or len(num_keys) * side**2 > rule.max_cost * needed:
         return None
     starts = np.arange(len(num_keys)) * side
     queries = [np.arange(s + k - q, s + k) for s, q, k in zip(starts, num_queries, num_keys, strict=True)]

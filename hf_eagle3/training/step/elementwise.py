@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a training step, fused on a GPU.
+"""The elementwise work between the matrix products of a training step, fused on a GPU.
 
 Each function here and elsewhere that goes through `fuse_on_gpu` is plain PyTorch; on a GPU `torch.compile` makes one
 kernel of it and one of its gradient, in a few seconds each, once a process.
@@ -21,7 +21,7 @@ def fuse_on_gpu(function: Function, like: Tensor, any_size: bool = False) -> Fun
     """`function`, compiled if `like` is in half precision on a GPU with Triton.
 
     Args:
-        any_size: Compile for all sizes at once; else for the first, and for all that differ from it at the second.
+        any_size: Compile for all sizes at once; otherwise for the first size, and for all others at the second.
     """
     fuses = like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and language.is_available(like.device)
     return _compiled(function, any_size) if fuses else function
@@ -33,7 +33,7 @@ def _compiled(function: Function, any_size: bool) -> Function:
 
 
 def working_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """What matrix products are computed in: autocast's dtype where it is on."""
+    """The dtype of matrix products: autocast's where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 

@@ -1,7 +1,7 @@
-"""What a target says at given positions, from its last hidden states, without a row of its whole vocabulary.
+"""The target's logits over the draft vocabulary, from its last hidden states.
 
-The head is applied to tiles of its vocabulary; kept are the logits of the draft vocabulary, the log-sum-exp over all of
-it, and the argmax.
+The head is applied tile by tile, so that a row of the whole vocabulary never exists. The results are the logits of the
+draft vocabulary, and log-sum-exp and argmax over the whole one.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ...kernels import language, teaching
+from ...kernels import head_loss, language
 from ...tensor_parallel import whole
 
 TILE = 16384  # columns of the head at a time
 
-# Where host configs say what happens between the head's output and the logits: field -> how it is applied.
+# Fields of host configs for what lies between the head's output and the logits.
 SOFT_CAP = "final_logit_softcapping"
 FACTORS = {"logit_scale": 1, "logits_scaling": -1}  # multiplied (Cohere), divided (Granite)
 
 
-class Sayings(NamedTuple):
-    """The target's next-token distribution at n positions, as far as a drafter is taught by it."""
+class TargetLogits(NamedTuple):
+    """The target's next-token distribution at n positions, over the draft vocabulary."""
 
     kept: Tensor  # [n, V_d], logits of the draft vocabulary, in the head's dtype
     lse: Tensor  # [n] float32, log-sum-exp of all logits: log p = kept - lse
@@ -32,19 +32,21 @@ class Sayings(NamedTuple):
 
 
 class DraftVocabulary:
-    """A draft vocabulary as the target's head meets it.
+    """The draft vocabulary, sorted and split into tiles of the target's head.
 
     Args:
         draft_ids: [V_d] int64, the target id of each draft id.
         vocab_size: V.
+        tile: Columns of the head in a tile.
     """
 
-    def __init__(self, draft_ids: Tensor, vocab_size: int):
+    def __init__(self, draft_ids: Tensor, vocab_size: int, tile: int = TILE):
+        self.tile = tile
         ids, order = draft_ids.sort()
-        edges = torch.arange(0, vocab_size + TILE, TILE, device=ids.device)
+        edges = torch.arange(0, vocab_size + tile, tile, device=ids.device)
         bounds = torch.searchsorted(ids, edges).tolist()
         self.by_tile = [ids[a:b] for a, b in pairwise(bounds)]  # ascending
-        # Where each draft id comes among the ascending ones; None where they ascend by themselves.
+        # The place of each draft id among the sorted ones; None if they are sorted already.
         self.order = None if torch.equal(ids, draft_ids) else order.argsort()
         self.to_draft = torch.full((vocab_size,), -1, dtype=torch.int64, device=ids.device)  # [V]
         self.to_draft[draft_ids] = torch.arange(len(draft_ids), device=ids.device)
@@ -54,8 +56,8 @@ class TargetHead:
     """The target's head as a plain function of its last hidden state.
 
     Args:
-        weight: [>= V, Ht]; None where the last hidden states are logits already, as of a target whose head cannot be
-            applied from outside.
+        weight: [>= V, Ht]; None if the last hidden states are logits already, because the target's head cannot be applied
+            from outside.
         bias: [>= V] or None.
         vocab_size: V.
         soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`.
@@ -77,9 +79,8 @@ class TargetHead:
     def of(cls, target: PreTrainedModel) -> "TargetHead":
         """The head of `target`, or one that takes logits if its own is not a plain linear layer.
 
-        Of a target that processes share, each has the whole head: what it is applied to differs. All must call.
-
-        Whether it really gives the target's logits is for `check` to say.
+        Processes that share a target each get the whole head, since they apply it to different states. All must call.
+        `check` tests whether it gives the target's logits.
         """
         config = target.config.get_text_config(decoder=True)
         head = target.get_output_embeddings()
@@ -92,14 +93,15 @@ class TargetHead:
         weight, bias = whole(head.weight.detach()), None if head.bias is None else whole(head.bias.detach())
         return cls(weight, bias, config.vocab_size, getattr(config, SOFT_CAP, None), factor)
 
-    def tiles(self, last: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """First column and logits [n, <= TILE] of one tile after another.
+    def tiles(self, last: Tensor, tile: int = TILE) -> Iterator[tuple[int, Tensor]]:
+        """First column and logits [n, <= tile] of one tile after another.
 
         Args:
-            last: [n, Ht], what the target's head reads; [n, V] logits if there is no weight.
+            last: [n, Ht], the input of the target's head; [n, V] logits if there is no weight.
+            tile: Columns.
         """
-        for start in range(0, self.vocab_size, TILE):
-            end = min(start + TILE, self.vocab_size)
+        for start in range(0, self.vocab_size, tile):
+            end = min(start + tile, self.vocab_size)
             if self.weight is None:
                 yield start, last[:, start:end]
                 continue
@@ -111,10 +113,10 @@ class TargetHead:
                 logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
             yield start, logits.to(last.device)
 
-    def say(self, last: Tensor, vocabulary: "DraftVocabulary") -> Sayings:
-        """What the target says at n positions, from `last` as for `tiles`."""
+    def logits(self, last: Tensor, vocabulary: DraftVocabulary) -> TargetLogits:
+        """The target's logits at n positions, from `last` as for `tiles`."""
         kept, largest, best, lse = [], None, None, None
-        for (start, logits), ids in zip(self.tiles(last), vocabulary.by_tile, strict=True):
+        for (start, logits), ids in zip(self.tiles(last, vocabulary.tile), vocabulary.by_tile, strict=True):
             kept.append(logits.index_select(1, ids - start))
             top, at, sums = summarise(logits)
             if largest is None or best is None or lse is None:
@@ -125,7 +127,7 @@ class TargetHead:
         assert best is not None  # a vocabulary has a tile
         assert lse is not None
         every = torch.cat(kept, dim=-1)
-        return Sayings(every if vocabulary.order is None else every[:, vocabulary.order], lse, best)
+        return TargetLogits(every if vocabulary.order is None else every[:, vocabulary.order], lse, best)
 
     def check(self, last: Tensor, logits: Tensor) -> bool:
         """Whether these are the target's `logits` [n, >= V] of `last` [n, Ht], to rounding."""
@@ -142,5 +144,5 @@ class TargetHead:
 def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest, argmax and log-sum-exp [n] of each row of `logits` [n, V], by a kernel where there is one."""
     if logits.is_cuda and logits.element_size() == 2 and language.is_available(logits.device):
-        return teaching.summarise(logits)
-    return teaching.summarise_eager(logits)
+        return head_loss.summarise(logits)
+    return head_loss.summarise_eager(logits)

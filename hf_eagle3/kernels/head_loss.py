@@ -1,7 +1,8 @@
-"""What a training step reads rows of logits for, each row from memory once; and gradients that are scaled afterwards.
+"""Kernels over rows of logits for the loss of a training step.
 
-`summarise` of a tile of the target's logits, and `teach`: softmax of drafter and target, divergence, gradient and all that
-is counted. A row is read twice and is still in the cache the second time; PyTorch's compiler reads it four times.
+`summarise` gives maximum, argmax and log-sum-exp of a tile of the target's logits. `head_loss` gives loss, gradient and
+the counted values from the logits of drafter and target. A row is read twice and is still in the cache the second time;
+PyTorch's compiler reads it four times. `scale_` scales gradients afterwards.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def summarise(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @jit("C")
-def _teach(
+def _head_loss(
     logits,
     kept,
     restricted,
@@ -65,7 +66,7 @@ def _teach(
     scale,
     loss,
     alpha,
-    guess,
+    drafted,
     ratio,
     C,
     V,
@@ -74,9 +75,9 @@ def _teach(
 ):
     slot, step = tl.program_id(0), tl.program_id(1)
     row = step.to(tl.int64) * C + slot
-    said = slot.to(tl.int64) + step
+    place = slot.to(tl.int64) + step  # of the target's row
     lane = tl.arange(0, BLOCK)
-    z_row, p_row = logits + row * V, kept + said * V
+    z_row, p_row = logits + row * V, kept + place * V
     if tl.load(depth + slot) <= step:
         for start in range(0, V, BLOCK):
             column = start + lane
@@ -84,7 +85,7 @@ def _teach(
         tl.store(loss + row, 0.0)
         tl.store(alpha + row, 0.0)
         tl.store(ratio + row, 0.0)
-        tl.store(guess + row, -2)
+        tl.store(drafted + row, -2)
     else:
         z_top = tl.full([BLOCK], NEVER, tl.float32)
         z_sum = tl.zeros([BLOCK], tl.float32)
@@ -98,14 +99,14 @@ def _teach(
             z_top = higher
         z_best = tl.max(z_top, 0)
         z_lse = z_best + tl.log(tl.sum(z_sum * tl.exp(z_top - z_best), 0))
-        guessed = tl.min(tl.where(z_top == z_best, where, V), 0)
-        p_lse, whole = tl.load(restricted + said), tl.load(lse + said)
+        drafted_id = tl.min(tl.where(z_top == z_best, where, V), 0)
+        p_lse, whole = tl.load(restricted + place), tl.load(lse + place)
         x = tl.load(token + row)
         at = tl.maximum(x, 0)
         log_q = tl.load(z_row + at).to(tl.float32) - z_lse
         log_p = tl.load(p_row + at).to(tl.float32) - whole
         tl.store(ratio + row, tl.where(x >= 0, tl.exp(tl.minimum(log_q - log_p, 0.0)), 0.0))
-        counts = tl.load(is_known + said).to(tl.float32)
+        counts = tl.load(is_known + place).to(tl.float32)
         factor = tl.load(scale + step) * counts
         tl.debug_barrier()  # the token's logit is read before its place takes a gradient
         divergence = tl.zeros([BLOCK], tl.float32)
@@ -121,13 +122,13 @@ def _teach(
             tl.store(z_row + column, ((q - p) * factor).to(logits.dtype.element_ty), mask=inside)
         tl.store(loss + row, tl.sum(divergence, 0) * counts)
         tl.store(alpha + row, tl.sum(overlap, 0))
-        tl.store(guess + row, guessed.to(tl.int64))
+        tl.store(drafted + row, drafted_id.to(tl.int64))
 
 
-def teach(
+def head_loss(
     logits: Tensor, kept: Tensor, lse: Tensor, best: Tensor, token: Tensor, depth: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward KL of C slots at k steps, and what is counted; `logits` turn into their scaled gradient.
+    """Forward KL of C slots at k steps, and the counted values; `logits` are replaced by their scaled gradient.
 
     Args:
         logits: [k, C, V_d], 16 bits; overwritten.
@@ -145,9 +146,9 @@ def teach(
     k, C, V = logits.shape
     restricted = summarise(kept)[2]
     loss, alpha, ratio = (torch.empty(k, C, dtype=torch.float32, device=logits.device) for _ in range(3))
-    guess = torch.empty(k, C, dtype=torch.int64, device=logits.device)
+    drafted = torch.empty(k, C, dtype=torch.int64, device=logits.device)
     with torch.cuda.device_of(logits):
-        _teach[(C, k)](
+        _head_loss[(C, k)](
             logits,
             kept,
             restricted,
@@ -158,7 +159,7 @@ def teach(
             scale,
             loss,
             alpha,
-            guess,
+            drafted,
             ratio,
             C,
             V,
@@ -166,7 +167,7 @@ def teach(
             NEVER=NEVER,
             num_warps=8,
         )
-    return loss, alpha, guess, ratio
+    return loss, alpha, drafted, ratio
 
 
 @jit()
@@ -179,7 +180,7 @@ def _scale(x, factor, n, BLOCK: tl.constexpr):
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """`x.mul_(factor)`, without a look at contiguous `x` where the number `factor` [] is 1, as it mostly is."""
+    """`x.mul_(factor)`, without reading the contiguous `x` where the number `factor` [] is 1, as it mostly is."""
     require(x.device)
     assert x.is_contiguous()
     if x.numel():
