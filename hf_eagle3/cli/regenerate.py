@@ -1,0 +1,165 @@
+"""`hf-eagle3 regenerate`: lets a target answer prompts, and keeps its tokens as training data.
+
+Importing training takes seconds, so it happens when the command runs.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..console.opening import opening, refuse_device, refuse_drafter, refuse_file, refuse_target
+from ..console.terminal import note
+from ..data_parallel import Team, launch, list_arguments, must_launch
+from ..host.refusals import refuse_other_models
+from .arguments import Commands, json_object
+
+if TYPE_CHECKING:
+    from ..training.data.prompts import Prompt
+
+
+def add_regenerate_parser(commands: Commands) -> None:
+    """`hf-eagle3 regenerate`."""
+    parser = commands.add_parser(
+        "regenerate",
+        help="let a target answer prompts, and keep the very tokens it wrote: training data",
+        description="An interrupted run goes on where it stopped when the same command is run again, with any --dp-size.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_regenerate_arguments(parser)
+    parser.set_defaults(run=run_regenerate_command)
+
+
+def add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `regenerate`, with dashes or underscores."""
+
+    def add(name: str, *more: str, **options: Any) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}", *more]), **options)
+
+    add("target", "--target_model_name_or_path", required=True, metavar="REPO_OR_DIR", help="the model that answers")
+    add("prompt-file", type=Path, metavar="JSONL", help="rows with messages, prompt or turns, also .gz")
+    add("output-file", type=Path, required=True, metavar="JSONL", help="also .gz; gone on with when it exists")
+    add("temperature", type=float, nargs="+", default=[0.7], metavar="T", help="0 is greedy; each prompt at each")
+    add("top-p", type=float, metavar="P", help="nucleus sampling (the target's own)")
+    add("top-k", type=int, metavar="K", help="sampling from the K likeliest (the target's own)")
+    add("num-return-sequences", type=int, default=1, metavar="N", help="sampled answers to each prompt")
+    add("max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens")
+    add("batch-size", type=int, default=16, metavar="B", help="prompts answered side by side")
+    add("drafter", metavar="REPO_OR_DIR", help="a drafter you have, to be sooner done with the same answers")
+    add(
+        "chat-template-kwargs",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="such as '{\"enable_thinking\": false}'",
+    )
+    add("self-prompts", type=int, default=0, metavar="N", help="let the target make up N prompts more (Magpie)")
+    add("self-share", type=float, metavar="S", help="at most this share of all prompts is made up, in 0..1")
+    add("self-temperature", type=float, default=1.0, metavar="T", help="of the prompts it makes up")
+    add("exclude-file", type=Path, nargs="+", default=[], metavar="JSONL", help="prompts to leave out: eval prompts")
+    add("dedupe", action="store_true", help="leave out prompts that say the same")
+    add("dtype", help="the target's; by default as stored, float32 on a CPU")
+    add("device", default="auto", help="cuda where there is one, else cpu")
+    add("seed", type=int, default=0, metavar="N", help="of the sampling")
+    add(
+        "dp-size",
+        type=int,
+        metavar="N",
+        help="processes, each with a target of its own and its share of the prompts; not needed under accelerate launch "
+        "and torchrun (1, or what they started)",
+    )
+
+
+def run_regenerate_command(args: argparse.Namespace) -> int:
+    """Answer what is not answered yet; exit status 0."""
+    if args.prompt_file is None and not args.self_prompts:
+        raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
+    for option, path in [
+        ("--prompt-file", args.prompt_file),
+        *(("--exclude-file", path) for path in args.exclude_file),
+    ]:
+        if path is not None:
+            refuse_file(option, path)
+    if args.output_file.is_dir() or not args.output_file.parent.is_dir():
+        raise ValueError(f"--output-file {args.output_file}: a folder, or in a folder that is not there. Give a file.")
+    refuse_target("--target", args.target)
+    if args.drafter is not None:
+        refuse_drafter("--drafter", args.drafter)
+    if args.device != "auto":
+        refuse_device(args.device)
+    if must_launch(args.dp_size):
+        return launch(args.dp_size, ["regenerate", *list_arguments(args)])
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with Team(torch.device(device)) as team:
+        answer_all(args, team)
+    return 0
+
+
+def answer_all(args: argparse.Namespace, team: Team) -> None:
+    """Answer this process's share of the prompts."""
+    from ..training.data.prompts import make_prompts
+    from ..training.data.regenerate import Sampling, regenerate
+    from ..training.data.rendering import ChatRenderer
+
+    sampling = Sampling(  # refuses bad numbers before anything is read or loaded
+        temperatures=tuple(args.temperature),
+        top_p=args.top_p,
+        top_k=args.top_k,
+        num_return_sequences=args.num_return_sequences,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    kept, excluded, num_made_up = select_prompts(args, is_silent=team.rank > 0)
+    tokenizer, target, drafter = load_models(args, team.device)
+    renderer = ChatRenderer(tokenizer, template_kwargs=args.chat_template_kwargs)
+    if num_made_up:
+        kept += make_prompts(
+            target,
+            renderer,
+            num_made_up,
+            args.output_file.with_name(args.output_file.name + ".prompts.jsonl"),
+            known=kept + excluded,
+            temperature=args.self_temperature,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            team=team,
+        )
+    options = {"drafter": drafter, "target_name": args.target, "team": team}
+    regenerate(target, renderer, kept, args.output_file, sampling, **options)
+
+
+def select_prompts(args: argparse.Namespace, *, is_silent: bool) -> "tuple[list[Prompt], list[Prompt], int]":
+    """The prompts to answer, those that are excluded, and how many the target is to make up."""
+    from ..training.data.prompts import exclude, limit_share, read_prompts
+
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else []
+    excluded = [prompt for path in args.exclude_file for prompt in read_prompts(path)]
+    kept = exclude(prompts, excluded, dedupe=args.dedupe)
+    num_made_up = (
+        args.self_prompts if args.self_share is None else limit_share(args.self_prompts, len(kept), args.self_share)
+    )
+    if len(kept) < len(prompts) and not is_silent:
+        note(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are left out: excluded, or said before.")
+    if num_made_up < args.self_prompts and not is_silent:
+        note(f"{num_made_up} prompts are made up, a share of {args.self_share:g}.")
+    return kept, excluded, num_made_up
+
+
+def load_models(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]:
+    """The target with its tokenizer, and the drafter if one is given."""
+    with opening("--target", args.target):
+        tokenizer = AutoTokenizer.from_pretrained(args.target)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")  # few CPUs have fast half precision
+    with opening("--target", args.target):
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    if not args.drafter:
+        return tokenizer, target, None
+    with opening("--drafter", args.drafter):
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype).to(device).eval()
+    refuse_other_models(drafter, args.drafter)
+    return tokenizer, target, drafter
