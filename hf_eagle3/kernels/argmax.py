@@ -1,7 +1,7 @@
-"""The place of the largest of many values: the greedy choice among a vocabulary.
+"""Argmax over long rows: the greedy choice among a vocabulary.
 
-PyTorch gives a row to one block of threads, which for the few rows of a round leaves most of a GPU idle. Here programs
-share a row, and a second kernel takes the best of what they found.
+PyTorch gives a row to one block of threads, which for the few rows of a round leaves most of a GPU idle. Here several
+programs share a row, and a second kernel takes the best of their results.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .language import jit, require, round_up_to_power, tl
 
 BLOCK = 1024  # values a step
 NUM_WARPS = 4
-WANTED = 1056  # programs, eight for each multiprocessor of an H100
+NUM_PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 
 def argmax_rows_eager(x: Tensor) -> Tensor:
-    """[...] int64, where in each row of `x` [..., V] the largest value is: the first of equals, and NaN before all."""
+    """[...] int64, the index of the largest value in each row of `x` [..., V]: the first among equals, NaN first of all."""
     return x.argmax(-1)
 
 
@@ -58,15 +58,20 @@ def _take_best(found, out, V, num_splits, BLOCK_S: tl.constexpr):
     tl.store(out + row, V - (tl.max(best, 0) & 0xFFFFFFFF))
 
 
-def argmax_rows(x: Tensor) -> Tensor:
-    """The kernel of `argmax_rows_eager`, for `x` of at most 32 bits whose rows lie evenly apart."""
+def argmax_rows(x: Tensor, *, num_programs: int = NUM_PROGRAMS) -> Tensor:
+    """The kernel of `argmax_rows_eager`, for `x` of at most 32 bits whose rows are evenly spaced.
+
+    Args:
+        x: [..., V].
+        num_programs: Programs to launch at least, as far as rows have blocks for them.
+    """
     require(x.device)
     V = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, V)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     num_rows = len(rows)
-    num_splits = max(1, min(-(-WANTED // num_rows), -(-V // BLOCK)))
+    num_splits = max(1, min(-(-num_programs // num_rows), -(-V // BLOCK)))
     found = torch.empty(num_rows, num_splits, dtype=torch.int64, device=x.device)
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     with torch.cuda.device_of(x):

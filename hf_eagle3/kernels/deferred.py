@@ -1,7 +1,8 @@
-"""Operations that are put off while a round is recorded, for whoever comes next to do in one kernel with its own.
+"""Operations deferred while a round is recorded, so that a later kernel can do them together with its own.
 
-Their results exist already, and hold nothing. Who can take an operation over asks for it by its result; before anything
-else reads that, `finish` must run. `fusion` sees to this by looking at all that is asked of PyTorch.
+The result of a deferred operation is allocated at once and stays uninitialised. A kernel that can do the operation asks
+for it by that result; before anything else reads the result, `finish` must run. `fusion` sees to this by looking at every
+call of PyTorch.
 """
 
 from __future__ import annotations
@@ -13,43 +14,43 @@ from typing import Any
 from torch import Tensor
 
 
-class Late:
+class Deferred:
     """At most one operation."""
 
     def __init__(self) -> None:
         self._pending: tuple[str, Tensor, tuple[Any, ...], Callable[[], object]] | None = None
 
-    def put_off(self, kind: str, result: Tensor, parts: tuple[Any, ...], compute: Callable[[], object]) -> None:
-        """Leave an operation for later.
+    def defer(self, kind: str, result: Tensor, parts: tuple[Any, ...], compute: Callable[[], object]) -> None:
+        """Leave an operation for later; one that was deferred before is computed now.
 
         Args:
-            kind: What it is, for who takes it over.
-            result: What it will have been asked for by.
-            parts: What who takes it over needs.
-            compute: The operation.
+            kind: Name of the operation, by which a kernel asks for it.
+            result: Tensor that the operation will fill.
+            parts: Operands, for the kernel that takes the operation over.
+            compute: The operation itself, for when no kernel does.
         """
         self.finish()
         self._pending = kind, result, parts, compute
 
     def finish(self) -> None:
-        """Compute what was put off."""
+        """Compute the deferred operation, if there is one."""
         if self._pending is not None:
             compute, self._pending = self._pending[3], None
             compute()
 
     def take(self, kind: str, result: Tensor) -> Any:
-        """The parts of what `result` will be, if that was put off, else None: whoever asks computes it now."""
+        """The operands of a deferred operation, for the caller to compute now; None unless `result` waits for `kind`."""
         if self._pending is None or self._pending[0] != kind or self._pending[1] is not result:
             return None
         parts, self._pending = self._pending[2], None
         return parts
 
 
-# While a round is recorded.
-LATE: ContextVar[Late | None] = ContextVar("late", default=None)
+# Set while a round is recorded.
+DEFERRED: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
 
 
 def take(kind: str, result: Tensor) -> Any:
-    """As `Late.take`; None where nothing is put off."""
-    late = LATE.get()
-    return None if late is None else late.take(kind, result)
+    """As `Deferred.take`; None while no round is recorded."""
+    deferred = DEFERRED.get()
+    return None if deferred is None else deferred.take(kind, result)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .language import jit, require, round_up_to_power, tl
 
 VARIANTS = ("llama", "wide", "shifted")
+SUM = "sum"  # the kind of a sum that is deferred, for `add_rms_norm` to take
 
 
 def rms_norm_eager(x: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -> Tensor:

@@ -1,7 +1,7 @@
-"""Query, key and value projections whose weights lie one behind the other, so that one product computes all three.
+"""Query, key and value projections with adjacent weights, so that one product computes all three.
 
-Of many rows a key projection alone is too small a product for a large GPU: of 256 rows of Llama-3.1-8B the three take 37
-us on an H200, and 22 as one.
+Over many rows a key projection alone is too small a product for a large GPU: over 256 rows of Llama-3.1-8B the three
+take 37 us on an H200, and 22 as one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def join_projections(*models: nn.Module) -> int:
-    """Move the weights of query, key and value projections together; how many layers have them so now.
+    """Move the weights of query, key and value projections together; the number of layers that now have them so.
 
     For speed in large batches: rounds of more than 64 tokens (17 rows at K = 3) then run the three as one product, which
     rounds as cuBLAS chooses to for its size. Weights, names and forwards stay what they were, and so does memory: the
@@ -47,7 +47,7 @@ def join_projections(*models: nn.Module) -> int:
 
 
 def view_as_one(tensors: Sequence[Tensor]) -> Tensor | None:
-    """`tensors` [N_i, ...] as one [sum of N_i, ...], if that is how they lie in memory."""
+    """`tensors` [N_i, ...] as one view [sum of N_i, ...], if they are adjacent in memory; else None."""
     first = tensors[0]
     storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
     for tensor in tensors:

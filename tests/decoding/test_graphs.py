@@ -500,13 +500,13 @@ def test_a_reason_for_eager_rounds_is_said_once(target, caplog, monkeypatch):
 @pytest.mark.gpu
 def test_models_of_one_family_are_recorded_in_threads_and_others_are_left_alone(monkeypatch):
     """Two threads record rounds of two models at once, while a third model of their family decodes plainly."""
-    rotate, rotating, apply_rotary = modeling_llama.apply_rotary_pos_emb, set(), fusion.apply_rotary
+    rotate, rotating, apply_rotary = modeling_llama.apply_rotary_pos_emb, set(), fusion.modules.apply_rotary
 
     def record(*args, **kwargs):
         rotating.add(threading.get_ident())
         return apply_rotary(*args, **kwargs)
 
-    monkeypatch.setattr(fusion, "apply_rotary", record)
+    monkeypatch.setattr(fusion.modules, "apply_rotary", record)
     targets = [copy.deepcopy(make_target("llama")).to("cuda", torch.bfloat16) for _ in range(3)]
     drafters = [make_drafter(target).to("cuda", torch.bfloat16) for target in targets[:2]]
     options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True, **GREEDY}

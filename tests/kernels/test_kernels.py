@@ -30,12 +30,15 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hf_eagle3 import release_graphs
-from hf_eagle3.kernels import argmax, attention, fusion, language
+from hf_eagle3.kernels import attention, language
 from hf_eagle3.kernels.argmax import BLOCK, argmax_rows, argmax_rows_eager
 from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager, choose_num_splits, write_rows, write_rows_eager
-from hf_eagle3.kernels.deferred import Late
+from hf_eagle3.kernels.deferred import Deferred
 from hf_eagle3.kernels.experts import expert_linear, expert_linear_eager
-from hf_eagle3.kernels.fusion import Swaps, fused
+from hf_eagle3.kernels.fusion import Swaps, functions, fused, has_forward_hooks, modules
+from hf_eagle3.kernels.fusion import experts as expert_swaps
+from hf_eagle3.kernels.fusion import projections as projection_swaps
+from hf_eagle3.kernels.fusion.trials import swap_in
 from hf_eagle3.kernels.linear import (
     MAX_ROWS,
     ROWS,
@@ -452,11 +455,15 @@ def test_second_linear_layer_of_experts_has_a_row_for_each_choice():
 
 
 @pytest.mark.gpu
-def test_experts_that_do_something_else_are_left_alone(monkeypatch):
-    model = make_target("gpt_oss").to(DEVICE, HALF).eval()
-    experts = type(model.model.layers[0].mlp.experts)
-    theirs = experts.forward
-    monkeypatch.setattr(experts, "forward", lambda self, *args: 1.1 * theirs(self, *args))
+def test_experts_that_do_something_else_are_left_alone():
+    model = copy.deepcopy(make_target("gpt_oss")).to(DEVICE, HALF).eval()
+
+    class LargerExperts(type(model.model.layers[0].mlp.experts)):
+        def forward(self, *args):
+            return 1.1 * super().forward(*args)
+
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = LargerExperts
     with torch.no_grad(), fused(model) as swaps:
         assert swaps.experts == []
 
@@ -496,13 +503,13 @@ def test_norm_of_a_sum_is_the_norm_of_pytorchs_sum(D, variant):
 @pytest.mark.gpu
 @by_dtype
 @pytest.mark.parametrize("shape", [(1, 1), (3, BLOCK + 1), (2, 3, 5 * BLOCK), (1, 40 * BLOCK), (25, 70)])
-def test_argmax_is_the_first_of_the_largest(shape, dtype, monkeypatch):
-    monkeypatch.setattr(argmax, "WANTED", 24)
+def test_argmax_is_the_first_of_the_largest(shape, dtype):
     x = random(*shape, dtype=dtype)
-    assert torch.equal(argmax_rows(x), argmax_rows_eager(x))
+    assert torch.equal(argmax_rows(x, num_programs=24), argmax_rows_eager(x))
     ties = (x * 2).round() / 2  # many zeros of either sign, too
-    assert torch.equal(argmax_rows(ties), argmax_rows_eager(ties))
-    assert torch.equal(argmax_rows(torch.zeros_like(x).neg()), argmax_rows_eager(torch.zeros_like(x)))
+    assert torch.equal(argmax_rows(ties, num_programs=24), argmax_rows_eager(ties))
+    zeros = torch.zeros_like(x)
+    assert torch.equal(argmax_rows(zeros.neg(), num_programs=24), argmax_rows_eager(zeros))
 
 
 @pytest.mark.gpu
@@ -592,18 +599,18 @@ def test_a_rotation_is_there_for_whoever_reads_it(use, monkeypatch):
     assert fused_calls == ([1] if use == "write" else [])
 
 
-def test_at_most_one_operation_is_late():
-    late, done = Late(), []
+def test_at_most_one_operation_is_deferred():
+    deferred, done = Deferred(), []
     first, second = torch.zeros(1), torch.zeros(1)
-    late.finish()
-    late.put_off("a", first, (1,), lambda: done.append("a"))
-    assert late.take("b", first) is late.take("a", second) is None
-    late.put_off("b", second, (2,), lambda: done.append("b"))
+    deferred.finish()
+    deferred.defer("a", first, (1,), lambda: done.append("a"))
+    assert deferred.take("b", first) is deferred.take("a", second) is None
+    deferred.defer("b", second, (2,), lambda: done.append("b"))
     assert done == ["a"]
-    assert late.take("b", second) == (2,)
-    late.finish()
+    assert deferred.take("b", second) == (2,)
+    deferred.finish()
     assert done == ["a"]
-    assert late.take("b", second) is None
+    assert deferred.take("b", second) is None
 
 
 @pytest.mark.gpu
@@ -740,8 +747,8 @@ def test_threads_that_leave_in_any_order_leave_nothing_behind(first_out):
     namespace, instance = {"rotate": len}, {}
     stacks, pools = [ExitStack(), ExitStack()], [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
     for stack, pool, ours in zip(stacks, pools, (min, max), strict=True):
-        pool.submit(fusion._set, stack, namespace, "rotate", ours, len).result()
-        pool.submit(fusion._set, stack, instance, "forward", ours, len).result()
+        pool.submit(swap_in, stack, namespace, "rotate", ours, len).result()
+        pool.submit(swap_in, stack, instance, "forward", ours, len).result()
     for place, name in ((namespace, "rotate"), (instance, "forward")):
         assert [pool.submit(lambda n=name, p=place: p[n]([7, 3, 5])).result() for pool in pools] == [3, 7]
         assert place[name]([7, 3, 5]) == 3  # this thread's: how many there are
@@ -757,7 +764,7 @@ def test_threads_that_leave_in_any_order_leave_nothing_behind(first_out):
 
 def test_what_somebody_puts_there_meanwhile_stays():
     namespace, stack = {"rotate": len}, ExitStack()
-    fusion._set(stack, namespace, "rotate", max, len)
+    swap_in(stack, namespace, "rotate", max, len)
     namespace["rotate"] = sum
     stack.close()
     assert namespace == {"rotate": sum}
@@ -770,15 +777,16 @@ def test_other_threads_run_none_of_our_kernels(kind, monkeypatch):
     model = make_target(kind).to(DEVICE, HALF).eval()
     other = copy.deepcopy(model)
     ids, seen = torch.randint(2, 64, (2, 4), device=DEVICE), []
-    names = ("apply_rotary", "rms_norm", "add_rms_norm", "linear_group", "linear_gated", "expert_linear")
-    for name in names:
-        kernel = getattr(fusion, name)
+    homes = dict.fromkeys(("apply_rotary", "rms_norm", "add_rms_norm", "linear_gated"), modules)
+    homes |= {"linear_group": projection_swaps, "expert_linear": expert_swaps}
+    for name, home in homes.items():
+        kernel = getattr(home, name)
 
         def record(*args, kernel=kernel, **kwargs):
             seen.append(threading.get_ident())
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(fusion, name, record)
+        monkeypatch.setattr(home, name, record)
     with torch.no_grad():
         expected = model(ids).logits
     with fused(model), torch.no_grad():
@@ -866,16 +874,17 @@ def test_hooks_that_the_host_leaves_behind_do_not_count():
     model(torch.tensor([[3, 4]]), output_hidden_states=True)
     hooked = [module for module in model.modules() if module._forward_hooks]
     assert hooked  # else the host does it in another way now
-    assert not any(map(fusion.has_forward_hooks, model.modules()))
+    assert not any(map(has_forward_hooks, model.modules()))
     hooked[0].register_forward_hook(lambda *_: None)
     model.lm_head.register_forward_pre_hook(lambda *_: None)
-    assert [m for m in model.modules() if fusion.has_forward_hooks(m)] == [hooked[0], model.lm_head]
+    assert [m for m in model.modules() if has_forward_hooks(m)] == [hooked[0], model.lm_head]
 
 
 @pytest.mark.gpu
 def test_linear_layers_over_few_rows_are_ours_and_others_the_hosts(monkeypatch):
     called = []
-    monkeypatch.setattr(fusion, "linear_small", lambda x, w, b=None, **_: called.append(x.shape) or F.linear(x, w, b))
+    run = lambda x, w, b=None, **_: called.append(x.shape) or F.linear(x, w, b)  # noqa: E731
+    monkeypatch.setattr(functions, "linear_small", run)
     weight, bias = random(8, 16, dtype=HALF), random(8, dtype=HALF)
 
     class Quantized(torch.Tensor):
@@ -939,7 +948,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_a_sum_is_there_for_whoever_reads_it(use, monkeypatch):
     taken = []
-    monkeypatch.setattr(fusion, "add_rms_norm", lambda *a, **k: taken.append(1) or add_rms_norm(*a, **k))
+    monkeypatch.setattr(modules, "add_rms_norm", lambda *a, **k: taken.append(1) or add_rms_norm(*a, **k))
     function, num_taken = USES[use]
     model = Stream(function).to(DEVICE, HALF).requires_grad_(False)
     x, y = random(2, 3, 16, dtype=HALF), random(2, 3, 16, dtype=HALF)
@@ -952,9 +961,9 @@ def test_a_sum_is_there_for_whoever_reads_it(use, monkeypatch):
 
 @pytest.mark.gpu
 def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
-    monkeypatch.setattr(fusion, "argmax_rows", None)
+    monkeypatch.setattr(functions, "argmax_rows", None)
     norm = LlamaRMSNorm(16).to(DEVICE, HALF).requires_grad_(False)
-    x, many = random(3, 16, dtype=HALF), random(2, fusion.MANY_VALUES, dtype=HALF)
+    x, many = random(3, 16, dtype=HALF), random(2, functions.MANY_VALUES, dtype=HALF)
     pairs = [
         (x, 1),
         (x, random(16, dtype=HALF)),
@@ -967,7 +976,7 @@ def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
         sums = [a + b for a, b in pairs]
         assert torch.equal(torch.add(x, x, alpha=2), x * 3)
         assert many.argmax().dim() == 0
-        assert many.argmax(0).shape == (fusion.MANY_VALUES,)
+        assert many.argmax(0).shape == (functions.MANY_VALUES,)
         assert many[:, :-1].argmax(-1).shape == (2,)
         assert many[0].argmax(-1).dim() == 0
         assert many.argmax(-1, keepdim=True).shape == (2, 1)
@@ -981,13 +990,13 @@ def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
 @pytest.mark.gpu
 def test_a_choice_among_many_is_ours(monkeypatch):
     called = []
-    monkeypatch.setattr(fusion, "argmax_rows", lambda x: called.append(x.shape) or argmax_rows(x))
-    x = random(2, 3, fusion.MANY_VALUES, dtype=HALF)
+    monkeypatch.setattr(functions, "argmax_rows", lambda x: called.append(x.shape) or argmax_rows(x))
+    x = random(2, 3, functions.MANY_VALUES, dtype=HALF)
     with fused(nn.Linear(16, 8, device=DEVICE, dtype=HALF)):
         found, last = x.argmax(-1), x[:, -1].float().argmax(-1)
     assert torch.equal(found, argmax_rows_eager(x))
     assert torch.equal(last, found[:, -1])
-    assert called == [(2, 3, fusion.MANY_VALUES), (2, fusion.MANY_VALUES)]
+    assert called == [(2, 3, functions.MANY_VALUES), (2, functions.MANY_VALUES)]
 
 
 @pytest.mark.gpu
@@ -1026,7 +1035,7 @@ def test_joined_projections_of_many_rows_are_one_product(are_joined, biased, mon
     x = random(2, MAX_ROWS, 16, dtype=HALF)
     called = []
     linear = F.linear
-    monkeypatch.setattr(fusion.F, "linear", lambda x, w, b=None: called.append(len(w)) or linear(x, w, b))
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: called.append(len(w)) or linear(x, w, b))
     with fused(attention):
         out = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
     assert called == ([48] if are_joined and len(biased) != 1 else [32, 8, 8])
