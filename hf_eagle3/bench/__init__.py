@@ -6,6 +6,6 @@ random tokens is that of decoding alone: the difference of two lengths, so that 
 real prompts is new tokens over wall time.
 """
 
-from .command import add_bench_parser
+from .parser import add_bench_parser
 
 __all__ = ["add_bench_parser"]

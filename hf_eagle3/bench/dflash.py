@@ -1,4 +1,4 @@
-"""D-Flash drafters (arXiv:2602.06036) beside ours, by whatever runs them: their own code, or the host.
+"""D-Flash drafters (arXiv:2602.06036) beside ours, run by their own code or by the host.
 
 z-lab publishes drafters whose remote code has a decode loop, `drafter.spec_generate(target=...)`. From 5.23 on the host
 has one too, `generate(assistant_model=drafter, speculation_type="dflash")`, for drafters of its own architectures. Both
@@ -7,7 +7,7 @@ decode one row at a time.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,21 @@ HOST_FORWARD = {"noise_embeds", "context_hidden_states", "position_ids", CACHE_N
 HOST_FIELDS = ("target_layer_ids", "block_size", "mask_token_id")
 ONE_ROW = "D-Flash drafters decode one row at a time, by their own code and by the host's"
 
-Decode = Callable[..., Tensor]
+
+class Request(NamedTuple):
+    """One prompt, and how it is continued."""
+
+    inputs: dict[str, Tensor]  # input_ids [1, T]
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    eos_token_ids: list[int]
+
+
+Decode = Callable[[PreTrainedModel, Any, Request], Tensor]  # Any: a drafter, perhaps from remote code
 
 
 def load_dflash(source: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A D-Flash drafter, with whatever code its repository brings.
+    """A D-Flash drafter, with the code that its repository brings.
 
     Raises:
         ValueError: It cannot be loaded, or nothing here can run it.
@@ -48,10 +58,10 @@ EXPECTED = (
 
 
 def find_decode(drafter: PreTrainedModel) -> Decode:
-    """What runs `drafter`.
+    """The function that decodes with `drafter`.
 
     Raises:
-        ValueError: Nothing here does.
+        ValueError: Nothing here can.
     """
     own = getattr(drafter, "spec_generate", None)
     if own is not None and inspect.signature(own).parameters.keys() >= OWN_LOOP:
@@ -64,33 +74,18 @@ def find_decode(drafter: PreTrainedModel) -> Decode:
     raise ValueError(f"{type(drafter).__name__} is no D-Flash drafter that can run here. {EXPECTED}")
 
 
-def decode(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    eos_token_ids: list[int],
-) -> Tensor:
-    """[1, T + n]: the prompt and what follows.
+def decode(target: PreTrainedModel, drafter: PreTrainedModel, request: Request) -> Tensor:
+    """[1, T + n]: the prompt and its continuation.
 
     Raises:
         ValueError: There is more than one row.
     """
-    if len(inputs["input_ids"]) > 1:
+    if len(request.inputs["input_ids"]) > 1:
         raise ValueError(ONE_ROW)
-    return find_decode(drafter)(target, drafter, inputs, max_new_tokens, temperature, eos_token_ids)
+    return find_decode(drafter)(target, drafter, request)
 
 
-def decode_by_own_code(
-    target: PreTrainedModel,
-    drafter: Any,  # from remote code
-    inputs: dict[str, Tensor],
-    max_new_tokens: int,
-    temperature: float,
-    eos_token_ids: list[int],
-) -> Tensor:
+def decode_by_own_code(target: PreTrainedModel, drafter: Any, request: Request) -> Tensor:  # Any: from remote code
     """By the loop that the drafter's own code brings."""
     options = {}
     if "mask_token_id" in inspect.signature(drafter.spec_generate).parameters:  # of the first releases
@@ -98,30 +93,24 @@ def decode_by_own_code(
         options["mask_token_id"] = drafter.config.dflash_config["mask_token_id"] if mask is None else mask
     return drafter.spec_generate(
         target=target,
-        input_ids=inputs["input_ids"],
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=eos_token_ids or None,
-        temperature=temperature,
+        input_ids=request.inputs["input_ids"],
+        max_new_tokens=request.max_new_tokens,
+        stop_token_ids=request.eos_token_ids or None,
+        temperature=request.temperature,
         **options,
     )
 
 
-def decode_by_host(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    max_new_tokens: int,
-    temperature: float,
-    eos_token_ids: list[int],
-) -> Tensor:
+def decode_by_host(target: PreTrainedModel, drafter: PreTrainedModel, request: Request) -> Tensor:
     """By the host's assisted decoding."""
+    temperature = request.temperature
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     return target.generate(
-        **inputs,
+        **request.inputs,
         assistant_model=drafter,
         speculation_type="dflash",
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_ids or None,
+        max_new_tokens=request.max_new_tokens,
+        eos_token_id=request.eos_token_ids or None,
         repetition_penalty=1.0,
         **sampling,
     )

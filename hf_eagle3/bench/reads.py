@@ -1,7 +1,9 @@
 """What weights cost to read: at few tokens, reading them is nearly all the time a forward takes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -9,6 +11,9 @@ from transformers import PreTrainedModel
 from ..drafters.kinds import find_kind
 from ..recorder import find_layers
 from ..speculation.shape import chain
+from ..tensor_parallel import is_spread
+from .results import Measured
+from .ways import DRAFTED, OF_OTHERS
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
 EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise
@@ -33,6 +38,14 @@ class Weights:
     num_always: int  # of the target, by every forward
     num_drafting: int  # of the drafter, by all steps of a draft
     experts: Experts | None
+
+
+class Account(NamedTuple):
+    """Weights that rounds read, and how fast they are read."""
+
+    weights: Weights
+    bandwidth: float  # bytes a second
+    how: str  # given, or measured
 
 
 @dataclass
@@ -101,24 +114,49 @@ def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) 
     return Weights(num_always, (once if depth else 0) + num_forwards * each, experts)
 
 
-def account(
-    weights: Weights,
-    *,
-    kind: str,
-    batch_size: int,
-    num_tokens: int,
-    is_drafted: bool,
-    measured_seconds: float,
-    bandwidth: float,
-) -> Reads:
-    """What a round with a forward over `num_tokens` reads at `bandwidth` bytes a second."""
-    experts, distinct = weights.experts, None
+def make_account(
+    target: PreTrainedModel, drafter: PreTrainedModel, depth: int, read_bandwidth: float | None
+) -> Account | None:
+    """What reading weights is counted by; None where some are no whole parameters of the target.
+
+    Args:
+        target: The target.
+        drafter: Its drafter.
+        depth: Draft steps a round.
+        read_bandwidth: Terabytes a second; measured if it is not given.
+    """
+    weights = None if is_spread(target) else find_weights(target, drafter, depth)
+    if weights is None:
+        return None
+    if read_bandwidth:
+        return Account(weights, 1e12 * read_bandwidth, "given")
+    return Account(weights, measure_read_bandwidth(target.device), "measured")
+
+
+def account_for(results: Sequence[Measured], account: Account, *, depth: int, num_processes: int) -> list[Reads]:
+    """What weights cost to read in a round of each kind; plain kinds have one token a row, drafts K+1."""
+    reads = []
+    for r in results:
+        if r.kind in OF_OTHERS:  # only their own code knows how many tokens they verify
+            continue
+        is_drafted = r.kind == DRAFTED
+        gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0
+        num_tokens = r.batch_size * (depth + 1 if is_drafted else 1)
+        num_bytes, num_experts = count_bytes(account.weights, num_tokens, is_drafted=is_drafted)
+        seconds = num_processes * r.batch_size * gained / r.tokens_per_second
+        milliseconds = 1e3 * num_bytes / account.bandwidth
+        reads.append(Reads(r.kind, r.batch_size, num_tokens, num_experts, num_bytes, milliseconds, 1e3 * seconds))
+    return reads
+
+
+def count_bytes(weights: Weights, num_tokens: int, *, is_drafted: bool) -> tuple[float, float | None]:
+    """Bytes that a round with a forward over `num_tokens` reads, and the experts among them; None without experts."""
     num_bytes: float = weights.num_always + (weights.num_drafting if is_drafted else 0)
-    if experts is not None:
-        distinct = expect_distinct(experts.num_experts, experts.num_chosen, num_tokens)
-        num_bytes += experts.num_bytes * distinct / experts.num_experts
-    milliseconds = 1e3 * num_bytes / bandwidth
-    return Reads(kind, batch_size, num_tokens, distinct, num_bytes, milliseconds, 1e3 * measured_seconds)
+    experts = weights.experts
+    if experts is None:
+        return num_bytes, None
+    distinct = expect_distinct(experts.num_experts, experts.num_chosen, num_tokens)
+    return num_bytes + experts.num_bytes * distinct / experts.num_experts, distinct
 
 
 def measure_read_bandwidth(device: torch.device, *, repeats: int = 10) -> float:

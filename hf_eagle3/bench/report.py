@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..console.quoting import quote_markdown
 from ..modeling.text_eagle3 import one_line
-from .measure import Measured, Skipped
 from .reads import Reads
+from .results import Measured, Skipped
 from .ways import DFLASH, DRAFTED, LOOKUP, OF_OTHERS, PLAIN, STOCK
 
 logger = logging.getLogger(__name__)
@@ -45,69 +45,106 @@ def to_markdown(
     reads: Sequence[Reads] = (),
 ) -> str:
     """The tables: by batch size, by category where there are some, and what weights cost to read."""
-    every: list[Measured | Skipped] = [*results, *skipped]
-    sizes = sorted({r.batch_size for r in every})
-    by_key = {(r.kind, r.batch_size): r for r in results}
-    reasons = list(dict.fromkeys(s.reason for s in skipped))
-    marks = {(s.kind, s.batch_size): f"- [^{reasons.index(s.reason) + 1}]" for s in skipped}
-    head = ["| | " + " | ".join(f"BS {size}" for size in sizes) + " |", "|---|" + "---:|" * len(sizes)]
-    lines = [f"# {quote_markdown(title)}", "", *notes, "", "Tokens a second, median (slowest to fastest):", "", *head]
-    for kind in dict.fromkeys(r.kind for r in every):
-        cells = []
-        for size in sizes:
-            r = by_key.get((kind, size))
-            missing = marks.get((kind, size), "-")
-            cells.append(missing if r is None else f"{r.tokens_per_second:.1f} ({r.slowest:.1f} to {r.fastest:.1f})")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    for name, kind in (
-        ("drafting against generate()", STOCK),
-        ("drafting against our loop without", PLAIN),
-        ("drafting against prompt lookup", LOOKUP),
-        ("drafting against D-Flash", DFLASH),
-    ):
-        pairs = [(by_key.get((DRAFTED, size)), by_key.get((kind, size))) for size in sizes]
+    grid = Grid(results, skipped)
+    lines = [
+        *(f"# {quote_markdown(title)}", "", *notes, "", "Tokens a second, median (slowest to fastest):", ""),
+        *grid.head("| |"),
+        *speed_rows(grid),
+        *ratio_rows(grid),
+        *detail_rows(grid),
+        *(f"\n[^{i}]: {reason}." for i, reason in enumerate(grid.reasons, 1)),
+        *agreement_lines(results),
+        *category_lines(grid),
+        *read_lines(reads),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class Grid:
+    """Results by kind and batch size; a column is a batch size."""
+
+    def __init__(self, results: Sequence[Measured], skipped: Sequence[Skipped]):
+        every: list[Measured | Skipped] = [*results, *skipped]
+        self.results = results
+        self.kinds = list(dict.fromkeys(r.kind for r in every))
+        self.sizes = sorted({r.batch_size for r in every})
+        self.reasons = list(dict.fromkeys(s.reason for s in skipped))
+        self._by_key = {(r.kind, r.batch_size): r for r in results}
+        self._marks = {(s.kind, s.batch_size): f"- [^{self.reasons.index(s.reason) + 1}]" for s in skipped}
+
+    def head(self, corner: str) -> list[str]:
+        """The first two lines of a table."""
+        return [
+            corner + " " + " | ".join(f"BS {size}" for size in self.sizes) + " |",
+            "|---|" + "---:|" * len(self.sizes),
+        ]
+
+    def row(self, kind: str) -> list[Measured | None]:
+        """The results of a kind, by batch size."""
+        return [self._by_key.get((kind, size)) for size in self.sizes]
+
+    def marks(self, kind: str) -> list[str]:
+        """What stands for a result that is missing: a dash, with a footnote where a run failed."""
+        return [self._marks.get((kind, size), "-") for size in self.sizes]
+
+
+def join_cells(name: str, cells: Sequence[str]) -> str:
+    """A row of a table."""
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def speed_rows(grid: Grid) -> list[str]:
+    """Tokens a second."""
+    return [
+        join_cells(
+            kind,
+            [
+                mark if r is None else f"{r.tokens_per_second:.1f} ({r.slowest:.1f} to {r.fastest:.1f})"
+                for r, mark in zip(grid.row(kind), grid.marks(kind), strict=True)
+            ],
+        )
+        for kind in grid.kinds
+    ]
+
+
+def ratio_rows(grid: Grid) -> list[str]:
+    """Drafting against other kinds; those of other people only where they ran."""
+    lines = []
+    for name, kind in RATIOS.items():
         cells = [
-            "-" if a is None or b is None else f"{a.tokens_per_second / b.tokens_per_second:.2f}x" for a, b in pairs
+            "-" if ours is None or other is None else f"{ours.tokens_per_second / other.tokens_per_second:.2f}x"
+            for ours, other in zip(grid.row(DRAFTED), grid.row(kind), strict=True)
         ]
         if kind not in OF_OTHERS or set(cells) != {"-"}:
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    drafted = [by_key.get((DRAFTED, size)) for size in sizes]
-    others = [by_key.get((DFLASH, size)) for size in sizes]
-    rows: list[tuple[str, list[Measured | None], Callable[[Measured], str]]] = [
-        ("acceptance length", drafted, lambda r: show_number(r.acceptance_length)),
-        ("acceptance rate by depth", drafted, lambda r: " / ".join(map(show_number, r.acceptance_rate_by_depth))),
-        ("acceptance length of D-Flash", others, lambda r: show_number(r.acceptance_length)),
-        ("rows identical to generate()", drafted, show_identical),
-        ("rows of D-Flash identical to generate()", others, show_identical),
-        ("memory beyond weights, GiB", drafted, lambda r: show_number(r.peak_gib)),
-        ("of which keys and values, GiB", drafted, lambda r: show_number(r.cache_gib)),
-        ("a round, ms", drafted, lambda r: show_round(r, "seconds")),
-        ("of which draft, ms", drafted, lambda r: show_round(r, "draft_seconds")),
-        ("of which verify and all else, ms", drafted, lambda r: show_round(r, "verify_seconds")),
-        ("of which accept, ms", drafted, lambda r: show_round(r, "accept_seconds")),
-        ("of which processors and streamers, ms", drafted, lambda r: show_round(r, "host_seconds")),
-        ("graphs, first call", drafted, lambda r: r.graphs),
-    ]
-    for name, found, show in rows:
-        if found is others and not any(others):
-            continue
-        cells = [(show(r) if r is not None else "") or "-" for r in found]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [f"\n[^{i}]: {reason}." for i, reason in enumerate(reasons, 1)]
-    lines += agreement_lines(results)
+            lines.append(join_cells(name, cells))
+    return lines
 
-    names = dict.fromkeys(c for r in results for c in r.by_category if c not in ("random", "all"))
-    for title_of, found in (("Acceptance length by category", drafted), ("The same of D-Flash", others)):
+
+def detail_rows(grid: Grid) -> list[str]:
+    """Acceptance, memory and the time of a round; rows of D-Flash only where it ran."""
+    return [
+        join_cells(name, [(show(r) if r is not None else "") or "-" for r in grid.row(kind)])
+        for name, kind, show in DETAILS
+        if kind == DRAFTED or any(grid.row(kind))
+    ]
+
+
+def category_lines(grid: Grid) -> list[str]:
+    """Acceptance length by category of prompts."""
+    names = dict.fromkeys(c for r in grid.results for c in r.by_category if c not in ("random", "all"))
+    lines = []
+    for title, kind in (("Acceptance length by category", DRAFTED), ("The same of D-Flash", DFLASH)):
+        found = grid.row(kind)
         if not names or not any(found):
             continue
-        lines += ["", f"{title_of}:", "", head[0].replace("| |", "| category |", 1), head[1]]
-        for category in names:
+        lines += ["", f"{title}:", "", *grid.head("| category |")]
+        for name in names:
             cells = [
-                show_number(r.by_category[category]["acceptance_length"]) if r and category in r.by_category else "-"
+                show_number(r.by_category[name]["acceptance_length"]) if r and name in r.by_category else "-"
                 for r in found
             ]
-            lines.append(f"| {quote_markdown(category)} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *read_lines(reads)]) + "\n"
+            lines.append(join_cells(quote_markdown(name), cells))
+    return lines
 
 
 def show_number(number: float | None) -> str:
@@ -124,6 +161,30 @@ def show_round(result: Measured, name: str) -> str:
     """Milliseconds of a round."""
     rounds = result.seconds_in.get("rounds", 0)
     return f"{1000 * result.seconds_in[name] / rounds:.2f}" if rounds > 0 else "-"
+
+
+RATIOS = {
+    "drafting against generate()": STOCK,
+    "drafting against our loop without": PLAIN,
+    "drafting against prompt lookup": LOOKUP,
+    "drafting against D-Flash": DFLASH,
+}
+# The name of a row, the kind it is about, and its cell.
+DETAILS: list[tuple[str, str, Callable[[Measured], str]]] = [
+    ("acceptance length", DRAFTED, lambda r: show_number(r.acceptance_length)),
+    ("acceptance rate by depth", DRAFTED, lambda r: " / ".join(map(show_number, r.acceptance_rate_by_depth))),
+    ("acceptance length of D-Flash", DFLASH, lambda r: show_number(r.acceptance_length)),
+    ("rows identical to generate()", DRAFTED, show_identical),
+    ("rows of D-Flash identical to generate()", DFLASH, show_identical),
+    ("memory beyond weights, GiB", DRAFTED, lambda r: show_number(r.peak_gib)),
+    ("of which keys and values, GiB", DRAFTED, lambda r: show_number(r.cache_gib)),
+    ("a round, ms", DRAFTED, lambda r: show_round(r, "seconds")),
+    ("of which draft, ms", DRAFTED, lambda r: show_round(r, "draft_seconds")),
+    ("of which verify and all else, ms", DRAFTED, lambda r: show_round(r, "verify_seconds")),
+    ("of which accept, ms", DRAFTED, lambda r: show_round(r, "accept_seconds")),
+    ("of which processors and streamers, ms", DRAFTED, lambda r: show_round(r, "host_seconds")),
+    ("graphs, first call", DRAFTED, lambda r: r.graphs),
+]
 
 
 def agreement_lines(results: Sequence[Measured]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +18,7 @@ STATIC = 'generate(cache_implementation="static")'  # which the host compiles
 LOOKUP = 'generate(prompt_lookup_num_tokens, cache_implementation="static")'  # likewise, from Transformers 5.24 on
 DFLASH = "D-Flash"
 KINDS = {"stock": STOCK, "static": STATIC, "lookup": LOOKUP, "plain": PLAIN, "drafted": DRAFTED}
+OURS = (PLAIN, DRAFTED)
 OF_OTHERS = {LOOKUP, DFLASH}  # they draft, and not every release, target or batch size has them
 ONE_ROW = (dflash.ONE_ROW, "the host's assisted decoding takes one row at a time")
 
@@ -74,25 +76,12 @@ def make_ways(
     dflash_drafter: PreTrainedModel | None = None,
 ) -> dict[str, Way]:
     """Each kind of decoding as a function."""
-    eos = list_eos(target)
     depth = drafter.generation_config.num_assistant_tokens
-    # A model's own penalty, which D-Flash's code does not know, and which no tie is judged by.
+    # A model may have a penalty, which D-Flash's code does not know and the judgement of ties does not allow for.
     options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0}
-
-    def generate(**further: Any) -> Way:
-        def decode(prompts: Prompts, limit: int) -> Call:
-            def call() -> Any:
-                return target.generate(
-                    **prompts.inputs, max_new_tokens=limit, return_dict_in_generate=True, **options, **further
-                )
-
-            seconds, rows, out = timed(call, prompts, eos)
-            return Call(seconds, rows, getattr(out, "speculation", None), None)
-
-        return decode
-
+    generate = partial(by_generate, target, **options)
     ways = {
         STOCK: generate(),
         STATIC: generate(cache_implementation="static"),
@@ -101,28 +90,41 @@ def make_ways(
         DRAFTED: generate(assistant_model=drafter),
     }
     if dflash_drafter is not None:
-
-        def decode_dflash(prompts: Prompts, limit: int) -> Call:
-            def call() -> Tensor:
-                return dflash.decode(
-                    *(target, dflash_drafter, prompts.inputs),
-                    max_new_tokens=limit,
-                    temperature=temperature,
-                    eos_token_ids=eos,
-                )
-
-            num_forwards = 0
-
-            def count(*_: object) -> None:
-                nonlocal num_forwards
-                num_forwards += 1
-
-            hook = target.register_forward_pre_hook(count)
-            try:
-                seconds, rows, _ = timed(call, prompts, eos)
-            finally:
-                hook.remove()
-            return Call(seconds, [row[:limit] for row in rows], None, num_forwards)
-
-        ways[DFLASH] = decode_dflash
+        ways[DFLASH] = by_dflash(target, dflash_drafter, temperature)
     return ways
+
+
+def by_generate(target: PreTrainedModel, **options: Any) -> Way:  # Any: whatever the host's `generate` takes
+    """`target.generate` with `options`."""
+    eos = list_eos(target)
+
+    def decode(prompts: Prompts, limit: int) -> Call:
+        def call() -> Any:
+            return target.generate(**prompts.inputs, max_new_tokens=limit, return_dict_in_generate=True, **options)
+
+        seconds, rows, out = timed(call, prompts, eos)
+        return Call(seconds, rows, getattr(out, "speculation", None), None)
+
+    return decode
+
+
+def by_dflash(target: PreTrainedModel, drafter: PreTrainedModel, temperature: float) -> Way:
+    """A D-Flash drafter, with a count of the target's forwards."""
+    eos = list_eos(target)
+
+    def decode(prompts: Prompts, limit: int) -> Call:
+        num_forwards = 0
+
+        def count(*_: object) -> None:
+            nonlocal num_forwards
+            num_forwards += 1
+
+        request = dflash.Request(prompts.inputs, limit, temperature, eos)
+        hook = target.register_forward_pre_hook(count)
+        try:
+            seconds, rows, _ = timed(lambda: dflash.decode(target, drafter, request), prompts, eos)
+        finally:
+            hook.remove()
+        return Call(seconds, [row[:limit] for row in rows], None, num_forwards)
+
+    return decode

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import cli
 from hf_eagle3 import data_parallel as processes
-from hf_eagle3.bench import command, dflash, equality, measure, reads, report, ways
+from hf_eagle3.bench import dflash, equality, measure, reads, report, results, ways
+from hf_eagle3.bench.attempts import Attempts
+from hf_eagle3.bench.command import run_bench_command
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
+from hf_eagle3.bench.loading import STEPS
 from hf_eagle3.bench.prompts import Prompts, read_questions
 from hf_eagle3.bench.shapes import make_random_drafter
 from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.data_parallel import Team
-from hf_eagle3.speculation.accept import RULES, Verdict
+from hf_eagle3.kernels.qkv import PROJECTIONS, view_as_one
 from hf_eagle3.speculation.stats import Speculation
 
 pytestmark = pytest.mark.any_release
@@ -41,6 +45,20 @@ KINDS = ["generate()", "our loop, no drafting", "our loop, drafting"]
 def read(out: Path) -> tuple[str, dict]:
     data = json.loads(Path(f"{out}.json").read_text(), parse_constant=pytest.fail)  # of NaN and Infinity
     return Path(f"{out}.md").read_text(encoding="utf-8"), data
+
+
+def run_bench(arguments: list[str], **steps) -> int:
+    """`cli.main`, with some of the command's steps replaced."""
+    args = cli.make_parser().parse_args(arguments)
+    return cli.guard(lambda: run_bench_command(args, STEPS._replace(**steps)))
+
+
+def fail_to_load(*_, **__):
+    pytest.fail("the target was loaded")
+
+
+def fail_to_launch(*_, **__):
+    pytest.fail("processes were started")
 
 
 def test_tables_of_a_shape(tmp_path, capsys):
@@ -69,25 +87,25 @@ def test_tables_of_a_shape(tmp_path, capsys):
 
 def test_rates_add_up_over_processes():
     counts = [([4, 2], [2, 1]), ([4, 2, 0], [3, 0, 0]), ([], [])]
-    assert measure.rates_by_depth(counts) == [5 / 8, 1 / 4, None]
+    assert results.rates_by_depth(counts) == [5 / 8, 1 / 4, None]
 
 
 def test_what_was_not_measured_is_a_dash_and_null():
-    result = measure.Measured(ways.DRAFTED, 1, float("nan"), 1.0, float("inf"), acceptance_rate_by_depth=[0.5, None])
+    result = results.Measured(ways.DRAFTED, 1, float("nan"), 1.0, float("inf"), acceptance_rate_by_depth=[0.5, None])
     text = report.to_markdown([result], title="t", notes=[])
     assert "| acceptance length | - |" in text
     assert "| acceptance rate by depth | 0.50 / - |" in text
     assert "| a round, ms | - |" in text
     data = json.loads(report.to_json([result], notes=[]), parse_constant=pytest.fail)["results"][0]
     assert (data["tokens_per_second"], data["fastest"], data["acceptance_rate_by_depth"]) == (None, None, [0.5, None])
-    assert measure.mean_gain([(0, 0, "all")]) is None
+    assert results.mean_gain([(0, 0, "all")]) is None
 
 
 # ---- out of memory ----
 
 
-def run_out(monkeypatch, kind, *, in_call, at_least=2):
-    """Let a kind of decoding run out of memory in a call, counted from 1, over so many rows."""
+def run_out(kind, *, in_call, at_least=2):
+    """Ways of which one kind runs out of memory in a call, counted from 1, over so many rows."""
 
     def make_ways(*args, **kwargs):
         made = ways.make_ways(*args, **kwargs)
@@ -102,15 +120,15 @@ def run_out(monkeypatch, kind, *, in_call, at_least=2):
 
         return {**made, kind: decode}
 
-    monkeypatch.setattr(command, "make_ways", make_ways)
+    return make_ways
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_call", [1, 2], ids=["warm-up", "timed"])
 @pytest.mark.parametrize("i", [0, 2], ids=["stock", "drafted"])
-def test_no_room_for_one_kind_leaves_the_others(tmp_path, monkeypatch, i, in_call):
-    run_out(monkeypatch, KINDS[i], in_call=in_call)
-    assert cli.main([*SIMULATED, *SMALL, "--out", str(tmp_path / "out")]) == 0
+def test_no_room_for_one_kind_leaves_the_others(tmp_path, i, in_call):
+    make_ways = run_out(KINDS[i], in_call=in_call)
+    assert run_bench([*SIMULATED, *SMALL, "--out", str(tmp_path / "out")], make_ways=make_ways) == 0
     text, data = read(tmp_path / "out")
     reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB free"
     assert data["skipped"] == [{"kind": KINDS[i], "batch_size": 2, "reason": reason}]
@@ -120,37 +138,49 @@ def test_no_room_for_one_kind_leaves_the_others(tmp_path, monkeypatch, i, in_cal
 
 
 @pytest.mark.parametrize("asked", [[], ["--join-projections"]])
-def test_projections_are_joined_where_asked(asked, tmp_path, monkeypatch):
-    joined = []
-    monkeypatch.setattr(command, "join_projections", lambda *models: joined.append(len(models)))
-    assert cli.main([*SIMULATED, *SMALL, *asked, "--out", str(tmp_path / "out")]) == 0
-    assert joined == [2] * len(asked)
+def test_projections_are_joined_where_asked(asked, tmp_path):
+    models = []
+
+    def make_ways(target, drafter, **options):
+        models.extend([target, drafter])
+        return ways.make_ways(target, drafter, **options)
+
+    assert run_bench([*SIMULATED, *SMALL, *asked, "--out", str(tmp_path / "out")], make_ways=make_ways) == 0
+    for model in models:
+        attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
+        are_joined = view_as_one([getattr(attention, name).weight for name in PROJECTIONS]) is not None
+        assert are_joined == bool(asked)
     assert ("--join-projections" in (tmp_path / "out.md").read_text()) == bool(asked)
 
 
-def test_no_room_for_anything_is_an_error(tmp_path, monkeypatch, capsys):
-    run_out(monkeypatch, ways.DRAFTED, in_call=1, at_least=1)
+def test_no_room_for_anything_is_an_error(tmp_path, capsys):
+    make_ways = run_out(ways.DRAFTED, in_call=1, at_least=1)
     arguments = ["--kinds", "drafted", "--batch-sizes", "1", "--out", str(tmp_path / "out")]
-    assert cli.main([*SIMULATED, *arguments]) == 1
+    assert run_bench([*SIMULATED, *arguments], make_ways=make_ways) == 1
     assert "nothing could be measured; the tables say why" in capsys.readouterr().err
     assert len(read(tmp_path / "out")[1]["skipped"]) == 1
 
 
-def test_ours_is_compared_over_few_rows_where_stock_has_no_room_for_all(real, tmp_path, monkeypatch):
-    run_out(monkeypatch, ways.STOCK, in_call=1, at_least=5)
-    assert cli.main([*real, "--batch-sizes", "5", "--out", str(tmp_path / "out")]) == 0
+def test_ours_is_compared_over_few_rows_where_stock_has_no_room_for_all(real, tmp_path):
+    make_ways = run_out(ways.STOCK, in_call=1, at_least=5)
+    assert run_bench([*real, "--batch-sizes", "5", "--out", str(tmp_path / "out")], make_ways=make_ways) == 0
     _, data = read(tmp_path / "out")
     assert [s["kind"] for s in data["skipped"]] == [ways.STOCK]
     assert [r["agreement"]["num_identical"] for r in data["results"]] == [4, 4]
     assert [r["num_rows"] for r in data["results"]] == [5, 5]
 
 
-def test_what_cannot_be_compared_is_not_timed(real, tmp_path, monkeypatch):
-    def compare(*_, **__):
+def test_what_cannot_be_compared_is_not_timed(real, tmp_path):
+    def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(measure, "compare", compare)
-    assert cli.main([*real, "--batch-sizes", "2", "--out", str(tmp_path / "out")]) == 0
+    def make_ways(*models, temperature, **options):
+        """There is no room for the greedy texts that sampling ways are judged by."""
+        made = ways.make_ways(*models, temperature=temperature, **options)
+        return made if temperature else dict.fromkeys(made, run_out)
+
+    arguments = [*real, "--batch-sizes", "2", "--temperature", "0.8", "--out", str(tmp_path / "out")]
+    assert run_bench(arguments, make_ways=make_ways) == 0
     _, data = read(tmp_path / "out")
     assert [r["kind"] for r in data["results"]] == [ways.STOCK]
     reason = "could not be compared with generate(): OutOfMemoryError: CUDA out of memory"
@@ -162,18 +192,24 @@ def test_no_room_in_one_process_skips_the_kind_in_all():
         def gather(self, item):
             return [item, "OutOfMemoryError: there"] if item == "" else [item]
 
-    attempts = measure.Attempts(make_target("llama"), Two(torch.device("cpu")), 8)
+    attempts = Attempts(make_target("llama"), Two(torch.device("cpu")), 8)
     assert attempts.run([ways.PLAIN], lambda: 1) is None
-    assert attempts.skipped == [measure.Skipped(ways.PLAIN, 8, "OutOfMemoryError: there")]
+    assert attempts.skipped == [results.Skipped(ways.PLAIN, 8, "OutOfMemoryError: there")]
 
 
-def test_no_room_where_processes_share_the_target_ends_all(monkeypatch):
+def test_no_room_where_processes_share_the_target_ends_all():
     def work():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(measure, "find_peers", lambda _: object())
+    class Shard:
+        """A parameter as tensor parallelism leaves it."""
+
+        full_tensor = None
+        device_mesh = SimpleNamespace(ndim=1, get_group=object)
+
+    target = SimpleNamespace(tp_size=2, parameters=lambda: [Shard()])
     with pytest.raises(torch.OutOfMemoryError):
-        measure.Attempts(make_target("llama"), Team(torch.device("cpu")), 8).run([ways.PLAIN], work)
+        Attempts(target, Team(torch.device("cpu")), 8).run([ways.PLAIN], work)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +244,8 @@ def test_no_room_where_processes_share_the_target_ends_all(monkeypatch):
         (["bench", "--target", "x", "--drafter", "y", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_refusals_say_what_to_give(arguments, says, capsys, monkeypatch):
-    monkeypatch.setattr(command, "load_target", lambda *_: pytest.fail("the target was loaded"))
-    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
-    assert cli.main(arguments) == 2
+def test_refusals_say_what_to_give(arguments, says, capsys):
+    assert run_bench(arguments, load_target=fail_to_load, launch=fail_to_launch) == 2
     assert says in capsys.readouterr().err
 
 
@@ -265,11 +299,10 @@ def test_lines_end_where_json_lines_end(tmp_path):
     assert [(q.text, q.category) for q in found] == [("a\u2028b", "all"), ("c", "all")]
 
 
-def test_bad_prompts_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
+def test_bad_prompts_are_refused_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     arguments = ["bench", "--target", "x", "--drafter", "y", *ON_CPU, "--prompts", str(tmp_path / "p.jsonl")]
-    assert cli.main([*arguments, "--dp-size", "2"]) == 2
+    assert run_bench([*arguments, "--dp-size", "2"], launch=fail_to_launch) == 2
     assert "p.jsonl has 1 prompts for 2 processes" in capsys.readouterr().err
 
 
@@ -284,22 +317,20 @@ def test_the_report_says_that_first_turns_alone_are_asked(real, folders):
     assert any("several turns" in note for note in data["notes"])
 
 
-def test_depth_of_the_drafter_bounds_what_is_simulated(real, folders, drafter, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_target", lambda *_: pytest.fail("the target was loaded"))
+def test_depth_of_the_drafter_bounds_what_is_simulated(real, folders, drafter, capsys):
     for depth, length, says in (
         (2, "3.5", "between 1 and 3, the draft depth plus 1"),
         (0, "1", "num_assistant_tokens=0"),
     ):
         drafter.generation_config.num_assistant_tokens = depth
         drafter.save_pretrained(folders / "drafter")
-        assert cli.main([*real, "--simulate-acceptance-length", length]) == 2
+        assert run_bench([*real, "--simulate-acceptance-length", length], load_target=fail_to_load) == 2
         assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "name"), [("3", "num_attention_heads, 4"), ("4", "num_key_value_heads, 2")])
-def test_shares_of_the_target_are_whole_heads(real, monkeypatch, capsys, size, name):
-    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("processes were started"))
-    assert cli.main([*real, "--tp-size", size]) == 2
+def test_shares_of_the_target_are_whole_heads(real, capsys, size, name):
+    assert run_bench([*real, "--tp-size", size], launch=fail_to_launch) == 2
     assert f"--tp-size {size} does not divide the target's {name}" in capsys.readouterr().err
 
 
@@ -327,7 +358,7 @@ def test_output_is_compared_also_without_stock(real, tmp_path, temperature):
     assert "| even |" in text
 
 
-def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys):
+def test_output_that_differs_ends_the_bench(real, tmp_path, capsys):
     def make_ways(*args, **kwargs):
         made = ways.make_ways(*args, **kwargs)
         honest = made[ways.DRAFTED]
@@ -341,20 +372,16 @@ def test_output_that_differs_ends_the_bench(real, tmp_path, monkeypatch, capsys)
 
         return {**made, ways.DRAFTED: decode}
 
-    monkeypatch.setattr(command, "make_ways", make_ways)
-    assert cli.main([*real, "--batch-sizes", "3", "--out", str(tmp_path / "out")]) == 1
+    assert run_bench([*real, "--batch-sizes", "3", "--out", str(tmp_path / "out")], make_ways=make_ways) == 1
     said = capsys.readouterr().err
     assert "our loop, drafting: prompt 4 differs from generate() at new token 7" in said
     assert "In float32 no difference is allowed" in said
     assert not (tmp_path / "out.md").exists()
 
 
-def test_a_loop_that_accepts_whatever_is_drafted_is_caught(real, tmp_path, monkeypatch, capsys):
-    def accept_all(proposal, scores, judging):
-        B, K = proposal.tokens.shape
-        return Verdict(torch.full((B,), K), scores[:, K].argmax(-1))
-
-    monkeypatch.setitem(RULES, "greedy", accept_all)
+def test_a_loop_that_accepts_whatever_is_drafted_is_caught(real, folders, drafter, tmp_path, capsys):
+    drafter.generation_config.simulated_acceptance_length = 4.0
+    drafter.save_pretrained(folders / "drafter")
     assert cli.main([*real, "--batch-sizes", "2", "--out", str(tmp_path / "out")]) == 1
     assert "our loop, drafting: prompt 1 differs from generate() at new token 1: " in capsys.readouterr().err
 
@@ -522,21 +549,21 @@ def test_rounds_of_dflash_are_counted_by_forwards_of_the_target(target, drafter)
     made = ways.make_ways(target, drafter.bind(target), temperature=0.0, dflash_drafter=StandIn())
     prompts = Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
     call = made[ways.DFLASH](prompts, 13)
-    result = measure.Measured(ways.DFLASH, 1, 1.0, 1.0, 1.0)
+    result = results.Measured(ways.DFLASH, 1, 1.0, 1.0, 1.0)
     with Team(torch.device("cpu")) as team:
-        measure.add_acceptance(result, [call], [call], [prompts], team)
+        results.add_acceptance(result, [call], [call], [prompts], team)
     assert result.acceptance_length == 3
     assert call.rows == [[7] * 13]
 
 
-def test_dflash_that_fails_is_a_dash_with_its_reason(real, tmp_path, monkeypatch):
+def test_dflash_that_fails_is_a_dash_with_its_reason(real, tmp_path):
     class Broken(torch.nn.Module):
         def spec_generate(self, target, input_ids, max_new_tokens, stop_token_ids, temperature):
             raise TypeError("crop() takes no such length")
 
-    monkeypatch.setattr(command, "load_dflash", lambda *_, **__: Broken())
     further = ["--batch-sizes", "1", "--limit", "1", "--dflash-drafter", "x", "--kinds", "drafted"]
-    assert cli.main([*real, *further, "--out", str(tmp_path / "out")]) == 0
+    arguments = [*real, *further, "--out", str(tmp_path / "out")]
+    assert run_bench(arguments, load_dflash=lambda *_, **__: Broken()) == 0
     text, _ = read(tmp_path / "out")
     assert "| D-Flash | - [^1] |" in text
     assert "[^1]: TypeError: crop() takes no such length." in text
@@ -668,11 +695,7 @@ def test_speed_of_a_team_is_all_tokens_over_the_slowest_time():
     prompts = Prompts({"input_ids": make_prompt(5)}, ["all"], [1])
     with Two(torch.device("cpu")) as team:
         (found,), _ = measure.measure(
-            *(make_target("llama"), {ways.PLAIN: decode}, [prompts]),
-            batch_size=1,
-            max_new_tokens=30,
-            repeats=2,
-            team=team,
+            *(make_target("llama"), {ways.PLAIN: decode}, [prompts], measure.Plan(1, 30, 2)), team=team
         )
     assert found.slowest == found.tokens_per_second == (30 + 70) / 20.0
 
@@ -686,13 +709,13 @@ def test_a_round_takes_what_decoding_takes():
             speculation.count(2, 1)
         return ways.Call(seconds, [[1]], speculation, None)
 
-    result = measure.Measured(ways.DRAFTED, 1, 1.0, 1.0, 1.0, acceptance_length=2.0)
-    measure.add_times(result, [told(7.0, 30)], [told(2.0, 10)], Team(torch.device("cpu")))
+    result = results.Measured(ways.DRAFTED, 1, 1.0, 1.0, 1.0, acceptance_length=2.0)
+    results.add_times(result, [told(7.0, 30)], [told(2.0, 10)], Team(torch.device("cpu")))
     text = report.to_markdown([result], title="t", notes=[])
     assert "| a round, ms | 250.00 |" in text
     assert "| of which draft, ms | 25.00 |" in text
     assert "| of which verify and all else, ms | 225.00 |" in text
-    measure.add_times(result, [told(7.0, 28)], [], Team(torch.device("cpu")))
+    results.add_times(result, [told(7.0, 28)], [], Team(torch.device("cpu")))
     assert "| a round, ms | 250.00 |" in report.to_markdown([result], title="t", notes=[])
 
 

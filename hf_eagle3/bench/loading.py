@@ -1,0 +1,121 @@
+"""Models and prompts that `hf-eagle3 bench` names."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
+
+from ..console.opening import opening
+from ..data_parallel import Team, launch
+from ..host.refusals import refuse_other_models
+from ..kernels.qkv import join_projections
+from .arguments import refuse_acceptance_length, settle_depth
+from .dflash import load_dflash
+from .measure import Plan
+from .prompts import Prompts, Question, batch_questions, batch_random_prompts, read_questions
+from .shapes import make_random_drafter, make_target
+from .ways import DFLASH, KINDS, Way, make_ways
+
+
+def load_drafter(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The drafter, looked at before its target is loaded; None for one of random weights.
+
+    Raises:
+        ValueError: It is none, or does not draft as deep as is to be simulated.
+    """
+    if args.drafter is None:
+        return None
+    with opening("--drafter", args.drafter):
+        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
+    refuse_other_models(drafter, args.drafter)
+    refuse_acceptance_length(args.simulate_acceptance_length, settle_depth(drafter, args.num_draft_tokens))
+    return drafter
+
+
+def load_target(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The target: on `device`, or in parts on several."""
+    if args.shape:
+        return make_target(args.shape, device=device, dtype=dtype)
+    options: dict[str, Any] = {}
+    if args.tp_size is not None:
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    if args.device_map is not None:
+        options["device_map"] = args.device_map
+    with opening("--target", args.target):
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, **options).eval()
+    return target if options else target.to(device)
+
+
+class Steps(NamedTuple):
+    """The steps of the command that start processes or load models; tests replace some."""
+
+    launch: Callable[..., int] = launch
+    load_target: Callable[[argparse.Namespace, torch.device, torch.dtype], PreTrainedModel] = load_target
+    load_dflash: Callable[..., PreTrainedModel] = load_dflash
+    make_ways: Callable[..., dict[str, Way]] = make_ways
+
+
+STEPS = Steps()
+
+
+class Setting(NamedTuple):
+    """What is compared, on which prompts."""
+
+    target: PreTrainedModel
+    drafter: PreTrainedModel
+    depth: int
+    ways: dict[str, Way]
+    judged: dict[str, Way] | None  # None where acceptance is simulated
+    questions: list[Question] | None  # None: prompts of random tokens
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: Plan  # of batch size 1
+
+
+def load_setting(args: argparse.Namespace, team: Team, steps: Steps) -> Setting:
+    """Load what the command names."""
+    dtype = getattr(torch, args.dtype)
+    questions, tokenizer = None, None
+    if args.prompts is not None:
+        questions = read_questions(args.prompts, limit=args.limit, at_least=team.size)
+        with opening("--target", args.target):
+            tokenizer = AutoTokenizer.from_pretrained(args.target)
+    loaded = load_drafter(args, dtype)
+    target = steps.load_target(args, team.device, dtype)
+    drafter = make_random_drafter(target) if loaded is None else loaded.to(target.device).bind(target)
+    if args.join_projections:
+        join_projections(target, drafter)
+    depth = settle_depth(drafter, args.num_draft_tokens)
+    drafter.generation_config.num_assistant_tokens = depth
+    target.generation_config.num_assistant_tokens = None  # one of the target's own would go before it
+    simulated = args.simulate_acceptance_length
+    if simulated is not None:
+        drafter.generation_config.simulated_acceptance_length = simulated
+    kinds = [KINDS[name] for name in args.kinds]
+    other = None
+    if args.dflash_drafter is not None:
+        other = steps.load_dflash(args.dflash_drafter, dtype=dtype, device=target.device)
+        kinds.append(DFLASH)
+    ways = steps.make_ways(target, drafter, temperature=args.temperature, dflash_drafter=other)
+    judged = None if simulated is not None else steps.make_ways(target, drafter, temperature=0.0)
+    plan = Plan(
+        1,
+        args.max_new_tokens,
+        args.repeats,
+        # The shorter run after random prompts, where there is room for one.
+        subtract=args.max_new_tokens // 8 if questions is None else 0,
+        is_greedy=args.temperature == 0,
+    )
+    return Setting(target, drafter, depth, {kind: ways[kind] for kind in kinds}, judged, questions, tokenizer, plan)
+
+
+def make_batches(setting: Setting, args: argparse.Namespace, size: int, team: Team) -> list[Prompts]:
+    """This process's prompts, in batches."""
+    device = setting.target.device
+    if setting.questions is None:
+        V = setting.target.config.get_text_config(decoder=True).vocab_size
+        return batch_random_prompts(size, args.prompt_length, V, device, team)
+    assert setting.tokenizer is not None
+    return batch_questions(setting.questions, setting.tokenizer, size, device, team)
