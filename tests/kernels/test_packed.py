@@ -30,18 +30,23 @@ class Products(list):
 
 
 @pytest.fixture(autouse=True)
-def products(monkeypatch) -> Products:
-    """Pack small layers too, in the second round; compare anew in each test, and note what runs."""
-    seen, run = Products(), packed.linear
+def onednn(monkeypatch) -> packed.OneDnn:
+    """What calls use in each test: packs small layers too, in the second round, and has compared nothing yet."""
+    fresh = packed.OneDnn(min_weights=1, pack_after=1)
+    monkeypatch.setattr(packed, "ONEDNN", fresh)
+    return fresh
+
+
+@pytest.fixture(autouse=True)
+def products(onednn) -> Products:
+    """Note what runs."""
+    seen, run = Products(), onednn.linear
 
     def noted(x, weight, bias):
         seen.append(weight.is_mkldnn)
         return run(x, weight, bias)
 
-    monkeypatch.setattr(packed, "MIN_WEIGHTS", 1)
-    monkeypatch.setattr(packed, "PACK_AFTER", 1)
-    monkeypatch.setattr(packed, "_agreed", {})
-    monkeypatch.setattr(packed, "linear", noted)
+    onednn.linear = noted
     return seen
 
 
@@ -80,11 +85,11 @@ def test_packed_products_are_stock_ones(N, K, bias, dtype, products):
 
 
 @pytest.mark.parametrize("error", [1.0, 1e-3])
-def test_products_that_differ_are_left_alone(error, monkeypatch, products, caplog):
+def test_products_that_differ_are_left_alone(error, onednn, products, caplog):
     module, x = nn.Linear(16, 24), torch.randn(3, 16)
     linears = packed.PackedLinears(nn.Sequential(module))
-    run = packed.linear
-    monkeypatch.setattr(packed, "linear", lambda x, w, b: run(x, w, b) * (1 + error))
+    run = onednn.linear
+    onednn.linear = lambda x, w, b: run(x, w, b) * (1 + error)
     with torch.no_grad():
         stock = module(x)
         for _ in range(3):
@@ -94,26 +99,26 @@ def test_products_that_differ_are_left_alone(error, monkeypatch, products, caplo
     assert "not PyTorch's" in caplog.text
 
 
-def test_products_that_fail_are_left_alone(monkeypatch):
+def test_products_that_fail_are_left_alone(onednn):
     module, x = nn.Linear(16, 24), torch.randn(3, 16)
 
     def fail(*_):
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(packed, "linear", fail)
+    onednn.linear = fail
     with torch.no_grad():
         stock = module(x)
         with packed.PackedLinears(nn.Sequential(module)):
             assert torch.equal(module(x), stock)
 
 
-def test_nan_tells_nothing():
+def test_nan_tells_nothing(onednn):
     module, x = nn.Linear(16, 24), torch.randn(3, 16)
     with torch.no_grad(), packed.PackedLinears(nn.Sequential(module)):
         assert module(x * torch.nan).isnan().all()
-        assert packed._agreed == {}
+        assert onednn.agreed == {}
         module(x)
-    assert list(packed._agreed.values()) == [True]
+    assert list(onednn.agreed.values()) == [True]
 
 
 class OtherLinear(nn.Linear):
@@ -158,7 +163,7 @@ def test_what_is_more_than_a_linear_layer_is_left_alone(make):
         assert vars(module).get("forward") is before
 
 
-def test_gradients_autocast_and_other_weights_go_to_pytorch(products):
+def test_gradients_autocast_and_other_weights_go_to_pytorch(onednn, products):
     module, x = nn.Linear(16, 24), torch.randn(3, 16)
     with packed.PackedLinears(nn.Sequential(module)):
         module(x).sum().backward()
@@ -166,7 +171,7 @@ def test_gradients_autocast_and_other_weights_go_to_pytorch(products):
         with torch.no_grad():
             with torch.autocast("cpu"):
                 assert module(x).dtype == torch.bfloat16
-            module(torch.randn(packed.MAX_TOKENS + 1, 16))
+            module(torch.randn(onednn.max_tokens + 1, 16))
             module.weight = nn.Parameter(torch.zeros(24, 16))
             assert torch.equal(module(x), module.bias.expand(3, -1))
     assert products == []
@@ -186,9 +191,9 @@ def test_weight_written_to_in_a_call_is_read_anew(products):
         assert not products[-1]
 
 
-def test_tied_weights_are_packed_once(monkeypatch):
-    made, run = [], packed.pack
-    monkeypatch.setattr(packed, "pack", lambda weight: made.append(weight) or run(weight))
+def test_tied_weights_are_packed_once(onednn):
+    made = []
+    onednn.pack = lambda weight: made.append(weight) or packed.pack(weight)
     one, other = nn.Linear(16, 24), nn.Linear(16, 24)
     other.weight = one.weight
     linears = packed.PackedLinears(nn.Sequential(one), nn.Sequential(other))
@@ -198,9 +203,9 @@ def test_tied_weights_are_packed_once(monkeypatch):
     assert len(made) == 1
 
 
-def test_large_models_are_not_packed(monkeypatch, products):
+def test_large_models_are_not_packed(onednn, products):
     target = make_target("llama")
-    monkeypatch.setattr(packed, "MAX_PACKED_BYTES", sum(p.nbytes for p in target.parameters()) // 2)
+    onednn.max_packed_bytes = sum(p.nbytes for p in target.parameters()) // 2
     prompt = make_prompt(7)
     assert torch.equal(generate(target, prompt, make_drafter(target)), target.generate(prompt, max_new_tokens=NEW))
     assert products
@@ -214,16 +219,16 @@ def test_compiled_models_are_left_alone():
     assert not packed.PackedLinears(torch.compile(nn.Linear(16, 24), backend="eager"))._layers
 
 
-def test_packs_go_with_the_call(monkeypatch):
+def test_packs_go_with_the_call(onednn):
     target, prompt = make_target("llama"), make_prompt(7)
-    references, run = [], packed.pack
+    references = []
 
     def noted(weight):
-        made = run(weight)
+        made = packed.pack(weight)
         references.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(packed, "pack", noted)
+    onednn.pack = noted
     generate(target, prompt, make_drafter(target))
     assert references
     assert not any(reference() is not None for reference in references)
@@ -261,9 +266,9 @@ def test_rows_of_different_lengths(products):
     assert any(products)
 
 
-def test_a_short_call_packs_nothing(monkeypatch, products):
+def test_a_short_call_packs_nothing(onednn, products):
     target, prompt = make_target("llama"), make_prompt(7)
-    monkeypatch.setattr(packed, "PACK_AFTER", 8)
+    onednn.pack_after = packed.OneDnn().pack_after
     target.generate(prompt, max_new_tokens=8, assistant_model=make_drafter(target))
     assert products
     assert not any(products)
@@ -362,20 +367,21 @@ def raise_stop() -> None:
 
 
 @pytest.mark.parametrize("where", ["streamer", "layer", "pack", "attention"])
-def test_a_call_that_is_cut_off_leaves_modules_as_they_were(where, monkeypatch):
+def test_a_call_that_is_cut_off_leaves_modules_as_they_were(where, onednn, monkeypatch):
     target, prompt = make_target("llama"), make_prompt(7)
-    drafter, options, num_calls, run = make_drafter(target), {}, itertools.count(), packed.linear
+    drafter, options, num_calls, run = make_drafter(target), {}, itertools.count(), onednn.linear
     with monkeypatch.context() as patch:
         if where == "streamer":
             options["streamer"] = Streamer(raise_stop)
         elif where == "layer":
-            patch.setattr(packed, "linear", lambda *args: raise_stop() if next(num_calls) > 99 else run(*args))
+            onednn.linear = lambda *args: raise_stop() if next(num_calls) > 99 else run(*args)
         elif where == "pack":
-            patch.setattr(packed, "pack", lambda _: raise_stop())
+            onednn.pack = lambda _: raise_stop()
         else:
             patch.setattr("hf_eagle3.rows.attention.scaled_dot_product_attention", lambda *_, **__: raise_stop())
         with pytest.raises(Stop):
             generate(target, prompt, drafter, **options)
+    onednn.linear, onednn.pack = run, packed.pack
     assert are_as_they_were(target)
     assert are_as_they_were(drafter)
     assert torch.equal(generate(target, prompt, drafter), target.generate(prompt, max_new_tokens=NEW))
