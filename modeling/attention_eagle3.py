@@ -23,6 +23,25 @@ def make_attention(config: Eagle3DrafterConfig, layer_idx: int, input_size: int)
     return kind(config, layer_idx, input_size)
 
 
+def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+    """[B, T, heads, width]: attention as the config chooses it, for `query` [B, heads, T, width] of either module below."""
+    function: Callable = eager_attention_forward
+    if module.config._attn_implementation != "eager":
+        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    out, _ = function(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        sliding_window=module.sliding_window,
+        **kwargs,
+    )
+    return out
+
+
 class Eagle3Attention(nn.Module):
     """Llama's attention with an input width of its own, and norms over heads where the drafter has them."""
 
@@ -64,21 +83,7 @@ class Eagle3Attention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
-
-        attend: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -145,19 +150,5 @@ class Eagle3LatentAttention(nn.Module):
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attend: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out[..., : self.v_size].reshape(B, T, -1))

@@ -138,6 +138,11 @@ def _stated(table) -> dict:
     return {key: value for key, value in table.items() if value is not None}
 
 
+def default_boundaries(num_layers: int) -> list[int]:
+    """The three boundaries at which drafters read a target of `num_layers` where nothing else is stated, ascending."""
+    return sorted((2, num_layers // 2, num_layers - 3))
+
+
 @strict
 class Eagle3DrafterConfig(PreTrainedConfig):
     r"""Sizes and switches of an EAGLE-3 drafter (arXiv:2503.01840) or an EAGLE-3.1 drafter (arXiv:2605.09992).
@@ -282,34 +287,9 @@ class Eagle3DrafterConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse combinations that no drafter has."""
-        sizes = [
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states"),
-            "max_position_embeddings",
-        ]
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {show(getattr(self, name))}.")
-            if getattr(self, name) > (most := LARGEST_VOCABULARY if "vocab" in name else LARGEST):
-                raise ValueError(f"{name} must be at most {most}, got {show(getattr(self, name))}.")
+        self._validate_sizes()
         check_rope_values(self.rope_parameters)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
-                f"({self.num_attention_heads})."
-            )
-        if self.is_latent:
-            self._validate_latent()
-        if self.mask_token_id is not None:
-            self._validate_parallel(self.mask_token_id)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        for name in ("short_factor", "long_factor"):
-            factors = (self.rope_parameters or {}).get(name)
-            if factors is not None and len(factors) != self.head_dim // 2:
-                raise ValueError(
-                    f"rotary parameters: {name} has {len(factors)} factors, expected {self.head_dim // 2}, half of head_dim."
-                )
+        self._validate_heads()
         if not 0 < self.rms_norm_eps < 1:
             raise ValueError(f"rms_norm_eps must be a small positive number, got {self.rms_norm_eps}.")
         if self.draft_vocab_size > self.vocab_size:
@@ -336,6 +316,40 @@ class Eagle3DrafterConfig(PreTrainedConfig):
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 or null, got {self.sliding_window}.")
+        self._validate_captured()
+
+    def _validate_sizes(self):
+        sizes = [
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_aux_hidden_states"),
+            "max_position_embeddings",
+        ]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {show(getattr(self, name))}.")
+            if getattr(self, name) > (most := LARGEST_VOCABULARY if "vocab" in name else LARGEST):
+                raise ValueError(f"{name} must be at most {most}, got {show(getattr(self, name))}.")
+
+    def _validate_heads(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.is_latent:
+            self._validate_latent()
+        if self.mask_token_id is not None:
+            self._validate_parallel(self.mask_token_id)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        for name in ("short_factor", "long_factor"):
+            factors = (self.rope_parameters or {}).get(name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rotary parameters: {name} has {len(factors)} factors, expected {self.head_dim // 2}, half of head_dim."
+                )
+
+    def _validate_captured(self):
         if not self.use_aux_hidden_state:
             if self.aux_layer_ids or self.fc_norm or self.norm_before_fc or self.fc_bias:
                 raise ValueError(
@@ -417,7 +431,7 @@ class Eagle3DrafterConfig(PreTrainedConfig):
                     f"aux_layer_ids is null, which stands for three states, but this drafter reads "
                     f"{self.num_aux_hidden_states}. Set config.aux_layer_ids to the boundaries it was trained with."
                 )
-            ids = sorted((2, n // 2, n - 3))
+            ids = default_boundaries(n)
             if len(set(ids)) < 3:
                 raise ValueError(
                     f"aux_layer_ids is null, which stands for boundaries 2, n/2 and n-3, but in a target of {n} layers "

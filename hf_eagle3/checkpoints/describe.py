@@ -1,4 +1,4 @@
-"""What a checkpoint is, as text: its flavour, each field and where it comes from, its size, who can serve it."""
+"""A checkpoint as text: its flavour, each field and its source, its size, and the engines that can serve it."""
 
 import math
 import os

@@ -52,7 +52,7 @@ class Exported:
 
     folder: Path
     engines: tuple[str, ...]  # that serve the folder as it is
-    command: str  # that serves it with the engine asked for
+    command: str  # serves it with the chosen engine
     notes: tuple[str, ...]  # what to know
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ def refuse(drafter: Eagle3DrafterModel, engine: str) -> None:
 def describe_target(
     target: str | os.PathLike | PreTrainedModel | PreTrainedConfig | None, drafter: Eagle3DrafterModel
 ) -> Target:
-    """What is known of the target, from what was given, else from what the drafter knows."""
+    """Facts about the target: from the argument, or else from the drafter."""
     given = target if target is not None else (read_recorded_name(drafter.config) or drafter.bound_target_name)
     known = Target(model_type=drafter.config.target_model_type)
     if given is None:
@@ -150,7 +150,7 @@ def describe_target(
         try:
             with opening("target", os.fspath(given)):
                 config = AutoConfig.from_pretrained(given)
-        except (OSError, ValueError, ImportError) as error:  # whoever needs more than the name says so
+        except (OSError, ValueError, ImportError) as error:  # a caller that needs more than the name raises itself
             logger.info("The config of the target %s cannot be read (%s).", given, error)
     else:
         config = given.config if isinstance(given, PreTrainedModel) else given
@@ -168,7 +168,7 @@ def describe_target(
 
 
 def read_recorded_name(config: Eagle3DrafterConfig) -> str | None:
-    """The target's name in a drafter's config, if it can be one: whoever published the drafter wrote it."""
+    """The target's name in a drafter's config, if it can be one: the config may come from anybody."""
     name = config.target_name_or_path
     if name is None or is_model_name(name):
         return name
@@ -182,7 +182,7 @@ def place_ids(config: Eagle3DrafterConfig, target: Target, engine: str) -> tuple
     """The boundaries to write at the top, and SGLang's ids to write in `eagle_config`. Null: the engine's own default.
 
     Raises:
-        ValueError: SGLang is asked for and cannot capture them, or the target is not known well enough.
+        ValueError: SGLang cannot capture them and is the engine, or the target is not known well enough.
     """
     if not config.use_aux_hidden_state:
         return None, None
@@ -203,7 +203,7 @@ def place_ids(config: Eagle3DrafterConfig, target: Target, engine: str) -> tuple
         return boundaries, None
     try:
         return boundaries, to_sglang_ids(boundaries, target)
-    except ValueError as error:  # the folder then serves with vLLM only, and says so
+    except ValueError as error:  # the folder then serves with vLLM only, and its card states it
         logger.info("Written for vLLM only. %s", error)
         return boundaries, None
 
@@ -295,7 +295,7 @@ def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target:
     return f"AutoModel.from_pretrained({place})  # after `import hf_eagle3`"
 
 
-# ---- what was written is what was meant ----
+# ---- checks of what was written ----
 
 
 def check_export(drafter: Eagle3DrafterModel, folder: Path) -> None:

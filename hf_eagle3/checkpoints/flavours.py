@@ -1,6 +1,6 @@
 """The published families of EAGLE-3 checkpoints: how each spells our config fields and tensor names.
 
-A flavour is a row of data. What all of them share (sizes from tensors, rope, layer ids) is in `convert.py`.
+A flavour is a row of data. What all of them share is in `measuring.py` (sizes, from tensors), `rope.py` and `layer_ids.py`.
 """
 
 import re
@@ -127,7 +127,7 @@ def is_latent(published: Published) -> bool:
 
 
 def is_parallel(published: Published) -> bool:
-    """Whether anything says P-EAGLE."""
+    """Whether a key or a tensor marks it as P-EAGLE."""
     return (
         "mask_hidden" in published.tensors
         or bool(published.config.get("parallel_drafting"))

@@ -23,8 +23,9 @@ from ..modeling.weights_eagle3 import (
     refuse_outside,
     to_our_names,
 )
-from .convert import FIRST_QUERY, Resolved, convert_config, find_first_query, make_config, read_shape
+from .convert import Resolved, convert_config, make_config
 from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, WEIGHT_NAMES, Flavour, Published
+from .measuring import FIRST_QUERY, find_first_query, read_shape
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -70,7 +71,7 @@ def load_published_config(
     name = os.fspath(pretrained_model_name_or_path)
     logger.info("%s is an EAGLE-3 drafter, flavour %s.", name, found.flavour.name)
     theirs = {key: value for key, value in kwargs.items() if key in USER_FIELDS}
-    if "aux_layer_ids" in theirs:  # whoever gives them gives boundaries
+    if "aux_layer_ids" in theirs:  # an argument counts boundaries
         theirs.setdefault("aux_layer_ids_from_outputs", False)
     return make_config(found.published, {**found.resolved.fields, **theirs, "name_or_path": name})
 
@@ -87,7 +88,7 @@ def read_published(
     pretrained_model_name_or_path: str | os.PathLike,
     **kwargs: Any,  # the host's: where to look
 ) -> Found | None:
-    """What a folder or repository holds, or None if that is no drafter of another producer.
+    """The drafter in a folder or repository, or None if there is no drafter of another producer.
 
     Raises:
         CheckpointError: As `load_published_config`.
@@ -98,7 +99,7 @@ def read_published(
     try:
         file = find_file(name, "config.json", **kwargs)
     except (OSError, ValueError):
-        return None  # the host says what is wrong
+        return None  # the host reports it
     if file is None:
         return None
     config = read_config(file, lambda: find_weight_files(name, **kwargs))
@@ -119,7 +120,7 @@ def read_published(
 
 
 def read_config(file: Path, find_weights: Callable[[], list[Path]]) -> Any:  # whatever the file holds
-    """config.json; None if it is broken and no drafter's, which is the host's to say.
+    """config.json; None if it is broken and no drafter's, which the host reports.
 
     Raises:
         CheckpointError: It is broken or has a key twice, and is a drafter's by its keys or by the weights beside it.
@@ -137,7 +138,7 @@ def read_config(file: Path, find_weights: Callable[[], list[Path]]) -> Any:  # w
 
 
 def is_drafters(config: Any) -> bool:  # whatever the file holds
-    """Whether config.json gives a reason to be taken for a drafter's, ours or published."""
+    """Whether config.json may be a drafter's, ours or published."""
     if not isinstance(config, dict):
         return False
     return config.get("model_type") == Eagle3DrafterConfig.model_type or is_candidate(config)
@@ -156,7 +157,7 @@ def is_candidate(config: Mapping[str, Any]) -> bool:
 
 
 def is_named_eagle(config: Mapping[str, Any]) -> bool:
-    """Whether `architectures` says EAGLE. NVIDIA's Eagle vision-language models are something else."""
+    """Whether `architectures` names EAGLE. NVIDIA's Eagle vision-language models are something else."""
     architectures = str(config.get("architectures")).lower()
     return any(word in architectures for word in ("eagle3", "causallmeagle", "peagle"))
 

@@ -20,6 +20,7 @@ from ..console.opening import rendering
 from ..drafters.kinds import find_kind
 from ..drafters.unroll import live_slots, shift, unroll
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling.configuration_eagle3 import default_boundaries
 from ..recorder import StateRecorder
 
 PROMPTS = (
@@ -38,10 +39,10 @@ POOR = 1.2  # acceptance length under which a drafter does not know its target
 class Reading(NamedTuple):
     """One way to read a checkpoint."""
 
-    trait: str  # which trap it settles: readings of one trait exclude each other
+    trait: str  # the question it answers; readings of one trait exclude each other
     name: str
     overrides: dict[str, Any]  # fields of `Eagle3DrafterConfig`
-    target_ids: Tensor | None = None  # [V_d] int64, the draft vocabulary, where that is what is read differently
+    target_ids: Tensor | None = None  # [V_d] int64, another draft vocabulary
 
 
 class Score(NamedTuple):
@@ -70,18 +71,18 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found."""
+    """The result of `doctor`."""
 
     declared: Score  # the checkpoint as it was loaded
-    readings: tuple[tuple[Reading, Score], ...]  # each in place of what is declared, by itself
-    faults: tuple[Reading, ...]  # the readings that are better than what is declared; together they are the best
+    readings: tuple[tuple[Reading, Score], ...]  # each instead of the declared one, alone
+    faults: tuple[Reading, ...]  # readings better than the declared ones; together they are the best
     best: Score
     drafter: Eagle3DrafterModel  # the best reading, over the same tensors; bound to the target
     notes: tuple[str, ...]
 
     @property
     def is_declared_best(self) -> bool:
-        """Whether the checkpoint says the right thing."""
+        """Whether the declared reading is the best."""
         return not self.faults
 
     @property
@@ -228,7 +229,7 @@ def list_layer_readings(config: Eagle3DrafterConfig, n: int) -> list[Reading]:
         "one down": [i - 1 for i in declared],
     }
     if config.num_aux_hidden_states == 3:
-        ways["the default"] = sorted((2, n // 2, n - 3))
+        ways["the default"] = default_boundaries(n)
     readings, seen = [], [declared]
     for name, ids in ways.items():
         if ids not in seen and ids[0] >= 0 and ids[-1] <= n and len(set(ids)) == len(ids):
@@ -246,7 +247,7 @@ def list_layer_readings(config: Eagle3DrafterConfig, n: int) -> list[Reading]:
 
 
 def list_rope_readings(config: Eagle3DrafterConfig, target: PreTrainedModel) -> list[Reading]:
-    """Other rotary parameters: the target's, and what readers make of missing or ignored keys."""
+    """Other rotary parameters: the target's, and those that follow if keys are missing or ignored."""
     declared = config.rope_parameters or {}
     theirs = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     theirs = theirs.get("full_attention", theirs)
@@ -275,7 +276,7 @@ def change(config: Eagle3DrafterConfig, overrides: dict[str, Any]) -> Eagle3Draf
 
 
 def reread(drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> Eagle3DrafterModel:
-    """Another drafter over the same tensors, read so."""
+    """A drafter over the same tensors, with this reading."""
     config = change(drafter.config, {k: v for reading in readings for k, v in reading.overrides.items()})
     with torch.device("meta"):
         other = Eagle3DrafterModel(config)
@@ -296,7 +297,7 @@ def reread(drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> Eagle3Dr
 
 
 class Text(NamedTuple):
-    """What the target wrote for one prompt, and what went through it."""
+    """A text of the target for one prompt, with its states."""
 
     ids: Tensor  # [1, S] int64, the prompt included
     is_generated: Tensor  # [1, S] bool
@@ -356,7 +357,7 @@ def score(drafter: Eagle3DrafterModel, texts: Sequence[Text], depth: int) -> Sco
 
 
 def list_notes(drafter: Eagle3DrafterModel, target: PreTrainedModel) -> list[str]:
-    """What else may explain poor drafts."""
+    """Other causes of poor drafts."""
     config, notes = drafter.config, []
     theirs = target.get_input_embeddings().weight
     if config.has_own_embeddings and theirs.shape[-1] == config.hidden_size:

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 import hf_eagle3
-from hf_eagle3.checkpoints import load, load_published_config
+from hf_eagle3.checkpoints import load_published_config
 from hf_eagle3.drafters.draft import Committed, Prompted
 from hf_eagle3.drafters.parallel import PARALLEL
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
@@ -346,9 +346,16 @@ def test_stock_llama_loads_as_llama_and_its_weights_stay_closed(tmp_path, monkey
         raise AssertionError("looked at a weight file")
 
     small_llama().save_pretrained(tmp_path)
-    monkeypatch.setattr(load, "find_weight_files", refuse)
-    monkeypatch.setattr(load, "list_tensors", refuse)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    (broken / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not an index of shards"):
+        weights_eagle3.find_weight_files(str(broken))
+    assert load_published_config(broken) is None
     monkeypatch.setattr(weights_eagle3, "safe_open", refuse)
+    with pytest.raises(AssertionError, match="looked at a weight file"):
+        weights_eagle3.list_tensors(weights_eagle3.find_weight_files(str(tmp_path)))
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
     assert type(AutoModel.from_pretrained(tmp_path)) is LlamaModel
 
