@@ -152,7 +152,7 @@ class OurSide(Side):
 
     def run(self, kind: str, prompts: list[list[int]], limit: int) -> Turn:
         call = self.ways[kind](pad_left(prompts, self.pad, self.device), limit)
-        told = call.told
+        told = call.speculation
         if told is None or kind == "plain":
             return Turn(call.seconds, call.rows, 0, [])
         self.facts["graphs"] = told.graphs

@@ -61,7 +61,7 @@ def make_call(
                 event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
             )
             calls[event.name] += 1
-        return Call(done.seconds, max(row.rounds for row in done.told.rows), kernels, calls)
+        return Call(done.seconds, max(row.rounds for row in done.speculation.rows), kernels, calls)
 
     return call
 

@@ -82,8 +82,8 @@ def main() -> None:
             if call.rows != alone:
                 raise SystemExit(f"{kind}: rows of the batch are not those of their prompts alone")
             if depth:
-                lengths[kind] = call.told.acceptance_length
-                print(kind, repeat, call.told)
+                lengths[kind] = call.speculation.acceptance_length
+                print(kind, repeat, call.speculation)
             if repeat:  # the first is a warm-up
                 speeds[kind].append(sum(map(len, call.rows)) / call.seconds)
     base = statistics.median(speeds["plain"])

@@ -1,4 +1,4 @@
-"""What the options of `hf-eagle3 bench` may be: looked at before anything is loaded."""
+"""Checks of the options of `hf-eagle3 bench`, made before anything is loaded."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def spell(name: str) -> str:
 
 
 def refuse_arguments(args: argparse.Namespace) -> None:
-    """Raise if the command cannot run as it is asked to.
+    """Raise if the command cannot run with these options.
 
     Raises:
         ValueError: Names the option, what was expected, and what came.
@@ -91,9 +91,9 @@ def refuse_acceptance_length(length: float | None, depth: int | None) -> None:
     raise ValueError(f"--simulate-acceptance-length must be {wanted}; got {length}.{hint}")
 
 
-def settle_depth(drafter: PreTrainedModel, asked: int | None) -> int:
-    """K: what the command says, else the drafter's own."""
-    depth = resolve_depth(asked, drafter)
+def choose_depth(drafter: PreTrainedModel, given: int | None) -> int:
+    """K: the option, or else the drafter's own depth."""
+    depth = resolve_depth(given, drafter)
     if depth < 1:
         raise ValueError(
             "The drafter's generation config has num_assistant_tokens=0, no drafts: give --num-draft-tokens."

@@ -23,7 +23,7 @@ FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupErr
 
 @dataclass
 class Attempts:
-    """Runs that may end for want of memory. What ends in one process is skipped in all."""
+    """Runs that may fail for want of memory. A run that fails in one process is skipped in all."""
 
     target: PreTrainedModel
     team: Team
@@ -31,7 +31,7 @@ class Attempts:
     skipped: list[Skipped] = field(default_factory=list)
 
     def run(self, kinds: Sequence[str], work: Callable[[], T], *, saying: str = "") -> T | None:
-        """What `work` gives; None if it ended in some process, and then `kinds` are skipped, `saying` why."""
+        """The result of `work`; None if it failed in some process, and then `kinds` are skipped for the reason given."""
         done, reason = None, ""
         try:
             done = work()
@@ -43,7 +43,7 @@ class Attempts:
         if not reasons:
             return done
         self.skipped += [Skipped(kind, self.batch_size, reasons[0]) for kind in kinds]
-        gc.collect()  # what the traceback still holds
+        gc.collect()  # frees tensors that the traceback holds
         free_memory(self.target)
         return None
 
@@ -58,7 +58,7 @@ def free_memory(target: PreTrainedModel) -> None:
 def is_survivable(error: Exception, kinds: Sequence[str], target: PreTrainedModel) -> bool:
     """Whether other kinds can be measured after `error` in these."""
     if isinstance(error, torch.OutOfMemoryError):
-        return find_peers(target) is None  # who share a target would wait for this process, in the middle of a forward
+        return find_peers(target) is None  # processes that share a target would wait for this one inside a forward
     return OF_OTHERS.issuperset(kinds)
 
 
@@ -67,6 +67,6 @@ def describe_failure(error: Exception) -> str:
     text = str(error)
     if text in ONE_ROW:
         return text
-    if isinstance(error, torch.OutOfMemoryError):  # what else is in the memory, and how to set PyTorch up, is long
+    if isinstance(error, torch.OutOfMemoryError):  # the rest of the message, on memory and settings, is long
         text = re.split(r" (?=Process \d|Including |Of the allocated |If reserved )", text)[0]
     return f"{type(error).__name__}: {text}".rstrip(".")

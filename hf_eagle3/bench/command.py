@@ -17,8 +17,10 @@ from .tables import Tables, describe_setting
 
 
 def run_bench_command(args: argparse.Namespace, steps: Steps = STEPS) -> int:
-    """Measure, print and write: exit status 0, or 1 if what was decoded is not what `generate` says, or nothing was
-    measured.
+    """Measure, print and write.
+
+    Returns:
+        0, or 1 if a text differs from that of `generate`, or nothing was measured.
     """
     refuse_arguments(args)
     for name in ("dp_size", "tp_size"):
@@ -38,7 +40,7 @@ def measure_all(args: argparse.Namespace, team: Team, steps: Steps) -> bool:
     """Every batch size, and the files after each of them; whether anything was measured.
 
     Raises:
-        OutputDiffersError: What was decoded is not what `generate` says.
+        OutputDiffersError: A text differs from that of `generate`.
     """
     setting = load_setting(args, team, steps)
     account = make_account(setting.target, setting.drafter, setting.depth, args.read_bandwidth)

@@ -1,9 +1,9 @@
-"""Whether what was decoded is what plain decoding says: token by token in float32, in half precision up to ties.
+"""Whether two kinds of decoding give the same text: token by token in float32, up to ties in half precision.
 
 A forward over K+1 tokens rounds differently from one over a single token, so in half precision two tokens whose logits
 are nearly equal may change places, and every token after them may differ. Where two texts first differ, both tokens must
-be within rounding of the top. How much rounding there is, is measured: what a forward of the target over that text
-differs by from one in float32.
+be within rounding of the top. The rounding is measured: it is the difference between a forward of the target over that
+text and the same forward in float32.
 """
 
 import inspect
@@ -22,13 +22,13 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class OutputDiffersError(RuntimeError):
-    """What was decoded is not what plain decoding says."""
+    """A text differs from that of plain decoding."""
 
 
 class Text(NamedTuple):
     """A prompt and two texts that follow it."""
 
-    name: str  # of the prompt, for whoever reads the error
+    name: str  # of the prompt, for the error
     prompt: Tensor  # [T] int64, without pads
     plain: list[int]  # by plain decoding
     ours: list[int]
@@ -40,7 +40,7 @@ class Agreement:
 
     num_rows: int = 0
     num_identical: int = 0
-    largest_gap: float = 0.0  # of a logit below the top, where texts first differ
+    largest_gap: float = 0.0  # largest distance of a logit from the top where texts first differ
 
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(
@@ -78,13 +78,13 @@ def compare(target: PreTrainedModel, texts: Sequence[Text], *, kind: str) -> Agr
         where = f"{kind}: {text.name} differs from generate() at new token {t}"
         if t == min(len(text.plain), len(text.ours)):
             raise OutputDiffersError(f"{where}, where one ends: {len(text.ours)} tokens against {len(text.plain)}.")
-        said = f"{text.ours[t]} instead of {text.plain[t]}"
+        tokens = f"{text.ours[t]} instead of {text.plain[t]}"
         if target.dtype not in HALVES:
-            raise OutputDiffersError(f"{where}: {said}. In {str(target.dtype)[6:]} no difference is allowed.")
+            raise OutputDiffersError(f"{where}: {tokens}. In {str(target.dtype)[6:]} no difference is allowed.")
         gap, budget = measure_gap(target, text, t)
         if gap > budget:
             raise OutputDiffersError(
-                f"{where}: {said}. That is no tie: one of the two is {gap:.3g} below the top, and rounding explains "
+                f"{where}: {tokens}. That is no tie: one of the two is {gap:.3g} below the top, and rounding explains "
                 f"{budget:.3g}."
             )
         total += Agreement(1, 0, gap)
@@ -100,14 +100,14 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 @torch.no_grad()
 def measure_gap(target: PreTrainedModel, text: Text, t: int) -> tuple[float, float]:
-    """By how much the worse of both tokens at `t` is below the top, and how much of it rounding explains.
+    """How far the worse of both tokens at `t` is below the top, and how much of that rounding explains.
 
-    A logit may be off by twice what it is off anywhere along the common text in one forward, so two of them by four
-    times. Where there is no float32 (quantised weights, flash attention), a forward is compared with one token after the
+    The error of a logit may be twice the largest error along the common text in one forward, so a gap between two logits
+    may be four times that. Where there is no float32 (quantised weights, flash attention), a forward is compared with one token after the
     other. A router that chooses between near-equal experts has ties of its own, which are not allowed for.
     """
-    said = torch.tensor(text.plain[:t], dtype=text.prompt.dtype, device=text.prompt.device)
-    ids = torch.cat([text.prompt, said])[None]  # [1, T + t]
+    common = torch.tensor(text.plain[:t], dtype=text.prompt.dtype, device=text.prompt.device)
+    ids = torch.cat([text.prompt, common])[None]  # [1, T + t]
     rounded = forward(target, ids, keep=t + 1)
     attention = target.config.get_text_config(decoder=True)._attn_implementation
     if getattr(target, "hf_quantizer", None) is None and attention in ("sdpa", "eager"):

@@ -1,4 +1,4 @@
-"""Whether our loop writes what stock `generate` writes, asked before anything is timed."""
+"""Comparing texts of our loop with those of stock `generate`, before anything is timed."""
 
 from collections.abc import Mapping, Sequence
 

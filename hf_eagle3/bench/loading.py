@@ -12,7 +12,7 @@ from ..console.opening import opening
 from ..data_parallel import Team, launch
 from ..host.refusals import refuse_other_models
 from ..kernels.qkv import join_projections
-from .arguments import refuse_acceptance_length, settle_depth
+from .arguments import choose_depth, refuse_acceptance_length
 from .dflash import load_dflash
 from .measure import Plan
 from .prompts import Prompts, Question, batch_questions, batch_random_prompts, read_questions
@@ -31,7 +31,7 @@ def load_drafter(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedMode
     with opening("--drafter", args.drafter):
         drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype)
     refuse_other_models(drafter, args.drafter)
-    refuse_acceptance_length(args.simulate_acceptance_length, settle_depth(drafter, args.num_draft_tokens))
+    refuse_acceptance_length(args.simulate_acceptance_length, choose_depth(drafter, args.num_draft_tokens))
     return drafter
 
 
@@ -87,9 +87,9 @@ def load_setting(args: argparse.Namespace, team: Team, steps: Steps) -> Setting:
     drafter = make_random_drafter(target) if loaded is None else loaded.to(target.device).bind(target)
     if args.join_projections:
         join_projections(target, drafter)
-    depth = settle_depth(drafter, args.num_draft_tokens)
+    depth = choose_depth(drafter, args.num_draft_tokens)
     drafter.generation_config.num_assistant_tokens = depth
-    target.generation_config.num_assistant_tokens = None  # one of the target's own would go before it
+    target.generation_config.num_assistant_tokens = None  # the target's own would take precedence
     simulated = args.simulate_acceptance_length
     if simulated is not None:
         drafter.generation_config.simulated_acceptance_length = simulated

@@ -156,7 +156,7 @@ class Runs:
             self.speeds[kind].append(sum(n for n, _ in every) / max(s for _, s in every))
 
     def summarise(self, kind: str, *, is_judged: bool) -> Measured:
-        """What was measured of a kind."""
+        """The results of a kind."""
         speeds, calls, firsts = self.speeds[kind], self.calls[kind], self.firsts[kind]
         result = Measured(
             kind,

@@ -1,4 +1,4 @@
-"""What weights cost to read: at few tokens, reading them is nearly all the time a forward takes."""
+"""The cost of reading weights, which is nearly all the time of a forward over few tokens."""
 
 import time
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from ..tensor_parallel import is_spread
 from .results import Measured
 from .ways import DRAFTED, OF_OTHERS
 
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs of the host call it
-EXPERTS = ".experts."  # part of the name of an expert's weights; shared ones are called otherwise
-READ_ONCE = ("fc", "input_norm", "mask_hidden")  # of a drafter: by its first step alone
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in host configs
+EXPERTS = ".experts."  # part of the name of routed experts' weights
+READ_ONCE = ("fc", "input_norm", "mask_hidden")  # parts of a drafter that its first step alone reads
 LOOKED_UP = "embed_tokens"  # a row for each token
 
 
@@ -33,10 +33,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a round reads of weights, in bytes."""
+    """Bytes of weights that a round reads."""
 
-    num_always: int  # of the target, by every forward
-    num_drafting: int  # of the drafter, by all steps of a draft
+    num_always: int  # the target's, read by every forward
+    num_drafting: int  # the drafter's, over all steps of a draft
     experts: Experts | None
 
 
@@ -50,7 +50,7 @@ class Account(NamedTuple):
 
 @dataclass
 class Reads:
-    """What a round is expected to read of weights, and how long that takes."""
+    """Bytes of weights that a round is expected to read, and the time that takes."""
 
     kind: str
     batch_size: int
@@ -62,7 +62,7 @@ class Reads:
 
 
 def read_counts(target: PreTrainedModel) -> tuple[int, int] | None:
-    """E and k; None of a target without experts."""
+    """E and k; None for a target without experts."""
     config = target.config.get_text_config(decoder=True)
     num_experts = next((n for name in NUM_EXPERTS if (n := getattr(config, name, None))), None)
     num_chosen = getattr(config, "num_experts_per_tok", None)
@@ -95,11 +95,14 @@ def expect_distinct(num_experts: int, num_chosen: int, num_tokens: int) -> float
 
 
 def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) -> Weights | None:
-    """What a round of `depth` draft steps reads; None of experts that are no parameters of the target."""
+    """Bytes that a round of `depth` draft steps reads; None if the experts are no parameters of the target."""
     experts = find_experts(target)
     if experts is None and has_experts(target):
         return None
-    decoder, head = find_layers(target)[0], target.get_output_embeddings()  # what sees images is no part of a round
+    decoder, head = (
+        find_layers(target)[0],
+        target.get_output_embeddings(),
+    )  # the part for images takes no part in a round
     read = {id(p): p.nbytes for module in (decoder, head) if module is not None for p in module.parameters()}
     embedding = target.get_input_embeddings().weight
     if head is None or head.weight is not embedding:
@@ -117,7 +120,7 @@ def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) 
 def make_account(
     target: PreTrainedModel, drafter: PreTrainedModel, depth: int, read_bandwidth: float | None
 ) -> Account | None:
-    """What reading weights is counted by; None where some are no whole parameters of the target.
+    """Weights and bandwidth; None where some weights are no whole parameters of the target.
 
     Args:
         target: The target.
@@ -134,10 +137,10 @@ def make_account(
 
 
 def account_for(results: Sequence[Measured], account: Account, *, depth: int, num_processes: int) -> list[Reads]:
-    """What weights cost to read in a round of each kind; plain kinds have one token a row, drafts K+1."""
+    """The cost of reading weights in a round of each kind; plain kinds have one token a row, drafts K+1."""
     reads = []
     for r in results:
-        if r.kind in OF_OTHERS:  # only their own code knows how many tokens they verify
+        if r.kind in OF_OTHERS:  # their number of verified tokens is not known here
             continue
         is_drafted = r.kind == DRAFTED
         gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0

@@ -1,4 +1,4 @@
-"""What was measured, as Markdown, JSON and a picture."""
+"""Results as Markdown, JSON and a picture."""
 
 import importlib.util
 import json
@@ -84,7 +84,7 @@ class Grid:
         return [self._by_key.get((kind, size)) for size in self.sizes]
 
     def marks(self, kind: str) -> list[str]:
-        """What stands for a result that is missing: a dash, with a footnote where a run failed."""
+        """Cells for missing results: a dash, with a footnote where a run failed."""
         return [self._marks.get((kind, size), "-") for size in self.sizes]
 
 
@@ -188,7 +188,7 @@ DETAILS: list[tuple[str, str, Callable[[Measured], str]]] = [
 
 
 def agreement_lines(results: Sequence[Measured]) -> list[str]:
-    """What was asserted before anything was timed."""
+    """The comparison with greedy `generate`, made before anything was timed."""
     compared = [r for r in results if r.agreement is not None]
     if not compared:
         return []
@@ -197,7 +197,7 @@ def agreement_lines(results: Sequence[Measured]) -> list[str]:
 
 
 def read_lines(reads: Sequence[Reads]) -> list[str]:
-    """What weights cost to read, beside what a round takes."""
+    """The cost of reading weights, beside the time of a round."""
     if not reads:
         return []
     lines = [
@@ -233,8 +233,8 @@ def to_json(
     return json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n"
 
 
-def without_nan(data: Any) -> Any:  # Any: whatever JSON can hold
-    """`data` with null for numbers that JSON has no word for."""
+def without_nan(data: Any) -> Any:  # Any: anything JSON can hold
+    """`data` with null for NaN and infinities, which JSON does not have."""
     if isinstance(data, dict):
         return {name: without_nan(value) for name, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -263,5 +263,5 @@ def draw(results: list[Measured], path: Path, *, title: str) -> None:
         axes.set_ylabel("tokens/s")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds))
-    figure.suptitle(one_line(title).replace("$", r"\$"))  # in which matplotlib sees formulas
+    figure.suptitle(one_line(title).replace("$", r"\$"))  # matplotlib would read a formula
     figure.savefig(path, dpi=120)

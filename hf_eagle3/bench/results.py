@@ -26,7 +26,7 @@ class Measured:
     acceptance_length: float | None = None  # None too if no round verified a draft
     acceptance_rate_by_depth: list[float | None] = field(default_factory=list)  # [K], of ours; None: never reached
     peak_gib: float | None = None  # beyond the weights; of the process that needed most
-    cache_gib: float | None = None  # of that, keys and values; where our loop keeps them
+    cache_gib: float | None = None  # part of `peak_gib`: keys and values, where our loop keeps them
     by_category: dict[str, dict[str, float | None]] = field(default_factory=dict)
     seconds_in: dict[str, float] = field(default_factory=dict)  # of a drafted call
     graphs: str = ""
@@ -58,16 +58,20 @@ def add_acceptance(
         # The first forward is the prompt's, and gives the first token.
         add_lengths(result, [(max(forwards - 1, 0), tokens - 1, category) for forwards, tokens, category in every])
         return
-    told = [call.told for call in calls if call.told is not None]
-    if result.kind != DRAFTED or not told:
+    speculations = [call.speculation for call in calls if call.speculation is not None]
+    if result.kind != DRAFTED or not speculations:
         return
     categories = [category for batch in batches for category in batch.categories]
-    rows = [(r.rounds, r.rounds + r.num_accepted) for speculation in told for r in speculation.rows or [speculation]]
+    rows = [
+        (r.rounds, r.rounds + r.num_accepted)
+        for speculation in speculations
+        for r in speculation.rows or [speculation]
+    ]
     share = [(*counts, category) for counts, category in zip(rows, categories, strict=True)]
     add_lengths(result, [counts for counts_of_one in team.gather(share) for counts in counts_of_one])
-    counts = [(speculation.rounds_reaching, speculation.rounds_accepting) for speculation in told]
+    counts = [(speculation.rounds_reaching, speculation.rounds_accepting) for speculation in speculations]
     result.acceptance_rate_by_depth = rates_by_depth([c for share in team.gather(counts) for c in share])
-    first = firsts[0].told
+    first = firsts[0].speculation
     result.graphs = first.graphs if first is not None else ""
 
 
@@ -80,10 +84,13 @@ def add_lengths(result: Measured, gained: list[tuple[int, int, str]]) -> None:
 
 def add_times(result: Measured, calls: list[Call], shorter: list[Call], team: Team) -> None:
     """Where the time of our drafted rounds went; that of shorter calls, prompts and all, is taken off."""
-    told = [call.told for call in calls if call.told is not None]
-    if result.kind != DRAFTED or not told:
+    speculations = [call.speculation for call in calls if call.speculation is not None]
+    if result.kind != DRAFTED or not speculations:
         return
-    whole, less = sum_times(told), sum_times([call.told for call in shorter if call.told is not None])
+    whole, less = (
+        sum_times(speculations),
+        sum_times([call.speculation for call in shorter if call.speculation is not None]),
+    )
     every_time = team.gather({name: value - less[name] for name, value in whole.items()})
     result.seconds_in = {name: sum(t[name] for t in every_time) for name in whole}
 

@@ -26,20 +26,20 @@ class Tables:
         self.text = ""
 
     def add(self, results: list[Measured], skipped: list[Skipped], reads: list[Reads]) -> None:
-        """Those of one batch size."""
+        """Add the results of one batch size."""
         self.results += results
         self.skipped += skipped
         self.reads += reads
 
     def write(self) -> None:
-        """Markdown and JSON."""
+        """Write Markdown and JSON."""
         both: dict[str, Any] = {"notes": self.notes, "skipped": self.skipped, "reads": self.reads}
         self.text = to_markdown(self.results, title=f"{self.name}, with and without drafting", **both)
         beside(self.out, ".md").write_text(self.text, encoding="utf-8")
         beside(self.out, ".json").write_text(to_json(self.results, **both), encoding="utf-8")
 
     def finish(self) -> None:
-        """The picture, and the tables on stdout."""
+        """Write the picture, and print the tables."""
         if self.results:
             draw(self.results, beside(self.out, ".png"), title=self.name)
         say(self.text)

@@ -19,7 +19,7 @@ LOOKUP = 'generate(prompt_lookup_num_tokens, cache_implementation="static")'  # 
 DFLASH = "D-Flash"
 KINDS = {"stock": STOCK, "static": STATIC, "lookup": LOOKUP, "plain": PLAIN, "drafted": DRAFTED}
 OURS = (PLAIN, DRAFTED)
-OF_OTHERS = {LOOKUP, DFLASH}  # they draft, and not every release, target or batch size has them
+OF_OTHERS = {LOOKUP, DFLASH}  # drafting by other code; not available in every release, target or batch size
 ONE_ROW = (dflash.ONE_ROW, "the host's assisted decoding takes one row at a time")
 
 
@@ -28,8 +28,8 @@ class Call(NamedTuple):
 
     seconds: float
     rows: list[list[int]]  # new tokens, without pads
-    told: Speculation | None  # by our loop
-    num_forwards: int | None  # of the target, where our loop does not tell
+    speculation: Speculation | None  # of our loop
+    num_forwards: int | None  # of the target, counted for other loops
 
 
 Way = Callable[[Prompts, int], Call]  # decodes prompts, up to a number of new tokens
@@ -42,7 +42,7 @@ def list_eos(target: PreTrainedModel) -> list[int]:
 
 
 def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[float, list[list[int]], Any]:
-    """Seconds, new tokens without pads, and what `decode` gave; waits for all of it."""
+    """Seconds, new tokens without pads, and the result of `decode`; waits for the device."""
     synchronize(prompts.inputs["input_ids"].device)
     start = time.perf_counter()
     out = decode()
@@ -54,10 +54,10 @@ def timed(decode: Callable[[], Any], prompts: Prompts, eos: list[int]) -> tuple[
 
 
 def by_single_rows(way: Way) -> Way:
-    """`way`, which the host has for batches of one row only.
+    """`way`, which the host runs for one row only.
 
     Raises:
-        ValueError: By the way made: there is more than one row.
+        ValueError: In the call: there is more than one row.
     """
 
     def decode(prompts: Prompts, limit: int) -> Call:

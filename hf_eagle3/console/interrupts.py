@@ -10,7 +10,7 @@ INTERRUPTED = 130  # exit status, as shells have it
 
 
 def is_command_line() -> bool:
-    """Whether this process is `hf-eagle3` or `python -m hf_eagle3.cli`, and nobody's own program."""
+    """Whether this process is `hf-eagle3` or `python -m hf_eagle3.cli`, and not a user's own program."""
     is_module = sys.argv[:1] == ["-m"] and "hf_eagle3.cli" in sys.orig_argv  # while Python looks for the module
     return is_module or Path(sys.argv[0] if sys.argv else "").stem == "hf-eagle3"
 

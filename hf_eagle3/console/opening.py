@@ -1,4 +1,4 @@
-"""What a command is given, looked at before anything is loaded, and loaded with an error that names the option."""
+"""Arguments of commands: checked before anything is loaded, and loaded with errors that name the option."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ KINDS = (CheckpointError, OSError, ValueError, ImportError)  # that stay what th
 
 @contextmanager
 def opening(option: str, name: str) -> Iterator[None]:
-    """Name `option` in whatever error the host raises while it loads `name`: damaged files have it raise anything.
+    """Name `option` in any error that the host raises while it loads `name`: damaged files make it raise anything.
 
     Raises:
         ValueError: It cannot be loaded; or an error of `KINDS`.
@@ -35,7 +35,7 @@ def opening(option: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Name the chat template in whatever error a target's own raises.
+    """Name the chat template in any error that it raises.
 
     Raises:
         ValueError: It cannot render what it was given.
@@ -73,7 +73,7 @@ def name_class(config: PreTrainedConfig) -> str:
 
 
 def refuse_target(option: str, name: str) -> None:
-    """Raise if `name` is not there, or is a drafter. What else can be wrong with a target, the host says.
+    """Raise if `name` is not there, or is a drafter. The host reports all else that can be wrong with a target.
 
     Raises:
         ValueError: It is.
@@ -81,7 +81,7 @@ def refuse_target(option: str, name: str) -> None:
     refuse_missing(option, name)
     try:
         config = AutoConfig.from_pretrained(name)
-    except Exception:  # noqa: BLE001  adapters, a tokenizer alone, code of its own, or damaged, which the host says
+    except Exception:  # noqa: BLE001  adapters, a tokenizer alone, remote code, or damage: the host reports it
         return
     if is_drafters_config(config):
         raise ValueError(
@@ -90,7 +90,7 @@ def refuse_target(option: str, name: str) -> None:
 
 
 def is_drafters_config(config: PreTrainedConfig) -> bool:
-    """Whether a config is that of an EAGLE-3 drafter, by whatever class it was read."""
+    """Whether a config is that of an EAGLE-3 drafter, by any class that it was read as."""
     return config.model_type == Eagle3DrafterConfig.model_type
 
 
@@ -143,7 +143,7 @@ def refuse_device(name: str, option: str = "--device") -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{option} {name} is no device that PyTorch knows: give cpu, cuda, cuda:1, ...") from error
-    if device.type == "cuda":  # asked without touching it: a launcher must not take memory there
+    if device.type == "cuda":  # checked without using it: a launcher must not take memory there
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(

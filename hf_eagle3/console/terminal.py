@@ -1,4 +1,4 @@
-"""What a command shows: text of models, data and configs, without what would move a terminal's cursor or hide a line."""
+"""Output of a command: text of models, data and configs, without characters that move a terminal's cursor or hide a line."""
 
 import logging
 import sys
@@ -9,13 +9,13 @@ from ..modeling.text_eagle3 import escape_controls
 
 
 def say(text: str = "") -> None:
-    """To stdout, what was asked for."""
+    """Print a result to stdout."""
     sys.stdout.write(escape_controls(text) + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """To stderr, progress and errors, for whoever waits."""
+    """Print progress or an error to stderr."""
     sys.stderr.write(escape_controls(text) + "\n")
     sys.stderr.flush()
 

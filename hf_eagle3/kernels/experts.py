@@ -1,7 +1,7 @@
-"""Linear layers of a mixture's experts over few tokens, where reading the weights of those chosen is all the time there is.
+"""Linear layers of a mixture's experts over few tokens, where nearly all the time goes to reading the weights of those chosen.
 
-Each program owns some output features of one expert. It looks through the choices for those of its expert, and reads no
-weight if there are none; nothing is sorted or copied first. Sums are made in an order that depends on sizes only.
+Each program owns some output features of one expert. It searches the choices for its expert and reads no weight if there
+are none; nothing is sorted or copied first. The order of sums depends on sizes only.
 
 R rows of input, S choices (S/R of each row, side by side), E experts, K input features, N output features.
 """

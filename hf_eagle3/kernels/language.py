@@ -18,7 +18,7 @@ except ImportError:
 __all__ = ["is_available", "jit", "require", "round_up_to_power", "shared_memory", "tl"]
 
 
-# What a kernel ends in that does not compile for a card, or asks more than it has.
+# Errors of a kernel that does not compile for a card, or needs more memory than the card has.
 KERNEL_ERRORS: tuple[type[Exception], ...] = ()
 if triton is not None:
     from triton.errors import TritonError
@@ -30,7 +30,7 @@ def jit(*unspecialized: str) -> Callable[[Callable], Any]:
     """`triton.jit`, or nothing where there is no Triton.
 
     Args:
-        unspecialized: Integers whose value is nothing to compile a kernel of its own for.
+        unspecialized: Integers for whose values no kernel of their own is compiled.
     """
     if triton is None:
         return lambda kernel: kernel
@@ -43,7 +43,7 @@ def is_interpreted() -> bool:
 
 
 def _let_the_interpreter_count() -> None:
-    """NumPy 2.4 makes no int of an array with one element, which is what Triton 3.6's interpreter calls a scalar."""
+    """NumPy 2.4 refuses int() of an array with one element, which Triton 3.6's interpreter uses for scalars."""
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
@@ -65,7 +65,7 @@ def is_available(device: torch.device) -> bool:
 
 
 def require(device: torch.device) -> None:
-    """Refuse what cannot run a kernel."""
+    """Raise unless kernels can run on `device`."""
     if triton is None:
         raise ImportError("This needs Triton, which comes with PyTorch for CUDA: pip install triton")
     if device.type != "cuda" and not is_interpreted():

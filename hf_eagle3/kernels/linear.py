@@ -1,8 +1,8 @@
-"""Linear layers over few rows, where reading the weight once is all the time there is.
+"""Linear layers over few rows, where nearly all the time goes to reading the weight once.
 
-Each program owns some rows of the weight and streams them; the input, small, comes from the cache. `dot` multiplies on
-the tensor cores, with the input's rows padded to 16, 32 or 64; `fma` on the ordinary units, for up to four rows. Sums are
-made in an order that depends on sizes only: equal calls give equal bits, and no row's result depends on the others'.
+Each program owns some rows of the weight and streams them; the input is small and comes from the cache. `dot` multiplies
+on the tensor cores, with the input's rows padded to 16, 32 or 64; `fma` on the ordinary units, for up to four rows. The
+order of sums depends on sizes only: equal calls give equal bits, and no row's result depends on the other rows.
 
 M rows of input (all its leading dimensions), K input features, N output features.
 """
@@ -22,7 +22,7 @@ MAX_ROWS = 64
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut."""
+    """How a kernel is split into programs."""
 
     kind: str  # "dot" or "fma"
     block_n: int  # weight rows of a program
@@ -424,12 +424,12 @@ def _check(x: Tensor, *weights: Tensor) -> Tensor:
     return x.reshape(M, K).contiguous()
 
 
-NUM_PROCESSORS = 132  # of an H100, on which all of this was measured
+NUM_PROCESSORS = 132  # multiprocessors of an H100, on which the table was measured
 ONE = Blocks("fma", 1, 2048, 1, 8, 1)
 
-# What was fastest for up to so many rows of input; "16" was measured with 8.
+# Each column of the table was fastest for up to so many rows of input; "16" was measured with 8.
 ROWS = (1, 4, 16, 32, 64)
-# By N: the height of a tile of which every multiprocessor would get one. None: cuBLAS was faster. K hardly matters.
+# Key: the tile height at which every multiprocessor gets one tile of N. None: cuBLAS was faster. K hardly matters.
 TABLE: dict[int, tuple[Blocks | None, ...]] = {
     # Measured with K x N of 4096 x 32000 and 128256.
     128: (
@@ -452,9 +452,8 @@ TABLE: dict[int, tuple[Blocks | None, ...]] = {
         Blocks("dot", 32, 128, 4, 4, 4),
     ),
 }
-GROUP = Blocks(
-    "dot", 32, 128, 1, 4, 4
-)  # where cuBLAS would be faster at one layer, but three launches are not at three
+# For a group of layers where cuBLAS is faster at one: one launch is faster than its three.
+GROUP = Blocks("dot", 32, 128, 1, 4, 4)
 
 
 def _find(N: int, M: int) -> Blocks | None:
@@ -468,7 +467,7 @@ def is_worth_it(N: int, M: int) -> bool:
 
 
 def choose_blocks(N: int, K: int, M: int) -> Blocks:
-    """How to cut a linear layer."""
+    """Blocks for a linear layer."""
     blocks = _find(N, M) or GROUP
     if blocks == ONE and K % ONE.block_k:
         return Blocks("fma", 1, 1024, 1, 4, 1)  # as fast within 2 %
@@ -476,7 +475,7 @@ def choose_blocks(N: int, K: int, M: int) -> Blocks:
 
 
 def choose_gated_blocks(N: int, M: int) -> Blocks:
-    """How to cut a gated pair of them. Measured with 4096 x 14336: faster than cuBLAS for any M."""
+    """Blocks for a gated pair of layers. Measured with 4096 x 14336: faster than cuBLAS for any M."""
     if N < NUM_PROCESSORS * 32:
         return Blocks("dot", 16, 256 if M <= 16 else 128, 1, 4, 3)
     return Blocks("dot", 64, 128, 1, 8, 3) if 16 < M <= 32 else Blocks("dot", 32, 128, 1, 4, 3)

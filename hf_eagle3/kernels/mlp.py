@@ -24,7 +24,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# What a kernel can compute, by the name it goes by there.
+# Activations that kernels compute, by their names there.
 ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 

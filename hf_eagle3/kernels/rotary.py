@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one kernel, and the cosines and sines that it takes in another.
+"""Rotary position embedding of queries and keys in one kernel, and its cosines and sines in another.
 
 Rounds where the host does: after each product, and after the sum. So 16-bit results are the host's, bit for bit.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .language import jit, require, round_up_to_power, tl
 
-ROTATION = "rotation"  # put off (`late.py`) for whoever writes its keys to a cache
+ROTATION = "rotation"  # deferred (`deferred.py`) for the kernel that writes its keys to a cache
 
 
 class Rotation(NamedTuple):
-    """What goes into a rotation, and where its results belong."""
+    """Operands of a rotation, and the tensors that its results go to."""
 
     q: Tensor  # [B, H, T, D]
     k: Tensor  # [B, H_kv, T, D]
@@ -36,7 +36,7 @@ def apply_rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
         sin: Likewise.
 
     Returns:
-        What became of q and k, in their shapes.
+        q and k rotated, in their shapes.
     """
     D = q.shape[-1]
     if cos.shape[-1] != D:
@@ -249,7 +249,7 @@ def _launch(rotation: Rotation, cache: tuple[Tensor, Tensor, Tensor, Tensor] | N
     require(q.device)
     B, H, T, D = q.shape
     H_kv = k.shape[1]
-    v, keys, values, start = (k, out_k, out_k, out_k) if cache is None else cache  # without a cache not looked at
+    v, keys, values, start = (k, out_k, out_k, out_k) if cache is None else cache  # unused without a cache
     block_h = min(8, round_up_to_power(max(H, H_kv)))
     num_groups = -(-H // block_h) + (1 if cache is None else 2) * -(-H_kv // block_h)
     # A broadcast batch has stride 0.

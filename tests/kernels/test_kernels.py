@@ -881,16 +881,19 @@ def test_hooks_that_the_host_leaves_behind_do_not_count():
 
 
 @pytest.mark.gpu
-def test_linear_layers_over_few_rows_are_ours_and_others_the_hosts(monkeypatch):
+def test_linear_layers_over_few_rows_are_ours_and_others_the_hosts():
     called = []
-    run = lambda x, w, b=None, **_: called.append(x.shape) or F.linear(x, w, b)  # noqa: E731
-    monkeypatch.setattr(functions, "linear_small", run)
+
+    def linear(x, weight, bias=None):
+        called.append(x.shape)
+        return linear_small(x, weight, bias)
+
     weight, bias = random(8, 16, dtype=HALF), random(8, dtype=HALF)
 
     class Quantized(torch.Tensor):
         pass
 
-    with fused(nn.Linear(16, 8, device=DEVICE, dtype=HALF)):
+    with functions.FunctionSwaps(set(), linear=linear):
         F.linear(random(3, 16, dtype=HALF), weight, bias)
         F.linear(random(1, 3, 16, dtype=HALF), weight, bias=bias)
         assert called == [(3, 16), (1, 3, 16)]
@@ -960,8 +963,7 @@ def test_a_sum_is_there_for_whoever_reads_it(use, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
-    monkeypatch.setattr(functions, "argmax_rows", None)
+def test_sums_and_choices_that_are_not_for_kernels_are_torchs():
     norm = LlamaRMSNorm(16).to(DEVICE, HALF).requires_grad_(False)
     x, many = random(3, 16, dtype=HALF), random(2, functions.MANY_VALUES, dtype=HALF)
     pairs = [
@@ -972,7 +974,7 @@ def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
         (x[:, 0], x[:, 0]),
         (x, x.float()),
     ]
-    with fused(norm) as _:
+    with fused(norm), functions.FunctionSwaps({16}, argmax=lambda _: pytest.fail("a kernel ran")):
         sums = [a + b for a, b in pairs]
         assert torch.equal(torch.add(x, x, alpha=2), x * 3)
         assert many.argmax().dim() == 0
@@ -988,11 +990,10 @@ def test_sums_and_choices_that_are_not_for_kernels_are_torchs(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_choice_among_many_is_ours(monkeypatch):
+def test_a_choice_among_many_is_ours():
     called = []
-    monkeypatch.setattr(functions, "argmax_rows", lambda x: called.append(x.shape) or argmax_rows(x))
     x = random(2, 3, functions.MANY_VALUES, dtype=HALF)
-    with fused(nn.Linear(16, 8, device=DEVICE, dtype=HALF)):
+    with functions.FunctionSwaps(set(), argmax=lambda x: called.append(x.shape) or argmax_rows(x)):
         found, last = x.argmax(-1), x[:, -1].float().argmax(-1)
     assert torch.equal(found, argmax_rows_eager(x))
     assert torch.equal(last, found[:, -1])

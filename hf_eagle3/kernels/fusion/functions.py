@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -26,11 +27,19 @@ class FunctionSwaps(TorchFunctionMode):
 
     Args:
         widths: Widths of the norms whose kernel can take a sum.
+        linear: Kernel for linear layers.
+        argmax: Kernel for argmax over the last dimension.
     """
 
-    def __init__(self, widths: set[int]) -> None:
+    def __init__(
+        self,
+        widths: set[int],
+        *,
+        linear: Callable[..., Tensor] = linear_small,
+        argmax: Callable[[Tensor], Tensor] = argmax_rows,
+    ) -> None:
         super().__init__()
-        self._deferred, self._widths = Deferred(), widths
+        self._deferred, self._widths, self._linear, self._argmax = Deferred(), widths, linear, argmax
 
     def __enter__(self) -> FunctionSwaps:
         self._token = DEFERRED.set(self._deferred)
@@ -51,9 +60,9 @@ class FunctionSwaps(TorchFunctionMode):
             self._deferred.defer(SUM, total, args, lambda: torch.add(*args, out=total))
             return total
         if func is F.linear and len(args) >= 2 and args[1].dim() == 2 and _is_small(*args, **kwargs):
-            return linear_small(*args, **kwargs)
+            return self._linear(*args, **kwargs)
         if func is Tensor.argmax and not kwargs and _is_vocabulary(*args):
-            return argmax_rows(args[0])
+            return self._argmax(args[0])
         return func(*args, **kwargs)
 
 
