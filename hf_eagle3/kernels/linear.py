@@ -49,6 +49,53 @@ def linear_gated_eager(x: Tensor, gate: Tensor, up: Tensor, *, activation: str =
     return ACTIVATIONS[activation](linear_small_eager(x, gate)) * linear_small_eager(x, up)
 
 
+@jit()
+def _choose_layer(
+    tile,
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    out_0,
+    out_1,
+    out_2,
+    N_0,
+    N_1,
+    N_2,
+    NUM_WEIGHTS: tl.constexpr,
+    HAS_BIAS_0: tl.constexpr,
+    HAS_BIAS_1: tl.constexpr,
+    HAS_BIAS_2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The layer of a group that `tile` belongs to, and its tile there."""
+    weight = weight_0
+    bias = bias_0
+    out = out_0
+    N = N_0
+    has_bias = HAS_BIAS_0
+    if NUM_WEIGHTS > 1:
+        num_0 = tl.cdiv(N_0, BLOCK_N)
+        num_1 = tl.cdiv(N_1, BLOCK_N)
+        if tile >= num_0 + num_1:
+            weight = weight_2
+            bias = bias_2
+            out = out_2
+            N = N_2
+            has_bias = HAS_BIAS_2
+            tile -= num_0 + num_1
+        elif tile >= num_0:
+            weight = weight_1
+            bias = bias_1
+            out = out_1
+            N = N_1
+            has_bias = HAS_BIAS_1
+            tile -= num_0
+    return tile, weight, bias, out, N, has_bias
+
+
 @jit("M")
 def _linear_dot(
     x,
@@ -80,28 +127,26 @@ def _linear_dot(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    weight = weight_0
-    bias = bias_0
-    out = out_0
-    N = N_0
-    has_bias = HAS_BIAS_0
-    if NUM_WEIGHTS > 1:
-        num_0 = tl.cdiv(N_0, BLOCK_N)
-        num_1 = tl.cdiv(N_1, BLOCK_N)
-        if tile >= num_0 + num_1:
-            weight = weight_2
-            bias = bias_2
-            out = out_2
-            N = N_2
-            has_bias = HAS_BIAS_2
-            tile -= num_0 + num_1
-        elif tile >= num_0:
-            weight = weight_1
-            bias = bias_1
-            out = out_1
-            N = N_1
-            has_bias = HAS_BIAS_1
-            tile -= num_0
+    tile, weight, bias, out, N, has_bias = _choose_layer(
+        tile,
+        weight_0,
+        weight_1,
+        weight_2,
+        bias_0,
+        bias_1,
+        bias_2,
+        out_0,
+        out_1,
+        out_2,
+        N_0,
+        N_1,
+        N_2,
+        NUM_WEIGHTS,
+        HAS_BIAS_0,
+        HAS_BIAS_1,
+        HAS_BIAS_2,
+        BLOCK_N,
+    )
 
     m = tl.arange(0, BLOCK_M)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -180,28 +225,26 @@ def _linear_fma(
     IS_EVEN_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    weight = weight_0
-    bias = bias_0
-    out = out_0
-    N = N_0
-    has_bias = HAS_BIAS_0
-    if NUM_WEIGHTS > 1:
-        num_0 = tl.cdiv(N_0, BLOCK_N)
-        num_1 = tl.cdiv(N_1, BLOCK_N)
-        if tile >= num_0 + num_1:
-            weight = weight_2
-            bias = bias_2
-            out = out_2
-            N = N_2
-            has_bias = HAS_BIAS_2
-            tile -= num_0 + num_1
-        elif tile >= num_0:
-            weight = weight_1
-            bias = bias_1
-            out = out_1
-            N = N_1
-            has_bias = HAS_BIAS_1
-            tile -= num_0
+    tile, weight, bias, out, N, has_bias = _choose_layer(
+        tile,
+        weight_0,
+        weight_1,
+        weight_2,
+        bias_0,
+        bias_1,
+        bias_2,
+        out_0,
+        out_1,
+        out_2,
+        N_0,
+        N_1,
+        N_2,
+        NUM_WEIGHTS,
+        HAS_BIAS_0,
+        HAS_BIAS_1,
+        HAS_BIAS_2,
+        BLOCK_N,
+    )
 
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
