@@ -11,6 +11,7 @@ from transformers.distributed import DistributedConfig
 
 from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
+from ..modeling.configuration_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
@@ -88,7 +89,7 @@ def make_drafter(
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
-    if args.aux_layer_ids is None and (n < 3 or len({2, n // 2, n - 3}) < 3):  # the default boundaries of a config
+    if args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
             f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...compat import installed_version
 from ...modeling import Eagle3DrafterModel
+from ...modeling.configuration_eagle3 import default_boundaries
 from ..data.token_rows import TokenDataset, check_token_ids
 from ..data.vocabulary import end_tokens
 from ..locks import only_writer
@@ -63,7 +64,7 @@ def default_aux_layer_ids(target: PreTrainedModel) -> tuple[int, ...]:
         ValueError: The target has too few layers for three of them.
     """
     n = target.config.get_text_config(decoder=True).num_hidden_layers
-    ids = tuple(sorted({2, n // 2, n - 3}))
+    ids = tuple(sorted(set(default_boundaries(n))))
     if len(ids) < 3 or n < 3:
         raise ValueError(
             f"In a target of {n} layers the usual boundaries 2, n/2 and n-3 are {list(ids)}, not three. Give aux_layer_ids."
@@ -447,11 +448,3 @@ def store_states(
 ) -> Path:
     """Write the states of `target` over `dataset` to `folder`, or go on; arguments as for `StateWriter`."""
     return StateWriter(target, dataset, folder, drafter_or_aux_layer_ids, **options).run()
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed package; None for one that runs from its sources."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
