@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..drafters.draft import DrafterMemory
 from ..kernels.fusion import fused, has_forward_hooks
 from ..kernels.language import is_available
+from ..kernels.temperature import divide_rows
 from ..rows.attention import attending_by_rows
 from ..speculation.accept import Proposal
 from ..speculation.warpers import RowWarper
@@ -258,7 +259,10 @@ class CapturedPhases(Phases):
             # A warm-up must not write over what the caches hold: before a call's first token they hold one slot more
             # than `length` counts.
             state.length += 1
-        phases = Phases(self.models, state, memory, self.warper.clone(), self.config)
+        warper = self.warper.clone()
+        if is_available(self.arena.device):
+            warper.divide = divide_rows
+        phases = Phases(self.models, state, memory, warper, self.config)
 
         def run_all() -> None:
             proposal = phases.draft()

@@ -183,8 +183,7 @@ class Phases:
         """Accept and commit, where processors look at scores alone."""
         config, shape = self.config, self.config.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
-        scores = verified.logits.float() if self.warper or config.do_sample else verified.logits
-        scores = self.warper(scores)
+        scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
         verdict = RULES[config.rule](proposal, scores, Judging(shape, self.noise, config.simulated_length))
         verdict = agree_on(verdict, self.models.agree)
         if (last := config.starts_anew) is not None:

@@ -64,6 +64,7 @@ class RowWarper:
 
     def __init__(self, rows: Sequence[RowSettings], further: Sequence[LogitsProcessor], device: torch.device):
         self.further = list(further)
+        self.divide = divide  # captured rounds have a kernel
         top_k = max((row.top_k or 0 for row in rows), default=0)
         self.max_top_k = 1 << (top_k - 1).bit_length() if top_k else 0
         columns: dict[str, list[float | None]] = {
@@ -93,8 +94,12 @@ class RowWarper:
         """What graphs over it rest on."""
         return *self.values, self.max_top_k, *map(describe_warper, self.further)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Warped `scores` [B, n, V], float32."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Warped scores [B, n, V] float32 of `logits` [B, n, V]."""
+        scores = logits
+        if "temperature" in self.values:
+            scores = self.divide(logits, self.values["temperature"])
+        scores = scores.float()
         for name, step in STEPS.items():
             if name in self.values:
                 scores = step(scores, self.values[name][:, None, None].to(scores.device), self.max_top_k)
@@ -121,9 +126,13 @@ class RowWarper:
         return copied
 
 
-def divide(scores: Tensor, temperature: Tensor, _: int) -> Tensor:
-    """Scores over a temperature, rounded as PyTorch rounds a division by a number: on a GPU it multiplies."""
-    return scores * temperature.reciprocal() if scores.is_cuda else scores / temperature
+def divide(logits: Tensor, temperature: Tensor) -> Tensor:
+    """[B, n, V] float32, `logits` [B, n, V] over `temperature` [B].
+
+    Rounded as PyTorch rounds a division by a number: on a GPU it multiplies by the reciprocal.
+    """
+    divisor = temperature[:, None, None].to(logits.device)
+    return logits.float() * divisor.reciprocal() if logits.is_cuda else logits.float() / divisor
 
 
 def keep_top_k(scores: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
@@ -148,8 +157,8 @@ def keep_min_p(scores: Tensor, min_p: Tensor, _: int) -> Tensor:
     return scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
 
 
-# By the tensor that each reads, in the order in which the host warps.
-STEPS = {"temperature": divide, "top_k": keep_top_k, "rest": keep_top_p, "min_p": keep_min_p}
+# By the tensor that each reads, in the order in which the host warps; before all comes the temperature.
+STEPS = {"top_k": keep_top_k, "rest": keep_top_p, "min_p": keep_min_p}
 
 
 def describe_warper(warper: Any) -> tuple:  # Any: one of the host's

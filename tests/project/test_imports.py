@@ -59,7 +59,7 @@ LAYERS = {
     "kernels": [
         ["fusion"],
         ["attention"],
-        ["argmax", "experts", "head_loss", "linear", "norms", "rotary"],
+        ["argmax", "experts", "head_loss", "linear", "norms", "rotary", "temperature"],
         ["deferred", "mlp", "onednn", "qkv"],
         ["language"],
     ],
