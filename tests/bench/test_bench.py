@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from helpers.marks import slow_but
 from helpers.models import DRAFTERS, TEXT, make_drafter, make_prompt, make_target
 from helpers.paths import ROOT
 from transformers import AutoModelForCausalLM
@@ -137,7 +138,7 @@ def test_no_room_for_one_kind_leaves_the_others(tmp_path, i, in_call):
     assert f"[^1]: {reason}." in text
 
 
-@pytest.mark.parametrize("asked", [[], ["--join-projections"]])
+@pytest.mark.parametrize("asked", slow_but([["--join-projections"]], [[], ["--join-projections"]]))
 def test_projections_are_joined_where_asked(asked, tmp_path):
     models = []
 
@@ -345,7 +346,7 @@ def test_a_model_that_is_no_drafter_is_refused(folders, capsys):
     assert not (folders / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("temperature", ["0", "0.8"])
+@pytest.mark.parametrize("temperature", slow_but(["0"], ["0", "0.8"]))
 def test_output_is_compared_also_without_stock(real, tmp_path, temperature):
     further = ["--batch-sizes", "2", "--kinds", "plain", "drafted", "--temperature", temperature]
     assert cli.main([*real, *further, "--out", str(tmp_path / "out")]) == 0

@@ -158,7 +158,8 @@ def test_captured_rounds(family, lengths, counts):
     assert counts.captured == 3
 
 
-@pytest.mark.parametrize("depth", slow_but([3], [3, 20]))
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [3, 20])
 def test_captured_rounds_over_growing_memory_and_shrinking_batches(target, monkeypatch, depth):
     counts = capture_on_cpus(monkeypatch, first_room=16, worth_capture=20)
     batch = pad(prompts_of(50, 4, 60, 12, 3))
