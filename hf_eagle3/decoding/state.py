@@ -25,7 +25,6 @@ class RoundConfig:
     rule: str = "greedy"  # of `speculation.accept.RULES`
     do_sample: bool = False
     in_order: bool = False  # tokens are chosen one after the other in Python, since some processor looks at the text
-    in_step: bool = False  # rows accept as many tokens as one another, since a processor may look at the whole batch
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
     keeps_scores: bool = False  # what tokens were chosen by is handed out, so it must not be overwritten

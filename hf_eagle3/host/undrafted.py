@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..decoding.captured import why_not_captured
+from ..decoding.captured import CudaGraphs
 from ..decoding.preparation import find_asked, find_switch
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .loop_choice import why_not_target
@@ -34,7 +34,7 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     )
     with target.device:
         drafter = Eagle3DrafterModel(config).to(target.dtype).eval()
-    is_slow = target.device.type != "cpu" and why_not_captured(target, drafter) is not None
+    is_slow = target.device.type != "cpu" and CudaGraphs().why_not(target, drafter) is not None
     switch = find_switch(target)
     is_lost = switch is not None and not switch.computes_anew  # which our loop refuses to follow
     if is_slow or is_lost or find_asked(target) is not None or why_not_target(target) is not None:
