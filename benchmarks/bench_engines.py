@@ -121,9 +121,10 @@ class OurSide(Side):
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         from hf_eagle3 import join_projections
+        from hf_eagle3.bench.names import KINDS
         from hf_eagle3.bench.report import describe_machine
         from hf_eagle3.bench.shapes import make_random_drafter, make_target
-        from hf_eagle3.bench.ways import KINDS, list_eos, make_ways
+        from hf_eagle3.bench.ways import list_eos, make_ways
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, args.dtype)

@@ -4,7 +4,7 @@
 """Train an EAGLE-3.1 drafter for a target, from scratch or from a drafter you have.
 
     python examples/finetune.py \
-        --target_model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --target HuggingFaceTB/SmolLM2-135M-Instruct \
         --train_file answers.jsonl.gz --eval_file eval.jsonl \
         --output_dir my-drafter --draft_vocab_size 12288 --ttt_steps 6 \
         --per_device_train_batch_size 16 --learning_rate 1e-3 --num_train_epochs 3 --bf16
@@ -14,10 +14,10 @@
         --config examples/configs/gpt_oss_120b.yaml --train_file answers.jsonl.gz --output_dir my-drafter
 
     # only low-rank adapters of a drafter you have, for a target in 4 bits
-    python examples/finetune.py --target_model_name_or_path TARGET --load_in_4bit \
-        --drafter_name_or_path DRAFTER --use_peft --lora_r 32 --train_file answers.jsonl.gz --output_dir my-adapter
+    python examples/finetune.py --target TARGET --load_in_4bit \
+        --drafter DRAFTER --use_peft --lora_r 32 --train_file answers.jsonl.gz --output_dir my-adapter
 
-Going on from a published drafter (`--drafter_name_or_path REPO_OR_FOLDER`) keeps its draft vocabulary. Let the target
+Going on from a published drafter (`--drafter REPO_OR_FOLDER`) keeps its draft vocabulary. Let the target
 write the answers first (`examples/regenerate.py`): a drafter must learn what its target says. Every argument of
 `Eagle3TrainingArguments`, which are the host's `TrainingArguments` and a few more, can be given. `hf-eagle3 train` is the
 same.

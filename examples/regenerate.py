@@ -1,7 +1,7 @@
 """Let the target answer prompts, and keep the very tokens it wrote: the training data of its drafter.
 
     python examples/regenerate.py \
-        --target_model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --target HuggingFaceTB/SmolLM2-135M-Instruct \
         --prompt_file prompts.jsonl --output_file answers.jsonl.gz --temperature 0.7 --max_new_tokens 512
 
 It is `hf-eagle3 regenerate`, in a script to start from. A prompt is a line of JSON with `messages`, `prompt`, or `turns`
@@ -11,18 +11,18 @@ should be greedy, from other prompts: `--exclude_file eval_prompts.jsonl` keeps 
 starts a process for each GPU. A run that was interrupted goes on where it stopped.
 """
 
-import argparse
 from pathlib import Path
 
-from hf_eagle3.cli.regenerate import add_regenerate_arguments, run_regenerate_command
+from hf_eagle3.cli import regenerate
+from hf_eagle3.cli.arguments import Parser
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Answer what is not answered yet; returns the output file."""
-    parser = argparse.ArgumentParser(description="Let the target answer prompts.")
-    add_regenerate_arguments(parser)
+    parser = Parser()
+    regenerate.add_options(parser)
     args = parser.parse_args(arguments)
-    if status := run_regenerate_command(args):
+    if status := regenerate.run(args):
         raise SystemExit(status)
     return args.output_file
 

@@ -1,19 +1,29 @@
 """EAGLE-3 and EAGLE-3.1 drafters inside Transformers. Importing this is all: `generate(assistant_model=drafter)`."""
 
+from importlib import import_module
 from typing import Any
 
-from .console.interrupts import end_quietly
+from .console.interrupts import end_quietly, is_command_line
 
 end_quietly()  # before what takes seconds
 
-from .decoding.arena import release_graphs  # noqa: E402
-from .host.depths import measure_depths  # noqa: E402
-from .host.install import install, uninstall  # noqa: E402
-from .kernels.qkv import join_projections  # noqa: E402
-from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel  # noqa: E402
-from .speculation.stats import Speculation  # noqa: E402
-
 __version__ = "0.1.0"
+
+# Public name -> its module. Training pulls in the host's Trainer, which takes seconds to import.
+MODULES = {
+    "CheckpointError": "modeling",
+    "Eagle3DrafterConfig": "modeling",
+    "Eagle3DrafterModel": "modeling",
+    "Eagle3Trainer": "training",
+    "Eagle3TrainingArguments": "training",
+    "Speculation": "speculation.stats",
+    "doctor": "diagnosis.readings",
+    "install": "host.install",
+    "join_projections": "kernels.qkv",
+    "measure_depths": "host.depths",
+    "release_graphs": "decoding.arena",
+    "uninstall": "host.install",
+}
 __all__ = [
     "CheckpointError",
     "Eagle3DrafterConfig",
@@ -29,17 +39,22 @@ __all__ = [
     "uninstall",
 ]
 
-install()
+if not is_command_line():  # whose commands install when they need a model: `--help` does not
+    from .decoding.arena import release_graphs
+    from .host.depths import measure_depths
+    from .host.install import install, uninstall
+    from .kernels.qkv import join_projections
+    from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+    from .speculation.stats import Speculation
+
+    install()
 
 
-def __getattr__(name: str) -> Any:  # whatever training exports
-    if name == "doctor":
-        from .diagnosis.readings import doctor
-
-        return doctor
-    # Training pulls in the host's Trainer, which takes seconds to import.
-    if name in ("Eagle3Trainer", "Eagle3TrainingArguments"):
-        from . import training
-
-        return getattr(training, name)
+def __getattr__(name: str) -> Any:  # whatever the modules have
+    if name in MODULES:
+        return getattr(import_module(f".{MODULES[name]}", __name__), name)
     raise AttributeError(f"module 'hf_eagle3' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})

@@ -1,6 +1,4 @@
-"""What differs between releases of the host: its cache. And which releases are installed."""
-
-from importlib import metadata
+"""What differs between releases of the host: its cache."""
 
 import transformers
 from packaging.version import Version
@@ -14,11 +12,3 @@ def rewind(cache: Cache, num_tokens: int) -> None:
     """Forget the last `num_tokens` positions of `cache`."""
     if num_tokens:
         cache.crop(-num_tokens)
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a package, without importing it; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

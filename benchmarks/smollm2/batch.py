@@ -20,8 +20,9 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_eagle3
+from hf_eagle3.bench.names import KINDS
 from hf_eagle3.bench.prompts import read_prompts
-from hf_eagle3.bench.ways import KINDS, make_ways
+from hf_eagle3.bench.ways import make_ways
 from hf_eagle3.data_parallel import Team
 
 ASSET = Path(hf_eagle3.__file__).parent / "assets" / "smollm2-135m-instruct-eagle3"

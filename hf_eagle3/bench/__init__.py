@@ -5,7 +5,3 @@ The protocol: fixed prompts; a warm-up of each kind; with real weights, a check 
 that of decoding alone: the difference of two lengths, so that the prompt's forward cancels. The speed on real prompts is
 new tokens over wall time.
 """
-
-from .parser import add_bench_parser
-
-__all__ = ["add_bench_parser"]

@@ -1,28 +1,33 @@
 """`hf-eagle3 bench`."""
 
 import argparse
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import torch
-from tqdm.auto import tqdm
 
+from ..console.opening import choose_device
+from ..console.progress import Progress
 from ..console.terminal import note
 from ..data_parallel import Team, list_arguments, must_launch
-from .arguments import refuse_arguments, spell
+from .arguments import spell
 from .equality import OutputDiffersError
-from .loading import STEPS, Steps, load_setting, make_batches
+from .loading import STEPS, Steps, load_setting, make_batches, refuse_models
 from .measure import measure
 from .reads import account_for, make_account
 from .tables import Tables, describe_setting
 
 
-def run_bench_command(args: argparse.Namespace, steps: Steps = STEPS) -> int:
+def run_bench(args: argparse.Namespace, steps: Steps = STEPS) -> int:
     """Measure, print and write.
 
     Returns:
         0, or 1 if a text differs from that of `generate`, or nothing was measured.
     """
-    refuse_arguments(args)
+    args.device = choose_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")  # few CPUs have fast half precision
+    refuse_models(args)
     for name in ("dp_size", "tp_size"):
         if must_launch(getattr(args, name), spell(name)):
             return steps.launch(getattr(args, name), ["bench", *list_arguments(args)])
@@ -42,24 +47,33 @@ def measure_all(args: argparse.Namespace, team: Team, steps: Steps) -> bool:
     Raises:
         OutputDiffersError: A text differs from that of `generate`.
     """
+    with Progress(is_silent=team.rank > 0) as step:
+        tables = measure_sizes(args, team, steps, step)
+    if team.rank == 0:
+        tables.finish(as_json=args.json)
+    return bool(tables.results)
+
+
+def measure_sizes(args: argparse.Namespace, team: Team, steps: Steps, step: Progress) -> Tables:
+    """Every batch size, one after the other."""
+    step("Loading the models")
     setting = load_setting(args, team, steps)
+    step("Measuring how fast weights are read")
     account = make_account(setting.target, setting.drafter, setting.depth, args.read_bandwidth)
     tables = Tables(args, describe_setting(args, setting, account, num_processes=team.size))
     num_passes = len(args.batch_sizes) * len(setting.ways) * (args.repeats + 1)
-    with tqdm(total=num_passes, unit="pass", mininterval=1, disable=team.rank > 0) as bar:
-        for size in args.batch_sizes:
-            bar.set_description(f"batch {size}")
-            found, missing = measure(
-                *(setting.target, setting.ways, make_batches(setting, args, size, team)),
-                replace(setting.plan, batch_size=size),
-                team=team,
-                judged=setting.judged,
-                on_run=bar.update,
-            )
-            reads = account_for(found, account, depth=setting.depth, num_processes=team.size) if account else []
-            tables.add(found, missing, reads)
-            if team.rank == 0:  # after each batch size, so that results are kept if a later one fails
-                tables.write()
-    if team.rank == 0:
-        tables.finish()
-    return bool(tables.results)
+    passes = itertools.count()
+    for size in args.batch_sizes:
+        on_run = partial(lambda size: step(f"Batch size {size}", next(passes), num_passes), size)
+        found, missing = measure(
+            *(setting.target, setting.ways, make_batches(setting, args, size, team)),
+            replace(setting.plan, batch_size=size),
+            team=team,
+            judged=setting.judged,
+            on_run=on_run,
+        )
+        reads = account_for(found, account, depth=setting.depth, num_processes=team.size) if account else []
+        tables.add(found, missing, reads)
+        if team.rank == 0:  # after each batch size, so that results are kept if a later one fails
+            tables.write()
+    return tables

@@ -1,23 +1,83 @@
 """Models and prompts that `hf-eagle3 bench` names."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 
-from ..console.opening import opening
+from ..console.opening import opening, refuse_drafter, refuse_target
 from ..data_parallel import Team, launch
+from ..host.generate import DEFAULT_DEPTH, resolve_depth
 from ..host.refusals import refuse_other_models
 from ..kernels.qkv import join_projections
-from .arguments import choose_depth, refuse_acceptance_length
 from .dflash import load_dflash
 from .measure import Plan
+from .names import DFLASH, KINDS
 from .prompts import Prompts, Question, batch_questions, batch_random_prompts, read_questions
 from .shapes import make_random_drafter, make_target
-from .ways import DFLASH, KINDS, Way, make_ways
+from .ways import Way, make_ways
+
+
+def refuse_models(args: argparse.Namespace) -> None:
+    """Raise if prompts or models are not what their options say, before any is loaded.
+
+    Raises:
+        ValueError: Names the option, what was expected, and what came.
+    """
+    is_known = args.num_draft_tokens is not None or args.drafter is None
+    depth = (args.num_draft_tokens or DEFAULT_DEPTH) if is_known else None
+    refuse_acceptance_length(args.simulate_acceptance_length, depth)
+    if args.prompts is not None:
+        read_questions(args.prompts, limit=args.limit, at_least=args.dp_size or 1)
+    if args.target is not None:
+        refuse_target("--target", args.target)
+    if args.drafter is not None:
+        refuse_drafter("--drafter", args.drafter)
+    if args.tp_size is not None and args.tp_size > 1:
+        refuse_uneven_shares(args.target, args.tp_size)
+
+
+def refuse_acceptance_length(length: float | None, depth: int | None) -> None:
+    """Raise if no draft of `depth` tokens can have this acceptance length; a depth of None is not known yet."""
+    most = math.inf if depth is None else depth + 1
+    if length is None or (1 <= length <= most and length < math.inf):
+        return
+    wanted = "at least 1, the target's own token" if depth is None else f"between 1 and {most}, the draft depth plus 1"
+    hint = "" if depth is None or not length > most else " Or draft deeper: --num-draft-tokens."
+    raise ValueError(f"--simulate-acceptance-length must be {wanted}; got {length}.{hint}")
+
+
+def choose_depth(drafter: PreTrainedModel, given: int | None) -> int:
+    """K: the option, or else the drafter's own depth."""
+    depth = resolve_depth(given, drafter)
+    if depth < 1:
+        raise ValueError(
+            "The drafter's generation config has num_assistant_tokens=0, no drafts: give --num-draft-tokens."
+        )
+    return depth
+
+
+def refuse_uneven_shares(target: str, tp_size: int) -> None:
+    """Raise if processes would share a head of the target's attention."""
+    config = AutoConfig.from_pretrained(target).get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count % tp_size:
+            raise ValueError(
+                f"--tp-size {tp_size} does not divide the target's {name}, {count}: give one that does, so that each "
+                "process has whole heads."
+            )
 
 
 def load_drafter(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel | None:

@@ -49,7 +49,7 @@ def measure(
         team: The processes that do the same over other prompts.
         judged: Greedy ways of stock `generate` and of ours, whose texts must agree; None where acceptance is simulated,
             so that ours write something else.
-        on_run: Called after each pass.
+        on_run: Called before each pass.
 
     Raises:
         OutputDiffersError: Ours write something else.
@@ -94,6 +94,7 @@ class Runs:
         device = self.target.device
         is_cuda = device.type == "cuda"
         for kind in self.ways:
+            self.on_run()
             free_memory(self.target)
             if is_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -104,7 +105,6 @@ class Runs:
             peak = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if is_cuda else None
             self.peaks[kind] = None if peak is None else max(self.team.gather(peak))
             self.caches[kind] = max(self.team.gather(count_cache_bytes(self.target))) / 2**30 or None
-            self.on_run()
         self.kinds = list(self.firsts)
         self.speeds = {kind: [] for kind in self.kinds}
 
@@ -143,9 +143,9 @@ class Runs:
         for kind in list(self.kinds):
             if kind not in self.kinds:  # it failed in a `capture` of this very loop
                 continue
+            self.on_run()
             self.team.wait()
             done = self.attempts.run([kind], partial(self._run_both, kind))
-            self.on_run()
             if done is None:
                 self.kinds.remove(kind)
                 self.capture()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..console.opening import refuse_file, rendering
+from ..console.opening import rendering
+from ..console.paths import refuse_file
 from ..data_parallel import Team
 from ..modeling.text_eagle3 import parse_json, refuse_surrogates, show
 

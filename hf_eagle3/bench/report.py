@@ -1,20 +1,18 @@
 """Results as Markdown, JSON and a picture."""
 
 import importlib.util
-import json
 import logging
-import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..console import terminal
 from ..console.quoting import quote_markdown
 from ..modeling.text_eagle3 import one_line
 from .reads import Reads
@@ -70,7 +68,7 @@ class Grid:
         self.sizes = sorted({r.batch_size for r in every})
         self.reasons = list(dict.fromkeys(s.reason for s in skipped))
         self._by_key = {(r.kind, r.batch_size): r for r in results}
-        self._marks = {(s.kind, s.batch_size): f"- [^{self.reasons.index(s.reason) + 1}]" for s in skipped}
+        self._notes = {(s.kind, s.batch_size): self.reasons.index(s.reason) + 1 for s in skipped}
 
     def head(self, corner: str) -> list[str]:
         """The first two lines of a table."""
@@ -83,14 +81,25 @@ class Grid:
         """The results of a kind, by batch size."""
         return [self._by_key.get((kind, size)) for size in self.sizes]
 
-    def marks(self, kind: str) -> list[str]:
-        """Cells for missing results: a dash, with a footnote where a run failed."""
-        return [self._marks.get((kind, size), "-") for size in self.sizes]
+    def marks(self, kind: str, mark: str = "- [^{}]") -> list[str]:
+        """Cells for missing results: a dash, with the number of a footnote where a run failed."""
+        notes = [self._notes.get((kind, size)) for size in self.sizes]
+        return ["-" if note is None else mark.format(note) for note in notes]
 
 
 def join_cells(name: str, cells: Sequence[str]) -> str:
     """A row of a table."""
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def short_rows(grid: Grid) -> list[list[str]]:
+    """What a terminal shows: the name of a row, and its cells."""
+    speeds = [
+        [kind, *(f"{r.tokens_per_second:.1f}" if r else mark for r, mark in zip(grid.row(kind), marks, strict=True))]
+        for kind, marks in ((kind, grid.marks(kind, "- [{}]")) for kind in grid.kinds)
+    ]
+    acceptance = [show_number(r.acceptance_length) if r else "-" for r in grid.row(DRAFTED)]
+    return [*speeds, *ratios(grid), ["acceptance length", *acceptance]]
 
 
 def speed_rows(grid: Grid) -> list[str]:
@@ -108,16 +117,21 @@ def speed_rows(grid: Grid) -> list[str]:
 
 
 def ratio_rows(grid: Grid) -> list[str]:
+    """Drafting against other kinds, as lines of a table."""
+    return [join_cells(name, cells) for name, *cells in ratios(grid)]
+
+
+def ratios(grid: Grid) -> list[list[str]]:
     """Drafting against other kinds; those of other people only where they ran."""
-    lines = []
+    rows = []
     for name, kind in RATIOS.items():
         cells = [
             "-" if ours is None or other is None else f"{ours.tokens_per_second / other.tokens_per_second:.2f}x"
             for ours, other in zip(grid.row(DRAFTED), grid.row(kind), strict=True)
         ]
         if kind not in OF_OTHERS or set(cells) != {"-"}:
-            lines.append(join_cells(name, cells))
-    return lines
+            rows.append([name, *cells])
+    return rows
 
 
 def detail_rows(grid: Grid) -> list[str]:
@@ -230,16 +244,7 @@ def to_json(
         "skipped": [s._asdict() for s in skipped],
         "reads": [asdict(r) for r in reads],
     }
-    return json.dumps(without_nan(found), indent=1, allow_nan=False) + "\n"
-
-
-def without_nan(data: Any) -> Any:  # Any: anything JSON can hold
-    """`data` with null for NaN and infinities, which JSON does not have."""
-    if isinstance(data, dict):
-        return {name: without_nan(value) for name, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    return terminal.to_json(found)
 
 
 def draw(results: list[Measured], path: Path, *, title: str) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..console.quoting import quote_code
+from ..console.tables import say_table
 from ..console.terminal import say
 from ..data_parallel import list_arguments
 from .loading import Setting
 from .prompts import describe_turns
 from .reads import Account, Reads
-from .report import describe_machine, draw, to_json, to_markdown
+from .report import Grid, describe_machine, draw, short_rows, to_json, to_markdown
 from .results import Measured, Skipped
 
 
@@ -23,7 +24,7 @@ class Tables:
         self.results: list[Measured] = []
         self.skipped: list[Skipped] = []
         self.reads: list[Reads] = []
-        self.text = ""
+        self.json = ""
 
     def add(self, results: list[Measured], skipped: list[Skipped], reads: list[Reads]) -> None:
         """Add the results of one batch size."""
@@ -34,15 +35,23 @@ class Tables:
     def write(self) -> None:
         """Write Markdown and JSON."""
         both: dict[str, Any] = {"notes": self.notes, "skipped": self.skipped, "reads": self.reads}
-        self.text = to_markdown(self.results, title=f"{self.name}, with and without drafting", **both)
-        beside(self.out, ".md").write_text(self.text, encoding="utf-8")
-        beside(self.out, ".json").write_text(to_json(self.results, **both), encoding="utf-8")
+        text = to_markdown(self.results, title=f"{self.name}, with and without drafting", **both)
+        self.json = to_json(self.results, **both)
+        beside(self.out, ".md").write_text(text, encoding="utf-8")
+        beside(self.out, ".json").write_text(self.json, encoding="utf-8")
 
-    def finish(self) -> None:
-        """Write the picture, and print the tables."""
+    def finish(self, *, as_json: bool) -> None:
+        """Write the picture, and print a short table, or all as JSON."""
         if self.results:
             draw(self.results, beside(self.out, ".png"), title=self.name)
-        say(self.text)
+        if as_json:
+            say(self.json.rstrip())
+            return
+        grid = Grid(self.results, self.skipped)
+        say_table(["tokens a second", *(f"BS {size}" for size in grid.sizes)], short_rows(grid))
+        for number, reason in enumerate(grid.reasons, 1):
+            say(f"[{number}] {reason}.")
+        say(f"\nThe long tables are in {beside(self.out, '.md')}, the same as data in {beside(self.out, '.json')}.")
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -88,7 +97,7 @@ def describe_setting(
 
 
 def for_report(args: argparse.Namespace) -> argparse.Namespace:
-    """The command's arguments without --out, and of paths the last part."""
-    paths = ("target", "drafter", "prompts", "dflash_drafter")
-    shown = {n: Path(v).name if n in paths and v is not None else v for n, v in vars(args).items() if n != "out"}
-    return argparse.Namespace(**shown)
+    """The command's arguments without --out and --json, and of paths the last part."""
+    paths, left_out = ("target", "drafter", "prompts", "dflash_drafter"), ("out", "json")
+    shown = {n: Path(v).name if n in paths and v is not None else v for n, v in vars(args).items()}
+    return argparse.Namespace(**{name: value for name, value in shown.items() if name not in left_out})

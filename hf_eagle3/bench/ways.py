@@ -11,13 +11,9 @@ from transformers import PreTrainedModel
 from ..decoding.cuda_graphs import synchronize
 from ..speculation.stats import Speculation
 from . import dflash
+from .names import DFLASH, DRAFTED, LOOKUP, PLAIN, STATIC, STOCK
 from .prompts import Prompts
 
-STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafting"
-STATIC = 'generate(cache_implementation="static")'  # which the host compiles
-LOOKUP = 'generate(prompt_lookup_num_tokens, cache_implementation="static")'  # likewise, from Transformers 5.24 on
-DFLASH = "D-Flash"
-KINDS = {"stock": STOCK, "static": STATIC, "lookup": LOOKUP, "plain": PLAIN, "drafted": DRAFTED}
 OURS = (PLAIN, DRAFTED)
 OF_OTHERS = {LOOKUP, DFLASH}  # drafting by other code; not available in every release, target or batch size
 ONE_ROW = (dflash.ONE_ROW, "the host's assisted decoding takes one row at a time")

@@ -4,7 +4,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import CheckpointError, Eagle3DrafterConfig
 from ..modeling.text_eagle3 import one_line, show
 from ..modeling.weights_eagle3 import (
     StoredTensor,
@@ -35,6 +35,19 @@ class Description(NamedTuple):
     def refusals(self) -> dict[str, list[str]]:
         """Engine -> why it cannot serve the drafter; empty where it can."""
         return {engine: find_refusals(self.config, engine) for engine in ENGINES if engine != HF}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as data."""
+        return {
+            "name": self.name,
+            "flavour": self.flavour,
+            "fields": {
+                name: {"value": getattr(self.config, name), "from": self.sources.get(name, "default")}
+                for name in FIELDS
+            },
+            "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
+            "refusals": self.refusals,
+        }
 
     def __str__(self) -> str:
         files = sorted({tensor.file for tensor in self.tensors.values()})
@@ -98,5 +111,7 @@ def describe_drafter(
             f"{file}: there are no weights beside it. Expected model.safetensors or pytorch_model.bin."
         )
     where = ", ".join(map(str, files))
+    from ..modeling import Eagle3DrafterModel  # takes seconds to import, and is of no use for published drafters
+
     Eagle3DrafterModel.refuse_misfits(config, tensors, to_our_names(tensors, WEIGHT_NAMES), where)
     return Description(name, "hf-eagle3", config, {key: f"config.json: {key}" for key in config_dict}, tensors)

@@ -6,9 +6,10 @@ the third.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..modeling import Eagle3DrafterConfig
+if TYPE_CHECKING:
+    from ..modeling import Eagle3DrafterConfig
 
 SGLANG, VLLM, SPECULATORS, HF = "sglang", "vllm", "speculators", "hf"
 ENGINES: Mapping[str, str] = {
@@ -23,7 +24,7 @@ class Refusal(NamedTuple):
     """A variant that some engines cannot serve."""
 
     field: str
-    is_set: Callable[[Eagle3DrafterConfig], bool]
+    is_set: "Callable[[Eagle3DrafterConfig], bool]"
     engines: tuple[str, ...]
     why: str
 
@@ -96,7 +97,7 @@ REFUSALS = (
 )
 
 
-def find_refusals(config: Eagle3DrafterConfig, engine: str) -> list[str]:
+def find_refusals(config: "Eagle3DrafterConfig", engine: str) -> list[str]:
     """Why `engine` cannot serve a drafter of this config, one line each; empty if it can."""
     return [
         f"{refusal.field}={getattr(config, refusal.field)!r}: {refusal.why}"
@@ -153,7 +154,7 @@ def to_sglang_ids(boundaries: list[int], target: Target) -> list[int]:
 LATENT_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
 
 
-def make_layer_config(config: Eagle3DrafterConfig, *, model_type: str) -> dict[str, Any]:
+def make_layer_config(config: "Eagle3DrafterConfig", *, model_type: str) -> dict[str, Any]:
     """The keys that describe a drafter's layers, as a Llama-like config has them."""
     rope = dict(config.rope_parameters or {"rope_type": "default"})
     rope.setdefault("rope_theta", 10000.0)
@@ -196,7 +197,7 @@ def make_layer_config(config: Eagle3DrafterConfig, *, model_type: str) -> dict[s
 
 
 def make_native_config(
-    config: Eagle3DrafterConfig, boundaries: list[int] | None, sglang_ids: list[int] | None
+    config: "Eagle3DrafterConfig", boundaries: list[int] | None, sglang_ids: list[int] | None
 ) -> dict[str, Any]:
     """config.json as SGLang and vLLM read it, boundaries at the top for vLLM and SGLang's ids in `eagle_config`."""
     if config.is_latent:
@@ -236,7 +237,7 @@ def make_native_config(
 
 
 def make_speculators_config(
-    config: Eagle3DrafterConfig, boundaries: list[int] | None, target: Target, depth: int
+    config: "Eagle3DrafterConfig", boundaries: list[int] | None, target: Target, depth: int
 ) -> dict[str, Any]:
     """config.json as speculators writes it: flags at the top, the layer in a table, no model_type."""
     algorithm = "peagle" if config.is_parallel else "eagle3"

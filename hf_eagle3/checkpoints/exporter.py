@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..console.opening import opening, refuse_used_folder
+from ..console.opening import opening
+from ..console.paths import refuse_used_folder
 from ..console.quoting import is_model_name, quote_python, quote_shell
 from ..drafters.draft import Committed, Prompted, choose_greedy
 from ..drafters.kinds import find_kind

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import CheckpointError, Eagle3DrafterConfig
 from ..modeling.configuration_eagle3 import check_host_values
 from ..modeling.text_eagle3 import KeyTwiceError, escape_record, parse_json, show
 from ..modeling.weights_eagle3 import (
@@ -46,6 +46,8 @@ USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
 
 def register_weight_names() -> None:
     """Teach the drafter the tensor names of published checkpoints; its `from_pretrained` renames by them."""
+    from ..modeling import Eagle3DrafterModel  # whose imports take seconds, and reading a config needs none of them
+
     Eagle3DrafterModel.published_names = WEIGHT_NAMES
 
 

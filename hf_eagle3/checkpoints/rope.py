@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
 from ..modeling.configuration_eagle3 import check_rope_values, refuse_second_rope
@@ -68,6 +67,8 @@ def normalise_rope(where: str, rope: Any) -> dict[str, Any]:  # Any: whatever co
 
 def check_rope(config: Eagle3DrafterConfig) -> None:
     """Raise ValueError if a drafter cannot have the rotary parameters of `config`: no export of it could be loaded."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # takes seconds to import
+
     rope = config.rope_parameters or {}
     if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(

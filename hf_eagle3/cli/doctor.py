@@ -3,66 +3,58 @@
 import argparse
 from pathlib import Path
 
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as host_logging
-
-from ..console.opening import opening, refuse_device, refuse_drafter, refuse_target, refuse_used_folder
-from ..console.terminal import note, say
-from ..diagnosis.readings import PROMPTS, doctor
-from .arguments import DEVICE_MAPS, DTYPES, Commands, positive
+from ..console.paths import refuse_missing, refuse_used_folder
+from ..console.progress import Progress
+from ..console.terminal import say, say_json
+from .arguments import Parser, add_depth, add_device, add_drafter, add_json, add_prompts, add_target, positive
+from .starting import start
 
 
-def add_doctor_parser(commands: Commands) -> None:
+def add_options(parser: Parser) -> None:
     """The options of `hf-eagle3 doctor`."""
-    parser = commands.add_parser(
-        "doctor",
-        help="measure which reading of a drafter's config agrees best with its target",
-        description="The target writes a few hundred tokens; the drafter is read in every plausible way (captured layers, "
-        "recurrence, residual, rope, embeddings, d2t), and what each drafts is compared with that text. Exit status 1 if "
-        "what is declared is not the best.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser.description = (
+        "The target writes a few hundred tokens; the drafter is read in every plausible way (captured layers, recurrence, "
+        "residual, rope, embeddings, d2t), and what each drafts is compared with that text. Exit status 1 if what is "
+        "declared is not the best."
     )
-    parser.add_argument("--target", required=True, metavar="REPO_OR_DIR", help="the model it drafts for")
-    parser.add_argument("--drafter", required=True, metavar="REPO_OR_DIR", help="the drafter, of any flavour")
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="what to ask; may be given several times (six of ours)"
-    )
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens for each prompt")
-    parser.add_argument("--depth", type=positive, default=4, metavar="K", help="draft depths to compare")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (the target over all GPUs), ...")
-    parser.add_argument("--pin", type=Path, metavar="OUT", help="write the drafter here as it is best read")
-    parser.set_defaults(run=run_doctor_command)
+    add_target(parser, "the model it drafts for", in_order=True, required=True)
+    add_drafter(parser, "the drafter, of any flavour", in_order=True, required=True)
+    add_prompts(parser, "six of ours")
+    parser.add("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens for each prompt")
+    add_depth(parser, "draft depths to compare", default=4)
+    add_device(parser, has_map=True)
+    parser.add("--pin", type=Path, metavar="OUT", help="write the drafter here as it is best read")
+    add_json(parser)
+    parser.set_defaults(run=run)
 
 
-def run_doctor_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; exit status 0, or 1 if the reading that the checkpoint declares is not the best."""
-    host_logging.disable_progress_bar()
-    dtype = getattr(torch, args.dtype)
+    refuse_missing("--target", args.target)
+    refuse_missing("--drafter", args.drafter)
     if args.pin is not None:
         refuse_used_folder(args.pin, "--pin")
-    if args.device not in DEVICE_MAPS:
-        refuse_device(args.device)
-    refuse_drafter("--drafter", args.drafter)
-    refuse_target("--target", args.target)
-    note(f"Loading {args.target} and {args.drafter} ...")
-    with opening("--target", args.target):
-        tokenizer = AutoTokenizer.from_pretrained(args.target)
-        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype, device_map=args.device).eval()
-    with opening("--drafter", args.drafter):
-        drafter = AutoModel.from_pretrained(args.drafter, dtype=dtype, device_map={"": target.device})
-    note("Measuring ...")
-    found = doctor(
-        target,
-        drafter,
-        args.prompt or PROMPTS,
-        tokenizer=tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        depth=args.depth,
-    )
-    say(str(found))
+    start()
+    from ..diagnosis.readings import PROMPTS, doctor
+    from .loading import load_pair
+
+    with Progress() as step:
+        target, drafter, tokenizer = load_pair(args, step)
+        found = doctor(
+            target,
+            drafter,
+            args.prompt or PROMPTS,
+            tokenizer=tokenizer,
+            max_new_tokens=args.max_new_tokens,
+            depth=args.num_draft_tokens,
+            on_step=step,
+        )
+    if args.json:
+        say_json(found.to_dict())
+    else:
+        say(str(found))
     if args.pin is not None:
         found.drafter.save_pretrained(args.pin)
-        say(f"The drafter is in {args.pin}, with a config that says how it is best read.")
+        if not args.json:
+            say(f"The drafter is in {args.pin}, with a config that says how it is best read.")
     return 0 if found.is_declared_best else 1

@@ -1,61 +1,52 @@
-"""`hf-eagle3 data preview`: which tokens of training rows are supervised.
-
-Importing training takes seconds, so it happens when the command runs.
-"""
+"""`hf-eagle3 data preview`: which tokens of training rows are supervised."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-
-from ..console.opening import opening, refuse_file, refuse_target
+from ..console.paths import refuse_file, refuse_missing
 from ..console.terminal import say
-from .arguments import Commands, json_object
+from .arguments import Parser, add_target, json_object
+from .starting import start
 
 
-def add_data_parser(commands: Commands) -> None:
-    """`hf-eagle3 data`, and the options of `hf-eagle3 data preview`."""
-    data = commands.add_parser("data", help="look at training data")
-    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    parser = data_commands.add_parser(
-        "preview",
-        help="show which tokens of training rows are supervised, and the numbers of the data",
-        description="Loads the target's tokenizer only. Supervised text is coloured in a terminal, in ⟦brackets⟧ elsewhere.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def add_options(parser: Parser) -> None:
+    """The options of `hf-eagle3 data preview`."""
+    parser.description = (
+        "Loads the target's tokenizer only. Supervised text is coloured in a terminal, in ⟦brackets⟧ elsewhere."
     )
-    parser.add_argument("--target", required=True, metavar="REPO_OR_DIR", help="whose tokenizer and chat template")
-    parser.add_argument(
-        "--train-file", "--train_file", type=Path, required=True, metavar="JSONL", help="rows of any format, also .gz"
-    )
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show; 0: numbers only")
-    parser.add_argument("--max-length", "--max_length", type=int, metavar="L", help="cut longer rows, as in training")
-    parser.add_argument(
+    add_target(parser, "whose tokenizer and chat template", required=True)
+    parser.add("--train-file", type=Path, required=True, metavar="JSONL", help="rows of any format, also .gz")
+    parser.add("--rows", type=int, default=3, metavar="N", help="rows to show; 0: numbers only")
+    parser.add("--max-length", type=int, metavar="L", help="cut longer rows, as in training")
+    parser.add(
         "--chat-template-kwargs",
-        "--chat_template_kwargs",
         type=json_object,
         default={},
         metavar="JSON",
         help="such as '{\"enable_thinking\": false}'",
     )
-    parser.add_argument(
-        "--color", choices=["auto", "always", "never"], default="auto", help="auto: when stdout is a terminal"
-    )
-    parser.set_defaults(run=run_preview_command)
+    parser.add("--color", choices=["auto", "always", "never"], default="auto", help="auto: when stdout is a terminal")
+    parser.set_defaults(run=run)
 
 
-def run_preview_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Show rows and numbers; exit status 0."""
-    from ..training.data.files import read_rows
-    from ..training.data.preview import describe_dataset, describe_row, format_row
-    from ..training.data.token_rows import TokenDataset, check_token_ids
-
     for name in ("rows", "max_length"):
         if (given := getattr(args, name)) is not None and given < (least := name == "max_length"):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {int(least)}; got {given}.")
     refuse_file("--train-file", args.train_file)
+    refuse_missing("--target", args.target)
+    start()
+    from tqdm.auto import tqdm
+    from transformers import AutoTokenizer
+
+    from ..console.opening import opening, refuse_target
+    from ..training.data.files import read_rows
+    from ..training.data.preview import describe_dataset, describe_row, format_row
+    from ..training.data.token_rows import TokenDataset, check_token_ids
+
     refuse_target("--target", args.target)
     with opening("--target", args.target):
         tokenizer = AutoTokenizer.from_pretrained(args.target)
@@ -76,6 +67,8 @@ def run_preview_command(args: argparse.Namespace) -> int:
 
 def find_eos_token_ids(target: str) -> list[int]:
     """The tokens that end the target's turns, by its generation config; none where it has no such file."""
+    from transformers import GenerationConfig
+
     try:
         ends = GenerationConfig.from_pretrained(target).eos_token_id
     except OSError:
@@ -85,6 +78,8 @@ def find_eos_token_ids(target: str) -> list[int]:
 
 def find_vocab_size(target: str, num_tokens: int) -> int:
     """The size in the target's config; where there is a tokenizer only, the number of its tokens."""
+    from transformers import AutoConfig, PreTrainedConfig
+
     if not PreTrainedConfig.get_config_dict(target)[0]:
         return num_tokens
     return AutoConfig.from_pretrained(target).get_text_config().vocab_size

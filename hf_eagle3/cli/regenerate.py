@@ -1,78 +1,63 @@
-"""`hf-eagle3 regenerate`: lets a target answer prompts, and keeps its tokens as training data.
-
-Importing training takes seconds, so it happens when the command runs.
-"""
+"""`hf-eagle3 regenerate`: lets a target answer prompts, and keeps its tokens as training data."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from ..console.opening import opening, refuse_device, refuse_drafter, refuse_file, refuse_target
+from ..console.paths import refuse_file, refuse_missing
 from ..console.terminal import note
-from ..data_parallel import Team, launch, list_arguments, must_launch
-from ..host.refusals import refuse_other_models
-from .arguments import Commands, json_object
+from .arguments import Parser, add_device, add_drafter, add_target, json_object
+from .starting import start
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data_parallel import Team
     from ..training.data.prompts import Prompt
 
 
-def add_regenerate_parser(commands: Commands) -> None:
-    """`hf-eagle3 regenerate`."""
-    parser = commands.add_parser(
-        "regenerate",
-        help="let a target answer prompts, and keep the very tokens it wrote: training data",
-        description="An interrupted run goes on where it stopped when the same command is run again, with any --dp-size.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def add_options(parser: Parser) -> None:
+    """The options of `hf-eagle3 regenerate`."""
+    parser.description = (
+        "An interrupted run goes on where it stopped when the same command is run again, with any --dp-size."
     )
-    add_regenerate_arguments(parser)
-    parser.set_defaults(run=run_regenerate_command)
-
-
-def add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `regenerate`, with dashes or underscores."""
-
-    def add(name: str, *more: str, **options: Any) -> None:
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}", *more]), **options)
-
-    add("target", "--target_model_name_or_path", required=True, metavar="REPO_OR_DIR", help="the model that answers")
-    add("prompt-file", type=Path, metavar="JSONL", help="rows with messages, prompt or turns, also .gz")
-    add("output-file", type=Path, required=True, metavar="JSONL", help="also .gz; gone on with when it exists")
-    add("temperature", type=float, nargs="+", default=[0.7], metavar="T", help="0 is greedy; each prompt at each")
-    add("top-p", type=float, metavar="P", help="nucleus sampling (the target's own)")
-    add("top-k", type=int, metavar="K", help="sampling from the K likeliest (the target's own)")
-    add("num-return-sequences", type=int, default=1, metavar="N", help="sampled answers to each prompt")
-    add("max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens")
-    add("batch-size", type=int, default=16, metavar="B", help="prompts answered side by side")
-    add("drafter", metavar="REPO_OR_DIR", help="a drafter you have, to be sooner done with the same answers")
+    add = parser.add
+    add_target(parser, "the model that answers", required=True)
+    add("--prompt-file", type=Path, metavar="JSONL", help="rows with messages, prompt or turns, also .gz")
+    add("--output-file", type=Path, required=True, metavar="JSONL", help="also .gz; gone on with when it exists")
+    add("--temperature", type=float, nargs="+", default=[0.7], metavar="T", help="0 is greedy; each prompt at each")
+    add("--top-p", type=float, metavar="P", help="nucleus sampling (the target's own)")
+    add("--top-k", type=int, metavar="K", help="sampling from the K likeliest (the target's own)")
+    add("--num-return-sequences", type=int, default=1, metavar="N", help="sampled answers to each prompt")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens")
+    add("--batch-size", type=int, default=16, metavar="B", help="prompts answered side by side")
+    add_drafter(parser, "a drafter you have, to be sooner done with the same answers")
     add(
-        "chat-template-kwargs",
+        "--chat-template-kwargs",
         type=json_object,
         default={},
         metavar="JSON",
         help="such as '{\"enable_thinking\": false}'",
     )
-    add("self-prompts", type=int, default=0, metavar="N", help="let the target make up N prompts more (Magpie)")
-    add("self-share", type=float, metavar="S", help="at most this share of all prompts is made up, in 0..1")
-    add("self-temperature", type=float, default=1.0, metavar="T", help="of the prompts it makes up")
-    add("exclude-file", type=Path, nargs="+", default=[], metavar="JSONL", help="prompts to leave out: eval prompts")
-    add("dedupe", action="store_true", help="leave out prompts that say the same")
-    add("dtype", help="the target's; by default as stored, float32 on a CPU")
-    add("device", default="auto", help="cuda where there is one, else cpu")
-    add("seed", type=int, default=0, metavar="N", help="of the sampling")
+    add("--self-prompts", type=int, default=0, metavar="N", help="let the target make up N prompts more (Magpie)")
+    add("--self-share", type=float, metavar="S", help="at most this share of all prompts is made up, in 0..1")
+    add("--self-temperature", type=float, default=1.0, metavar="T", help="of the prompts it makes up")
+    add("--exclude-file", type=Path, nargs="+", default=[], metavar="JSONL", help="prompts to leave out: eval prompts")
+    add("--dedupe", action="store_true", help="leave out prompts that say the same")
+    add_device(parser)
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling")
     add(
-        "dp-size",
+        "--dp-size",
         type=int,
         metavar="N",
         help="processes, each with a target of its own and its share of the prompts; not needed under accelerate launch "
         "and torchrun (1, or what they started)",
     )
+    parser.set_defaults(run=run)
 
 
-def run_regenerate_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Answer what is not answered yet; exit status 0."""
     if args.prompt_file is None and not args.self_prompts:
         raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
@@ -84,20 +69,27 @@ def run_regenerate_command(args: argparse.Namespace) -> int:
             refuse_file(option, path)
     if args.output_file.is_dir() or not args.output_file.parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: a folder, or in a folder that is not there. Give a file.")
+    refuse_missing("--target", args.target)
+    if args.drafter is not None:
+        refuse_missing("--drafter", args.drafter)
+    start()
+    import torch
+
+    from ..console.opening import choose_device, refuse_drafter, refuse_target
+    from ..data_parallel import Team, launch, list_arguments, must_launch
+
     refuse_target("--target", args.target)
     if args.drafter is not None:
         refuse_drafter("--drafter", args.drafter)
-    if args.device != "auto":
-        refuse_device(args.device)
+    device = choose_device(args.device)
     if must_launch(args.dp_size):
         return launch(args.dp_size, ["regenerate", *list_arguments(args)])
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with Team(torch.device(device)) as team:
         answer_all(args, team)
     return 0
 
 
-def answer_all(args: argparse.Namespace, team: Team) -> None:
+def answer_all(args: argparse.Namespace, team: "Team") -> None:
     """Answer this process's share of the prompts."""
     from ..training.data.prompts import make_prompts
     from ..training.data.regenerate import Sampling, regenerate
@@ -149,12 +141,17 @@ def select_prompts(args: argparse.Namespace, *, is_silent: bool) -> "tuple[list[
 
 
 def load_models(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]:
+    args: argparse.Namespace, device: "torch.device"
+) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]":
     """The target with its tokenizer, and the drafter if one is given."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from ..console.opening import choose_dtype, opening
+    from ..host.refusals import refuse_other_models
+
     with opening("--target", args.target):
         tokenizer = AutoTokenizer.from_pretrained(args.target)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")  # few CPUs have fast half precision
+    dtype = choose_dtype(args.dtype, device.type)
     with opening("--target", args.target):
         target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
     if not args.drafter:

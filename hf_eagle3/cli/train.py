@@ -1,21 +1,50 @@
-"""`hf-eagle3 train`: trains a drafter."""
+"""`hf-eagle3 train`: trains a drafter. Its options are the host's training arguments and ours."""
 
-from collections.abc import Sequence
+import argparse
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
-from .arguments import Commands
+from ..console.spelling import CANONICAL, did_you_mean
+from .starting import start
+
+TRAINING = Path(__file__).parent.parent / "training"
+SOURCES = ((TRAINING / "script.py", "Arguments"), (TRAINING / "arguments.py", "TrainingArguments"))  # files, classes
 
 
-def add_train_parser(commands: Commands) -> None:
-    """A name for `--help` alone.
-
-    The options are those of training, which takes seconds to import: `run` hands them over before they are parsed.
-    """
-    commands.add_parser("train", help="train a drafter; `hf-eagle3 train --help` lists the options", add_help=False)
-
-
-def run_train_command(arguments: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train; exit status 0."""
+    refuse_unknown(args.arguments)
+    start()
     from ..training.script import main as train
 
-    train(arguments)
+    train(args.arguments)
     return 0
+
+
+def refuse_unknown(words: list[str]) -> None:
+    """Raise if a word is an option that training does not have, before anything heavy is imported.
+
+    Raises:
+        ValueError: Names the option, and the nearest that there are.
+    """
+    options = {*find_options(), "--config", "--help", "--dtype"}
+    known = {*options, *(f"--{name[2:].replace('-', '_')}" for name in CANONICAL)}
+    for word in words:
+        typed = word.partition("=")[0]
+        name = f"--{typed[2:].replace('-', '_')}"
+        if word.startswith("--") and not {name, name.replace("--no_", "--")} & known:
+            raise ValueError(f"{typed} is no option{did_you_mean(typed, options)}. --help lists them all.")
+
+
+def find_options() -> Iterator[str]:
+    """The fields of the dataclasses that declare the options, read from their sources: importing them takes seconds."""
+    host = importlib.util.find_spec("transformers")
+    places = host.submodule_search_locations if host is not None else None
+    hosts = [(Path(place) / "training_args.py", "TrainingArguments") for place in places or ()]
+    for path, ending in (*SOURCES, *hosts):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(ending):
+                targets = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+                yield from (f"--{target.id}" for target in targets if isinstance(target, ast.Name))

@@ -1,10 +1,13 @@
-"""Ctrl-C while the command line is still importing, which takes seconds: a quiet end, as later."""
+"""Ctrl-C: a quiet end while the command line is still importing, as later; and an end of one answer alone."""
 
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -25,3 +28,23 @@ def raise_again() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, for which commands clean up."""
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def noticing_interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, in the place of KeyboardInterrupt; a second one raises as ever."""
+    event = threading.Event()
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            signal.default_int_handler(number, frame)
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal can be heard
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, notice)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,16 +1,21 @@
-"""Arguments of commands: checked before anything is loaded, and loaded with errors that name the option."""
+"""Arguments of commands: checked before anything is loaded, and loaded with errors that name the option.
+
+The host's auto classes take seconds to import, and `inspect` needs none: functions import them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig
 from ..modeling.text_eagle3 import one_line, show
-from .quoting import PATH_STARTS
+from ..modeling.weights_eagle3 import CheckpointError
+from .paths import refuse_missing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 KINDS = (CheckpointError, OSError, ValueError, ImportError)  # that stay what they are
 
@@ -34,7 +39,7 @@ def opening(option: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def rendering(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def rendering(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Name the chat template in any error that it raises.
 
     Raises:
@@ -55,6 +60,8 @@ def refuse_drafter(option: str, name: str, **where: str | None) -> None:
     Raises:
         ValueError: It is something else, or cannot be read.
     """
+    from transformers import AutoConfig
+
     refuse_missing(option, name)
     with opening(option, name):
         config = AutoConfig.from_pretrained(name, **{key: value for key, value in where.items() if value is not None})
@@ -65,8 +72,10 @@ def refuse_drafter(option: str, name: str, **where: str | None) -> None:
         )
 
 
-def name_class(config: PreTrainedConfig) -> str:
+def name_class(config: "PreTrainedConfig") -> str:
     """The class that AutoModel would make of a config, or what the config calls itself."""
+    from transformers import MODEL_MAPPING
+
     kind = MODEL_MAPPING.get(type(config), None)
     kind = kind[0] if isinstance(kind, (list, tuple)) else kind
     return kind.__name__ if kind is not None else show(config.model_type)
@@ -78,6 +87,8 @@ def refuse_target(option: str, name: str) -> None:
     Raises:
         ValueError: It is.
     """
+    from transformers import AutoConfig
+
     refuse_missing(option, name)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -89,52 +100,28 @@ def refuse_target(option: str, name: str) -> None:
         )
 
 
-def is_drafters_config(config: PreTrainedConfig) -> bool:
+def is_drafters_config(config: "PreTrainedConfig") -> bool:
     """Whether a config is that of an EAGLE-3 drafter, by any class that it was read as."""
+    from ..modeling import Eagle3DrafterConfig
+
     return config.model_type == Eagle3DrafterConfig.model_type
 
 
-def refuse_missing(option: str, name: str) -> None:
-    """Raise if `name` is a folder that is not there, or has nothing in it.
+def choose_device(name: str, option: str = "--device") -> str:
+    """The device that a user names; for auto, a GPU where there is one, and else the CPU.
 
     Raises:
-        ValueError: It is.
+        ValueError: There is no such device here.
     """
-    path = Path(name).expanduser()
-    if not name:
-        raise ValueError(f"{option} is empty: give a folder, or a repository on the Hub.")
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise ValueError(
-                f"{option} {name}: the folder is empty, there is no config.json. Give one with a model in it."
-            )
-    elif path.exists():
-        raise ValueError(f"{option} {name}: a file. Give the folder with config.json and the weights.")
-    elif name.startswith(PATH_STARTS) or name.count("/") > 1:
-        raise ValueError(f"{option} {name}: there is no such folder.")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    refuse_device(name, option)
+    return name
 
 
-def refuse_used_folder(path: Path, option: str = "") -> None:
-    """Raise unless `path` is an empty folder, or not there.
-
-    Raises:
-        FileExistsError: It is something else.
-    """
-    given = f" {option}".rstrip()
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty: give{given} a folder that is, or is not there.")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file: give{given} an empty folder, or one that is not there.")
-
-
-def refuse_file(option: str, path: Path) -> None:
-    """Raise unless `path` is a file.
-
-    Raises:
-        ValueError: It is not there, or is a folder.
-    """
-    if not path.is_file():
-        raise ValueError(f"{option} {path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}.")
+def choose_dtype(name: str | None, device: str) -> torch.dtype | str:
+    """The dtype that a user names; for None, as stored, and float32 on a CPU: few have fast half precision."""
+    return getattr(torch, name) if name is not None else "float32" if torch.device(device).type == "cpu" else "auto"
 
 
 def refuse_device(name: str, option: str = "--device") -> None:
@@ -142,7 +129,9 @@ def refuse_device(name: str, option: str = "--device") -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{option} {name} is no device that PyTorch knows: give cpu, cuda, cuda:1, ...") from error
+        raise ValueError(
+            f"{option} {name} is no device that PyTorch knows: give auto, cpu, cuda, cuda:1, ..."
+        ) from error
     if device.type == "cuda":  # checked without using it: a launcher must not take memory there
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

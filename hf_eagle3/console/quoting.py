@@ -7,8 +7,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.text_eagle3 import escape_controls, one_line
+from .paths import PATH_STARTS
 
-PATH_STARTS = ("/", "./", "../", "~/")
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-]*(_[A-Za-z0-9.\-]+)*")
 MARKS = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")  # that mean something in Markdown, wherever they stand
 

@@ -1,9 +1,10 @@
 """Output of a command: text of models, data and configs, without characters that move a terminal's cursor or hide a line."""
 
+import json
 import logging
+import math
 import sys
-
-from transformers import TextStreamer
+from typing import Any
 
 from ..modeling.text_eagle3 import escape_controls
 
@@ -14,10 +15,30 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def say_json(data: Any) -> None:  # Any: anything JSON can hold
+    """Print a result to stdout as JSON, null for NaN and infinities."""
+    sys.stdout.write(to_json(data))
+    sys.stdout.flush()
+
+
 def note(text: str) -> None:
     """Print progress or an error to stderr."""
     sys.stderr.write(escape_controls(text) + "\n")
     sys.stderr.flush()
+
+
+def to_json(data: Any) -> str:  # Any: anything JSON can hold
+    """`data` as lines of JSON in ASCII, null for NaN and infinities."""
+    return json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n"
+
+
+def without_nan(data: Any) -> Any:  # Any: anything JSON can hold
+    """`data` with null for NaN and infinities, which JSON does not have."""
+    if isinstance(data, dict):
+        return {name: without_nan(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 class EscapingFormatter(logging.Formatter):
@@ -30,14 +51,6 @@ class EscapingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """A record as the other formatter writes it, escaped."""
         return escape_controls(self._inner.format(record))
-
-
-class EscapingStreamer(TextStreamer):
-    """The host's, escaped."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is final."""
-        super().on_finalized_text(escape_controls(text), stream_end=stream_end)
 
 
 def escape_streams() -> None:

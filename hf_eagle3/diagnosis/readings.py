@@ -6,7 +6,7 @@ weights; all are unrolled over text that the target generated, and what each dra
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -62,6 +62,10 @@ class Score(NamedTuple):
         reached = [(self.accepted >= k).sum().item() for k in range(self.depth + 1)]
         return [after / before if before else math.nan for before, after in pairwise(reached)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as data."""
+        return {"acceptance_length": self.acceptance_length, "rates_by_depth": self.rates}
+
     def beats(self, other: "Score") -> bool:
         """Whether it accepts more than `other` on the same slots, by more than chance."""
         gain = (self.accepted - other.accepted).double()
@@ -89,6 +93,19 @@ class Diagnosis:
     def overrides(self) -> dict[str, Any]:
         """Config fields that make the best reading, for `AutoModel.from_pretrained(drafter, **overrides)`."""
         return {key: value for fault in self.faults for key, value in fault.overrides.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as data."""
+        return {
+            "is_declared_best": self.is_declared_best,
+            "num_positions": len(self.declared.accepted),
+            "declared": self.declared.to_dict(),
+            "best": self.best.to_dict(),
+            "overrides": self.overrides,
+            "faults": [{"trait": fault.trait, "name": fault.name} for fault in self.faults],
+            "readings": [{"trait": r.trait, "name": r.name, **score.to_dict()} for r, score in self.readings],
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         rows = [("as declared", self.declared), *((f"{r.trait}: {r.name}", score) for r, score in self.readings)]
@@ -129,6 +146,7 @@ def doctor(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 64,
     depth: int = 4,
+    on_step: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Diagnosis:
     """Measure how well each plausible reading of `drafter` agrees with `target`.
 
@@ -139,6 +157,7 @@ def doctor(
         tokenizer: The target's. Its chat template is used if it has one.
         max_new_tokens: Tokens to generate for each prompt; a few hundred in all are enough.
         depth: K, draft depths to compare.
+        on_step: Called before each prompt and each reading, with what it is, how many are done, and of how many.
 
     Raises:
         ValueError: The two do not fit, or nothing was generated that is long enough to tell.
@@ -155,7 +174,10 @@ def doctor(
     n = target.config.get_text_config(decoder=True).num_hidden_layers
     configs = [drafter.config, *(change(drafter.config, reading.overrides) for reading in readings)]
     boundaries = sorted({i for config in configs for i in config.resolve_aux_layer_ids(n)})
-    texts = record(target, [tokenize(prompt, tokenizer) for prompt in prompts], max_new_tokens, boundaries)
+    texts = []
+    for i, prompt in enumerate(list[Tensor | str](prompts)):
+        on_step("The target answers", i, len(prompts))
+        texts.append(record(target, tokenize(prompt, tokenizer), max_new_tokens, boundaries))
 
     def measure(chosen: Sequence[Reading]) -> tuple[Eagle3DrafterModel, Score]:
         read = reread(drafter, chosen).bind(target)
@@ -166,7 +188,10 @@ def doctor(
         raise ValueError(
             f"The target generated no text of more than {depth + 1} tokens. Give other prompts, or more max_new_tokens."
         )
-    alone = [(reading, measure([reading])[1]) for reading in readings]
+    alone = []
+    for i, reading in enumerate(readings):
+        on_step("Reading the drafter in other ways", i, len(readings))
+        alone.append((reading, measure([reading])[1]))
     best, faults = declared, list[Reading]()
     candidates = [(reading, found) for reading, found in alone if found.beats(declared)]
     while candidates:
@@ -174,6 +199,7 @@ def doctor(
         faults = [fault for fault in faults if fault.trait != reading.trait] + [reading]
         best_drafter, best = measure(faults)
         candidates = []
+        on_step("Reading it in several other ways at once", len(faults), len(readings))
         for other in readings:
             if other.trait not in {fault.trait for fault in faults}:
                 found = measure([*faults, other])[1]
@@ -320,21 +346,18 @@ def tokenize(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 @torch.no_grad()
-def record(target: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, boundaries: list[int]) -> list[Text]:
+def record(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, boundaries: list[int]) -> Text:
     """Let the target write greedily, and keep its states at `boundaries`; none means the final, normed state."""
-    texts = []
-    for prompt in prompts:
-        prompt = prompt.to(target.device)
-        ids = target.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        with StateRecorder(target, tuple(boundaries)) as recorder:
-            target(ids, use_cache=False)
-            states = recorder.take(target.device)  # [1, S, A*Ht]
-        width = states.shape[-1] // max(len(boundaries), 1)
-        is_generated = (torch.arange(ids.shape[1], device=ids.device) >= prompt.shape[1])[None]
-        texts.append(Text(ids, is_generated, dict(zip(boundaries or [0], states.split(width, -1), strict=True))))
-    return texts
+    prompt = prompt.to(target.device)
+    ids = target.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    with StateRecorder(target, tuple(boundaries)) as recorder:
+        target(ids, use_cache=False)
+        states = recorder.take(target.device)  # [1, S, A*Ht]
+    width = states.shape[-1] // max(len(boundaries), 1)
+    is_generated = (torch.arange(ids.shape[1], device=ids.device) >= prompt.shape[1])[None]
+    return Text(ids, is_generated, dict(zip(boundaries or [0], states.split(width, -1), strict=True)))
 
 
 @torch.no_grad()

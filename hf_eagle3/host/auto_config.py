@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from ..checkpoints import load_published_config
+from ..checkpoints.load import load_published_config
 
 # What the host's `PreTrainedConfig.get_config_dict` takes for itself (5.23 configuration_utils.py).
 HUB_KEYS = frozenset(

@@ -18,7 +18,8 @@ from transformers.generation import ContinuousMixin, GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.pipelines import base as pipelines
 
-from ..checkpoints import export, register_weight_names
+from ..checkpoints.exporter import export
+from ..checkpoints.load import register_weight_names
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .assisted import wrap_assisted_decoding, wrap_get_candidate_generator, wrap_speculative_sampling
 from .auto_config import wrap_from_pretrained

@@ -104,7 +104,7 @@ def load_models(
         if is_drafter(target):
             raise ValueError(
                 f"target_model {target.name_or_path} is an EAGLE-3 drafter. Give the model that it is to draft for, "
-                "and the drafter as model (--drafter_name_or_path)."
+                "and the drafter as model (--drafter)."
             )
         place_target(target, args)
     return target, drafter

@@ -1,6 +1,5 @@
 """Training from the command line: `hf-eagle3 train` and `examples/finetune.py`."""
 
-import difflib
 import itertools
 import sys
 from argparse import ArgumentTypeError
@@ -14,6 +13,7 @@ import yaml
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 from ..console.opening import opening, refuse_drafter, refuse_target
+from ..console.spelling import did_you_mean, respell
 from ..console.terminal import note, say
 from ..modeling.text_eagle3 import MOST_NESTED, parse_json, show
 from .arguments import Eagle3TrainingArguments
@@ -25,6 +25,9 @@ MOST_TEXT = 10**6  # characters of a file of options
 FILE_SUFFIXES = (".jsonl", ".json", ".gz")
 SWITCHES: Mapping[str, bool] = {"true": True, "false": False}  # in place of a name
 
+# Spellings of others, and the fields that they are. TRL's model is the one to train.
+FIELDS = {"model_name_or_path": "drafter", "dtype": "target_dtype", "torch_dtype": "target_dtype"}
+
 DESCRIPTION = """Train an EAGLE-3 drafter for a target, from scratch or from a drafter you have. Any option can also be
 a line of a YAML file, given by --config; what is typed counts more."""
 
@@ -33,11 +36,10 @@ a line of a YAML file, given by --config; what is typed counts more."""
 class ScriptArguments:
     """Which models, which data."""
 
-    target_model_name_or_path: str | None = field(
+    target: str | None = field(
         default=None, metadata={"help": "The model whose output the drafter learns to propose."}
     )
-    drafter_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this drafter."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The same as drafter_name_or_path."})
+    drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter."})
     train_file: str | None = field(
         default=None,
         metadata={
@@ -96,7 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
     Raises:
         ValueError: An option is not known; the message names the nearest that are.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = respell_words(sys.argv[1:] if arguments is None else arguments)
     parser: Any = HfArgumentParser((ScriptArguments, ModelArguments, Eagle3TrainingArguments), description=DESCRIPTION)
     parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
@@ -121,6 +123,37 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
     if rest:
         refuse_unknown([name.lstrip("-").split("=")[0] for name in rest if name.startswith("--")] or rest, known, "--")
     return tuple(x for x in parsed if hasattr(x, "__dataclass_fields__"))
+
+
+def respell_option(name: str) -> str:
+    """An option as the field that it is, where it is typed in another spelling."""
+    if (field_name := name.replace("-", "_")) in FIELDS:
+        return FIELDS[field_name]
+    return respell(f"--{name}", ("--target", "--drafter")).removeprefix("--")
+
+
+def respell_words(words: Sequence[str]) -> list[str]:
+    """The same of a command line.
+
+    Raises:
+        DataError: An option is there in two spellings.
+    """
+    typed = [word.partition("=")[0] for word in words if word.startswith("--")]
+    names = {name: f"--{respell_option(name[2:])}" for name in typed}
+    refuse_two_spellings(names, "")
+    parts = [word.partition("=") for word in words]
+    return ["".join((names.get(name, name), equals, value)) for name, equals, value in parts]
+
+
+def refuse_two_spellings(names: Mapping[str, str], where: str) -> None:
+    """Raise if two options in `names`, as they are written, are one.
+
+    Raises:
+        DataError: Two are.
+    """
+    for one, other in itertools.combinations(names, 2):
+        if names[one] == names[other]:
+            raise files.DataError(f"{where}{one} and {other} are one option: leave one of them out.")
 
 
 def refuse_other_tables(name: str, value: Any, path: str | None = None) -> None:  # Any: any value of the file
@@ -215,6 +248,9 @@ def read_settings(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         raise files.DataError(f"{path} must be lines of `option: value`, got {type(settings).__name__}.")
     if strange := [name for name in settings if not isinstance(name, str)]:
         raise files.DataError(f"{path}: {show(strange[0])} is no option. --help lists them all.")
+    names = {name: respell_option(name) for name in settings}
+    refuse_two_spellings(names, f"{path}: ")
+    settings = {names[name]: value for name, value in settings.items()}
     refuse_unknown([name for name in settings if name not in known], known.keys(), f"{path}: ")
     return {name: check_setting(path, known[name], value) for name, value in settings.items()}
 
@@ -253,9 +289,8 @@ def refuse_unknown(names: Sequence[str], known: Iterable[str], prefix: str) -> N
         return
     parts = []
     for name in names:
-        near = difflib.get_close_matches(name, list(known), n=2)
         shown = name if name.isidentifier() else show(name)
-        parts.append(f"{prefix}{shown} is no option" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+        parts.append(f"{prefix}{shown} is no option{did_you_mean(name, known)}")
     raise files.DataError(f"{'; '.join(parts)}. --help lists them all.")
 
 
@@ -341,22 +376,19 @@ def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any
 def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     """Train, evaluate, save; returns the trainer. The forecast goes to stderr, results to stdout."""
     script, model, args = parse(arguments)
-    target = script.target_model_name_or_path
+    target, drafter = script.target, script.drafter
     if target is None and script.states_dir is None:
-        raise ValueError("Which model is the drafter for? Give --target_model_name_or_path, or --states_dir.")
-    drafter = script.drafter_name_or_path or script.model_name_or_path
-    if script.model_name_or_path not in (None, drafter):
-        raise ValueError("drafter_name_or_path and model_name_or_path are two names for one thing, and differ.")
+        raise ValueError("Which model is the drafter for? Give --target, or --states_dir.")
     if drafter is not None:
-        refuse_drafter("--drafter_name_or_path", drafter)
+        refuse_drafter("--drafter", drafter)
     if target is not None:
-        refuse_target("--target_model_name_or_path", target)
+        refuse_target("--target", target)
     states = None if script.states_dir is None else StoredStates(script.states_dir, max_length=args.max_length)
     train_rows, eval_rows = find_rows(script) if states is None else find_stored_rows(script, states)
     tokenizer = None
     if target is not None:
         args.target_model_init_kwargs = target_options(model, args)
-        with opening("--target_model_name_or_path", target):
+        with opening("--target", target):
             tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=model.trust_remote_code)
     trainer = Eagle3Trainer(
         model=drafter,

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 import hf_eagle3
-from hf_eagle3.checkpoints import load_published_config
+from hf_eagle3.checkpoints.load import load_published_config
 from hf_eagle3.drafters.draft import Committed, Prompted
 from hf_eagle3.drafters.parallel import PARALLEL
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3

@@ -23,7 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_eagle3.checkpoints import ENGINES, exporter, find_refusals
+from hf_eagle3.checkpoints import exporter
+from hf_eagle3.checkpoints.engines import ENGINES, find_refusals
 from hf_eagle3.modeling import Eagle3DrafterModel, modeling_eagle3
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 

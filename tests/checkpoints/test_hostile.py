@@ -33,10 +33,10 @@ from hf_eagle3 import cli
 from hf_eagle3.bench.measure import Measured
 from hf_eagle3.bench.report import to_markdown
 from hf_eagle3.bench.ways import DRAFTED
-from hf_eagle3.checkpoints import describe_drafter, export
 from hf_eagle3.checkpoints.card import write_card
+from hf_eagle3.checkpoints.describe import describe_drafter
 from hf_eagle3.checkpoints.engines import Target
-from hf_eagle3.checkpoints.exporter import make_command
+from hf_eagle3.checkpoints.exporter import export, make_command
 from hf_eagle3.console.quoting import (
     is_model_name,
     is_repository,
@@ -45,7 +45,7 @@ from hf_eagle3.console.quoting import (
     quote_python,
     quote_shell,
 )
-from hf_eagle3.console.terminal import EscapingStreamer
+from hf_eagle3.console.streaming import EscapingStreamer
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterModel
 from hf_eagle3.modeling.text_eagle3 import escape_controls, one_line, parse_json, show
 from hf_eagle3.training import StoredStates, StoredStatesError, TokenDataset, store_states

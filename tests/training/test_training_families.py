@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_eagle3 import Eagle3Trainer
-from hf_eagle3.checkpoints import ENGINES
+from hf_eagle3.checkpoints.engines import ENGINES
 from hf_eagle3.training import StoredStates, new_drafter, store_states
 from hf_eagle3.training.evaluation import generate_and_count, generate_and_walk
 from hf_eagle3.training.forecast import TargetShape, target_flops

@@ -191,12 +191,15 @@ def test_options_of_a_file_are_checked(recipe):
 def test_what_is_missing_is_named(recipe, folder, capsys):
     given = ["--output_dir", "out", "--use_cpu"]
     assert cli.main(["train", *given]) == 2
-    assert "Give --target_model_name_or_path" in capsys.readouterr().err
+    assert "Give --target, or --states_dir" in capsys.readouterr().err
     assert cli.main(["train", *given, "--target_model_name_or_path", str(folder)]) == 2
     assert "Give --train_file, --dataset_name or --states_dir" in capsys.readouterr().err
     both = ["--config", str(recipe), "--drafter_name_or_path", "a", "--model_name_or_path", "b"]
-    with pytest.raises(ValueError, match="two names for one thing"):
+    with pytest.raises(ValueError, match="--drafter_name_or_path and --model_name_or_path are one option"):
         main(both)
+    recipe.write_text("target: a\ntarget_model_name_or_path: b\n")
+    with pytest.raises(ValueError, match="target and target_model_name_or_path are one option"):
+        main(["--config", str(recipe)])
 
 
 def test_the_target_is_loaded_as_asked(recipe):
@@ -213,7 +216,7 @@ def test_the_target_is_loaded_as_asked(recipe):
 @pytest.mark.parametrize("name", ["gpt_oss_120b", "smollm2"])
 def test_shipped_recipes_hold(name, tmp_path):
     script, _, args = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", str(tmp_path), "--use_cpu"])
-    assert script.target_model_name_or_path
+    assert script.target
     if name == "gpt_oss_120b":
         assert (args.learning_rate, args.warmup_steps, args.lr_scheduler_type) == (1e-4, 0.2, "cosine")
         assert (args.num_train_epochs, args.per_device_train_batch_size, args.max_length, args.ttt_steps) == (
@@ -239,5 +242,5 @@ def test_help_lists_what_there_is_to_set(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for name in ("--config", "--target_model_name_or_path", "--ttt_steps", "--use_peft", "--learning_rate"):
+    for name in ("--config", "--target", "--ttt_steps", "--use_peft", "--learning_rate"):
         assert name in said

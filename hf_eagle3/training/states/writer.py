@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...compat import installed_version
+from ...console.installed import installed_version
 from ...modeling import Eagle3DrafterModel
 from ...modeling.configuration_eagle3 import default_boundaries
 from ..data.token_rows import TokenDataset, check_token_ids

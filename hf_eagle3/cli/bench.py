@@ -1,0 +1,106 @@
+"""`hf-eagle3 bench`: what a drafter brings, measured."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..bench.arguments import refuse_arguments
+from ..bench.names import KINDS, SHAPES
+from .arguments import Parser, add_depth, add_device, add_drafter, add_json, add_target, positive
+from .starting import start
+
+
+def add_options(parser: Parser) -> None:
+    """The options of `hf-eagle3 bench`."""
+    parser.description = (
+        "Stock generate(), our loop without drafting and our loop with it, in turn in one process. Prints a short table, and "
+        "writes long ones as Markdown, the same as JSON, and a picture where matplotlib is installed."
+    )
+    add_model_options(parser)
+    add_run_options(parser)
+    add_device_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, **steps: Any) -> int:  # Any: as `bench.loading.Steps` has them
+    """Measure, print and write; exit status 0, or 1 if a text differs from that of `generate`, or nothing was measured."""
+    refuse_arguments(args)
+    start()
+    from ..bench.command import run_bench
+    from ..bench.loading import STEPS
+
+    return run_bench(args, STEPS._replace(**steps))
+
+
+def add_model_options(parser: Parser) -> None:
+    """Which models decode which prompts."""
+    add_target(parser)
+    add_drafter(parser, "its drafter; random weights if left out")
+    parser.add(
+        "--shape",
+        choices=list(SHAPES),
+        metavar="SHAPE",
+        help=f"instead of --target, random weights: {', '.join(SHAPES)}",
+    )
+    parser.add(
+        "--simulate-acceptance-length",
+        type=float,
+        metavar="AL",
+        help="accept as if drafts were that good, whatever they are; for weights that were never trained",
+    )
+    parser.add("--prompts", type=Path, metavar="JSONL", help="lines with `turns` or `prompt`, and `category`")
+    parser.add("--limit", type=positive, metavar="N", help="first N prompts only")
+    parser.add("--prompt-length", type=positive, default=512, metavar="T", help="of random prompts")
+
+
+def add_run_options(parser: Parser) -> None:
+    """How much is decoded, and by which kinds."""
+    parser.add("--batch-sizes", type=positive, nargs="+", default=[1, 8, 64], metavar="B", help="rows at once")
+    parser.add("--max-new-tokens", type=positive, default=256, metavar="N", help="of each row")
+    add_depth(parser)
+    parser.add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    parser.add("--repeats", type=positive, default=3, metavar="N", help="timed runs of each kind")
+    parser.add(
+        "--kinds",
+        nargs="+",
+        choices=list(KINDS),
+        default=["stock", "plain", "drafted"],
+        metavar="KIND",
+        help=f"what to compare, of {', '.join(KINDS)}",
+    )
+    parser.add(
+        "--dflash-drafter",
+        metavar="REPO_OR_DIR",
+        help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+    )
+
+
+def add_device_options(parser: Parser) -> None:
+    """Where it runs, and where the tables go."""
+    parser.add(
+        "--dp-size",
+        type=int,
+        metavar="N",
+        help="processes, each with its share of the prompts on a device of its own; not needed under accelerate launch "
+        "and torchrun (1, or what they started)",
+    )
+    parser.add(
+        "--tp-size",
+        type=int,
+        metavar="N",
+        help="processes that share one target by tensor parallelism, each with a device of its own",
+    )
+    add_device(parser, has_map=True)
+    parser.add(
+        "--read-bandwidth",
+        type=float,
+        metavar="TB/s",
+        help="of the device, for the account of what weights cost to read (measured)",
+    )
+    parser.add(
+        "--join-projections",
+        action="store_true",
+        help="run query, key and value projections as one product (hf_eagle3.join_projections): for large batches",
+    )
+    parser.add("--out", type=Path, default=Path("bench"), metavar="PATH", help="of the files, without suffix")
+    add_json(parser)

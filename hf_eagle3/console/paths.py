@@ -1,0 +1,48 @@
+"""Files and folders that commands are given: checked before anything heavy is imported."""
+
+from pathlib import Path
+
+PATH_STARTS = ("/", "./", "../", "~/")
+
+
+def refuse_missing(option: str, name: str) -> None:
+    """Raise if `name` is a folder that is not there, or has nothing in it.
+
+    Raises:
+        ValueError: It is.
+    """
+    path = Path(name).expanduser()
+    if not name:
+        raise ValueError(f"{option} is empty: give a folder, or a repository on the Hub.")
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(
+                f"{option} {name}: the folder is empty, there is no config.json. Give one with a model in it."
+            )
+    elif path.exists():
+        raise ValueError(f"{option} {name}: a file. Give the folder with config.json and the weights.")
+    elif name.startswith(PATH_STARTS) or name.count("/") > 1:
+        raise ValueError(f"{option} {name}: there is no such folder.")
+
+
+def refuse_used_folder(path: Path, option: str = "") -> None:
+    """Raise unless `path` is an empty folder, or not there.
+
+    Raises:
+        FileExistsError: It is something else.
+    """
+    given = f" {option}".rstrip()
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty: give{given} a folder that is, or is not there.")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give{given} an empty folder, or one that is not there.")
+
+
+def refuse_file(option: str, path: Path) -> None:
+    """Raise unless `path` is a file.
+
+    Raises:
+        ValueError: It is not there, or is a folder.
+    """
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}.")
