@@ -52,12 +52,13 @@ class StateRecorder:
 
     Args:
         target: Any decoder of the host; a vision-language model is read at its text decoder.
-        aux_layer_ids: Ascending boundaries, as `Eagle3DrafterConfig.resolve_aux_layer_ids` gives them.
+        aux_layer_ids: Ascending boundaries, as `Eagle3DrafterConfig.resolve_aux_layer_ids` gives them; None where nobody
+            reads states, which then have no width.
     """
 
-    def __init__(self, target: PreTrainedModel, aux_layer_ids: tuple[int, ...]):
+    def __init__(self, target: PreTrainedModel, aux_layer_ids: tuple[int, ...] | None):
         self._target = target
-        self._aux_layer_ids = aux_layer_ids
+        self.aux_layer_ids = aux_layer_ids
         self._states: dict[int, list[Tensor]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
         self._in_chunks = False
@@ -66,7 +67,7 @@ class StateRecorder:
         self._thread = threading.get_ident()
         decoder, layers = find_layers(self._target)
         n, skippable = len(layers), find_skippable(self._target)
-        self._boundaries = self._aux_layer_ids or (n + 1,)
+        self._boundaries = (0,) if self.aux_layer_ids is None else self.aux_layer_ids or (n + 1,)
         for boundary in self._boundaries:
             first, last = boundary, boundary
             while last in skippable:
@@ -110,6 +111,8 @@ class StateRecorder:
         stream = getattr(self._target.config.get_text_config(decoder=True), "altup_active_idx", None)
         if state.dim() == 4 and stream is not None:
             state = state[stream]
+        if self.aux_layer_ids is None:
+            state = state[..., :0]
         if not self._in_chunks:
             self._states[boundary].clear()
         self._states[boundary].append(state)

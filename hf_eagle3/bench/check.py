@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..host.generate import resolve_depth
 from ..host.loop_choice import OWN_LOOP
+from ..host.shapes import find_depth
 from .equality import HALVES, Text, first_difference, measure_gap
 from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
@@ -186,7 +186,7 @@ def check(
         depth: K; the drafter's own by default.
         on_step: Called with what comes next, and where it is counted, how many are done and of how many.
     """
-    depth = resolve_depth(depth, drafter)
+    depth = find_depth(depth, drafter)
     drafter.generation_config.num_assistant_tokens = depth
     on_step("Warming up")
     for assistant in (None, drafter):

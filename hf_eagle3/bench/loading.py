@@ -18,8 +18,8 @@ from transformers.distributed import DistributedConfig
 
 from ..console.opening import opening, refuse_drafter, refuse_target
 from ..data_parallel import Team, launch
-from ..host.generate import DEFAULT_DEPTH, resolve_depth
 from ..host.refusals import refuse_other_models
+from ..host.shapes import DEFAULT_DEPTH, find_depth
 from ..kernels.qkv import join_projections
 from .dflash import load_dflash
 from .measure import Plan
@@ -60,7 +60,7 @@ def refuse_acceptance_length(length: float | None, depth: int | None) -> None:
 
 def choose_depth(drafter: PreTrainedModel, given: int | None) -> int:
     """K: the option, or else the drafter's own depth."""
-    depth = resolve_depth(given, drafter)
+    depth = find_depth(given, drafter)
     if depth < 1:
         raise ValueError(
             "The drafter's generation config has num_assistant_tokens=0, no drafts: give --num-draft-tokens."

@@ -23,7 +23,7 @@ from ..drafters.kinds import find_kind
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.text_eagle3 import escape_controls, escape_record, show
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
-from ..speculation.shape import chain
+from ..speculation.shape import Shapes, chain
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
@@ -348,6 +348,6 @@ def sample_drafts(drafter: Eagle3DrafterModel, num_positions: int = 16, depth: i
     count = torch.tensor([num_positions])
     kind, shape = find_kind(config), chain(depth)
     prompted = Prompted(ids.roll(1, dims=1), states, count, torch.zeros_like(count))  # ids come one after their states
-    memory = kind.begin(drafter, prompted, shape)
+    memory = kind.begin(drafter, prompted, Shapes((shape,)))
     kind.catch_up(memory, Committed(ids[:, -1:], None, torch.ones_like(count)), shape)
     return kind.propose(drafter, memory, shape, choose_greedy).tokens

@@ -14,7 +14,7 @@ from ..drafters.draft import DrafterMemory
 from ..rows.attention import own_attention
 from ..rows.cache import RowCache, count_cached_layers, to_bucket
 from ..speculation.accept import Proposal
-from ..speculation.shape import DraftShape
+from ..speculation.shape import Shapes
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import local
 from .cuda_graphs import new_pool, synchronize
@@ -37,6 +37,7 @@ class Recorded:
     state: RoundState
     memory: DrafterMemory
     warper: RowWarper
+    read_pending: Callable[[], None]
     draft: Callable[[], None]
     verify: Callable[[], None]
     accept: Callable[[], None] | None  # None where processors look at the text
@@ -105,33 +106,34 @@ def count_cache_bytes(target: PreTrainedModel) -> int:
     return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
 
 
-def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel) -> tuple:
+def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel | None) -> tuple:
     """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
-    configs = [model.config.get_text_config(decoder=True) for model in (target, drafter)]
+    models = [target] if drafter is None else [target, drafter]
+    configs = [model.config.get_text_config(decoder=True) for model in models]
     marks: list[Any] = [*map(own_attention, configs), id(drafter)]
-    for model in (target, drafter):
+    for model in models:
         for module in model.modules():
             marks.append(id(vars(module).get("forward")))  # no reference: the model may go
             if isinstance(getattr(type(module), "active_adapters", None), property):  # PEFT's layers
                 marks.append((str(module.active_adapters), str(getattr(module, "scaling", None))))
                 marks.append((getattr(module, "disable_adapters", None), getattr(module, "merged", None)))
         marks.extend((local(x).data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
-    marks.extend(tensor.data_ptr() for tensor in drafter._borrowed.values())
+    marks.extend(tensor.data_ptr() for tensor in ({} if drafter is None else drafter._borrowed).values())
     return tuple(marks)
 
 
 @contextmanager
 def open_arena(
     target: PreTrainedModel,
-    drafter: PreTrainedModel,
+    drafter: PreTrainedModel | None,
     *,
     num_rows: int,
     num_new: int,
     prompt_length: int,
-    shape: DraftShape,
+    shapes: Shapes,
 ) -> Iterator[Arena]:
     """The target's arena, with room for a call that adds `num_new` tokens to each row, for the length of that call."""
-    num_slots = to_bucket(prompt_length + num_new + shape.slack)
+    num_slots = to_bucket(prompt_length + num_new + shapes.slack)
     fingerprint = take_fingerprint(target, drafter)
     arena = _arenas.get(target)
     is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)
@@ -144,7 +146,7 @@ def open_arena(
         arena.fingerprint = fingerprint
         arena.unfit.clear()
     if arena is None:
-        layers = count_cached_layers(target), drafter.config.num_hidden_layers
+        layers = count_cached_layers(target), 0 if drafter is None else drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
         _arenas[target] = arena
     try:

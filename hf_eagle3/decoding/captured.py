@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafters.draft import DrafterMemory
@@ -20,7 +21,9 @@ from ..kernels.fusion import fused, has_forward_hooks
 from ..kernels.language import is_available
 from ..kernels.temperature import divide_rows
 from ..rows.attention import attending_by_rows
+from ..rows.cache import RowCache
 from ..speculation.accept import Proposal
+from ..speculation.shape import DraftShape
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import call_before_groups_end, find_peers, is_spread
 from .arena import Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
@@ -48,7 +51,7 @@ class CudaGraphs:
     max_graphs: int = 8
     rounds_in_flight: int | None = None
 
-    def why_not(self, target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
+    def why_not(self, target: PreTrainedModel, drafter: PreTrainedModel | None) -> str | None:
         """What keeps rounds from being captured; None if nothing does."""
         return why_not_captured(target, drafter) or why_busy(target)
 
@@ -61,13 +64,15 @@ class CudaGraphs:
         return capture(function, *args, pool=pool)
 
 
-def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
+def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -> str | None:
     """What about the models keeps rounds from being captured; None if nothing does."""
     if is_spread(target) and find_peers(target) is None:  # by FSDP, which gathers weights as it goes
         return "processes have shards of the target's weights"
-    theirs, its = ({p.device for p in model.parameters()} for model in (target, drafter))
-    devices = theirs | its
-    if len(theirs) == len(its) == 1 and target.device.type == "cuda" != drafter.device.type:
+    models = [target] if drafter is None else [target, drafter]
+    theirs, *its = ({p.device for p in model.parameters()} for model in models)
+    devices = theirs.union(*its)
+    is_apart = drafter is not None and len(theirs) == len(its[0]) == 1
+    if drafter is not None and is_apart and target.device.type == "cuda" != drafter.device.type:
         return (
             f"the drafter is on {drafter.device} and the target on {target.device}: call "
             f'drafter.to("{target.device}"), or load it with device_map="{target.device}"'
@@ -78,9 +83,9 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel) -> str |
         return "the models are on several devices"
     if not is_available(next(iter(devices))):
         return "Triton is not installed"
-    if target.training or drafter.training:
+    if any(model.training for model in models):
         return "a model is in training mode"
-    for module in (*target.modules(), *drafter.modules()):
+    for module in (module for model in models for module in model.modules()):
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
     return None
@@ -136,6 +141,18 @@ class CapturedPhases(Phases):
         asked = self.capturer.rounds_in_flight
         return super().rounds_in_flight if asked is None else asked
 
+    def read_pending(self) -> None:
+        """Replay."""
+        if self.recorded is None:
+            super().read_pending()
+        else:
+            self.recorded.read_pending()
+
+    def switch(self, shape: DraftShape) -> None:
+        """As of the eager phases; each shape has graphs of its own."""
+        super().switch(shape)
+        self.recorded = self._record_or_not()
+
     def draft(self) -> Proposal:
         """Replay."""
         if self.recorded is None:
@@ -159,17 +176,26 @@ class CapturedPhases(Phases):
         self.recorded.accept()
         return self.recorded.accepted
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room. Graphs over the smaller memory are recorded anew."""
+    def reserve(self, num_slots: int) -> bool:
+        """As of the eager phases. Graphs over the smaller memory are recorded anew."""
         if num_slots <= self.arena.capacity:
-            return
+            return False
         num_rows = len(self.state.length)
         self.arena.reserve(num_slots + min(num_slots, 4 * self.capturer.first_room))
         self.state.cache, self.memory.cache = self.arena.first_rows(num_rows)
         self.recorded = self._record_or_not()
+        return True
 
     def keep(self, rows: list[int], *, num_left: float) -> list[int]:
-        """Once half of the batch is done, go on with a smaller one, if that is worth its graphs.
+        """As of the eager phases; a smaller batch has graphs of its own."""
+        num_rows = len(self.state.length)
+        places = super().keep(rows, num_left=num_left)
+        if len(places) < num_rows:
+            self.recorded = self._record_or_not()
+        return places
+
+    def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:
+        """All until half of the batch is done, and then those of a smaller one if that is worth its graphs.
 
         It is if much is still to come, or if calls before would have gained as much by now.
         """
@@ -183,15 +209,14 @@ class CapturedPhases(Phases):
             if self.arena.declined[key] < self.capturer.worth_capture:
                 return list(range(num_rows))
         done = [b for b in range(num_rows) if b not in rows]
-        rows = [*rows, *done[: size - len(rows)]]
-        caches = self.arena.first_rows(size)
-        index = torch.tensor(rows, device=self.state.length.device)
+        return [*rows, *done[: size - len(rows)]]
+
+    def _take_rows(self, index: Tensor) -> tuple[RowCache, RowCache]:
+        """As of the eager phases, within the arena."""
+        caches = self.arena.first_rows(len(index))
         for cache, whole in zip(caches, (self.state.cache, self.memory.cache), strict=True):
             cache.take_rows(whole, index)
-        self.state, self.memory = self.state.over(caches[0], index), self.memory.over(caches[1], index)
-        self.warper.select(index)
-        self.recorded = self._record_or_not()
-        return rows
+        return caches
 
     def _record_or_not(self) -> Recorded | None:
         """As `_record` in the middle of a call, which can go on without."""
@@ -221,7 +246,7 @@ class CapturedPhases(Phases):
             self._seconds += time.perf_counter() - start
             self._bytes += memory_in_use(device) - before
             self.how = f"captured in {self._seconds:.2f} s, {max(self._bytes, 0) / 2**20:.0f} MiB"
-            logger.info("Rounds of %d rows, depth %d: %s.", num_rows, self.config.shape.depth, self.how)
+            logger.info("Rounds of %d rows, %s: %s.", num_rows, self.shape.name, self.how)
         self.arena.recorded[key] = recorded  # the newest last
         while len(self.arena.recorded) > self.capturer.max_graphs:
             synchronize(self.arena.device)
@@ -242,7 +267,8 @@ class CapturedPhases(Phases):
         rule = (config.rule, config.do_sample, config.simulated_length, config.is_seeded)
         return (
             num_rows,
-            config.shape,
+            self.shape,
+            self.memory.tokens.shape[1],
             *rule,
             config.in_order,
             self.state.shift.dim(),
@@ -251,8 +277,8 @@ class CapturedPhases(Phases):
         )
 
     def _capture(self) -> Recorded:
-        target, drafter = self.models.target, self.models.drafter
-        if find_peers(target) is not None:
+        models = self.models.present
+        if find_peers(self.models.target) is not None:
             call_before_groups_end(release_graphs)
         with torch.inference_mode(False), torch.no_grad():
             state, memory = self.state.over(self.state.cache), self.memory.over(self.memory.cache)
@@ -263,8 +289,13 @@ class CapturedPhases(Phases):
         if is_available(self.arena.device):
             warper.divide = divide_rows
         phases = Phases(self.models, state, memory, warper, self.config)
+        phases.switch(self.shape)
+
+        is_fixed = self.config.shapes.is_fixed
 
         def run_all() -> None:
+            if not is_fixed:
+                phases.read_pending()
             proposal = phases.draft()
             verified = phases.verify(proposal)
             if not self.config.in_order:
@@ -272,12 +303,14 @@ class CapturedPhases(Phases):
 
         options = {"pool": self.arena.pool}
         with ExitStack() as stack:
-            for model in (target, drafter):
-                stack.enter_context(attending_by_rows(model))
-            stack.enter_context(fused(target, drafter))
+            stack.enter_context(attending_by_rows(*models))
+            stack.enter_context(fused(*models))
             stack.enter_context(casting_within(self.arena.device))
             self.capturer.warm_up(run_all, state.length.device)
-            if self.config.shape.num_nodes:
+            read_pending = do_nothing
+            if not is_fixed:
+                read_pending, _ = self.capturer.capture(phases.read_pending, **options)
+            if self.shape.num_nodes:
                 draft, proposal = self.capturer.capture(phases.draft, **options)
             else:
                 draft, proposal = do_nothing, phases.draft()
@@ -285,7 +318,9 @@ class CapturedPhases(Phases):
             accept = accepted = None
             if not self.config.in_order:
                 accept, accepted = self.capturer.capture(phases.accept, proposal, verified, **options)
-        return Recorded(state, memory, phases.warper, draft, verify, accept, proposal, verified, accepted)
+        return Recorded(
+            state, memory, phases.warper, read_pending, draft, verify, accept, proposal, verified, accepted
+        )
 
 
 def casting_within(device: torch.device) -> AbstractContextManager[Any]:
@@ -311,4 +346,4 @@ def describe_arithmetic() -> tuple:
 
 
 def do_nothing() -> None:
-    """The draft of depth 0."""
+    """What a round leaves out."""

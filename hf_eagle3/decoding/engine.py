@@ -17,16 +17,18 @@ from ..drafters.draft import DrafterMemory, Prompted
 from ..drafters.kinds import find_kind
 from ..kernels.onednn import PackedLinears
 from ..recorder import StateRecorder
-from ..rows.attention import FoldedAttention
+from ..rows.attention import over_masks
 from ..rows.cache import RowCache, count_cached_layers, to_bucket
 from ..rows.rotation import own_lengths
 from ..speculation.accept import Proposal, Verdict
+from ..speculation.costs import Chooser
 from ..speculation.numbers import has_nan, raise_if_nan
 from ..speculation.stats import Stopwatch
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena
 from .captured import CapturedPhases, CudaGraphs
+from .choosing import Pace, make_chooser
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
 from .loop import DeviceRead, Launched
@@ -70,30 +72,39 @@ class Engine:
 
     Args:
         target: The model to generate with.
-        drafter: Bound to it.
+        drafter: Bound to it; None for rounds without drafting.
         config: What the rounds do.
         room: What they will hold.
         is_eager: Do not capture rounds.
         capturer: Captures them otherwise.
+        chooser: Makes what chooses the shape of each round.
     """
 
     def __init__(
         self,
         target: PreTrainedModel,
-        drafter: PreTrainedModel,
+        drafter: PreTrainedModel | None,
         config: RoundConfig,
         room: Room,
         *,
         is_eager: bool = False,
         capturer: CudaGraphs | None = None,
+        chooser: Callable[..., Chooser] = make_chooser,
     ):
         self.target, self.drafter, self.config, self.room = target, drafter, config, room
-        self.is_eager, self.capturer = is_eager, capturer or CudaGraphs()
+        self._models = [target] if drafter is None else [target, drafter]
+        self._proposer = drafter if config.shapes.drafts else None
+        self.is_eager, self.capturer, self._make_chooser = is_eager, capturer or CudaGraphs(), chooser
         self.rows: list[Row] = []  # in their places in the batch
-        self.clocks = Clocks(Stopwatch(drafter.device), Stopwatch(target.device), Stopwatch(torch.device("cpu")))
+        self.clocks = Clocks(
+            Stopwatch(self._models[-1].device), Stopwatch(target.device), Stopwatch(torch.device("cpu"))
+        )
         self._stack = ExitStack()
         self._launched: deque[Launched] = deque()
         self._num_tokens = 0  # most new tokens of a row that was ever admitted
+        self._num_pending = 1  # most states that the drafter has not read in a row
+        self._is_steady = False  # whether the next round follows one like it
+        self._pace = Pace()
 
     def __enter__(self) -> "Engine":
         with ExitStack() as stack:  # which undoes what was entered if something fails
@@ -106,7 +117,7 @@ class Engine:
 
     def _open(self, stack: ExitStack) -> None:
         """Take memory and hooks."""
-        target, drafter, room, shape = self.target, self.drafter, self.room, self.config.shape
+        target, drafter, room, shapes = self.target, self.drafter, self.room, self.config.shapes
         stack.enter_context(own_lengths(target))
         self.why_eager = ASKED_FOR if self.is_eager else self._find_why_eager()
         if self.why_eager is None and not take_arena(target):
@@ -121,18 +132,20 @@ class Engine:
             first = self.capturer.first_room
             num_new = first if room.max_new is None else min(room.max_new, first)
             sizes = {"num_rows": room.num_rows, "num_new": num_new, "prompt_length": room.prompt_length}
-            self.arena = stack.enter_context(open_arena(target, drafter, shape=shape, **sizes))
+            self.arena = stack.enter_context(open_arena(target, drafter, shapes=shapes, **sizes))
             self._target_cache, self._drafter_cache = self.arena.first_rows(room.num_rows)
         else:
-            capacity = to_bucket(room.prompt_length + shape.first_slots)
+            capacity = to_bucket(room.prompt_length + shapes.first_slots)
             self._target_cache = RowCache(count_cached_layers(target), capacity)
-        self.recorder = stack.enter_context(StateRecorder(target, drafter.bound_aux_layer_ids))
+        self.recorder = stack.enter_context(
+            StateRecorder(target, None if self._proposer is None else self._proposer.bound_aux_layer_ids)
+        )
         self.lock: LayerLock = lock_of(target)
         # Rounds that are not captured compute the same in other ways.
-        self.over_masks = FoldedAttention(target, drafter, folds=not self.is_eager)
+        self.over_masks = over_masks(*self._models, folds=not self.is_eager)
         self._around: list[AbstractContextManager] = [self.over_masks]
         if self.why_eager is not None and not self.is_eager:  # layers on a CPU, if there are any
-            self._around.append(PackedLinears(target, drafter))
+            self._around.append(PackedLinears(*self._models))
         for context in self._around:
             stack.callback(leave, context, self.lock)
 
@@ -161,7 +174,7 @@ class Engine:
         """The target's forward over the prompts; arguments as of `prefill.PromptCall`."""
         given = (self.target, self.recorder, input_ids, mask, model_kwargs, generation_config)
         with self.lock:
-            return prefill(PromptCall(*given, self.drafter.device, self._target_cache, move, is_whole))
+            return prefill(PromptCall(*given, self._models[-1].device, self._target_cache, move, is_whole))
 
     def admit(self, rows: Sequence[Row], prompt: Prompt, transcript: Transcript | None = None) -> None:
         """Begin with rows behind their prompts, and choose their first tokens. The engine must have none.
@@ -173,28 +186,34 @@ class Engine:
         """
         assert not self.rows, "rows are admitted to an engine that has none"
         target, drafter, config = self.target, self.drafter, self.config
-        if len(rows) * config.shape.num_verified <= FEW_TOKENS:
+        if len(rows) * config.shapes.num_verified <= FEW_TOKENS:
             # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
             self._stack.enter_context(target._optimize_model_for_decode())
         self.rows, self._prompt, self._transcript = list(rows), prompt, transcript
         self._numbers = {id(row): number for number, row in enumerate(rows)}
         seeds = [0 if row.seed is None else row.seed for row in rows]
         state = RoundState.behind(prompt, max_length=config.max_length, seeds=seeds)
-        models = Models(target, drafter, find_kind(drafter.config), self.recorder, make_agree(target))
+        kind = find_kind(None if self._proposer is None else self._proposer.config)
+        models = Models(target, self._proposer, kind, self.recorder, make_agree(target))
         first = prompt.lengths - prompt.num_states
         prompted = Prompted(prompt.tokens, prompt.states, prompt.num_states, first)
         with self.lock, self.clocks.draft:
-            memory = models.kind.begin(drafter, prompted, config.shape, cache=self._drafter_cache)
+            memory = models.kind.begin(drafter, prompted, config.shapes, cache=self._drafter_cache)
         warper = RowWarper([row.settings for row in rows], config.further_warpers, state.length.device)
+        temperature = rows[0].settings.temperature or 1.0
+        self.chooser = self._make_chooser(target, drafter, config, temperature, is_captured=self.arena is not None)
         self.phases = self._make_phases(models, state, memory, warper)
         self._accept(Proposal(state.root.new_zeros(len(rows), 0), None), Verified(prompt.logits, None))
 
     def _make_phases(self, models: Models, state: RoundState, memory: DrafterMemory, warper: RowWarper) -> Phases:
         """Captured if that works, else eager."""
         parts = (models, state, memory, warper, self.config, [self.lock, *self._around])
+        eager = Phases(*parts)
+        eager.shape = self.chooser.begin(len(self.rows))
         if self.arena is None:
-            return Phases(*parts)
+            return eager
         captured = CapturedPhases(*parts, self.arena, self.capturer)
+        captured.shape = eager.shape
         try:
             captured.begin()
         except CAPTURE_ERRORS as error:
@@ -209,7 +228,7 @@ class Engine:
         if self.why_eager is None:
             return captured
         captured.give_up(self.why_eager)
-        return Phases(*parts)
+        return eager
 
     @property
     def graphs(self) -> str:
@@ -224,10 +243,13 @@ class Engine:
         phases, config = self.phases, self.config
         self._num_tokens = max(self._num_tokens, *(len(row.text) for row in self.rows))
         known = self._prompt.extra + self._prompt.columns.shape[1] + self._num_tokens
-        phases.reserve(known + config.shape.slots_ahead(len(self._launched)))
+        has_moved = phases.reserve(known + config.shapes.slots_ahead(len(self._launched)))
+        self._is_steady = self._is_steady and not has_moved
         self._start_anew()
+        self._choose_shape()
         with phases.entered():
             with self.clocks.draft:
+                self._read_pending()
                 proposal = phases.draft()
             if self._transcript is not None:
                 put_pads(proposal.tokens, self._transcript)
@@ -243,7 +265,27 @@ class Engine:
         kept = [b for b, row in enumerate(self.rows) if row.is_live]
         if len(kept) < len(self.rows) and not self.config.keeps_rows:
             num_left = max(self.rows[b].num_left for b in kept)
-            self.rows = [self.rows[b] for b in self.phases.keep(kept, num_left=num_left)]
+            places = self.phases.keep(kept, num_left=num_left)
+            self._is_steady = self._is_steady and len(places) == len(self.rows)
+            self.rows = [self.rows[b] for b in places]
+
+    def _choose_shape(self) -> None:
+        """Propose what brings the most tokens a second, by what is known of earlier rounds."""
+        num_left = max((row.num_left for row in self.rows if row.is_live), default=0)
+        can_try = self.arena is None or num_left >= self.capturer.worth_capture
+        shape = self.chooser.choose(len(self.rows), can_try=can_try)
+        if shape != self.phases.shape:
+            self.phases.switch(shape)
+            self._is_steady = False
+
+    def _read_pending(self) -> None:
+        """Let the drafter read pending states, if there are more than the next draft reads, or than are kept."""
+        shape = self.phases.shape
+        room = shape.max_new if shape.num_nodes else self.config.shapes.num_pending - 1
+        if self._num_pending > room and not self.config.shapes.is_fixed:
+            self.phases.read_pending()
+            self._num_pending = 1
+        self._num_pending = shape.max_new if shape.num_nodes else self._num_pending + 1
 
     def _start_anew(self) -> None:
         """Let rows have a cache of their whole text where the target computes its own anew."""
@@ -257,25 +299,37 @@ class Engine:
 
     def _accept(self, proposal: Proposal, verified: Verified) -> None:
         """Accept and commit; texts grow by what is read, which is this round's report or an earlier one's."""
-        depth = self.config.shape.depth if proposal.tokens.shape[1] else 0
+        shape, is_steady = self.phases.shape if verified.states is not None else None, self._is_steady
+        self._is_steady = True
         if self.config.in_order:
             rows, starts = self.rows, [len(row.text) for row in self.rows]
             self._accept_in_python(proposal, verified)
+            if shape is not None:
+                self.chooser.note(len(rows), shape, (), None)
         else:
             with self.clocks.accept:
                 report, scores = self.phases.accept(proposal, verified)
-            self._launched.append(Launched(self.rows, depth, DeviceRead(report), scores, verified.logits))
+            read = DeviceRead(report)
+            self._launched.append(Launched(self.rows, shape, is_steady, read, scores, verified.logits))
             if len(self._launched) <= self.phases.rounds_in_flight:
                 return
             launched = self._launched.popleft()
-            rows, depth = launched.rows, launched.num_drafted
+            rows, shape = launched.rows, launched.shape
             starts = [len(row.text) for row in rows]
-            read = launched.read()
-            raise_if_nan(read.is_nan)
-            with self.clocks.host:
-                launched.append(read)
+            self._take_in(launched)
         for row, start in zip(rows, starts, strict=True):
-            row.took_part(depth, start)
+            row.took_part(shape.depth if shape is not None else 0, start)
+
+    def _take_in(self, launched: Launched) -> None:
+        """Read a round's report: the round's wait."""
+        report = launched.read()
+        raise_if_nan(report.is_nan)
+        seconds = self._pace.measure(launched.device_read, is_steady=launched.is_steady)
+        if launched.shape is not None:
+            ends = [end for row, end in zip(launched.rows, report.ends, strict=True) if row.is_live]
+            self.chooser.note(len(launched.rows), launched.shape, ends, seconds)
+        with self.clocks.host:
+            launched.append(report)
 
     def _accept_in_python(self, proposal: Proposal, verified: Verified) -> None:
         """Accept where processors look at the text, and commit."""

@@ -1,10 +1,12 @@
 """Reading rounds late: reports on their way to the host while later rounds are launched."""
 
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..speculation.shape import DraftShape
 from .row import Row
 
 
@@ -14,7 +16,8 @@ class DeviceRead:
     def __init__(self, report: Tensor):
         self._copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
         self._copy.copy_(report, non_blocking=report.is_cuda)
-        self._event = torch.cuda.Event() if report.is_cuda else None
+        self._event = torch.cuda.Event(enable_timing=True) if report.is_cuda else None
+        self._time = time.perf_counter()
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(report.device))
 
@@ -24,12 +27,19 @@ class DeviceRead:
             self._event.synchronize()
         return self._copy.tolist()
 
+    def seconds_since(self, earlier: "DeviceRead") -> float:
+        """Seconds of the device between two reports; both have been waited for."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        return earlier._event.elapsed_time(self._event) / 1000
+
 
 class Report(NamedTuple):
     """What a round gave, on the host."""
 
     tokens: list[list[int]]  # [B][D+1], the first num_accepted+1 count
     num_accepted: list[int]  # [B]
+    ends: list[int]  # [B], the nodes at which accepted paths end
     is_nan: bool
 
 
@@ -37,7 +47,8 @@ class Launched(NamedTuple):
     """An accepted round that the host has not looked at yet."""
 
     rows: list[Row]  # [B]
-    num_drafted: int  # on the longest path
+    shape: DraftShape | None  # None after the prompt
+    is_steady: bool  # whether nothing but a round of this shape ran since the one before
     device_read: DeviceRead
     scores: Tensor
     logits: Tensor
@@ -46,9 +57,9 @@ class Launched(NamedTuple):
         """Wait for its report: the round's wait."""
         B = len(self.rows)
         flat = self.device_read.read()
-        width = (len(flat) - B - 1) // B
+        width = (len(flat) - 2 * B - 1) // B
         tokens = [flat[b * width : (b + 1) * width] for b in range(B)]
-        return Report(tokens, flat[B * width : -1], bool(flat[-1]))
+        return Report(tokens, flat[B * width : -B - 1], flat[-B - 1 : -1], bool(flat[-1]))
 
     def append(self, report: Report) -> None:
         """Append what was accepted to the text of each row that has not ended. What fails is the row's own."""

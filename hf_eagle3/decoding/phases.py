@@ -115,7 +115,7 @@ class Verified(NamedTuple):
 class Accepted(NamedTuple):
     """What came of it."""
 
-    report: Tensor  # [B*(D+1) + B + 1] int64: new tokens, how many draft tokens were kept, whether there is a NaN
+    report: Tensor  # [B*(D+1) + 2*B + 1] int64: new tokens, how many draft tokens were kept, where that ended, any NaN
     scores: Tensor  # [B, N+1, V], what tokens were chosen by; float32 but where the logits themselves were
 
 
@@ -123,10 +123,19 @@ class Models(NamedTuple):
     """Who takes part in a round."""
 
     target: PreTrainedModel
-    drafter: PreTrainedModel  # bound to it
+    drafter: PreTrainedModel | None  # bound to it
     kind: DrafterKind
     recorder: StateRecorder  # open, on the target
     agree: Agree
+
+    @property
+    def present(self) -> list[PreTrainedModel]:
+        """The target, and the drafter if there is one."""
+        return [self.target] if self.drafter is None else [self.target, self.drafter]
+
+    def take_states(self) -> Tensor:
+        """The states [B, T, A*Ht] of the target's last forward, where the drafter is."""
+        return self.recorder.take(self.present[-1].device)
 
 
 class Phases:
@@ -154,6 +163,7 @@ class Phases:
     ):
         self.models, self.state, self.memory, self.warper, self.config = models, state, memory, warper, config
         self._around = around
+        self.shape = config.shape  # of the next round
 
     @property
     def noise(self) -> Noise:
@@ -163,10 +173,11 @@ class Phases:
     def draft(self) -> Proposal:
         """Propose the shape's tokens in each row."""
         models, config = self.models, self.config
-        if not config.shape.num_nodes:
+        if not self.shape.num_nodes or models.drafter is None:
             return Proposal(self.state.root.new_zeros(len(self.state.root), 0), None)
         choose = make_choose_sampled(self.warper, self.noise) if config.do_sample else choose_greedy
-        tokens, probs = models.kind.propose(models.drafter, self.memory, config.shape, choose)
+        memory = self.memory.narrowed(self.shape.max_new)
+        tokens, probs = models.kind.propose(models.drafter, memory, self.shape, choose)
         device = self.state.root.device
         tokens = models.agree(tokens.to(device))
         if probs is None:
@@ -176,12 +187,12 @@ class Phases:
 
     def verify(self, proposal: Proposal) -> Verified:
         """Run the target over the root and the draft."""
-        logits = verify(self.models.target, self.state, proposal.tokens, self.config.shape)
-        return Verified(logits, self.models.recorder.take(self.models.drafter.device))
+        logits = verify(self.models.target, self.state, proposal.tokens, self.shape)
+        return Verified(logits, self.models.take_states())
 
     def accept(self, proposal: Proposal, verified: Verified) -> Accepted:
         """Accept and commit, where processors look at scores alone."""
-        config, shape = self.config, self.config.shape if proposal.tokens.shape[1] else NONE
+        config, shape = self.config, self.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
         scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
         verdict = RULES[config.rule](proposal, scores, Judging(shape, self.noise, config.simulated_length))
@@ -193,13 +204,23 @@ class Phases:
             verdict = stop_before(verdict, proposal.tokens, room)
         tokens = self.commit(proposal, verdict, verified.states)
         is_nan = has_nan(verified.logits[:, 0])
-        return Accepted(torch.cat([tokens.flatten(), verdict.num_accepted, is_nan.long()[None]]), scores)
+        ends = verdict.num_accepted if verdict.path is None else verdict.path[:, -1]
+        return Accepted(torch.cat([tokens.flatten(), verdict.num_accepted, ends, is_nan.long()[None]]), scores)
 
     def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None) -> Tensor:
         """Make the accepted tokens and the next token text, for both models; those tokens [B, D+1], junk behind them."""
-        committed = self.state.commit(proposal, verdict, states, self.config.shape)
-        self.models.kind.catch_up(self.memory, committed, self.config.shape)
+        committed = self.state.commit(proposal, verdict, states, self.config.shapes.num_verified)
+        self.models.kind.catch_up(self.memory, committed, self.shape)
         return committed.tokens
+
+    def read_pending(self) -> None:
+        """Let the drafter read what is pending, but for the last state."""
+        if self.models.drafter is not None:
+            self.models.kind.read_pending(self.models.drafter, self.memory)
+
+    def switch(self, shape: DraftShape) -> None:
+        """Propose another shape from now on."""
+        self.shape = shape
 
     @property
     def around(self) -> Sequence[AbstractContextManager]:
@@ -215,7 +236,7 @@ class Phases:
         """Let the row in that place of the batch have a cache as if its `text` [n] had been the prompt."""
         with self.entered():
             start_anew(self.models.target, self.state.cache.view(place, 1, of=len(self.state.length)), text[None])
-            self.models.recorder.take(self.models.drafter.device)  # the drafter has seen states of these positions
+            self.models.take_states()  # the drafter has seen states of these positions
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -225,18 +246,32 @@ class Phases:
                 stack.enter_context(context)
             yield
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for `num_slots` in each row."""
+    def reserve(self, num_slots: int) -> bool:
+        """Make room for `num_slots` in each row; whether that took time."""
+        is_small = num_slots > self.state.cache.capacity
         for cache in (self.state.cache, self.memory.cache):
             cache.reserve(num_slots)
+        return is_small
 
-    def keep(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  for graphs
+    def keep(self, rows: list[int], *, num_left: float) -> list[int]:
         """Go on without the others if that pays; the places in the batch that stay, of `rows` at least.
 
         `num_left` is how many tokens they may still say.
         """
-        index = torch.tensor(rows, dtype=torch.long, device=self.state.length.device)
-        self.state.select(rows)
-        self.memory.select(index)
-        self.warper.select(index)
+        places = self._choose_places(rows, num_left=num_left)
+        if len(places) < len(self.state.length):
+            index = torch.tensor(places, dtype=torch.long, device=self.state.length.device)
+            target_cache, drafter_cache = self._take_rows(index)
+            self.state, self.memory = self.state.over(target_cache, index), self.memory.over(drafter_cache, index)
+            self.warper.select(index)
+        return places
+
+    def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  for graphs
+        """Which places are worth keeping."""
         return rows
+
+    def _take_rows(self, index: Tensor) -> tuple[RowCache, RowCache]:
+        """Caches of the rows `index` [B'] alone."""
+        for cache in (self.state.cache, self.memory.cache):
+            cache.select(index)
+        return self.state.cache, self.memory.cache

@@ -162,9 +162,9 @@ class AskedPositions:
     def __init__(self, target: PreTrainedModel, rows: list[AskedRow]):
         self._target, self._rows = target, rows
 
-    def keep(self, rows: Iterable[int]) -> None:
-        """Drop all rows but these."""
-        self._rows = [self._rows[b] for b in rows]
+    def of_rows(self, rows: Iterable[int]) -> "AskedPositions":
+        """Those of these rows alone."""
+        return AskedPositions(self._target, [self._rows[b] for b in rows])
 
     def __call__(self, slots: Tensor, tokens: Tensor) -> Tensor:
         """Position ids [B, T], or [axes, B, T], of `tokens` [B, T] at `slots` [B, T]. It waits for both.

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 from ..drafters.draft import Committed
 from ..rows.cache import RowCache
 from ..speculation.accept import Proposal, Verdict
-from ..speculation.shape import NONE, DraftShape
+from ..speculation.shape import NONE, DraftShape, Shapes
 from .prefill import Prompt
 from .preparation import AskedPositions
 
@@ -21,7 +21,8 @@ NOWHERE = 2**62
 class RoundConfig:
     """What the rounds of a batch do; what rows may differ in is in tensors instead."""
 
-    shape: DraftShape = NONE
+    shape: DraftShape = NONE  # where nothing is to be chosen
+    others: tuple[DraftShape, ...] = ()  # what else rounds may propose
     rule: str = "greedy"  # of `speculation.accept.RULES`
     do_sample: bool = False
     in_order: bool = False  # tokens are chosen one after the other in Python, since some processor looks at the text
@@ -33,10 +34,15 @@ class RoundConfig:
     max_length: int | None = None  # of a row without pads: nothing at or behind that position is ever read
     further_warpers: tuple[LogitsProcessor, ...] = ()  # stateless ones that rows do not differ in
 
+    @property
+    def shapes(self) -> Shapes:
+        """What rounds may propose."""
+        return Shapes((self.shape, *self.others))
+
 
 @dataclass(slots=True)
 class RoundState:
-    """What a batch carries from round to round. Only `commit`, `select` and `copy_from` write to it.
+    """What a batch carries from round to round. Only `commit` and `copy_from` write to it.
 
     Between rounds the target's cache holds, row by row, the slots 0..length-2: all verified tokens but the root.
     """
@@ -65,14 +71,14 @@ class RoundState:
             asked=prompt.asked,
         )
 
-    def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None, shape: DraftShape) -> Committed:
+    def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None, num_verified: int) -> Committed:
         """Make the tokens on the accepted path and the next token text. A chain's stay where they are in the cache.
 
         Args:
             proposal: Of the shape; no tokens after the prompt's forward.
             verdict: Over it.
             states: [B, N+1, A*Ht], the target's, of the root and the draft tokens; None after the prompt's forward.
-            shape: Of the proposal.
+            num_verified: Most tokens that the target may run over in the next round.
 
         Returns:
             What the drafter has to catch up with.
@@ -86,19 +92,10 @@ class RoundState:
                 states = states.gather(1, index)  # [B, D+1, A*Ht]
         tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
         # A row that is done and stays goes on over junk. It must not leave the cache.
-        longest = self.cache.capacity - shape.num_verified
+        longest = self.cache.capacity - num_verified
         self.length.copy_((self.length + num_accepted + 1).clamp(max=longest))
         self.root.copy_(next_token)
         return Committed(tokens, states, num_accepted + 1)
-
-    def select(self, kept: list[int]) -> None:
-        """Drop all rows but `kept`, places in the batch."""
-        rows = torch.tensor(kept, dtype=torch.long, device=self.length.device)
-        self.length, self.root, self.seeds = self.length[rows], self.root[rows], self.seeds[rows]
-        self.shift = self.shift[..., rows, :]
-        self.cache.select(rows)
-        if self.asked is not None:
-            self.asked.keep(kept)
 
     def over(self, cache: RowCache, rows: Tensor | None = None) -> "RoundState":
         """A copy over another cache, of `rows` [B'] int64 if they are given."""
@@ -107,7 +104,8 @@ class RoundState:
             if rows is not None:
                 values |= {name: values[name][rows] for name in ("length", "root", "seeds")}
                 values["shift"] = values["shift"][..., rows, :]
-            return RoundState(**{name: x.clone() for name, x in values.items()}, cache=cache)
+            asked = self.asked if rows is None or self.asked is None else self.asked.of_rows(rows.tolist())
+            return RoundState(**{name: x.clone() for name, x in values.items()}, cache=cache, asked=asked)
 
     def copy_from(self, other: "RoundState") -> None:
         """Take the values of another state of the same sizes, in place."""

@@ -7,24 +7,24 @@ from transformers import PreTrainedModel
 from ..rows.block import Block, is_by_rows, whole_rows
 from ..rows.cache import RowCache, to_bucket
 from ..rows.masks import make_masks
-from ..speculation.shape import DraftShape
+from ..speculation.shape import DraftShape, Shapes
 from .draft import Choose, Committed, Draft, DrafterKind, DrafterMemory, Prompted
 
 
 def begin(
-    drafter: PreTrainedModel, prompted: Prompted, shape: DraftShape, *, cache: RowCache | None = None
+    drafter: PreTrainedModel, prompted: Prompted, shapes: Shapes, *, cache: RowCache | None = None
 ) -> DrafterMemory:
     """As `draft.Begin`. `cache` has room for the prompts; by default one is made."""
     B, M, width = prompted.states.shape
     device = drafter.device
     num_states, first = prompted.num_states.to(device), prompted.first.to(device)
     if cache is None:
-        cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M + shape.num_drafter_slots))
+        cache = RowCache(drafter.config.num_hidden_layers, to_bucket(M + shapes.num_drafter_slots))
     if is_by_rows(prompted.num_states, M):
         parts = [(slice(b, b + 1), n - 1) for b, n in enumerate(prompted.num_states.tolist())]
     else:
         parts = [(slice(0, B), M - 1)]  # padding after each row's real states is overwritten by later writes
-    for part, num_slots in parts if shape.num_nodes else []:
+    for part, num_slots in parts:
         if not num_slots:
             continue
         block = whole_rows(part.stop - part.start, num_slots, device)
@@ -37,29 +37,66 @@ def begin(
                 past_key_values=view,
                 logits_to_keep=1,
             )
-    states = prompted.states.new_zeros(B, shape.max_new, width)
+    states = prompted.states.new_zeros(B, shapes.num_pending, width)
     rows = torch.arange(B, device=states.device)
     states[:, 0] = prompted.states[rows, (num_states - 1).to(states.device)]
     return DrafterMemory(
-        tokens=torch.zeros(B, shape.max_new, dtype=torch.long, device=device),
+        tokens=torch.zeros(B, shapes.num_pending, dtype=torch.long, device=device),
         states=states,
         num_pending=torch.ones_like(num_states),
         start=num_states - 1,
         first=first.clone(),
+        room=shapes.num_drafter_slots,
         cache=cache,
     )
 
 
 def catch_up(memory: DrafterMemory, committed: Committed, shape: DraftShape) -> None:
-    """As `draft.CatchUp`."""
+    """As `draft.CatchUp`: the draft has read what was pending."""
     device, n = memory.tokens.device, committed.tokens.shape[1]
+    if committed.states is not None and not shape.num_nodes:
+        wait_longer(memory, committed)
+        return
     memory.tokens[:, :n].copy_(committed.tokens)
     if committed.states is not None:
-        # A row that is done and stays goes on over junk. It must not leave the cache.
-        last = memory.cache.capacity - shape.num_drafter_slots
-        memory.start.copy_((memory.start + memory.num_pending).clamp(max=last))
+        move_on(memory, memory.num_pending)
         memory.states[:, :n].copy_(committed.states)
     memory.num_pending.copy_(committed.num_new.to(device))
+
+
+def wait_longer(memory: DrafterMemory, committed: Committed) -> None:
+    """Let a state more be pending, after a round without a draft."""
+    last = memory.tokens.shape[1] - 1  # a row that is done and stays goes on over junk
+    place = memory.num_pending.clamp(max=last)[:, None]  # [B, 1]
+    assert committed.states is not None
+    memory.tokens.scatter_(1, place, committed.tokens.to(place.device))
+    states = committed.states.to(memory.states.device)
+    memory.states.scatter_(1, place[..., None].expand_as(states), states)
+    memory.num_pending.copy_((memory.num_pending + 1).clamp(max=last + 1))
+
+
+def move_on(memory: DrafterMemory, num_read: Tensor) -> None:
+    """Begin `num_read` [B] slots further on. A row that is done and stays must not leave the cache."""
+    memory.start.copy_((memory.start + num_read).clamp(max=memory.cache.capacity - memory.room))
+
+
+def read_pending(drafter: PreTrainedModel, memory: DrafterMemory) -> None:
+    """As `draft.ReadPending`: what is written behind a row's last pending state is junk, and written again later."""
+    cache, block = memory.cache, Block(memory.start, memory.tokens.shape[1])
+    with cache.writing(block):
+        drafter(
+            input_ids=memory.tokens,
+            aux_hidden_states=memory.states,
+            attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
+            position_ids=block.places + memory.first[:, None],
+            past_key_values=cache,
+            logits_to_keep=memory.num_pending[:, None] - 1,
+        )
+    last = memory.num_pending[:, None] - 1  # [B, 1]
+    memory.tokens[:, :1].copy_(memory.tokens.gather(1, last))
+    memory.states[:, :1].copy_(memory.states.gather(1, last[..., None].expand(-1, -1, memory.states.shape[-1])))
+    move_on(memory, memory.num_pending - 1)
+    memory.num_pending.fill_(1)
 
 
 def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, choose: Choose) -> Draft:
@@ -108,6 +145,7 @@ CHAIN = DrafterKind(
     fits=lambda config: True,  # noqa: ARG005  what no other kind knows
     begin=begin,
     catch_up=catch_up,
+    read_pending=read_pending,
     propose=propose,
     count_forwards=lambda shape: shape.depth,
 )

@@ -1,7 +1,7 @@
 """What a drafter of any kind owes the loops: `begin`, `catch_up` and `propose`, over a memory of its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..rows.cache import RowCache
 from ..speculation.noise import Noise
 from ..speculation.sampling import likeliest, to_probs
-from ..speculation.shape import DraftShape
+from ..speculation.shape import DraftShape, Shapes
 
 
 class Draft(NamedTuple):
@@ -60,36 +60,32 @@ class Committed(NamedTuple):
 
 @dataclass(slots=True)
 class DrafterMemory:
-    """What a drafter knows of B rows. Its kind writes to it, and `select`, `copy_from` and `place` do.
+    """What a drafter knows of B rows. Its kind writes to it, and `copy_from` does.
 
     The cache holds the slots before the pending states, each computed from the target's own states. Slots count from the
     first position that the drafter has seen.
     """
 
-    tokens: Tensor  # [B, D+1] int64, the token after each pending state; junk from num_pending on
-    states: Tensor  # [B, D+1, A*Ht], pending: made by the target, not seen by the drafter
-    num_pending: Tensor  # [B] int64, 1..D+1
+    tokens: Tensor  # [B, W] int64, the token after each pending state; junk from num_pending on
+    states: Tensor  # [B, W, A*Ht], pending: made by the target, not seen by the drafter
+    num_pending: Tensor  # [B] int64, 1..W
     start: Tensor  # [B] int64, the slot of the first pending state
     first: Tensor  # [B] int64, the position of slot 0
+    room: int  # slots to leave behind `start`, for the next draft
     cache: RowCache
 
     TENSORS: ClassVar = ("tokens", "states", "num_pending", "start", "first")
 
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` [B'] int64 only."""
-        for name in self.TENSORS:
-            value = getattr(self, name)
-            setattr(self, name, value[rows.to(value.device)])
-        self.cache.select(rows)
+    def narrowed(self, num_pending: int) -> "DrafterMemory":
+        """A view of no more than so many pending states in each row."""
+        return replace(self, tokens=self.tokens[:, :num_pending], states=self.states[:, :num_pending])
 
     def over(self, cache: RowCache, rows: Tensor | None = None) -> "DrafterMemory":
         """A copy over another cache, of `rows` [B'] int64 if they are given."""
         with torch.inference_mode(False):
             values = {name: getattr(self, name) for name in self.TENSORS}
-            return DrafterMemory(
-                **{name: x.clone() if rows is None else x[rows.to(x.device)].clone() for name, x in values.items()},
-                cache=cache,
-            )
+            values = {name: x if rows is None else x[rows.to(x.device)] for name, x in values.items()}
+            return DrafterMemory(**{name: x.clone() for name, x in values.items()}, room=self.room, cache=cache)
 
     def copy_from(self, other: "DrafterMemory") -> None:
         """Take the values of another memory of the same sizes, in place."""
@@ -101,7 +97,7 @@ class Begin(Protocol):
     """`begin` of a kind."""
 
     def __call__(
-        self, drafter: PreTrainedModel, prompted: Prompted, shape: DraftShape, *, cache: RowCache | None = None
+        self, drafter: PreTrainedModel, prompted: Prompted, shapes: Shapes, *, cache: RowCache | None = None
     ) -> DrafterMemory:
         """Memory behind the prompts: all states seen but the last of each row, whose next token is not known yet."""
 
@@ -110,7 +106,14 @@ class CatchUp(Protocol):
     """`catch_up` of a kind."""
 
     def __call__(self, memory: DrafterMemory, committed: Committed, shape: DraftShape) -> None:
-        """Take what the target has verified; the next draft begins with it."""
+        """Take what the target has verified in a round of this shape; the next draft begins with it."""
+
+
+class ReadPending(Protocol):
+    """`read_pending` of a kind."""
+
+    def __call__(self, drafter: PreTrainedModel, memory: DrafterMemory) -> None:
+        """Read the pending states but the last of each row, which is then the only one."""
 
 
 class Propose(Protocol):
@@ -125,9 +128,10 @@ class DrafterKind:
     """A way to draft. A row of `kinds.KINDS`."""
 
     name: str
-    fits: Callable[[PreTrainedConfig], bool]
+    fits: Callable[[PreTrainedConfig | None], bool]
     begin: Begin
     catch_up: CatchUp
+    read_pending: ReadPending
     propose: Propose
     count_forwards: Callable[[DraftShape], int]  # of the drafter, in a round
     has_steps: bool = True  # whether later steps follow the first, as training and the doctor unroll them

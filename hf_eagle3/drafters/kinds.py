@@ -4,11 +4,12 @@ from transformers import PreTrainedConfig
 
 from .chain import CHAIN
 from .draft import DrafterKind
+from .nobody import NOBODY
 from .parallel import PARALLEL
 
-KINDS: list[DrafterKind] = [PARALLEL, CHAIN]  # the first that fits
+KINDS: list[DrafterKind] = [NOBODY, PARALLEL, CHAIN]  # the first that fits
 
 
-def find_kind(config: PreTrainedConfig) -> DrafterKind:
-    """The kind of a drafter with this config."""
+def find_kind(config: PreTrainedConfig | None) -> DrafterKind:
+    """The kind of a drafter with this config; None where there is no drafter."""
     return next(kind for kind in KINDS if kind.fits(config))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from ..rows.block import Block
 from ..rows.masks import make_masks
 from ..speculation.shape import DraftShape
-from .chain import begin, catch_up
+from .chain import begin, catch_up, read_pending
 from .draft import Choose, Draft, DrafterKind, DrafterMemory
 
 
@@ -38,9 +38,10 @@ def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, 
 
 PARALLEL = DrafterKind(
     name="P-EAGLE",
-    fits=lambda config: config.mask_token_id is not None,
+    fits=lambda config: config is not None and config.mask_token_id is not None,
     begin=begin,
     catch_up=catch_up,
+    read_pending=read_pending,
     propose=propose,
     count_forwards=lambda shape: min(shape.depth, 1),
     has_steps=False,

@@ -23,7 +23,7 @@ from ..drafters.kinds import find_kind
 from ..recorder import StateRecorder
 from ..speculation.noise import GlobalNoise
 from ..speculation.sampling import stateless_warpers
-from ..speculation.shape import chain
+from ..speculation.shape import Shapes, chain
 from ..speculation.stats import Stopwatch
 from ..speculation.warpers import RowWarper, read_settings
 from .stopping import InOrder, TokenwiseStop
@@ -131,7 +131,7 @@ class Eagle3CandidateGenerator(CandidateGenerator):
                 return None
             count, first = torch.tensor([T]), position_ids[:, 0]
             prompted = Prompted(tokens.roll(1, dims=1), states, count, first)
-            self.memory = self.kind.begin(drafter, prompted, widest)
+            self.memory = self.kind.begin(drafter, prompted, Shapes((widest,)))
             committed = Committed(tokens[:, -1:], None, torch.ones_like(count))
         else:
             committed = Committed(tokens, states, torch.tensor([T]))

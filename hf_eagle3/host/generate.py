@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 import logging
-import numbers
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +15,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..decoding.captured import CudaGraphs
+from ..decoding.choosing import make_chooser
 from ..decoding.engine import Engine, Room
 from ..decoding.lock import lock_of
 from ..decoding.transcript import Transcript
+from ..speculation.shape import NONE, Shapes
 from ..speculation.stats import Speculation
 from .assisted import choosing
-from .loop_choice import OWN_LOOP, LoopChoice, choose_loop
+from .loop_choice import ASKED, OWN_LOOP, LoopChoice, choose_loop
 from .output import fill_cache, make_output
 from .refusals import (
     advise,
@@ -31,14 +32,14 @@ from .refusals import (
     refuse_settings,
     refuse_target,
     refuse_weights,
+    why_not_drafted,
 )
 from .request import explain, has_hooks_of_others, make_round_config, make_transcript, read_prompts
+from .shapes import resolve_shapes
 
 logger = logging.getLogger(__name__)
 
-CAPTURER = CudaGraphs()  # of all calls
-DEFAULT_DEPTH = 3
-MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
+CAPTURER, CHOOSER = CudaGraphs(), make_chooser  # of all calls
 
 
 def find_own_setting(name: str, target: PreTrainedModel, given: GenerationConfig | None, call: dict[str, Any]) -> Any:
@@ -50,22 +51,6 @@ def find_own_setting(name: str, target: PreTrainedModel, given: GenerationConfig
         return call[name]
     places = (getattr(config, name, None) for config in (given, target.generation_config))
     return next((value for value in places if value is not None), None)
-
-
-def resolve_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
-    """K: what the call says, else the drafter's generation config, else a default.
-
-    Raises:
-        ValueError: It is not a whole number from 0 to `MAX_DEPTH`.
-    """
-    depth = next(k for k in (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH) if k is not None)
-    is_number = isinstance(depth, numbers.Real) and not isinstance(depth, bool)
-    if not is_number or depth not in range(MAX_DEPTH + 1):
-        raise ValueError(
-            f"num_assistant_tokens is the number of tokens to draft each round, up to {MAX_DEPTH}, 0 for none; got "
-            f"{depth!r}."
-        )
-    return int(depth)
 
 
 # Transformers 5.23 generation/utils.py:GenerationMixin.generate
@@ -80,7 +65,10 @@ def wrap_generate(original: Callable) -> Callable:
             drafter = signature.bind(self, *args, **kwargs).arguments.get("assistant_model")
         refuse_names(drafter)
         refuse_mistaken_llama(drafter)
-        if not is_drafter(drafter):
+        if drafter is None and not is_asked_for(kwargs):
+            kwargs.pop("decode_loop", None)  # None
+            return original(self, *args, **kwargs)
+        if drafter is not None and not is_drafter(drafter):
             return original(self, *args, **kwargs)
 
         call = signature.bind(self, *args, **kwargs)
@@ -97,14 +85,28 @@ def wrap_generate(original: Callable) -> Callable:
     return generate
 
 
+def is_asked_for(kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a drafter asks for our loop.
+
+    Raises:
+        ValueError: For the host's, which decodes without a drafter by itself, or for one that there is not.
+    """
+    asked = kwargs.get("decode_loop")
+    if asked is not None and (not isinstance(asked, str) or ASKED.get(asked) != OWN_LOOP):
+        raise ValueError(
+            f'decode_loop is {asked!r}: without assistant_model, expected "own", "eager", or to leave it out.'
+        )
+    return asked is not None
+
+
 def settle(
-    target: PreTrainedModel, drafter: PreTrainedModel, arguments: dict[str, Any], further: dict[str, Any]
+    target: PreTrainedModel, drafter: PreTrainedModel | None, arguments: dict[str, Any], further: dict[str, Any]
 ) -> tuple[GenerationConfig, LoopChoice]:
-    """The settings of a call and the loop that takes it; the drafter is bound, and the draft depth settled.
+    """The settings of a call and the loop that takes it; the drafter is bound, and what is drafted settled.
 
     Args:
         target: What `generate` was called on.
-        drafter: Given to it.
+        drafter: Given to it; None for our loop without drafting.
         arguments: The call's, by name; changed in place.
         further: Those of its `**kwargs`, likewise.
 
@@ -115,33 +117,38 @@ def settle(
     if arguments.get("custom_generate") is not None:
         raise ValueError(
             "custom_generate brings its own decode loop, which an EAGLE-3 drafter cannot assist: leave out "
-            "custom_generate or assistant_model."
+            f"custom_generate or {'decode_loop' if drafter is None else 'assistant_model'}."
         )
-    depth = resolve_depth(find_own_setting("num_assistant_tokens", target, given, further), drafter)
+    shapes = Shapes((NONE,)) if drafter is None else resolve_shapes(target, drafter, given, further)
     asked = find_own_setting("decode_loop", target, given, further)
-    if asked is None and "decode_loop" not in further:
+    if asked is None and drafter is not None and "decode_loop" not in further:
         asked = getattr(drafter.generation_config, "decode_loop", None)
-    for name in ("num_assistant_tokens", "decode_loop"):
+    for name in ("num_assistant_tokens", "draft_shape", "decode_loop"):
         further.pop(name, None)
     settings, inputs = target._prepare_generation_config(given, **further)  # copies
-    drafter.bind(target)
-    refuse_target(target)
-    refuse_settings(settings)
+    if drafter is not None:
+        drafter.bind(target)
+        refuse_target(target)
+    elif why_not_drafted(target) is not None:
+        raise ValueError(f"{type(target).__name__} does not run in our decode loop: leave out decode_loop.")
+    refuse_settings(settings, drafts=drafter is not None)
     refuse_weights(target, settings)
-    # The host fills what is unset with a default of its own, 20, so the loop must find the depth settled.
-    if given is None:
-        further["num_assistant_tokens"] = depth
-    else:
-        arguments["generation_config"] = given = copy.deepcopy(given)
-        given.num_assistant_tokens = depth
     with lock_of(target):  # while graphs are recorded, layers are not as they are
         has_synced_gpus = bool(arguments.get("synced_gpus"))
-        options = {"asked": asked, "depth": depth, "settings": settings, "inputs": inputs}
+        options = {"asked": asked, "shapes": shapes, "settings": settings, "inputs": inputs}
         choice = choose_loop(target, drafter, has_synced_gpus=has_synced_gpus, **options)
     logger.info(
-        "%s (%s): depth %d, target states at boundaries %s.",
-        *(choice.loop, choice.why, depth, drafter.bound_aux_layer_ids or "n, normed"),
+        "%s (%s): %s, target states at boundaries %s.",
+        *(choice.loop, choice.why),
+        f"depth {choice.shapes.depth}" if choice.shapes.is_fixed else choice.shapes.name,
+        "none" if drafter is None else drafter.bound_aux_layer_ids or "n, normed",
     )
+    # The host fills what is unset with a default of its own, 20, so its loop must find the depth settled.
+    if given is None:
+        further["num_assistant_tokens"] = choice.shapes.depth
+    else:
+        arguments["generation_config"] = given = copy.deepcopy(given)
+        given.num_assistant_tokens = choice.shapes.depth
     further.pop("assistant_tokenizer", None)  # draft tokens are the target's by their ids
     if choice.loop != OWN_LOOP and settings.num_return_sequences > 1:
         raise ValueError(
@@ -199,7 +206,8 @@ def decode(
     )
     rows = transcript.rows
     room = Room(len(rows), max(prompts.lengths), rows[0].max_new)
-    with Engine(target, choice.drafter, config, room, is_eager=choice.is_eager, capturer=CAPTURER) as engine:
+    engine = Engine(target, choice.drafter, config, room, is_eager=choice.is_eager, capturer=CAPTURER, chooser=CHOOSER)
+    with engine:
         prompt = engine.prefill(
             *(prompts.ids, prompts.mask, model_kwargs, generation_config), move=not choice.has_cache, is_whole=is_whole
         )
@@ -211,7 +219,7 @@ def decode(
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return transcript.sequences(prompts.given)
-    speculation = Speculation(choice.loop, explain(choice, config, transcript, logits_processor), choice.depth)
+    speculation = Speculation(choice.loop, explain(choice, config, transcript, logits_processor), choice.shapes.depth)
     return make_output(transcript, prompts, engine, cache, speculation, seconds=time.perf_counter() - start)
 
 

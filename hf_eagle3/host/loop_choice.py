@@ -1,6 +1,8 @@
 """Which decode loop a call gets, and why."""
 
+import functools
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +15,9 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from ..recorder import find_skippable
 from ..rows.attention_trial import why_not_ours
 from ..rows.rotation import why_not_rotated
+from ..speculation.shape import Shapes, chain
+
+logger = logging.getLogger(__name__)
 
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
@@ -36,8 +41,8 @@ class LoopChoice(NamedTuple):
 
     loop: str
     why: str
-    drafter: PreTrainedModel
-    depth: int
+    drafter: PreTrainedModel | None
+    shapes: Shapes  # what rounds may propose
     has_cache: bool = False  # one of the user's, to be left as plain decoding leaves it
     is_eager: bool = False  # whether rounds must not be captured
 
@@ -115,10 +120,10 @@ def why_not_call(
 
 def choose_loop(
     target: PreTrainedModel,
-    drafter: PreTrainedModel,
+    drafter: PreTrainedModel | None,
     *,
     asked: Any,  # whatever was given
-    depth: int,
+    shapes: Shapes,
     settings: GenerationConfig,
     inputs: Mapping[str, Any],
     has_synced_gpus: bool,
@@ -127,9 +132,9 @@ def choose_loop(
 
     Args:
         target: Given to `generate`.
-        drafter: Bound to it.
+        drafter: Bound to it, if there is one.
         asked: `decode_loop`: "own", "eager", "host" or None.
-        depth: K.
+        shapes: What rounds may propose.
         settings: The call's, as the host resolves them.
         inputs: What else `generate` was given by name beside its own parameters.
         has_synced_gpus: Whether several processes must keep step.
@@ -149,17 +154,32 @@ def choose_loop(
         and has_holes(mask)
     ):
         why_not = "the attention mask has pads between tokens, which a sliding window counts"
-    if depth == 0 and (asked == "host" or why_not is not None):
+    if drafter is not None and not shapes.drafts and (asked == "host" or why_not is not None):
         raise ValueError(
             f"num_assistant_tokens=0 is for our own decode loop ({why_not or 'decode_loop is host'}): to generate "
             "without drafting, leave out assistant_model."
         )
     if asked == "host":
-        return LoopChoice(HOST_LOOP, "asked for", drafter, depth)
+        return LoopChoice(HOST_LOOP, "asked for", drafter, as_chain(shapes))
     if why_not is None:
         why = "asked for" if asked else "attention caches only"
         has_cache = find_cache(inputs) is not None
-        return LoopChoice(OWN_LOOP, why, drafter, depth, has_cache=has_cache, is_eager=asked == "eager")
+        return LoopChoice(OWN_LOOP, why, drafter, shapes, has_cache=has_cache, is_eager=asked == "eager")
     if asked is not None:
         raise ValueError(f'decode_loop="{asked}" cannot take this call: {why_not}. Leave out decode_loop or that.')
-    return LoopChoice(HOST_LOOP, why_not, drafter, depth)
+    return LoopChoice(HOST_LOOP, why_not, drafter, as_chain(shapes))
+
+
+def as_chain(shapes: Shapes) -> Shapes:
+    """The chain that the host's loop drafts in the place of `shapes`: it takes no other."""
+    (shape, *others) = shapes.shapes
+    if others or shape.is_chain:
+        return Shapes((shape,))
+    warn_of_chains(shape.name, shape.depth)
+    return Shapes((chain(shape.depth),))
+
+
+@functools.cache  # once
+def warn_of_chains(name: str, depth: int) -> None:
+    """Say that a tree is not drafted."""
+    logger.warning("The host's loop takes chains: instead of a %s it drafts a chain of %d.", name, depth)

@@ -13,6 +13,7 @@ from ..decoding.prefill import Prompt
 from ..decoding.state import RoundState
 from ..decoding.transcript import Transcript
 from ..rows.block import Block
+from ..speculation.rates import tabulate
 from ..speculation.stats import Speculation
 from .request import Prompts
 
@@ -28,6 +29,9 @@ def make_output(
 ) -> GenerateDecoderOnlyOutput:
     """What `generate` returns with `return_dict_in_generate`, and what speculation brought."""
     speculation.graphs = engine.graphs
+    speculation.shapes = {shape.name: number for shape, number in engine.chooser.rounds.most_common()}
+    speculation.changes = list(engine.chooser.reasons)
+    speculation.acceptance_by_rank = tabulate(engine.chooser.ends)
     speculation.rows = [Speculation(speculation.loop, speculation.why, speculation.depth) for _ in transcript.rows]
     for row, own in zip(transcript.rows, speculation.rows, strict=True):
         row.count(speculation, own, length=transcript.length)

@@ -99,17 +99,20 @@ def refuse_names(model: Any) -> None:  # Any: whatever was passed as assistant_m
         )
 
 
-def refuse_settings(settings: GenerationConfig) -> None:
-    """Raise if a drafter cannot help with a call of these settings, as the host resolves them."""
+def refuse_settings(settings: GenerationConfig, *, drafts: bool = True) -> None:
+    """Raise if a call of these settings, as the host resolves them, is none for a drafter, or for our loop without one."""
     values = {name: getattr(settings, name, None) for name in OTHER_WAYS}
     refused = [name for name, value in values.items() if OTHER_WAYS[name](value)]
     if not refused and settings.get_generation_mode() == GenerationMode.CONTRASTIVE_SEARCH:
         refused, values = ["penalty_alpha"], {"penalty_alpha": settings.penalty_alpha}
     if refused:
         given = ", ".join(f"{name}={values[name]!r}" for name in refused)
+        subject, ours = (
+            ("An EAGLE-3 drafter assists", "assistant_model") if drafts else ("Our loop does", "decode_loop")
+        )
         raise ValueError(
-            f"An EAGLE-3 drafter assists greedy decoding and sampling, with a cache; got {given}. "
-            f"Leave out {' and '.join(refused)}, or assistant_model."
+            f"{subject} greedy decoding and sampling, with a cache; got {given}. "
+            f"Leave out {' and '.join(refused)}, or {ours}."
         )
 
 

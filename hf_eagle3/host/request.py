@@ -15,9 +15,8 @@ from ..decoding.state import RoundConfig
 from ..decoding.transcript import Transcript
 from ..rows.rotation import find_switch as find_rotation_switch
 from ..speculation.sampling import stateless_warpers
-from ..speculation.shape import SHAPES
 from ..speculation.warpers import read_settings
-from ..tensor_parallel import make_agree
+from ..tensor_parallel import find_peers, is_spread, make_agree
 from .loop_choice import LoopChoice
 from .processors import looks_at_batch, processors_for_rows
 
@@ -136,13 +135,19 @@ def make_round_config(
             "can follow in text from its beginning alone; this prompt has more. Leave that out, lower max_new_tokens, or "
             "call generate() without assistant_model."
         )
-    simulated = getattr(choice.drafter.generation_config, "simulated_acceptance_length", None)
+    simulated = None
+    if choice.drafter is not None:
+        simulated = getattr(choice.drafter.generation_config, "simulated_acceptance_length", None)
     stateless = stateless_warpers(processors)
+    in_order = transcript.in_step or len(stateless) < len(processors)
+    is_plain = simulated is None and not in_order and switch is None and find_peers(target) is None
+    shape, *others = choice.shapes.shapes
     return RoundConfig(
-        shape=SHAPES["chain"](choice.depth),
+        shape=shape,
+        others=tuple(others) if is_plain and not is_spread(target) else (),
         rule="simulated" if simulated is not None else "sampled" if settings.do_sample else "greedy",
         do_sample=bool(settings.do_sample),
-        in_order=transcript.in_step or len(stateless) < len(processors),
+        in_order=in_order,
         simulated_length=simulated,
         keeps_rows=(keeps_rows or transcript.in_step) and len(transcript.rows) > 1,
         keeps_scores=row.scores is not None or row.logits is not None,

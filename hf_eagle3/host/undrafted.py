@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from ..decoding.captured import CudaGraphs
 from ..decoding.preparation import find_asked, find_switch
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .loop_choice import why_not_target
 from .refusals import why_not_drafted
 
@@ -15,28 +14,13 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     """What to give `target.generate` so that our loop decodes without drafting.
 
     An empty dict where stock `generate` is as fast: for a target that our loop does not take, or whose rounds run eagerly
-    on a GPU. The drafter in the dict has next to no weights and is never run.
+    on a GPU.
     """
-    text = target.config.get_text_config(decoder=True)
     if target.config.is_encoder_decoder or any(p.is_meta for p in target.parameters()) or why_not_drafted(target):
         return {}
-    config = Eagle3DrafterConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        vocab_size=text.vocab_size,
-        draft_vocab_size=1,
-        max_position_embeddings=1,
-        use_aux_hidden_state=False,
-    )
-    with target.device:
-        drafter = Eagle3DrafterModel(config).to(target.dtype).eval()
-    is_slow = target.device.type != "cpu" and CudaGraphs().why_not(target, drafter) is not None
+    is_slow = target.device.type != "cpu" and CudaGraphs().why_not(target, None) is not None
     switch = find_switch(target)
     is_lost = switch is not None and not switch.computes_anew  # which our loop refuses to follow
     if is_slow or is_lost or find_asked(target) is not None or why_not_target(target) is not None:
         return {}
-    return {"assistant_model": drafter, "num_assistant_tokens": 0}
+    return {"decode_loop": "own"}

@@ -30,7 +30,8 @@ OVER_MASKS = "eagle3_over_masks"  # eager rounds of models that attend by what t
 
 
 _lock = threading.Lock()  # of the next
-_users: dict[int, set[int]] = {}  # id of a config -> ids of the `FoldedAttention`s that are inside
+# By the id of a config: the names that it was given by each `Attending` that is inside, by its id; the newest last.
+_given: dict[int, dict[int, "StandIn"]] = {}
 
 
 class UnfitError(RuntimeError):
@@ -85,6 +86,40 @@ def make_own_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:  
     masks = AttentionMaskInterface()
     name = own_attention(config)
     return masks[name](*args, config=config, **kwargs) if name in masks else None
+
+
+class Attending:
+    """Lets text layers of `models` attend by an attention of ours. A context for the forwards of rounds.
+
+    Whoever entered last decides. Once nobody is inside, the name of the model's own attention is back, so overlapping
+    threads cannot leave ours installed. A second exit, as after an interrupt, does nothing.
+
+    Args:
+        choose: Names the attention for a model.
+    """
+
+    def __init__(self, *models: PreTrainedModel, choose: Callable[[PreTrainedModel], str]):
+        self._names: list[tuple[PreTrainedConfig, StandIn]] = []
+        for model in models:
+            config = model.config.get_text_config(decoder=True)
+            own, name = own_attention(config), choose(model)
+            if name != own:
+                self._names.append((config, StandIn(name, own)))
+
+    def __enter__(self) -> None:
+        with _lock:
+            for config, name in self._names:
+                _given.setdefault(id(config), {})[id(self)] = name
+                config._attn_implementation_internal = name
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with _lock:
+            for config, name in self._names:
+                given = _given.get(id(config), {})
+                given.pop(id(self), None)
+                config._attn_implementation_internal = next(reversed(given.values()), name.own)
+                if not given:
+                    _given.pop(id(config), None)
 
 
 # ---- by rows ----
@@ -143,19 +178,14 @@ AttentionMaskInterface.register(BY_ROWS, make_no_mask)
 
 
 @contextmanager
-def attending_by_rows(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model`'s text layers attend by rows, and their cache be written by kernels where there are any."""
-    config = model.config.get_text_config(decoder=True)
-    before, own = config._attn_implementation_internal, own_attention(config)
-    config._attn_implementation_internal = StandIn(BY_ROWS, own)
-    token = BY_KERNELS.set(is_available(model.device))
+def attending_by_rows(*models: PreTrainedModel) -> Iterator[None]:
+    """Let text layers of `models` attend by rows, and their cache be written by kernels where there are any."""
+    token = BY_KERNELS.set(is_available(models[0].device))
     try:
-        yield
+        with Attending(*models, choose=lambda model: BY_ROWS):  # noqa: ARG005
+            yield
     finally:
         BY_KERNELS.reset(token)
-        with _lock:
-            if before != BY_ROWS:  # the context entered first is left last
-                config._attn_implementation_internal = before if id(config) in _users else own
 
 
 # ---- over masks ----
@@ -247,41 +277,15 @@ AttentionInterface.register(OVER_MASKS, attention_over_masks)
 AttentionMaskInterface.register(OVER_MASKS, make_round_mask)
 
 
-def attention_of_rounds(own: str, *, folds: bool) -> str:
-    """The attention of eager rounds, which come with masks, of a model that was loaded with `own`."""
-    return {"eager": own, "sdpa": FOLDED if folds else own}.get(own, OVER_MASKS)
-
-
-class FoldedAttention:
-    """Lets text layers of `models` attend over masks. A context for the forwards of eager rounds.
-
-    On exit of the last one inside, the name of the model's own attention is put back, so overlapping threads cannot leave
-    ours installed. A second exit, as after an interrupt, does nothing.
+def over_masks(*models: PreTrainedModel, folds: bool = True) -> Attending:
+    """Lets text layers of `models` attend over masks, as eager rounds do that come with them.
 
     Args:
         folds: Let what attends by sdpa on a CPU do so over fewer copies.
     """
 
-    def __init__(self, *models: PreTrainedModel, folds: bool = True):
-        self._names: list[tuple[PreTrainedConfig, StandIn]] = []
-        for model in models:
-            config = model.config.get_text_config(decoder=True)
-            own = own_attention(config)
-            name = attention_of_rounds(own, folds=folds and model.device.type == "cpu")
-            if name != own:
-                self._names.append((config, StandIn(name, own)))
+    def choose(model: PreTrainedModel) -> str:
+        own = own_attention(model.config.get_text_config(decoder=True))
+        return {"eager": own, "sdpa": FOLDED if folds and model.device.type == "cpu" else own}.get(own, OVER_MASKS)
 
-    def __enter__(self) -> None:
-        with _lock:
-            for config, name in self._names:
-                _users.setdefault(id(config), set()).add(id(self))
-                config._attn_implementation_internal = name
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with _lock:
-            for config, name in self._names:
-                inside = _users.get(id(config), set())
-                inside.discard(id(self))
-                if not inside:
-                    _users.pop(id(config), None)
-                    config._attn_implementation_internal = name.own
+    return Attending(*models, choose=choose)

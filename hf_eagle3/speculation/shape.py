@@ -1,6 +1,5 @@
 """What a round proposes, and how much room that takes: the one owner of these counts."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +81,83 @@ class DraftShape:
         """[N+1, D+1] int64, the way from the root to each node; its end repeats."""
         return make_paths(self.parents, device)
 
+    @property
+    def name(self) -> str:
+        """In words."""
+        if not self.num_nodes:
+            return "none"
+        return f"chain of {self.depth}" if self.is_chain else f"tree of {self.num_nodes}, depth {self.depth}"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that the rounds of a call may have. Memory is made for the largest count of each kind.
+
+    Raises:
+        ValueError: There is none.
+    """
+
+    shapes: tuple[DraftShape, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise ValueError("Rounds need a shape; NONE is one.")
+
+    @property
+    def drafts(self) -> bool:
+        """Whether any of them drafts."""
+        return any(shape.num_nodes for shape in self.shapes)
+
+    @property
+    def depth(self) -> int:
+        """D of the deepest."""
+        return max(shape.depth for shape in self.shapes)
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return self.shapes[0].name if self.is_fixed else f"one of {len(self.shapes)} shapes by cost"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether there is nothing to choose."""
+        return len(self.shapes) == 1
+
+    @property
+    def num_pending(self) -> int:
+        """Most states that may be pending: rounds without a draft in between add one each."""
+        most = max(shape.max_new for shape in self.shapes)
+        return most if self.is_fixed or NONE not in self.shapes else max(most, PATIENCE)
+
+    @property
+    def num_verified(self) -> int:
+        """Most tokens that the target runs over in a round."""
+        return max(shape.num_verified for shape in self.shapes)
+
+    @property
+    def num_drafter_slots(self) -> int:
+        """Most slots that drafting writes, from the first pending state on."""
+        return max(shape.num_drafter_slots for shape in self.shapes) + self._num_read
+
+    @property
+    def first_slots(self) -> int:
+        """Slots behind a prompt that the first round needs."""
+        return max(shape.first_slots for shape in self.shapes) + self._num_read
+
+    @property
+    def slack(self) -> int:
+        """Slots behind the longest text that memory is made with."""
+        return max(shape.slack for shape in self.shapes) + self._num_read
+
+    def slots_ahead(self, num_rounds: int) -> int:
+        """Slots behind what is known of a text that the next round needs, with `num_rounds` launched and not read."""
+        return max(shape.slots_ahead(num_rounds) for shape in self.shapes) + self._num_read
+
+    @property
+    def _num_read(self) -> int:
+        """Slots that the drafter writes as it reads pending states, junk behind them."""
+        return 0 if self.is_fixed else self.num_pending
+
 
 def chain(num_tokens: int) -> DraftShape:
     """`num_tokens` draft tokens, one after the other."""
@@ -89,5 +165,4 @@ def chain(num_tokens: int) -> DraftShape:
 
 
 NONE = chain(0)
-# By name: a shape of so many draft tokens.
-SHAPES: Mapping[str, Callable[[int], DraftShape]] = {"chain": chain}
+PATIENCE = 16  # states that wait for the drafter while rounds go without it, before it has to read them

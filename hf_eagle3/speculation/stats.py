@@ -21,6 +21,8 @@ class Speculation:
     loop: str  # which decode loop ran
     why: str  # and why that one
     depth: int  # K, draft steps a round at most
+    shapes: dict[str, int] = field(default_factory=dict)  # our loop: rounds of the batch by what they proposed
+    changes: list[str] = field(default_factory=list)  # our loop: when that changed, and why
     graphs: str = ""  # our loop: whether rounds ran as CUDA graphs, and if not, why
     num_tokens: int = 0  # new tokens, by whatever means
     num_drafted: int = 0  # draft tokens verified
@@ -29,6 +31,7 @@ class Speculation:
     draft_seconds: float = 0.0  # drafter forwards; on a GPU, measured by its own clock
     accept_seconds: float = 0.0  # the accept rule; the host loop does not tell it from verification
     host_seconds: float = 0.0  # our loop: processors, criteria and streamers, in Python
+    acceptance_by_rank: list[list[float]] = field(default_factory=list)  # our loop: see `rates.tabulate`
     rounds_reaching: list[int] = field(default_factory=list)  # [K] rounds that kept k draft tokens and had one more
     rounds_accepting: list[int] = field(default_factory=list)  # [K] rounds that kept that one too
     rows: list["Speculation"] = field(default_factory=list)  # our loop: counts of each row, without times
@@ -68,8 +71,9 @@ class Speculation:
     def __str__(self) -> str:
         rates = " ".join(f"{rate:.2f}" for rate in self.acceptance_rate_by_depth) or "-"
         speed = f", {self.num_tokens / self.seconds:.1f} tokens/s" if self.seconds else ""
+        kinds = ", ".join(self.shapes) if len(self.shapes) > 1 else f"depth {self.depth}"
         return (
-            f"{self.num_tokens} tokens in {self.rounds} rounds of depth {self.depth}{speed} | "
+            f"{self.num_tokens} tokens in {self.rounds} rounds of {kinds}{speed} | "
             f"acceptance length {self.acceptance_length:.2f} | acceptance rate by depth {rates} | "
             f"draft {self.draft_seconds:.3f} s, verify {self.verify_seconds:.3f} s | {self.loop} ({self.why})"
         )

@@ -47,7 +47,7 @@ from hf_eagle3.checkpoints.load import load_published_config
 from hf_eagle3.drafters.draft import Committed, Prompted
 from hf_eagle3.drafters.parallel import PARALLEL
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel, weights_eagle3
-from hf_eagle3.speculation.shape import chain
+from hf_eagle3.speculation.shape import Shapes, chain
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -173,7 +173,7 @@ def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
 
         count = torch.tensor([T])
         prompted = Prompted(ids.roll(1, dims=1), states, count, torch.zeros_like(count))
-        memory = PARALLEL.begin(drafter, prompted, chain(K))
+        memory = PARALLEL.begin(drafter, prompted, Shapes((chain(K),)))
         PARALLEL.catch_up(memory, Committed(ids[:, -1:], None, torch.ones_like(count)), chain(K))
         tokens = PARALLEL.propose(drafter, memory, chain(K), choose).tokens
     torch.testing.assert_close(at_once, wanted, rtol=0, atol=1e-10)

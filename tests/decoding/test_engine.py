@@ -22,12 +22,12 @@ from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.decoding.engine import Engine, Room
 from hf_eagle3.decoding.row import Row
 from hf_eagle3.decoding.state import RoundConfig
-from hf_eagle3.drafters.chain import CHAIN, begin, catch_up
+from hf_eagle3.drafters.chain import CHAIN, begin, catch_up, read_pending
 from hf_eagle3.drafters.draft import Draft, DrafterKind
 from hf_eagle3.drafters.kinds import KINDS
 from hf_eagle3.speculation.accept import RULES, Verdict, accept_greedy
 from hf_eagle3.speculation.noise import SeededNoise
-from hf_eagle3.speculation.shape import SHAPES, DraftShape, chain
+from hf_eagle3.speculation.shape import chain
 from hf_eagle3.speculation.warpers import RowSettings, RowWarper, read_settings
 
 CPU = torch.device("cpu")
@@ -243,7 +243,7 @@ def make_branching_kind(drafter, seed: int = 3) -> DrafterKind:
             tokens.append(nodes[1:])
         return Draft(torch.tensor(tokens), None)
 
-    return DrafterKind("toy", lambda _: True, begin, catch_up, propose, lambda shape: 0)
+    return DrafterKind("toy", lambda _: True, begin, catch_up, read_pending, propose, lambda shape: 0)
 
 
 TREES = {
@@ -264,11 +264,12 @@ def test_a_shape_and_a_kind_are_rows_of_their_tables(family, tree, captured, mon
     options = {"max_new_tokens": 20, **GREEDY}
     plain = target.generate(**batch, **options)
     oracle = make_oracle(target, plain, batch)
-    monkeypatch.setitem(SHAPES, "chain", lambda _: DraftShape(TREES[tree]))
     KINDS.insert(0, make_branching_kind(oracle))
     graphs = capture_on_cpus(monkeypatch) if captured else None
     try:
-        out = target.generate(**batch, assistant_model=oracle, return_dict_in_generate=True, **options)
+        out = target.generate(
+            **batch, assistant_model=oracle, draft_shape=TREES[tree], return_dict_in_generate=True, **options
+        )
     finally:
         KINDS.pop(0)
         release_graphs()

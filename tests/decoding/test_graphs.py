@@ -629,10 +629,9 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
 
             def replay():
                 with (
-                    attending_by_rows(models.target),
-                    attending_by_rows(models.drafter),
-                    fusion.fused(models.target, models.drafter),
-                    StateRecorder(models.target, models.drafter.bound_aux_layer_ids) as recorder,
+                    attending_by_rows(*models.present),
+                    fusion.fused(*models.present),
+                    StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
                 ):
                     phases.models = models._replace(recorder=recorder)
                     move(function(*args), results)

@@ -62,7 +62,7 @@ def test_a_row_that_is_done_stays_in_the_cache(target):
     cache, zeros = RowCache(drafter.config.num_hidden_layers, 64), torch.zeros(2, dtype=torch.long)
     states, tokens = torch.randn(2, K + 1, 3 * H), torch.randint(V, (2, K + 1))
     start, pending = torch.tensor([64 - K, 13]), torch.tensor([1, K + 1])
-    memory = DrafterMemory(tokens.clone(), states.clone(), pending, start, zeros, cache)
+    memory = DrafterMemory(tokens.clone(), states.clone(), pending, start, zeros, chain(K).num_drafter_slots, cache)
     PARALLEL_KIND.catch_up(memory, Committed(tokens, states, torch.tensor([1, K + 1])), chain(K))
     with torch.no_grad():
         draft = PARALLEL_KIND.propose(drafter, memory, chain(K), choose_greedy)

@@ -21,6 +21,7 @@ class Counts:
 
     captured: int = 0
     replayed: int = 0
+    is_replaying: bool = False
 
 
 def move(new, old):
@@ -65,12 +66,13 @@ class GraphsOnCpus(CudaGraphs):
             self.counts.replayed += 1
             models = phases.models
             with (
-                attending_by_rows(models.target),
-                attending_by_rows(models.drafter),
-                StateRecorder(models.target, models.drafter.bound_aux_layer_ids) as recorder,
+                attending_by_rows(*models.present),
+                StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
             ):
                 phases.models = models._replace(recorder=recorder)  # that of the recording is closed by now
+                self.counts.is_replaying = True
                 move(function(*args), results)
+                self.counts.is_replaying = False
 
         return replay, results
 

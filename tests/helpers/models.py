@@ -176,6 +176,7 @@ def randomize(drafter: Eagle3DrafterModel) -> Eagle3DrafterModel:
         for name, parameter in drafter.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    drafter.generation_config.num_assistant_tokens = 3  # what rounds bring is counted, so nothing goes by time
     drafter.set_draft_to_target_ids(torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values)
     return drafter.eval()
 

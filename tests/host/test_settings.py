@@ -12,6 +12,8 @@ from packaging.version import Version
 from transformers import GenerationConfig, StaticCache
 
 from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.host.shapes import list_candidates
+from hf_eagle3.speculation.shape import Shapes
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 TAKES_STATIC = Version(transformers.__version__).release >= (5, 24)
@@ -138,11 +140,11 @@ def test_drafters_loop_is_undone_by_none(target):
 @pytest.mark.parametrize(
     ("call", "given", "targets", "drafters", "depth"),
     [
-        *((None, None, None, None, 3), (2, 4, 5, 6, 2), (None, 4, 5, 6, 4), (None, None, 5, 6, 5)),
+        *((None, None, None, None, "auto"), (2, 4, 5, 6, 2), (None, 4, 5, 6, 4), (None, None, 5, 6, 5)),
         *(
             (None, None, None, 6, 6),
             ("None", 4, 5, 6, 6),
-            ("None", None, 5, None, 3),
+            ("None", None, 5, None, "auto"),
             (0, 4, 5, 6, 0),
             (None, 0, 5, 6, 0),
         ),
@@ -161,7 +163,7 @@ def test_depth_is_the_calls_then_the_configs_then_the_targets_then_the_drafters(
     out = own_settings.generate(
         make_prompt(6), assistant_model=drafter, return_dict_in_generate=True, **GREEDY, **options
     )
-    assert out.speculation.depth == depth
+    assert out.speculation.depth == (Shapes(list_candidates(drafter)).depth if depth == "auto" else depth)
 
 
 # ---- static caches ----

@@ -6,7 +6,7 @@ from helpers.models import make_target
 from torch import nn
 from transformers import AttentionInterface
 
-from hf_eagle3.rows.attention import FOLDED, FoldedAttention, folded_attention
+from hf_eagle3.rows.attention import FOLDED, folded_attention, over_masks
 from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import RowCache
 
@@ -46,11 +46,11 @@ def test_masks_of_each_head_and_soft_caps_are_the_hosts(monkeypatch):
 
 def test_leaving_restores_the_name_whoever_has_entered():
     target = make_target("llama")
-    one, other = FoldedAttention(target), FoldedAttention(target)
+    one, other = over_masks(target), over_masks(target)
     with one:
         assert target.config._attn_implementation == FOLDED
         with other:
-            within = FoldedAttention(target)
+            within = over_masks(target)
     with within:
         pass
     assert target.config._attn_implementation == "sdpa"

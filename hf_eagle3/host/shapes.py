@@ -1,0 +1,124 @@
+"""What the rounds of a call propose, as its settings say: chosen by itself, nothing, a chain or a tree."""
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..speculation.rates import MAX_RANKS, Rates
+from ..speculation.shape import NONE, DraftShape, Shapes, chain
+
+DEFAULT_DEPTH = 3
+MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
+CHAINS = (1, 2, 3, 5)
+TREES: Mapping[int, int] = {}  # nodes, and most levels: each is a forward of the drafter
+TRIPLE = ("steps", "topk", "draft_tokens")  # as SGLang's speculative settings are called
+SETTINGS = ("draft_shape", "num_assistant_tokens")
+
+
+def resolve_shapes(
+    target: PreTrainedModel, drafter: PreTrainedModel, given: GenerationConfig | None, call: dict[str, Any]
+) -> Shapes:
+    """What rounds may propose: by the call, its config, the target's own, or the drafter's; else to be chosen.
+
+    Raises:
+        ValueError: What was asked for is no shape.
+    """
+    if all(call.get(name) is not None for name in SETTINGS):
+        raise ValueError("draft_shape and num_assistant_tokens both say what to draft each round: give one of them.")
+    theirs = drafter.generation_config
+    places: list[Mapping[str, Any]] = [call, *(vars(c) for c in (given, target.generation_config, theirs) if c)]
+    if "num_assistant_tokens" in call or "draft_shape" in call:  # None there undoes what configs of the host say
+        places = [call, vars(theirs)]
+    asked = next(((name, p[name]) for p in places for name in SETTINGS if p.get(name) is not None), ("", "auto"))
+    shape = read_depth(asked[1]) if asked[0] == "num_assistant_tokens" else read_shape(asked[1])
+    if shape is None:
+        return Shapes(list_candidates(drafter))
+    widest = max((shape.parents.count(node) for node in range(shape.num_nodes)), default=0)
+    if widest > (most := drafter.config.draft_vocab_size or drafter.config.vocab_size):
+        raise ValueError(f"draft_shape has {widest} tokens after one, of a draft vocabulary of {most}.")
+    return Shapes((shape,))
+
+
+def read_depth(value: Any) -> DraftShape:  # Any: whatever was given
+    """A chain of so many tokens.
+
+    Raises:
+        ValueError: It is not a whole number from 0 to `MAX_DEPTH`.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or value not in range(MAX_DEPTH + 1):
+        raise ValueError(
+            f"num_assistant_tokens is the number of tokens to draft each round, up to {MAX_DEPTH}, 0 for none; got "
+            f"{value!r}."
+        )
+    return chain(int(value))
+
+
+def find_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever was given
+    """K of the chain that was asked for, else the drafter's own, else a default.
+
+    Raises:
+        ValueError: It is not a whole number from 0 to `MAX_DEPTH`.
+    """
+    places = (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH)
+    return read_depth(next(k for k in places if k is not None)).depth
+
+
+def read_shape(value: Any) -> DraftShape | None:  # Any: whatever was given
+    """The shape that a setting names; None if it is to be chosen.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if isinstance(value, DraftShape):
+        return value
+    if isinstance(value, str) and value in ("auto", "off"):
+        return None if value == "auto" else NONE
+    if isinstance(value, Mapping) and set(value) == set(TRIPLE):
+        return read_triple(*(value[name] for name in TRIPLE))
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(type(node) is int for node in value):
+        shape = DraftShape(tuple(value))
+        if shape.depth <= MAX_DEPTH:
+            return shape
+    raise ValueError(
+        f'draft_shape is {value!r}, expected "auto", "off", the parent of each draft token (0 is the token before the '
+        f"draft, n the n-th draft token; at most {MAX_DEPTH} one after the other), or a mapping with "
+        f"{', '.join(TRIPLE)}. A chain of K is num_assistant_tokens=K."
+    )
+
+
+def read_triple(steps: Any, topk: Any, draft_tokens: Any) -> DraftShape:  # Any: whatever was given
+    """The tree that expects most with SGLang's settings, where `draft_tokens` counts the token before the draft, too.
+
+    Raises:
+        ValueError: They make no tree.
+    """
+    numbers_given = dict(zip(TRIPLE, (steps, topk, draft_tokens), strict=True))
+    if not all(type(number) is int and number > 0 for number in numbers_given.values()):
+        raise ValueError(f"draft_shape counts in whole numbers above 0, got {numbers_given}.")
+    if (
+        steps > MAX_DEPTH
+        or topk > MAX_RANKS
+        or not steps < draft_tokens <= 64
+        or (topk == 1 and draft_tokens != steps + 1)
+    ):
+        raise ValueError(
+            f"draft_shape needs steps up to {MAX_DEPTH}, topk up to {MAX_RANKS}, and more draft_tokens than steps, up to "
+            f"64 (with topk 1 one more); got {numbers_given}."
+        )
+    return Rates().fit(draft_tokens - 1, max_depth=steps, max_rank=topk)
+
+
+def list_candidates(drafter: PreTrainedModel) -> tuple[DraftShape, ...]:
+    """What is chosen from where nothing was asked for. The drafter's own rates say which trees."""
+    rates = Rates(read_rates(drafter))
+    size = drafter.config.draft_vocab_size or drafter.config.vocab_size
+    trees = (rates.fit(nodes, max_depth=depth, max_rank=min(size, MAX_RANKS)) for nodes, depth in TREES.items())
+    return (chain(DEFAULT_DEPTH), NONE, *(chain(k) for k in CHAINS if k != DEFAULT_DEPTH), *trees)
+
+
+def read_rates(drafter: PreTrainedModel) -> tuple[tuple[float, ...], ...]:
+    """How often the true token has each rank, by depth, as a drafter's generation config may say."""
+    return tuple(map(tuple, getattr(drafter.generation_config, "acceptance_by_rank", None) or ()))
