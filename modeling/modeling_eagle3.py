@@ -8,8 +8,6 @@ Shapes: B batch, T positions of this call, S positions seen so far, H drafter wi
 states, V target vocabulary, V_d draft vocabulary.
 """
 
-import copy
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,16 +32,17 @@ from .attention_eagle3 import make_attention
 from .configuration_eagle3 import Eagle3DrafterConfig
 from .text_eagle3 import escape_record
 from .weights_eagle3 import (
-    FLOATS,
     HUB_KEYS,
-    SECOND_NAME,
+    NOT_LOADED,
     CheckpointError,
     StoredTensor,
     find_file,
     find_weight_files,
+    list_problems,
     list_tensors,
     read_json_file,
     read_tensor,
+    refuse_misfits,
     refuse_outside,
     to_our_names,
 )
@@ -52,7 +51,6 @@ logger = logging.get_logger(__name__)
 logger.addFilter(escape_record)
 HOST_LOGGER = logging.get_logger(PreTrainedModel.__module__)
 
-MOST_PACKED = 64  # numbers of a quantised weight in one that is stored
 GENERATION_CONFIG_NAME = "generation_config.json"
 REMOTE_CODE = {
     "AutoConfig": "configuration_eagle3.Eagle3DrafterConfig",
@@ -131,7 +129,7 @@ class Eagle3DrafterModel(PreTrainedModel):
     _no_split_modules = ["Eagle3FirstLayer", "Eagle3Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     # Tensors that `from_pretrained` accounts for itself: membership of the draft vocabulary, and a norm's second name.
-    _keys_to_ignore_on_load_unexpected = [r"^t2d$", SECOND_NAME]
+    _keys_to_ignore_on_load_unexpected = list(NOT_LOADED)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -461,7 +459,7 @@ class Eagle3DrafterModel(PreTrainedModel):
             kwargs["key_mapping"] = {rf"^{re.escape(name)}$": ours for name, ours in names.items() if name != ours}
         where = ", ".join(map(str, files)) or str(pretrained_model_name_or_path)
         if stored:
-            cls.refuse_misfits(cls._find_config(pretrained_model_name_or_path, kwargs), stored, names, where)
+            refuse_misfits(cls._find_config(pretrained_model_name_or_path, kwargs), stored, names, where)
 
         kwargs["ignore_mismatched_sizes"] = True  # so that we hear of them; none is ignored
         with _without_report(cls):
@@ -471,7 +469,7 @@ class Eagle3DrafterModel(PreTrainedModel):
 
         info["mismatched_keys"] = model._load_flat_mask(info["mismatched_keys"], stored, names)
         by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
-        problems = _list_problems(
+        problems = list_problems(
             info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], by_our_name, where
         )
         if "t2d" in stored or model.config.draft_vocab_size == model.config.vocab_size:  # it is made from these
@@ -498,47 +496,6 @@ class Eagle3DrafterModel(PreTrainedModel):
         fields = Eagle3DrafterConfig.__annotations__.keys() | set(HUB_KEYS)
         asked = {key: value for key, value in kwargs.items() if key in fields}
         return cls.config_class.from_pretrained(config or name_or_path, **asked)
-
-    @classmethod
-    def refuse_misfits(
-        cls, config: Eagle3DrafterConfig, stored: Mapping[str, StoredTensor], names: Mapping[str, str], where: str
-    ) -> None:
-        """Raise unless the stored tensors are those of `config`: before any is made, so that no size can take the memory.
-
-        Raises:
-            CheckpointError: They are not; the message names tensors and sizes.
-        """
-        for name in (
-            "num_hidden_layers",
-            "num_aux_hidden_states",
-        ):  # modules are made of these, before any shape is known
-            if getattr(config, name) > len(stored):
-                raise CheckpointError(
-                    f"{where}: {name} is {getattr(config, name)} in config.json, and there are {len(stored)} tensors in all."
-                )
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in cls(copy.deepcopy(config)).state_dict().items()}
-        shapes = {ours: stored[name].shape for name, ours in names.items()}
-        if (
-            getattr(config, "quantization_config", None) is not None
-        ):  # stored as the quantiser likes, which the host checks
-            most = MOST_PACKED * sum(map(math.prod, shapes.values()))
-            if (total := sum(map(math.prod, wanted.values()))) > most:
-                raise CheckpointError(f"{where}: {total} numbers by config.json, and at most {most} in the file.")
-            return
-        if "mask_hidden" in wanted and shapes.get("mask_hidden") == wanted["mask_hidden"][-1:]:
-            shapes["mask_hidden"] = wanted["mask_hidden"]  # stored without its two leading ones
-        ignored = cls._keys_to_ignore_on_load_unexpected or ()
-        unexpected = [name for name in shapes.keys() - wanted.keys() if not any(re.match(p, name) for p in ignored)]
-        missing = wanted.keys() - shapes.keys()
-        if "t2d" in shapes or config.draft_vocab_size == config.vocab_size:
-            missing -= {"d2t"}
-        both = shapes.keys() & wanted.keys()
-        mismatched = [(name, shapes[name], wanted[name]) for name in both if shapes[name] != wanted[name]]
-        by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
-        problems = [*_list_problems(missing, unexpected, mismatched, by_our_name, where).values()]
-        if problems := problems + _check_dtypes(stored, names):
-            raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
 
     def _load_flat_mask(self, mismatched, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list:
         """Take a `mask_hidden` that is stored without its two leading ones; the mismatches that are left."""
@@ -684,36 +641,6 @@ def _without_report(cls: type) -> Iterator[None]:
         yield
     finally:
         HOST_LOGGER.removeFilter(is_wanted)
-
-
-def _list_problems(missing, unexpected, mismatched, by_our_name: Mapping[str, str], where: str) -> dict[str, str]:
-    """Tensor -> what is wrong with it, in words."""
-    return {
-        **{
-            name: f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
-            for name, found, wanted in sorted(mismatched)
-        },
-        **{
-            name: f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
-            for name in sorted(unexpected)
-        },
-        **{name: f"{where}: {name} is missing" for name in sorted(missing)},
-    }
-
-
-def _check_dtypes(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list[str]:
-    """What is wrong with the dtypes of the stored tensors; the host would cast each to what it needs."""
-    problems = []
-    for name, (file, _, dtype) in stored.items():
-        if names[name] == "d2t":
-            wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
-        elif names[name] == "t2d":
-            wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
-        else:
-            wanted, fits = "a float of 16 bits or more, since quantised drafters are not supported", dtype in FLOATS
-        if not fits:
-            problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
-    return problems
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -4,6 +4,7 @@ Reads headers where it can. Copied into every published drafter, so it imports t
 siblings only.
 """
 
+import math
 import pickle
 import re
 import struct
@@ -44,6 +45,9 @@ BESIDE = ("config.json", "generation_config.json", "*.index*.json")  # what else
 
 # SGLang and TensorRT-LLM call the input norm of a further layer so; a file for several engines has it under both names.
 SECOND_NAME = r"^layers\.[1-9]\d*\.hidden_norm\.weight$"
+NOT_LOADED = (r"^t2d$", SECOND_NAME)  # tensors that a file may have and no module has
+
+MOST_PACKED = 64  # numbers of a quantised weight in one that is stored
 
 
 class CheckpointError(ValueError):
@@ -213,6 +217,134 @@ def to_our_names(stored: Mapping[str, StoredTensor], published_names: Mapping[st
         if not torch.equal(read_tensor(stored[a], a).double(), read_tensor(stored[b], b).double()):
             raise CheckpointError(f"{stored[b].file}: {a} and {b} name the same norm, but their values differ.")
     return {name: ours for ours, name in by_ours.items()}
+
+
+def tensor_shapes(config) -> dict[str, tuple[int, ...]]:
+    """The tensors of a drafter's network, by name, with their shapes; `config` is an `Eagle3DrafterConfig`."""
+    H, A, inner = config.hidden_size, config.num_aux_hidden_states, config.intermediate_size
+    Ht = config.target_hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (H,), "d2t": (config.draft_vocab_size,)}
+    if config.has_own_embeddings:
+        shapes["embed_tokens.weight"] = (config.vocab_size, H)
+    if config.use_aux_hidden_state:
+        if config.fc_norm:
+            shapes |= {f"fc_norm.{i}.weight": (Ht,) for i in range(A)}
+        if config.norm_before_fc:
+            shapes["input_norm.weight"] = (A * Ht,)
+        shapes |= _linear("fc", A * Ht, H, bias=config.fc_bias)
+    if config.is_parallel:
+        shapes["mask_hidden"] = (1, 1, A * Ht)
+    if not config.share_lm_head:
+        shapes["lm_head.weight"] = (config.draft_vocab_size, H)
+    for i in range(config.num_hidden_layers):
+        layer = {
+            **_attention_shapes(config, H if i else 2 * H),
+            **_linear("mlp.gate_proj", H, inner, bias=config.mlp_bias),
+            **_linear("mlp.up_proj", H, inner, bias=config.mlp_bias),
+            **_linear("mlp.down_proj", inner, H, bias=config.mlp_bias),
+        }
+        norms = ("input_layernorm", "post_attention_layernorm", *(() if i else ("hidden_norm",)))
+        layer |= {f"{name}.weight": (H,) for name in norms}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _attention_shapes(config, input_size: int) -> dict[str, tuple[int, ...]]:
+    """The same of one layer's attention, over inputs of `input_size`."""
+    n, H, width, bias = config.num_attention_heads, config.hidden_size, config.head_dim, config.attention_bias
+    if not config.is_latent:
+        kv_size = config.num_key_value_heads * width
+        shapes = {
+            **_linear("self_attn.q_proj", input_size, n * width, bias=bias),
+            **_linear("self_attn.k_proj", input_size, kv_size, bias=bias),
+            **_linear("self_attn.v_proj", input_size, kv_size, bias=bias),
+            **_linear("self_attn.o_proj", n * width, H, bias=bias),
+        }
+        norms = ("q_norm", "k_norm") if config.qk_norm else ()
+        return shapes | {f"self_attn.{name}.weight": (width,) for name in norms}
+    rank, q_rank, qk_size = config.kv_lora_rank, config.q_lora_rank, config.qk_nope_head_dim + width
+    shapes = _linear("self_attn.q_proj", input_size, n * qk_size)
+    if q_rank is not None:
+        shapes = {
+            **_linear("self_attn.q_a_proj", input_size, q_rank),
+            "self_attn.q_a_layernorm.weight": (q_rank,),
+            **_linear("self_attn.q_b_proj", q_rank, n * qk_size),
+        }
+    return {
+        **shapes,
+        **_linear("self_attn.kv_a_proj_with_mqa", input_size, rank + width),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        **_linear("self_attn.kv_b_proj", rank, n * (config.qk_nope_head_dim + config.v_head_dim)),
+        **_linear("self_attn.o_proj", n * config.v_head_dim, H),
+    }
+
+
+def _linear(name: str, inputs: int, outputs: int, *, bias: bool = False) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
+def refuse_misfits(config, stored: Mapping[str, StoredTensor], names: Mapping[str, str], where: str) -> None:
+    """Raise unless the stored tensors are those of `config`: before any is made, so that no size can take the memory.
+
+    Raises:
+        CheckpointError: They are not; the message names tensors and sizes.
+    """
+    for name in ("num_hidden_layers", "num_aux_hidden_states"):  # modules are made of these, before any shape is known
+        if getattr(config, name) > len(stored):
+            raise CheckpointError(
+                f"{where}: {name} is {getattr(config, name)} in config.json, and there are {len(stored)} tensors in all."
+            )
+    wanted = tensor_shapes(config)
+    shapes = {ours: stored[name].shape for name, ours in names.items()}
+    if (
+        getattr(config, "quantization_config", None) is not None
+    ):  # stored as the quantiser likes, which the host checks
+        most = MOST_PACKED * sum(map(math.prod, shapes.values()))
+        if (total := sum(map(math.prod, wanted.values()))) > most:
+            raise CheckpointError(f"{where}: {total} numbers by config.json, and at most {most} in the file.")
+        return
+    if "mask_hidden" in wanted and shapes.get("mask_hidden") == wanted["mask_hidden"][-1:]:
+        shapes["mask_hidden"] = wanted["mask_hidden"]  # stored without its two leading ones
+    unexpected = [name for name in shapes.keys() - wanted.keys() if not any(re.match(p, name) for p in NOT_LOADED)]
+    missing = wanted.keys() - shapes.keys()
+    if "t2d" in shapes or config.draft_vocab_size == config.vocab_size:
+        missing -= {"d2t"}
+    both = shapes.keys() & wanted.keys()
+    mismatched = [(name, shapes[name], wanted[name]) for name in both if shapes[name] != wanted[name]]
+    by_our_name = {ours: f"{stored[name].file}: {name}" for name, ours in names.items()}
+    problems = [*list_problems(missing, unexpected, mismatched, by_our_name, where).values()]
+    if problems := problems + _check_dtypes(stored, names):
+        raise CheckpointError("; ".join(problems) + ". config.json and the weights do not agree.")
+
+
+def list_problems(missing, unexpected, mismatched, by_our_name: Mapping[str, str], where: str) -> dict[str, str]:
+    """Tensor -> what is wrong with it, in words."""
+    return {
+        **{
+            name: f"{by_our_name.get(name, f'{where}: {name}')} has shape {list(found)}, expected {list(wanted)}"
+            for name, found, wanted in sorted(mismatched)
+        },
+        **{
+            name: f"{by_our_name.get(name, f'{where}: {name}')} has no place in this drafter"
+            for name in sorted(unexpected)
+        },
+        **{name: f"{where}: {name} is missing" for name in sorted(missing)},
+    }
+
+
+def _check_dtypes(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list[str]:
+    """What is wrong with the dtypes of the stored tensors; the host would cast each to what it needs."""
+    problems = []
+    for name, (file, _, dtype) in stored.items():
+        if names[name] == "d2t":
+            wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
+        elif names[name] == "t2d":
+            wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+        else:
+            wanted, fits = "a float of 16 bits or more, since quantised drafters are not supported", dtype in FLOATS
+        if not fits:
+            problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
+    return problems
 
 
 def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:

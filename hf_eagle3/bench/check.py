@@ -13,7 +13,7 @@ from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
 
 WARM_UP_TOKENS = 8
-PASSES, AT_MOST = 3, 8.0  # over all prompts, and the seconds after which none begins
+PASSES, AT_MOST = 3, 6.0  # over all prompts, and the seconds after which none begins
 POOR = 1.2  # acceptance length under which drafts are hardly ever right
 DEEPER, LESS_DEEP = 0.6, 0.45  # acceptance rates of the last draft token that are worth another depth
 LEAST_GAIN = 1.05  # of another depth that is worth advice
@@ -170,7 +170,7 @@ def check(
     prompts: Sequence[str],
     *,
     load: float,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 32,
     depth: int | None = None,
     on_step: Callable[..., object] = lambda *_: None,
 ) -> Check:

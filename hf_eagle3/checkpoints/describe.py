@@ -11,6 +11,7 @@ from ..modeling.weights_eagle3 import (
     find_file,
     find_weight_files,
     list_tensors,
+    refuse_misfits,
     refuse_outside,
     to_our_names,
 )
@@ -111,7 +112,5 @@ def describe_drafter(
             f"{file}: there are no weights beside it. Expected model.safetensors or pytorch_model.bin."
         )
     where = ", ".join(map(str, files))
-    from ..modeling import Eagle3DrafterModel  # takes seconds to import, and is of no use for published drafters
-
-    Eagle3DrafterModel.refuse_misfits(config, tensors, to_our_names(tensors, WEIGHT_NAMES), where)
+    refuse_misfits(config, tensors, to_our_names(tensors, WEIGHT_NAMES), where)
     return Description(name, "hf-eagle3", config, {key: f"config.json: {key}" for key in config_dict}, tensors)

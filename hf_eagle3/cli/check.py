@@ -8,7 +8,7 @@ from ..console.terminal import say, say_json
 from .arguments import Parser, add_depth, add_device, add_drafter, add_json, add_prompts, add_target, positive
 from .starting import start
 
-NUM_PROMPTS = 4  # of the doctor's
+NUM_PROMPTS = 3  # of the doctor's
 
 
 def add_options(parser: Parser) -> None:
@@ -20,8 +20,8 @@ def add_options(parser: Parser) -> None:
     )
     add_target(parser, in_order=True, required=True)
     add_drafter(parser, in_order=True, required=True)
-    add_prompts(parser, "four of ours")
-    parser.add("--max-new-tokens", type=positive, default=48, metavar="N", help="longest answer, in tokens")
+    add_prompts(parser, "three of ours")
+    parser.add("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer, in tokens")
     add_depth(parser)
     add_device(parser, has_map=True)
     add_json(parser)

@@ -1,5 +1,6 @@
 """Training from the command line: `hf-eagle3 train` and `examples/finetune.py`."""
 
+import inspect
 import itertools
 import sys
 from argparse import ArgumentTypeError
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
+from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 
 from ..console.opening import opening, refuse_drafter, refuse_target
 from ..console.spelling import did_you_mean, respell
@@ -92,6 +93,19 @@ class ModelArguments:
             raise ValueError("load_in_4bit and load_in_8bit are two ways to load one target: give one of them.")
 
 
+def make_parser() -> Any:  # the host's parser
+    """Our options, and after them the host's that keep its meaning and its default."""
+    dataclasses: Any = (ScriptArguments, ModelArguments, Eagle3TrainingArguments)
+    usage = "hf-eagle3 train --target TARGET --train_file JSONL --output_dir DIR [OPTIONS]"
+    parser: Any = HfArgumentParser(dataclasses, description=DESCRIPTION, usage=usage)
+    parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
+    hosts = set(TrainingArguments.__dataclass_fields__) - set(inspect.get_annotations(Eagle3TrainingArguments))
+    ours, theirs = parser._optionals, parser.add_argument_group("options of the host's TrainingArguments")
+    theirs._group_actions = [action for action in ours._group_actions if action.dest in hosts - {"output_dir"}]
+    ours._group_actions = [action for action in ours._group_actions if action not in theirs._group_actions]
+    return parser
+
+
 def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, ModelArguments, Eagle3TrainingArguments]:
     """Options from the file of `--config`, then from `arguments`, which count more.
 
@@ -99,8 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
         ValueError: An option is not known; the message names the nearest that are.
     """
     given = respell_words(sys.argv[1:] if arguments is None else arguments)
-    parser: Any = HfArgumentParser((ScriptArguments, ModelArguments, Eagle3TrainingArguments), description=DESCRIPTION)
-    parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
+    parser = make_parser()
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     known = actions.keys()
     path, given = take_option(given, "config")

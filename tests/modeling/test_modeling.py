@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from helpers.models import DRAFTERS, drafter_config
 from helpers.reference_drafter import DoubleRotary, ReferenceDrafter, inverse_frequencies
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.modeling.weights_eagle3 import tensor_shapes
 
 V, H, T = 64, 32, 9
 SIZES = {
@@ -562,3 +564,17 @@ def test_rope_that_depends_on_length_is_the_hosts(rope, tmp_path):
             assert torch.equal(
                 loaded(ids, aux_hidden_states=states).logits, drafter(ids, aux_hidden_states=states).logits
             )
+
+
+# ---- the tensors of a config ----
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("variant", [*DRAFTERS, "mla_direct"])
+def test_shapes_are_those_of_the_network(variant, biases):
+    overrides = {**DRAFTERS["mla"], "q_lora_rank": None} if variant == "mla_direct" else DRAFTERS[variant]
+    is_latent, has_fc = "kv_lora_rank" in overrides, overrides.get("use_aux_hidden_state", True)
+    further = {"mlp_bias": biases, "attention_bias": biases and not is_latent, "fc_bias": biases and has_fc}
+    config = drafter_config(**{**overrides, **further})
+    found = {name: tuple(tensor.shape) for name, tensor in Eagle3DrafterModel(config).state_dict().items()}
+    assert tensor_shapes(config) == found

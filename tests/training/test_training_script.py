@@ -242,5 +242,19 @@ def test_help_lists_what_there_is_to_set(capsys):
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for name in ("--config", "--target", "--ttt_steps", "--use_peft", "--learning_rate"):
-        assert name in said
+    ours = (
+        "--target",
+        "--drafter",
+        "--train_file",
+        "--output_dir",
+        "--use_peft",
+        "--ttt_steps",
+        "--learning_rate",
+        "--config",
+    )
+    hosts = ("options of the host's TrainingArguments", "--per_device_train_batch_size", "--save_steps", "--bf16")
+    places = [
+        [said.index(f"\n  {name}" if name.startswith("--") else name) for name in names] for names in (ours, hosts)
+    ]
+    assert max(places[0]) < min(places[1])
+    assert said.startswith("usage: hf-eagle3 train --target TARGET --train_file JSONL --output_dir DIR [OPTIONS]\n\n")
