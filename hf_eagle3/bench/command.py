@@ -56,8 +56,8 @@ def measure_all(args: argparse.Namespace, team: Team, steps: Steps) -> bool:
 
 def measure_sizes(args: argparse.Namespace, team: Team, steps: Steps, step: Progress) -> Tables:
     """Every batch size, one after the other."""
-    step("Loading the models")
-    setting = load_setting(args, team, steps)
+    with step.aside("Loading the models"):
+        setting = load_setting(args, team, steps)
     step("Measuring how fast weights are read")
     account = make_account(setting.target, setting.drafter, setting.depth, args.read_bandwidth)
     tables = Tables(args, describe_setting(args, setting, account, num_processes=team.size))

@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None:
         refuse_target("--target", args.target)
     with Progress() as step:
-        step("Loading the drafter")
-        with opening("DRAFTER", args.drafter):
+        with step.aside("Loading the drafter"), opening("DRAFTER", args.drafter):
             drafter = AutoModel.from_pretrained(args.drafter)
         step("Writing, loading back and comparing")
         found = export(drafter, args.out, to=args.to, target=args.target, metrics=metrics, repo_id=args.repo_id)

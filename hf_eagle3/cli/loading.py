@@ -29,14 +29,12 @@ def load_pair(args: argparse.Namespace, step: Progress) -> Pair:
     device = choose_device(args.device)
     refuse_drafter("--drafter", args.drafter)
     refuse_target("--target", args.target)
-    step(f"Loading {args.target}")
-    with opening("--target", args.target):
+    with step.aside(f"Loading {args.target}"), opening("--target", args.target):
         tokenizer = AutoTokenizer.from_pretrained(args.target)
         target = AutoModelForCausalLM.from_pretrained(
             args.target, dtype=choose_dtype(args.dtype, device), device_map=args.device_map or device
         ).eval()
-    step(f"Loading {args.drafter}")
-    with opening("--drafter", args.drafter):
+    with step.aside(f"Loading {args.drafter}"), opening("--drafter", args.drafter):
         drafter = AutoModel.from_pretrained(args.drafter, dtype=target.dtype, device_map={"": target.device}).eval()
     refuse_other_models(drafter, args.drafter)
     return Pair(target, drafter, tokenizer)

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +42,18 @@ class Progress:
         if text != self._text or now - self._time > SELDOM:
             note(text + (f" ({done} of {total})" if total and done else "") + " ...")
             self._text, self._time = text, now
+
+    @contextmanager
+    def aside(self, text: str) -> Iterator[None]:
+        """A step with bars of its own, as the host has for downloads: the moving line makes room for them."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+        self(text)
+        yield
+        if bar is not None:
+            self._bar = bar
+            bar.start()
 
     def __enter__(self) -> "Progress":
         if not self._is_silent and sys.stderr.isatty():

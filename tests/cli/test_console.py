@@ -58,6 +58,21 @@ def test_line_moves_in_a_terminal_and_is_gone_in_the_end(monkeypatch):
     assert "\x1b[2K" in text.rpartition("Answering")[2]  # the line is erased
 
 
+def test_line_makes_room_for_bars_of_others(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress() as step:
+        step("Warming up")
+        with step.aside("Loading"):
+            assert sys.stderr is terminal  # not the bar's
+            before = terminal.tell()
+            sys.stderr.write("42 %\r")
+        assert terminal.getvalue()[:before].endswith("Loading ...\n")
+        step("Comparing")
+        step._bar.refresh()
+    assert "Comparing" in terminal.getvalue()
+
+
 def test_bar_ends_with_the_command_that_fails(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     step = Progress()
