@@ -26,7 +26,7 @@ def load_pair(args: argparse.Namespace, step: Progress) -> Pair:
         ValueError: They are not there, or something else; the message names the option.
     """
     host_logging.disable_progress_bar()
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.device_map)
     refuse_drafter("--drafter", args.drafter)
     refuse_target("--target", args.target)
     with step.aside(f"Loading {args.target}"), opening("--target", args.target):

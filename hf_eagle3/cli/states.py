@@ -92,7 +92,7 @@ def make_writer(args: argparse.Namespace) -> "StateWriter":
     from ..training.states.writer import StateWriter
 
     host_logging.disable_progress_bar()
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.device_map)
     refuse_target("--target", args.target)
     if args.drafter is not None:
         refuse_drafter("--drafter", args.drafter)

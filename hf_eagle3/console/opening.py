@@ -107,15 +107,17 @@ def is_drafters_config(config: "PreTrainedConfig") -> bool:
     return config.model_type == Eagle3DrafterConfig.model_type
 
 
-def choose_device(name: str, option: str = "--device") -> str:
-    """The device that a user names; for auto, a GPU where there is one, and else the CPU.
+def choose_device(name: str, device_map: str | None = None) -> str:
+    """The device that `--device` names; for auto, a GPU where there is one, and else the CPU.
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: There is no such device here, or `--device-map` says something else.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    refuse_device(name, option)
+    if device_map is not None:
+        raise ValueError(f"--device {name} and --device-map {device_map} both say where the target goes: give one.")
+    refuse_device(name)
     return name
 
 
@@ -124,22 +126,22 @@ def choose_dtype(name: str | None, device: str) -> torch.dtype | str:
     return getattr(torch, name) if name is not None else "float32" if torch.device(device).type == "cpu" else "auto"
 
 
-def refuse_device(name: str, option: str = "--device") -> None:
+def refuse_device(name: str) -> None:
     """Raise if there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            f"{option} {name} is no device that PyTorch knows: give auto, cpu, cuda, cuda:1, ..."
+            f"--device {name} is no device that PyTorch knows: give auto, cpu, cuda, cuda:1, ..."
         ) from error
     if device.type == "cuda":  # checked without using it: a launcher must not take memory there
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(
-                f"{option} {name} is not there: PyTorch sees {count} CUDA devices. Give {option} cpu, ..."
+                f"--device {name} is not there: PyTorch sees {count} CUDA devices. Give --device cpu, ..."
             )
         return
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"{option} {name} cannot be used here ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"--device {name} cannot be used here ({type(error).__name__}: {error}).") from error

@@ -107,6 +107,20 @@ def test_target_without_a_chat_template_is_refused(chat, folders, tokenizer, cap
     assert "has no chat template" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--device", "cpu", "--device-map", "auto"], "--device cpu and --device-map auto both say where"),
+        (["--num-draft-tokens", "65"], "up to 64, 0 for none; got 65"),
+        (["--device", "banana"], "--device banana is no device that PyTorch knows"),
+    ],
+    ids=["two-places", "too-deep", "no-device"],
+)
+def test_what_cannot_be_meant_is_refused(folders, options, says, capsys):
+    assert cli.main(["chat", str(folders / "target"), str(folders / "drafter"), *options]) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "warm"])
 def test_temperature_is_a_number_of_at_least_0(value, capsys):
     with pytest.raises(SystemExit, match="2"):
