@@ -1,13 +1,13 @@
 """A look at a target and its drafter that takes seconds: equal texts, speed, and one sentence of advice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..host.loop_choice import OWN_LOOP
-from ..host.shapes import find_depth
+from ..host.shapes import read_depth
 from .equality import HALVES, Text, first_difference, measure_gap
 from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
@@ -15,8 +15,7 @@ from .side_by_side import Comparison, answer, compare, encode
 WARM_UP_TOKENS = 8
 PASSES, AT_MOST = 3, 6.0  # over all prompts, and the seconds after which none begins
 POOR = 1.2  # acceptance length under which drafts are hardly ever right
-DEEPER, LESS_DEEP = 0.6, 0.45  # acceptance rates of the last draft token that are worth another depth
-LEAST_GAIN = 1.05  # of another depth that is worth advice
+LEAST_GAIN = 1.05  # of rounds that choose what they draft, to be worth advice
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Check:
 
     found: Comparison
     differences: list[Difference]
-    depth: int  # K
-    other: tuple[int, float] | None  # another depth that was tried, and how many times as fast it is
+    chosen: float | None  # how many times as fast rounds are that choose what they draft; None where they did
     is_half: bool  # dtypes of 16 bits, in which ties are possible
     on_gpu: bool
 
@@ -63,6 +61,11 @@ class Check:
         """Which loop decoded with the drafter, and why."""
         counted = self.found.drafted[0][0].speculation
         return (counted.loop, counted.why) if counted is not None else ("", "no drafter took part")
+
+    @property
+    def depth(self) -> int:
+        """K, draft tokens a round at most."""
+        return max((runs[0].speculation.depth for runs in self.found.drafted if runs[0].speculation), default=0)
 
     @property
     def rates(self) -> list[float | None]:
@@ -108,7 +111,7 @@ class Check:
             "acceptance_length": self.found.acceptance_length,
             "acceptance_rate_by_depth": self.rates,
             "round_cost": self.round_cost,
-            "other_depth": None if self.other is None else {"depth": self.other[0], "times_as_fast": self.other[1]},
+            "chosen_times_as_fast": self.chosen,
             "loop": self.loop[0],
             "why": self.loop[1],
             "disturbance": self.found.disturbance,
@@ -138,10 +141,10 @@ ADVICE: tuple[tuple[Callable[[Check], bool], Callable[[Check], str]], ...] = (
         ),
     ),
     (
-        lambda c: c.other is not None and c.other[1] >= LEAST_GAIN,
+        lambda c: (c.chosen or 0) >= LEAST_GAIN,
         lambda c: (
-            f"Draft {c.other and c.other[0]} tokens a round (num_assistant_tokens): "
-            f"{c.other and c.other[1]:.2f} times as fast as {c.depth} here."
+            f"Let rounds choose what they draft (num_assistant_tokens=None): {c.chosen:.2f} times as fast as "
+            f"{c.depth} tokens each here."
         ),
     ),
     (
@@ -183,11 +186,11 @@ def check(
         prompts: Turns of a user.
         load: As `read_load` gave it before anything ran.
         max_new_tokens: Longest answer, in tokens.
-        depth: K; the drafter's own by default.
+        depth: K; by default the drafter's own, or as rounds choose.
         on_step: Called with what comes next, and where it is counted, how many are done and of how many.
     """
-    depth = find_depth(depth, drafter)
-    drafter.generation_config.num_assistant_tokens = depth
+    if depth is not None:
+        drafter.generation_config.num_assistant_tokens = read_depth(depth).depth
     on_step("Warming up")
     for assistant in (None, drafter):
         answer(target, encode(tokenizer, prompts[0], target), assistant, WARM_UP_TOKENS)
@@ -201,24 +204,15 @@ def check(
     )
     on_step("Comparing the texts")
     differences = find_differences(target, tokenizer, found)
-    partial = Check(found, differences, depth, None, target.dtype in HALVES, target.device.type == "cuda")
-    if (other := choose_other_depth(depth, partial.rates)) is None:
-        return partial
-    on_step(f"Trying {other} draft tokens a round")
-    drafter.generation_config.num_assistant_tokens = other
+    checked = Check(found, differences, None, target.dtype in HALVES, target.device.type == "cuda")
+    if drafter.generation_config.num_assistant_tokens is None or checked.loop[0] != OWN_LOOP:
+        return checked
+    on_step("Letting rounds choose what they draft")
     seconds = 0.0
     for prompt in prompts:
-        seconds += answer(target, encode(tokenizer, prompt, target), drafter, max_new_tokens).seconds
-    drafter.generation_config.num_assistant_tokens = depth
-    return Check(found, differences, depth, (other, found.seconds[1] / seconds), partial.is_half, partial.on_gpu)
-
-
-def choose_other_depth(depth: int, rates: Sequence[float | None]) -> int | None:
-    """A depth that may be faster, by how often the last draft token is right; None if none may."""
-    last = rates[depth - 1] if 0 < depth <= len(rates) else None
-    if last is None:
-        return None
-    return depth + 1 if last >= DEEPER else depth - 1 if last < LESS_DEEP and depth > 1 else None
+        inputs = encode(tokenizer, prompt, target)
+        seconds += answer(target, inputs, drafter, max_new_tokens, draft_shape="auto").seconds
+    return replace(checked, chosen=found.seconds[1] / seconds)
 
 
 def find_differences(

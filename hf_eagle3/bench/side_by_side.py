@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,6 +131,7 @@ def answer(
     drafter: PreTrainedModel | None,
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
+    **options: Any,  # further ones of `generate`
 ) -> Run:
     """One timed greedy `generate` call."""
     synchronize(target.device)
@@ -142,6 +143,7 @@ def answer(
         do_sample=False,
         return_dict_in_generate=True,
         streamer=streamer,
+        **options,
     )
     tokens = tuple(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())  # waits for the device
     return Run(tokens, time.perf_counter() - start, getattr(out, "speculation", None))

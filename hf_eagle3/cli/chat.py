@@ -55,13 +55,14 @@ def run(args: argparse.Namespace) -> int:
     refuse_missing("--target", args.target)
     refuse_missing("--drafter", args.drafter)
     start()
-    from ..host.generate import resolve_depth
+    from ..host.shapes import read_depth
     from .conversation import Conversation
     from .loading import load_pair
 
     with Progress() as step:
         pair = load_pair(args, step)
-    pair.drafter.generation_config.num_assistant_tokens = resolve_depth(args.num_draft_tokens, pair.drafter)
+    if args.num_draft_tokens is not None:
+        pair.drafter.generation_config.num_assistant_tokens = read_depth(args.num_draft_tokens).depth
     conversation = Conversation(pair, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     for name, what in COMMANDS.items():
         note(f"{name:6}  {what}")

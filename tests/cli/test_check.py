@@ -10,7 +10,7 @@ from helpers.models import make_target
 from helpers.tokenizers import tokenizer as make_words
 
 from hf_eagle3 import cli
-from hf_eagle3.bench.check import Check, Difference, choose_other_depth, find_differences
+from hf_eagle3.bench.check import Check, Difference, find_differences
 from hf_eagle3.bench.side_by_side import Comparison, Run, answer, encode
 from hf_eagle3.host.loop_choice import OWN_LOOP
 from hf_eagle3.speculation.stats import Speculation
@@ -45,6 +45,7 @@ def test_verdict_as_json(check):
     assert found["speed_up"] > 0
     assert found["acceptance_length"] >= 1
     assert found["advice"]
+    assert found["chosen_times_as_fast"] > 0
 
 
 def test_texts_that_differ_are_named_and_fail(check, drafter, folders):
@@ -74,13 +75,13 @@ def test_tie_is_named_in_16_bits(dtype):
     assert (": a tie, " in str(difference)) == difference.is_tie
 
 
-def make_check(*, plain=10.0, drafted=5.0, accepted=2, loop=OWN_LOOP, other=None, **options) -> Check:
+def make_check(*, plain=10.0, drafted=5.0, accepted=2, loop=OWN_LOOP, chosen=None, **options) -> Check:
     speculation = Speculation(loop, "for a reason", 3)
     for _ in range(10 if accepted is not None else 0):
         speculation.count(3, accepted)
     tokens = tuple(range(30))
     found = Comparison(["a"], [[Run(tokens, plain, None)] * 2], [[Run(tokens, drafted, speculation)] * 2])
-    return Check(found, [], 3, other, is_half=options.get("is_half", False), on_gpu=options.get("on_gpu", False))
+    return Check(found, [], chosen, is_half=options.get("is_half", False), on_gpu=options.get("on_gpu", False))
 
 
 TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
@@ -94,8 +95,11 @@ TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
         (replace(make_check(), differences=[replace(TIE, gap=0.03)]), "Texts differ where they must not"),
         (make_check(accepted=None), "No draft was verified (for a reason)"),
         (make_check(accepted=0), "`hf-eagle3 doctor` measures whether"),
-        (make_check(other=(4, 1.2)), "Draft 4 tokens a round (num_assistant_tokens): 1.20 times as fast as 3 here."),
-        (make_check(other=(4, 1.01)), "Keep it as it is"),
+        (
+            make_check(chosen=1.2),
+            "Let rounds choose what they draft (num_assistant_tokens=None): 1.20 times as fast as 3",
+        ),
+        (make_check(chosen=1.01), "Keep it as it is"),
         (
             make_check(drafted=20.0),
             "Leave the drafter out here: a round takes as long as 6.0 plain steps and brings 3.00",
@@ -108,7 +112,7 @@ TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
         (make_check(on_gpu=True, is_half=True), "Keep it as it is"),
     ],
     ids=[
-        *("fast", "tie", "differs", "undrafted", "poor", "deeper", "hardly-deeper", "slow", "host", "gpu", "gpu-half"),
+        *("fast", "tie", "differs", "undrafted", "poor", "chosen", "hardly-chosen", "slow", "host", "gpu", "gpu-half"),
     ],
 )
 def test_advice(found, says):
@@ -121,19 +125,3 @@ def test_busy_machine_is_the_advice():
     found = make_check()
     found.found.load = 2.0
     assert found.advice.startswith("Check again when the machine is quiet: 2.0 processes wanted each core")
-
-
-@pytest.mark.parametrize(
-    ("depth", "rates", "other"),
-    [
-        (3, [0.9, 0.8, 0.7], 4),
-        (3, [0.9, 0.6, 0.5], None),
-        (3, [0.9, 0.6, 0.3], 2),
-        (1, [0.3], None),
-        (3, [0.9, 0.6], None),
-        (2, [0.9, None], None),
-        (0, [], None),
-    ],
-)
-def test_another_depth_is_tried_where_the_last_draft_token_says_so(depth, rates, other):
-    assert choose_other_depth(depth, rates) == other
