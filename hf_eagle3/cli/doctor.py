@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pin is not None:
         refuse_used_folder(args.pin, "--pin")
     start()
+    from ..console.tables import say_table
     from ..diagnosis.readings import PROMPTS, doctor
     from .loading import load_pair
 
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say_json(found.to_dict())
     else:
-        say(str(found))
+        say_table(found.head, found.rows)
+        say(f"\n{found.verdict}")
     if args.pin is not None:
         found.drafter.save_pretrained(args.pin)
         if not args.json:

@@ -107,17 +107,25 @@ class Diagnosis:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
-        rows = [("as declared", self.declared), *((f"{r.trait}: {r.name}", score) for r, score in self.readings)]
+    @property
+    def head(self) -> list[str]:
+        """The names of the columns of `rows`."""
+        return ["reading", "acceptance length", *(f"agrees at {k + 1}" for k in range(self.declared.depth))]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """What each reading brings, in words and numbers."""
+        found = [("as declared", self.declared), *((f"{r.trait}: {r.name}", score) for r, score in self.readings)]
         if len(self.faults) > 1:
-            rows.append(("all of the best together", self.best))
-        width = max(len(name) for name, _ in rows)
-        depths = " ".join(f"depth {k + 1}" for k in range(self.declared.depth))
-        lines = [f"{'reading':{width}}  acceptance length  agreement at {depths}"]
-        for name, score in rows:
-            rates = " ".join(f"{rate:7.2f}" for rate in score.rates)
-            lines.append(f"{name:{width}}  {score.acceptance_length:17.2f}  {'':12} {rates}")
-        lines += ["", f"{len(self.declared.accepted)} positions of text that the target generated."]
+            found.append(("all of the best together", self.best))
+        return [
+            [name, f"{score.acceptance_length:.2f}", *(f"{rate:.2f}" for rate in score.rates)] for name, score in found
+        ]
+
+    @property
+    def verdict(self) -> str:
+        """What follows from it, in lines."""
+        lines = [f"{len(self.declared.accepted)} positions of text that the target generated."]
         lines += [f"Note: {note}" for note in self.notes]
         if self.is_declared_best:
             lines.append("The declared reading is the best.")
@@ -136,6 +144,17 @@ class Diagnosis:
                 "template, or its weights are not what they should be."
             )
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        rows = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+            )
+            for name, *cells in rows
+        ]
+        return "\n".join([*lines, "", self.verdict])
 
 
 def doctor(

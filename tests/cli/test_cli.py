@@ -88,7 +88,7 @@ def test_doctor_and_its_pin(folders, capsys):
         ]
     )
     out = capsys.readouterr().out
-    assert "agreement at depth 1 depth 2" in out
+    assert re.search(r"^reading +acceptance length +agrees at 1 +agrees at 2$", out, re.MULTILINE)
     assert status == ("NOT the best" in out)
     assert f"The drafter is in {folders / 'pin'}" in out
     assert type(AutoModel.from_pretrained(folders / "pin")) is Eagle3DrafterModel

@@ -202,6 +202,27 @@ def test_what_is_missing_is_named(recipe, folder, capsys):
         main(["--config", str(recipe)])
 
 
+@pytest.mark.parametrize(
+    ("typed", "field", "value"),
+    [
+        ("--target a", "target", "a"),
+        ("--model=a", "target", "a"),
+        ("--target-model-name-or-path a", "target", "a"),
+        ("--drafter b", "drafter", "b"),
+        ("--drafter_name_or_path=b", "drafter", "b"),
+        ("--model_name_or_path b", "drafter", "b"),  # as TRL calls what is trained
+        ("--assistant-model b", "drafter", "b"),
+    ],
+)
+def test_models_are_taken_in_every_spelling(typed, field, value, tmp_path):
+    script, _, _ = parse(["--output_dir", str(tmp_path), "--use_cpu", *typed.split()])
+    assert getattr(script, field) == value
+    name, _, _ = typed[2:].replace("=", " ").partition(" ")
+    (tmp_path / "recipe.yaml").write_text(f"{name}: {value}\nuse_cpu: true\noutput_dir: {tmp_path}\n")
+    script, model, _ = parse(["--config", str(tmp_path / "recipe.yaml"), "--dtype", "bfloat16"])
+    assert (getattr(script, field), model.target_dtype) == (value, "bfloat16")
+
+
 def test_the_target_is_loaded_as_asked(recipe):
     _, model, args = parse(["--config", str(recipe), "--load_in_4bit", "--attn_implementation", "eager"])
     options = target_options(model, args)
