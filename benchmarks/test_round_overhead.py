@@ -22,7 +22,8 @@ from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel
 from hf_eagle3.host.loop_choice import OWN_LOOP
 from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import RowCache
-from hf_eagle3.speculation.accept import accept_greedy, accept_sampled
+from hf_eagle3.speculation.accept import accept_greedy
+from hf_eagle3.speculation.block_verification import accept_block
 
 pytest.importorskip("pytest_benchmark")
 
@@ -169,7 +170,7 @@ def test_sampled_acceptance_against_softmax(benchmark, num_rows):
     tokens = q.argmax(-1)
     compare(
         benchmark,
-        lambda: accept_sampled(tokens, q, logits.softmax(-1)),
+        lambda: accept_block(tokens, q, logits.softmax(-1)),
         lambda: logits.softmax(-1),
         against="softmax",
     )

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from ..drafters.draft import DrafterMemory
 from ..rows.attention import own_attention
 from ..rows.cache import RowCache, count_cached_layers, to_bucket
-from ..speculation.accept import Proposal
 from ..speculation.shape import Shapes
+from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import local
 from .cuda_graphs import new_pool, synchronize

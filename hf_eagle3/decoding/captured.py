@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from ..drafters.draft import DrafterMemory
 from ..kernels.fusion import fused, has_forward_hooks
 from ..kernels.language import is_available
+from ..kernels.noise import add_noise_rows
 from ..kernels.temperature import divide_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
-from ..speculation.accept import Proposal
 from ..speculation.shape import DraftShape
+from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import call_before_groups_end, find_peers, is_spread
 from .arena import Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
@@ -264,7 +265,7 @@ class CapturedPhases(Phases):
     def _key(self, num_rows: int) -> tuple:
         """What tells sets of graphs apart."""
         config = self.config
-        rule = (config.rule, config.do_sample, config.simulated_length, config.is_seeded)
+        rule = (self.rule, config.do_sample, config.simulated_length, config.is_seeded)
         return (
             num_rows,
             self.shape,
@@ -290,6 +291,8 @@ class CapturedPhases(Phases):
             warper.divide = divide_rows
         phases = Phases(self.models, state, memory, warper, self.config)
         phases.switch(self.shape)
+        if is_available(self.arena.device):
+            phases.add_noise = add_noise_rows
 
         is_fixed = self.config.shapes.is_fixed
 

@@ -20,10 +20,12 @@ from ..recorder import StateRecorder
 from ..rows.attention import over_masks
 from ..rows.cache import RowCache, count_cached_layers, to_bucket
 from ..rows.rotation import own_lengths
-from ..speculation.accept import Proposal, Verdict
+from ..speculation.accept import RULES
 from ..speculation.costs import Chooser
 from ..speculation.numbers import has_nan, raise_if_nan
+from ..speculation.shared_noise import draw_seed
 from ..speculation.stats import Stopwatch
+from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena
@@ -191,7 +193,7 @@ class Engine:
             self._stack.enter_context(target._optimize_model_for_decode())
         self.rows, self._prompt, self._transcript = list(rows), prompt, transcript
         self._numbers = {id(row): number for number, row in enumerate(rows)}
-        seeds = [0 if row.seed is None else row.seed for row in rows]
+        seeds = [draw_seed() if row.seed is None and config.needs_seeds else row.seed or 0 for row in rows]
         state = RoundState.behind(prompt, max_length=config.max_length, seeds=seeds)
         kind = find_kind(None if self._proposer is None else self._proposer.config)
         models = Models(target, self._proposer, kind, self.recorder, make_agree(target))
@@ -308,9 +310,9 @@ class Engine:
                 self.chooser.note(len(rows), shape, (), None)
         else:
             with self.clocks.accept:
-                report, scores = self.phases.accept(proposal, verified)
+                report, scores, path = self.phases.accept(proposal, verified)
             read = DeviceRead(report)
-            self._launched.append(Launched(self.rows, shape, is_steady, read, scores, verified.logits))
+            self._launched.append(Launched(self.rows, shape, is_steady, read, scores, verified.logits, path))
             if len(self._launched) <= self.phases.rounds_in_flight:
                 return
             launched = self._launched.popleft()
@@ -333,20 +335,20 @@ class Engine:
 
     def _accept_in_python(self, proposal: Proposal, verified: Verified) -> None:
         """Accept where processors look at the text, and commit."""
-        phases, config, K = self.phases, self.config, proposal.tokens.shape[1]
+        phases, config = self.phases, self.config
         with self.clocks.host:
             raise_if_nan(bool(has_nan(verified.logits[:, 0])))
-            limits = [K] * len(self.rows)
-            if (last := config.starts_anew) is not None and K:
-                limits = [last - n if n <= last else K for n in phases.state.length.tolist()]
+            limits = [phases.shape.depth] * len(self.rows)
+            if (last := config.starts_anew) is not None:
+                limits = [last - n if n <= last else limits[0] for n in phases.state.length.tolist()]
             decide: Callable[..., Verdict] = partial(accept_in_order, rows=self.rows)
             if self._transcript is not None:
                 decide = partial(accept_in_step, transcript=self._transcript)
             verdict = decide(
                 proposal,
                 verified.logits,
-                do_sample=config.do_sample,
-                noise=phases.noise,
+                rule=RULES[phases.rule],
+                judging=phases.judging,
                 agree=phases.models.agree,
                 limits=limits,
             )

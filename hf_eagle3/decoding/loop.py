@@ -50,8 +50,9 @@ class Launched(NamedTuple):
     shape: DraftShape | None  # None after the prompt
     is_steady: bool  # whether nothing but a round of this shape ran since the one before
     device_read: DeviceRead
-    scores: Tensor
-    logits: Tensor
+    scores: Tensor  # [B, N+1, V]
+    logits: Tensor  # [B, N+1, V]
+    path: Tensor | None  # [B, D+1], as of `Verdict`
 
     def read(self) -> Report:
         """Wait for its report: the round's wait."""
@@ -69,7 +70,8 @@ class Launched(NamedTuple):
             keeps = row.scores is not None or row.logits is not None  # a view of each is most of the time here
             try:
                 for k in range(report.num_accepted[b] + 1):
-                    chosen_by = (self.scores[b, k], self.logits[b, k]) if keeps else (None, None)
+                    node = k if self.path is None else self.path[b, k]
+                    chosen_by = (self.scores[b, node], self.logits[b, node]) if keeps else (None, None)
                     if row.append(report.tokens[b][k], *chosen_by):
                         break
             except Exception as error:  # noqa: BLE001  raised where the row is asked for

@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compat import CACHE_NAME
-from ..drafters.draft import DrafterKind, DrafterMemory, choose_greedy, make_choose_sampled
+from ..drafters.draft import (
+    Choose,
+    DrafterKind,
+    DrafterMemory,
+    choose_greedy,
+    make_choose_sampled,
+    make_choose_shared,
+)
 from ..recorder import StateRecorder, find_layers
 from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
 from ..rows.masks import Masks, make_masks
 from ..rows.rotation import at_once, one_by_one, rotating
-from ..speculation.accept import RULES, Judging, Proposal, Verdict, stop_before
-from ..speculation.noise import GlobalNoise, Noise, SeededNoise
+from ..speculation.accept import RULES, SHARED, Judging, stop_before
+from ..speculation.noise import GlobalNoise, SeededNoise
 from ..speculation.numbers import has_nan
 from ..speculation.shape import NONE, DraftShape
+from ..speculation.shared_noise import AddNoise, SharedNoise, add_noise
+from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import Agree
 from .state import RoundConfig, RoundState
@@ -39,7 +48,7 @@ def run_target(target: PreTrainedModel, state: RoundState, tokens: Tensor, block
     """Logits [B, T, V] of the `tokens` [B, T] of a block."""
     cache = state.cache
     places = torch.minimum(block.places, state.last_position)
-    position_ids = places + state.shift if state.asked is None else state.asked(places, tokens)
+    position_ids = places + state.shift if state.asked is None else state.asked(places, tokens, block.ancestry)
     text_config = target.config.get_text_config(decoder=True)
     with cache.writing(block):
         masks = make_masks(text_config, block, cache.num_visible, target.dtype)
@@ -117,6 +126,7 @@ class Accepted(NamedTuple):
 
     report: Tensor  # [B*(D+1) + 2*B + 1] int64: new tokens, how many draft tokens were kept, where that ended, any NaN
     scores: Tensor  # [B, N+1, V], what tokens were chosen by; float32 but where the logits themselves were
+    path: Tensor | None  # [B, D+1], as of `Verdict`
 
 
 class Models(NamedTuple):
@@ -162,22 +172,38 @@ class Phases:
         around: Sequence[AbstractContextManager] = (),
     ):
         self.models, self.state, self.memory, self.warper, self.config = models, state, memory, warper, config
+        self.add_noise: AddNoise = add_noise  # captured rounds have a kernel
         self._around = around
         self.shape = config.shape  # of the next round
 
     @property
-    def noise(self) -> Noise:
-        """Where chance comes from."""
-        return SeededNoise(self.state.seeds, self.state.length) if self.config.is_seeded else GlobalNoise()
+    def judging(self) -> Judging:
+        """What the accept rule may need."""
+        state, config = self.state, self.config
+        noise = SeededNoise(state.seeds, state.length) if config.is_seeded else GlobalNoise()
+        shared = SharedNoise(state.seeds, state.length, self.add_noise)
+        return Judging(self.shape, noise, shared, config.simulated_length)
+
+    @property
+    def rule(self) -> str:
+        """The name of the accept rule of the next round."""
+        return self.config.find_rule(self.shape)
+
+    @property
+    def choose(self) -> Choose:
+        """How draft tokens are chosen, which the accept rule must know."""
+        if self.rule == SHARED:
+            assert self.models.drafter is not None
+            return make_choose_shared(self.warper, self.judging.shared, self.models.drafter.draft_to_target_ids)
+        return make_choose_sampled(self.warper, self.judging.noise) if self.config.do_sample else choose_greedy
 
     def draft(self) -> Proposal:
         """Propose the shape's tokens in each row."""
-        models, config = self.models, self.config
+        models = self.models
         if not self.shape.num_nodes or models.drafter is None:
             return Proposal(self.state.root.new_zeros(len(self.state.root), 0), None)
-        choose = make_choose_sampled(self.warper, self.noise) if config.do_sample else choose_greedy
         memory = self.memory.narrowed(self.shape.max_new)
-        tokens, probs = models.kind.propose(models.drafter, memory, self.shape, choose)
+        tokens, probs = models.kind.propose(models.drafter, memory, self.shape, self.choose)
         device = self.state.root.device
         tokens = models.agree(tokens.to(device))
         if probs is None:
@@ -195,7 +221,7 @@ class Phases:
         config, shape = self.config, self.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
         scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
-        verdict = RULES[config.rule](proposal, scores, Judging(shape, self.noise, config.simulated_length))
+        verdict = RULES[self.rule].judge(proposal, scores, self.judging._replace(shape=shape))
         verdict = agree_on(verdict, self.models.agree)
         if (last := config.starts_anew) is not None:
             # Behind so many tokens the draft was verified over a cache that plain decoding no longer has.
@@ -205,7 +231,8 @@ class Phases:
         tokens = self.commit(proposal, verdict, verified.states)
         is_nan = has_nan(verified.logits[:, 0])
         ends = verdict.num_accepted if verdict.path is None else verdict.path[:, -1]
-        return Accepted(torch.cat([tokens.flatten(), verdict.num_accepted, ends, is_nan.long()[None]]), scores)
+        report = torch.cat([tokens.flatten(), verdict.num_accepted, ends, is_nan.long()[None]])
+        return Accepted(report, scores, verdict.path)
 
     def commit(self, proposal: Proposal, verdict: Verdict, states: Tensor | None) -> Tensor:
         """Make the accepted tokens and the next token text, for both models; those tokens [B, D+1], junk behind them."""

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from ..compat import CACHE_NAME
+from ..speculation.tree import Ancestry
 
 NAMES = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 # What our forwards have, whatever a target prepares. `return_dict` the host adds itself.
@@ -166,18 +167,32 @@ class AskedPositions:
         """Those of these rows alone."""
         return AskedPositions(self._target, [self._rows[b] for b in rows])
 
-    def __call__(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Position ids [B, T], or [axes, B, T], of `tokens` [B, T] at `slots` [B, T]. It waits for both.
+    def commit(self, length: Tensor, tokens: Tensor, num_new: Tensor) -> None:
+        """Let the first `num_new` [B] of `tokens` [B, n] be the text behind `length` [B] positions."""
+        for row, place, new, n in zip(self._rows, length.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
+            row.text[place - row.extra :] = new[:n]
+
+    def __call__(self, places: Tensor, tokens: Tensor, ancestry: Ancestry | None) -> Tensor:
+        """Position ids [B, T], or [axes, B, T], of `tokens` [B, T] at `places` [B, T]. It waits for both.
+
+        Args:
+            ancestry: Of the tokens, if they are no chain: each is asked about behind its ancestors.
 
         Raises:
             UnfollowableError: The target prepares something else than positions.
         """
+        T = tokens.shape[1]
+        sees = [(2 << t) - 1 for t in range(T)] if ancestry is None else ancestry.bits.tolist()
+        before = [[j for j in range(t) if bits >> j & 1] for t, bits in enumerate(sees)]
         rows = []
-        for row, row_slots, row_tokens in zip(self._rows, slots.tolist(), tokens.tolist(), strict=True):
-            row.forget_before(row_slots[0])
-            asked = [self._ask(row, *new) for new in zip(row_slots, row_tokens, strict=True)]
+        for row, row_places, row_tokens in zip(self._rows, places.tolist(), tokens.tolist(), strict=True):
+            row.forget_before(row_places[0])
+            first, asked = row_places[0] - row.extra, []
+            for ancestors, place, token in zip(before, row_places, row_tokens, strict=True):
+                row.text[first:] = [row_tokens[j] for j in ancestors]
+                asked.append(self._ask(row, place, token))
             rows.append(torch.cat(asked, dim=-1))
-        return torch.cat(rows, dim=-2).to(slots.device)
+        return torch.cat(rows, dim=-2).to(places.device)
 
     def _ask(self, row: AskedRow, slot: int, token: int) -> Tensor:
         """Position ids [1, 1] or [axes, 1, 1] of a token behind those of a row."""

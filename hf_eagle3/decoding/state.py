@@ -9,8 +9,9 @@ from transformers import LogitsProcessor
 
 from ..drafters.draft import Committed
 from ..rows.cache import RowCache
-from ..speculation.accept import Proposal, Verdict
+from ..speculation.accept import BLOCK, GREEDY, SHARED, SIMULATED
 from ..speculation.shape import NONE, DraftShape, Shapes
+from ..speculation.verdict import Proposal, Verdict
 from .prefill import Prompt
 from .preparation import AskedPositions
 
@@ -23,13 +24,13 @@ class RoundConfig:
 
     shape: DraftShape = NONE  # where nothing is to be chosen
     others: tuple[DraftShape, ...] = ()  # what else rounds may propose
-    rule: str = "greedy"  # of `speculation.accept.RULES`
     do_sample: bool = False
+    is_reproducible: bool = False  # a row's seed says its text, whatever is drafted: by shared noise along chains, too
     in_order: bool = False  # tokens are chosen one after the other in Python, since some processor looks at the text
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
     keeps_scores: bool = False  # what tokens were chosen by is handed out, so it must not be overwritten
-    is_seeded: bool = False  # each row draws by its own seed
+    is_seeded: bool = False  # the ratio test draws by each row's own seed
     starts_anew: int | None = None  # after so many tokens of a text the target computes its cache anew
     max_length: int | None = None  # of a row without pads: nothing at or behind that position is ever read
     further_warpers: tuple[LogitsProcessor, ...] = ()  # stateless ones that rows do not differ in
@@ -38,6 +39,19 @@ class RoundConfig:
     def shapes(self) -> Shapes:
         """What rounds may propose."""
         return Shapes((self.shape, *self.others))
+
+    def find_rule(self, shape: DraftShape) -> str:
+        """The name of the accept rule for rounds of a shape, of `speculation.accept.RULES`."""
+        if self.simulated_length is not None and not self.in_order:
+            return SIMULATED
+        if not self.do_sample:
+            return GREEDY
+        return SHARED if self.is_reproducible or not shape.is_chain else BLOCK
+
+    @property
+    def needs_seeds(self) -> bool:
+        """Whether some round chooses tokens by shared noise."""
+        return any(self.find_rule(shape) == SHARED for shape in self.shapes.shapes)
 
 
 @dataclass(slots=True)
@@ -51,7 +65,7 @@ class RoundState:
     root: Tensor  # [B] int64, the newest of them
     shift: Tensor  # [B, 1] or [axes, B, 1] int64, the target's position ids less its slots
     last_position: Tensor  # [] int64: nothing behind it is ever read, and a learned position embedding may end there
-    seeds: Tensor  # [B] int64, what each row draws by where rows have seeds
+    seeds: Tensor  # [B] int64, what each row draws by in shared noise, or where rows have seeds
     cache: RowCache  # the target's
     asked: AskedPositions | None = None  # the target's position ids where `shift` does not say them
 
@@ -91,6 +105,8 @@ class RoundState:
                 index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
                 states = states.gather(1, index)  # [B, D+1, A*Ht]
         tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
+        if self.asked is not None:
+            self.asked.commit(self.length, tokens, num_accepted + 1)
         # A row that is done and stays goes on over junk. It must not leave the cache.
         longest = self.cache.capacity - num_verified
         self.length.copy_((self.length + num_accepted + 1).clamp(max=longest))

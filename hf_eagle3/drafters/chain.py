@@ -1,4 +1,4 @@
-"""EAGLE-3: a chain of draft tokens, one draft step each (arXiv:2503.01840, section 3)."""
+"""EAGLE-3: a chain of draft tokens, or a tree, one draft step for each depth (arXiv:2503.01840, section 3)."""
 
 import torch
 from torch import Tensor
@@ -100,44 +100,44 @@ def read_pending(drafter: PreTrainedModel, memory: DrafterMemory) -> None:
 
 
 def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, choose: Choose) -> Draft:
-    """As `draft.Propose`, for a chain.
+    """As `draft.Propose`: one draft step for each level of the shape.
 
     The first draft step runs over D+1 positions in every row. What it writes behind a row's last pending state is junk,
     as is all that the later steps write: the next round writes there again, from the target's own states.
     """
     cache, first = memory.cache, memory.first[:, None]  # [B, 1]
     last = (memory.num_pending - 1)[:, None]  # [B, 1]
+    behind = memory.start + memory.num_pending  # [B], the first slot behind the pending states
     block = Block(memory.start, memory.tokens.shape[1])
-    with cache.writing(block):
-        out = drafter(
-            input_ids=memory.tokens,
-            aux_hidden_states=memory.states,
-            attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
-            position_ids=block.places + first,
-            past_key_values=cache,
-            logits_to_keep=last,
-        )
-    feedback = out.feedback.gather(1, last[..., None].expand(-1, -1, out.feedback.shape[-1]))  # [B, 1, H]
-    block = Block(memory.start + last[:, 0], 1)
+    fed = {"input_ids": memory.tokens, "aux_hidden_states": memory.states, "logits_to_keep": last}
     tokens: list[Tensor] = []
     probs: list[Tensor] = []
-    for step in range(shape.depth):
-        if step:
-            block = block._replace(start=block.start + 1)
-            with cache.writing(block):
-                out = drafter(
-                    input_ids=tokens[-1],
-                    hidden_states=feedback,
-                    attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
-                    position_ids=block.places + first,
-                    past_key_values=cache,
-                )
-            feedback = out.feedback
-        draft_ids, q = choose(out.logits[:, -1:], step)  # [B, 1], [B, 1, V_d]
-        tokens.append(drafter.to_target_ids(draft_ids))
+    levels = shape.levels(memory.tokens.device)
+    for depth, (level, following) in enumerate(zip(levels, [*levels[1:], None], strict=True)):
+        with cache.writing(block):
+            out = drafter(
+                **fed,
+                attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
+                position_ids=block.places + first,
+                past_key_values=cache,
+            )
+        draft_ids, q = choose(out.logits, range(depth, depth + 1), level.width)  # [B, m, width], [B, m, V_d]
+        tokens.append(drafter.to_target_ids(take(draft_ids.flatten(1), level.children)))  # [B, n]
         if q is not None:
             probs.append(q)
-    return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1) if probs else None)
+        if following is not None:
+            feedback = out.feedback  # [B, m, H]
+            if not depth:
+                feedback = feedback.gather(1, last[..., None].expand(-1, -1, feedback.shape[-1]))  # [B, 1, H]
+            block = Block(behind + following.num_before, following.num_fed, following.ancestry)
+            fed = {"input_ids": take(tokens[-1], following.fed), "hidden_states": take(feedback, following.parents)}
+    drafted = take(torch.cat(tokens, dim=1), shape.node_order(memory.tokens.device))
+    return Draft(drafted, torch.cat(probs, dim=1) if probs else None)
+
+
+def take(x: Tensor, index: Tensor | None) -> Tensor:
+    """Those of `x` [B, n, ...] at `index` [n'] int64; all where there is none."""
+    return x if index is None else x.index_select(1, index)
 
 
 CHAIN = DrafterKind(

@@ -10,35 +10,68 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..rows.cache import RowCache
 from ..speculation.noise import Noise
-from ..speculation.sampling import likeliest, to_probs
+from ..speculation.sampling import likeliest, to_probs, widen, without_overflow
 from ..speculation.shape import DraftShape, Shapes
+from ..speculation.shared_noise import SharedNoise
 
 
 class Draft(NamedTuple):
     """Draft tokens, and the probabilities they were drawn from."""
 
     tokens: Tensor  # [B, N] int64, target vocabulary
-    probs: Tensor | None  # [B, N, V_d] float32 over the draft vocabulary; None for a greedy draft
+    probs: Tensor | None  # [B, N, V_d] float32 over the draft vocabulary; None where no ratio test needs them
 
 
-# Draft ids [B, n] and, unless greedy, the probabilities [B, n, V_d] they were drawn from, of logits [B, n, V_d] and the
-# number of the draft step.
-Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+class Choose(Protocol):
+    """How draft tokens are chosen."""
+
+    def __call__(self, logits: Tensor, depths: range, width: int) -> tuple[Tensor, Tensor | None]:
+        """Draft ids [B, n, width] that differ and, where verification needs them, the probabilities [B, n, V_d] they were drawn from.
+
+        Args:
+            logits: [B, n, V_d], of the token behind each of n nodes.
+            depths: Of the nodes, one after the other, or one for all.
+            width: Tokens to choose behind each of them.
+        """
 
 
-def choose_greedy(logits: Tensor, step: int) -> tuple[Tensor, None]:  # noqa: ARG001
-    """The likeliest draft ids [B, n] of `logits` [B, n, V_d]."""
-    return likeliest(logits), None
+def find_best(scores: Tensor, width: int) -> Tensor:
+    """[..., width] int64, where the largest of `scores` [..., V] are, the largest first."""
+    if width == 1:
+        return likeliest(scores)[..., None]
+    return widen(scores).topk(width).indices
+
+
+def choose_greedy(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:  # noqa: ARG001
+    """The likeliest."""
+    return find_best(logits, width), None
 
 
 def make_choose_sampled(warp: Callable[[Tensor], Tensor], noise: Noise) -> Choose:
-    """A choice that draws draft ids from what `warp` leaves of [B, n, V_d] logits, by the numbers of `noise`."""
+    """A choice that draws one draft id from what `warp` leaves of [B, n, V_d] logits, by the numbers of `noise`."""
 
-    def choose_sampled(logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def choose_sampled(logits: Tensor, depths: range, width: int) -> tuple[Tensor, Tensor]:
+        assert width == 1, "the ratio test is for chains"
         probs = to_probs(logits, warp)  # [B, n, V_d]
-        return noise.draw(probs, step), probs
+        return noise.draw(probs, depths.start)[..., None], probs
 
     return choose_sampled
+
+
+def make_choose_shared(warp: Callable[[Tensor], Tensor], shared: SharedNoise, ids: Tensor) -> Choose:
+    """A choice that draws draft ids, without replacement, by the noise that the target's tokens are chosen by.
+
+    Args:
+        warp: What is left of [B, n, V_d] logits.
+        shared: The noise.
+        ids: [V_d] int64, the target ids of draft ids.
+    """
+
+    def choose_shared(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:
+        scores = warp(without_overflow(logits))  # [B, n, V_d]
+        return find_best(shared.perturb(scores, depths, ids=ids), width), None
+
+    return choose_shared
 
 
 class Prompted(NamedTuple):

@@ -7,21 +7,21 @@ from transformers import PreTrainedModel
 from ..rows.block import Block
 from ..rows.masks import make_masks
 from ..speculation.shape import DraftShape
-from .chain import begin, catch_up, read_pending
+from .chain import begin, catch_up, read_pending, take
 from .draft import Choose, Draft, DrafterKind, DrafterMemory
 
 
 def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, choose: Choose) -> Draft:
-    """As `draft.Propose`, for a chain: token k is chosen whatever the others are.
+    """As `draft.Propose`: the tokens of a depth are chosen whatever those of others are.
 
-    The forward runs over 2K positions in every row: the pending states, and masks from there on, of which the first K-1
-    count.
+    So all nodes of one depth have the same children. The forward runs over 2D positions in every row: the pending states,
+    and masks from there on, of which the first D-1 count.
     """
-    cache, K = memory.cache, shape.depth
+    cache, D = memory.cache, shape.depth
     num_pending = memory.num_pending[:, None]  # [B, 1]
-    block = Block(memory.start, memory.tokens.shape[1] + K - 1)
-    ids = functional.pad(memory.tokens, (0, K - 1))  # [B, 2K]
-    states = functional.pad(memory.states, (0, 0, 0, K - 1))  # [B, 2K, A*Ht]
+    block = Block(memory.start, memory.tokens.shape[1] + D - 1)
+    ids = functional.pad(memory.tokens, (0, D - 1))  # [B, 2D]
+    states = functional.pad(memory.states, (0, 0, 0, D - 1))  # [B, 2D, A*Ht]
     ids, states = drafter.with_masks(ids, states, num_pending)
     with cache.writing(block):
         out = drafter(
@@ -30,10 +30,10 @@ def propose(drafter: PreTrainedModel, memory: DrafterMemory, shape: DraftShape, 
             attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
             position_ids=block.places + memory.first[:, None],
             past_key_values=cache,
-            logits_to_keep=num_pending - 1 + torch.arange(K, device=num_pending.device),  # [B, K]
+            logits_to_keep=num_pending - 1 + torch.arange(D, device=num_pending.device),  # [B, D]
         )
-    draft_ids, q = choose(out.logits, 0)  # [B, K], [B, K, V_d]
-    return Draft(drafter.to_target_ids(draft_ids), q)
+    draft_ids, q = choose(out.logits, range(D), shape.width)  # [B, D, width], [B, D, V_d]
+    return Draft(drafter.to_target_ids(take(draft_ids.flatten(1), shape.ranks(draft_ids.device))), q)
 
 
 PARALLEL = DrafterKind(

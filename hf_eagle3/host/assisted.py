@@ -19,9 +19,14 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
+from ..decoding.columns import read_mask
 from ..recorder import StateRecorder
-from ..speculation.accept import accept_sampled
+from ..speculation.accept import BLOCK, GREEDY, SHARED, Judging, describe_rules
+from ..speculation.noise import GlobalNoise
+from ..speculation.shape import NONE
+from ..speculation.shared_noise import SharedNoise
 from ..speculation.stats import Speculation, Stopwatch
+from ..speculation.verdict import Proposal
 from ..tensor_parallel import find_peers, make_agree
 from .candidates import DraftLogProbs, Eagle3CandidateGenerator, Session
 from .loop_choice import HOST_LOOP, LoopChoice
@@ -31,6 +36,7 @@ from .refusals import (
     refuse_host_loop,
     refuse_inputs,
 )
+from .seeds import seeds_of_rows
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
 # The loop choice of the call under way, on its way through the host to the loop.
@@ -146,11 +152,20 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         arguments["logits_processor"] = in_order
         depth = arguments["generation_config"].num_assistant_tokens
         boundaries = drafter.bound_aux_layer_ids
+        seed = choice.seeds if choice is not None and is_own else None
+        rule = GREEDY if not settings.do_sample else BLOCK if seed is None else SHARED
+        (of_row,) = seeds_of_rows(seed, 1)
+        start_of_row = input_ids.new_tensor([0 if of_row is None else of_row]), input_ids.new_zeros(1)
+        judging = Judging(NONE, GlobalNoise(), SharedNoise(*start_of_row))
+        num_real = int(read_mask(input_ids, arguments["model_kwargs"]).sum())
 
         start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
         with StateRecorder(self, boundaries) as recorder, continue_from_cache(self, input_ids, arguments):
             chooses = in_order.looks_at_text and getattr(settings, "assistant_ensemble_weight", None) is None
-            session = Session(drafter, recorder, depth, stopwatch, stop, in_order if chooses else None)
+            session = Session(
+                *(drafter, recorder, depth, rule, judging, input_ids.shape[1] - num_real, stopwatch, stop),
+                in_order if chooses else None,
+            )
             arguments["assistant_model"] = session
             output = original(*call.args, **call.kwargs)
         num_behind = stop.num_behind if stop is not None else 0
@@ -165,6 +180,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
 def summarize(session: Session, why: str, num_behind: int, seconds: float) -> Speculation:
     """The statistics of a finished call that took `seconds` and whose last `num_behind` tokens were cut off."""
     speculation = Speculation(HOST_LOOP, why, depth=session.depth, seconds=seconds)
+    speculation.rule = describe_rules([session.rule], in_order=session.in_order is not None)
     speculation.draft_seconds = session.stopwatch.read_seconds()
     *verdicts, (num_drafted, num_accepted) = session.verdicts
     for verdict in (*verdicts, (num_drafted, num_accepted - num_behind)):
@@ -192,12 +208,14 @@ def wrap_speculative_sampling(original: Callable) -> Callable:
             further = {"assistant_ensemble_weight": assistant_ensemble_weight, "is_done_candidate": is_done_candidate}
             further = {name: value for name, value in further.items() if name in parameters}
             return original(candidate_input_ids, candidate_logits, candidate_length, new_logits, **further)
-        if candidate_logits.in_order is not None:
-            tokens, num_accepted = candidate_logits.in_order.take()
+        session = candidate_logits.session
+        assert session is not None
+        if session.in_order is not None:
+            tokens, num_accepted = session.in_order.take()
             return candidate_input_ids.new_tensor([tokens]), num_accepted
-        draft_tokens = candidate_input_ids[:, -candidate_length:]  # [1, K]
+        draft_tokens = candidate_input_ids[:, candidate_input_ids.shape[1] - candidate_length :]  # [1, K]
         log_q = candidate_logits.as_subclass(Tensor)  # [1, K, V]
-        verdict = accept_sampled(draft_tokens, log_q.exp(), new_logits.softmax(dim=-1))
+        verdict = session.judge(Proposal(draft_tokens, log_q.exp()), new_logits)
         num_accepted = int(verdict.num_accepted)  # the round's wait
         return torch.cat([draft_tokens[:, :num_accepted], verdict.next_token[:, None]], dim=-1), num_accepted
 

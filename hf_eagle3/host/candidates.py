@@ -18,13 +18,15 @@ from ..drafters.draft import (
     Prompted,
     choose_greedy,
     make_choose_sampled,
+    make_choose_shared,
 )
 from ..drafters.kinds import find_kind
 from ..recorder import StateRecorder
-from ..speculation.noise import GlobalNoise
+from ..speculation.accept import RULES, SHARED, Judging
 from ..speculation.sampling import stateless_warpers
 from ..speculation.shape import Shapes, chain
 from ..speculation.stats import Stopwatch
+from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper, read_settings
 from .stopping import InOrder, TokenwiseStop
 
@@ -36,20 +38,39 @@ class Session:
     drafter: PreTrainedModel  # an Eagle3DrafterModel, bound to the target
     recorder: StateRecorder  # open, on the target
     depth: int  # K
+    rule: str  # of `speculation.accept.RULES`
+    judging: Judging  # what the rule may need; of a row's length it knows what the candidate generator says
+    num_hidden: int  # columns of the text that are no tokens of it
     stopwatch: Stopwatch  # of the draft steps
     stop: TokenwiseStop | None = None  # where the call's criteria are asked token by token
     in_order: InOrder | None = None  # where tokens are drawn one after the other, for processors that look at the text
     verdicts: list[tuple[int, int]] = field(default_factory=list)  # draft tokens verified and kept, for each forward
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether tokens are chosen by shared noise, those without a draft, too."""
+        return self.rule == SHARED
+
+    def judge(self, proposal: Proposal, scores: Tensor) -> Verdict:
+        """The verdict over a chain, by the target's scores [1, K+1, V]."""
+        judging = self.judging._replace(shape=chain(proposal.tokens.shape[1]))
+        return RULES[self.rule].judge(proposal, scores, judging)
+
+    def begin_in_order(self, proposal: Proposal) -> None:
+        """Let processors that look at the text see it token by token, if there are any."""
+        if self.in_order is not None:
+            judging = self.judging._replace(shape=chain(proposal.tokens.shape[1]))
+            self.in_order.begin(proposal, RULES[self.rule], judging)
+
 
 class DraftLogProbs(Tensor):
-    """The log q [1, K, V] of a draft of ours: by its type it is known where the host verifies.
+    """The log q [1, K, V] of a draft of ours, empty where no rule needs it: by its type it is known where the host verifies.
 
     Log probabilities are logits, too, so host code that knows nothing of this may take them for such.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch advises
-    in_order: InOrder | None = None  # who has chosen the tokens already, if anybody has
+    session: Session | None = None
 
 
 class Eagle3CandidateGenerator(CandidateGenerator):
@@ -78,7 +99,10 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         self.choose: Choose = choose_greedy
         if generation_config.do_sample:
             settings, further = read_settings(stateless_warpers(logits_processor or []))
-            self.choose = make_choose_sampled(RowWarper([settings], further, self.device), GlobalNoise())
+            warper, judging = RowWarper([settings], further, self.device), session.judging
+            self.choose = make_choose_sampled(warper, judging.noise)
+            if session.is_shared:
+                self.choose = make_choose_shared(warper, judging.shared, session.drafter.draft_to_target_ids)
         self.num_drafted = 0  # draft tokens in the round under way
 
     @property
@@ -99,22 +123,26 @@ class Eagle3CandidateGenerator(CandidateGenerator):
         """Verified tokens and draft tokens [1, S+K], and log q [1, K, V] unless the draft is greedy."""
         num_refused = self.num_drafted - int(n_last_matches)
         self.num_drafted = 0
-        depth = min(self.session.depth, self.max_length - input_ids.shape[1] - 1)
-        if is_first_iteration or depth < 1:
-            return input_ids, None
-        with self.session.stopwatch:
-            draft = self._draft(input_ids, model_kwargs, num_refused, depth)
-        if draft is None:
-            return input_ids, None
-        self.num_drafted = draft.tokens.shape[1]
-        candidate_input_ids = torch.cat([input_ids, draft.tokens.to(input_ids.device)], dim=-1)
-        if draft.probs is None:
+        session, draft = self.session, None
+        session.judging.shared.length.fill_(input_ids.shape[1] - session.num_hidden)
+        depth = min(session.depth, self.max_length - input_ids.shape[1] - 1)
+        if not is_first_iteration and depth >= 1:
+            with session.stopwatch:
+                draft = self._draft(input_ids, model_kwargs, num_refused, depth)
+        tokens = input_ids[:, :0] if draft is None else draft.tokens.to(input_ids.device)  # [1, K]
+        self.num_drafted = tokens.shape[1]
+        candidate_input_ids = torch.cat([input_ids, tokens], dim=-1)
+        q: Tensor | None = None
+        if draft is not None and draft.probs is not None:
+            assert model_outputs is not None  # only the first iteration has none
+            log_q = self._scatter_log(draft.probs, model_outputs.logits)
+            q = log_q.as_subclass(Tensor).exp()
+        elif session.is_shared:
+            log_q = input_ids.new_zeros(1, 0, 1, dtype=torch.float32).as_subclass(DraftLogProbs)
+        else:
             return candidate_input_ids, None
-        assert model_outputs is not None  # only the first iteration has none
-        log_q = self._scatter_log(draft.probs, model_outputs.logits)
-        log_q.in_order = self.session.in_order
-        if log_q.in_order is not None:
-            log_q.in_order.begin(candidate_input_ids[:, -self.num_drafted :], log_q.as_subclass(Tensor).exp())
+        log_q.session = session
+        session.begin_in_order(Proposal(tokens, q))
         return candidate_input_ids, log_q
 
     def _draft(self, input_ids: Tensor, model_kwargs: dict[str, Any], num_refused: int, depth: int) -> Draft | None:

@@ -19,6 +19,7 @@ from ..decoding.choosing import make_chooser
 from ..decoding.engine import Engine, Room
 from ..decoding.lock import lock_of
 from ..decoding.transcript import Transcript
+from ..speculation.accept import describe_rules
 from ..speculation.shape import NONE, Shapes
 from ..speculation.stats import Speculation
 from .assisted import choosing
@@ -35,6 +36,7 @@ from .refusals import (
     why_not_drafted,
 )
 from .request import explain, has_hooks_of_others, make_round_config, make_transcript, read_prompts
+from .seeds import resolve_seeds, seeds_of_rows
 from .shapes import resolve_shapes
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,20 @@ def find_own_setting(name: str, target: PreTrainedModel, given: GenerationConfig
         return call[name]
     places = (getattr(config, name, None) for config in (given, target.generation_config))
     return next((value for value in places if value is not None), None)
+
+
+def find_saved_setting(
+    name: str,
+    target: PreTrainedModel,
+    drafter: PreTrainedModel | None,
+    given: GenerationConfig | None,
+    call: dict[str, Any],
+) -> Any:
+    """Likewise a setting that may be saved with the drafter, where it is looked for last."""
+    value = find_own_setting(name, target, given, call)
+    if value is None and name not in call and drafter is not None:
+        return getattr(drafter.generation_config, name, None)
+    return value
 
 
 # Transformers 5.23 generation/utils.py:GenerationMixin.generate
@@ -120,10 +136,9 @@ def settle(
             f"custom_generate or {'decode_loop' if drafter is None else 'assistant_model'}."
         )
     shapes = Shapes((NONE,)) if drafter is None else resolve_shapes(target, drafter, given, further)
-    asked = find_own_setting("decode_loop", target, given, further)
-    if asked is None and drafter is not None and "decode_loop" not in further:
-        asked = getattr(drafter.generation_config, "decode_loop", None)
-    for name in ("num_assistant_tokens", "draft_shape", "decode_loop"):
+    asked = find_saved_setting("decode_loop", target, drafter, given, further)
+    seeds = resolve_seeds(find_saved_setting("seed", target, drafter, given, further))
+    for name in ("num_assistant_tokens", "draft_shape", "decode_loop", "seed"):
         further.pop(name, None)
     settings, inputs = target._prepare_generation_config(given, **further)  # copies
     if drafter is not None:
@@ -155,7 +170,7 @@ def settle(
             f"An EAGLE-3 drafter can assist only one row at a time here ({choice.why}): {advise(choice.why)}leave out "
             "num_return_sequences, or assistant_model."
         )
-    return settings, choice
+    return settings, choice._replace(seeds=seeds)
 
 
 def use_tokenizer(
@@ -198,7 +213,10 @@ def decode(
     """Decode as the host's `_sample` does, with our loop: same arguments, same results."""
     start = time.perf_counter()
     prompts = read_prompts(target, input_ids, model_kwargs)
-    transcript = make_transcript(target, prompts, logits_processor, stopping_criteria, generation_config, streamer)
+    seeds = seeds_of_rows(choice.seeds, len(prompts.ids))
+    transcript = make_transcript(
+        target, prompts, logits_processor, stopping_criteria, generation_config, streamer, seeds=seeds
+    )
     keeps_cache, is_whole = generation_config.return_dict_in_generate or choice.has_cache, has_hooks_of_others(target)
     config = make_round_config(
         *(target, choice, prompts, transcript, logits_processor, generation_config, model_kwargs),
@@ -220,6 +238,8 @@ def decode(
     if not generation_config.return_dict_in_generate:
         return transcript.sequences(prompts.given)
     speculation = Speculation(choice.loop, explain(choice, config, transcript, logits_processor), choice.shapes.depth)
+    drafted = [shape for shape in engine.chooser.rounds if shape.num_nodes] or [NONE]
+    speculation.rule = describe_rules(map(config.find_rule, drafted), in_order=config.in_order)
     return make_output(transcript, prompts, engine, cache, speculation, seconds=time.perf_counter() - start)
 
 

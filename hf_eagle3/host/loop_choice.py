@@ -16,6 +16,7 @@ from ..recorder import find_skippable
 from ..rows.attention_trial import why_not_ours
 from ..rows.rotation import why_not_rotated
 from ..speculation.shape import Shapes, chain
+from .seeds import Seeds
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class LoopChoice(NamedTuple):
     shapes: Shapes  # what rounds may propose
     has_cache: bool = False  # one of the user's, to be left as plain decoding leaves it
     is_eager: bool = False  # whether rounds must not be captured
+    seeds: Seeds = None  # what sampled tokens are reproduced by, if they are to be
 
 
 def kinds_of_layers(cache: Cache) -> set[str]:

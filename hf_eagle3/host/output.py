@@ -32,7 +32,8 @@ def make_output(
     speculation.shapes = {shape.name: number for shape, number in engine.chooser.rounds.most_common()}
     speculation.changes = list(engine.chooser.reasons)
     speculation.acceptance_by_rank = tabulate(engine.chooser.ends)
-    speculation.rows = [Speculation(speculation.loop, speculation.why, speculation.depth) for _ in transcript.rows]
+    told = (speculation.loop, speculation.why, speculation.depth, speculation.rule)
+    speculation.rows = [Speculation(*told) for _ in transcript.rows]
     for row, own in zip(transcript.rows, speculation.rows, strict=True):
         row.count(speculation, own, length=transcript.length)
     speculation.seconds = seconds

@@ -1,5 +1,6 @@
 """A call of the host, as rows and the rounds they need."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,8 +72,10 @@ def make_transcript(
     criteria: StoppingCriteriaList,
     settings: GenerationConfig,
     streamer: BaseStreamer | None,
+    *,
+    seeds: Sequence[int | None],
 ) -> Transcript:
-    """The rows of a call, without new tokens."""
+    """The rows of a call, without new tokens. `seeds` are those of each row."""
     B, T = prompts.ids.shape
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     eos = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
@@ -90,6 +93,7 @@ def make_transcript(
             criteria=[c for c in others if type(c) in BY_ROW_CRITERIA],
             processors=of_rows[b],
             settings=read_settings(stateless_warpers(processors))[0],
+            seed=seeds[b],
             keep_scores=bool(is_dict and settings.output_scores),
             keep_logits=bool(is_dict and settings.output_logits),
             agree=agree,
@@ -145,8 +149,8 @@ def make_round_config(
     return RoundConfig(
         shape=shape,
         others=tuple(others) if is_plain and not is_spread(target) else (),
-        rule="simulated" if simulated is not None else "sampled" if settings.do_sample else "greedy",
         do_sample=bool(settings.do_sample),
+        is_reproducible=choice.seeds is not None,
         in_order=in_order,
         simulated_length=simulated,
         keeps_rows=(keeps_rows or transcript.in_step) and len(transcript.rows) > 1,

@@ -14,9 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME, rewind
-from ..speculation.accept import accept_next
+from ..decoding.in_order import Walk, begin_walks, offer
+from ..speculation.accept import AcceptRule, Judging
 from ..speculation.numbers import has_nan, raise_if_nan
 from ..speculation.sampling import stateless_warpers
+from ..speculation.verdict import Proposal
 from ..tensor_parallel import Agree, keep
 
 logger = logging.getLogger(__name__)
@@ -83,14 +85,14 @@ class InOrder(LogitsProcessorList):
         self.looks_at_text = len(stateless_warpers(processors)) < len(processors)
         self.length: int | None = None  # of the last prefix that was asked about, where tokens are chosen here
         self.next_token: int | None = None  # chosen after it, if the text goes on
-        self.draft: tuple[Tensor, Tensor] | None = (
-            None  # a sampled one, [1, K], and what it was drawn from, q [1, K, V]
-        )
-        self.tokens: list[int] = []  # chosen after it
+        self.draft: tuple[Proposal, AcceptRule, Judging] | None = None  # a sampled one
+        self.walk: Walk | None = None  # through it
+        self.tokens: list[int] = []  # chosen on the way
 
-    def begin(self, draft_tokens: Tensor, q: Tensor) -> None:
-        """Let the tokens of the next block be chosen here: `draft_tokens` [1, K] were drawn from `q` [1, K, V]."""
-        self.draft, self.tokens, self.length = (draft_tokens, q), [], None
+    def begin(self, proposal: Proposal, rule: AcceptRule, judging: Judging) -> None:
+        """Let the tokens of the next block be chosen here: a chain is proposed."""
+        (self.walk,) = begin_walks(proposal, judging, [proposal.tokens.shape[1]])
+        self.draft, self.tokens, self.length = (proposal, rule, judging), [], None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Processed `scores` [1, V] after `input_ids` [1, S]."""
@@ -105,20 +107,18 @@ class InOrder(LogitsProcessorList):
 
     def _choose(self, scores: Tensor) -> int | None:
         """The token after `scores` [1, V] if the text goes on with a draft token, as far as is known."""
-        if self.draft is None:
+        if self.draft is None or self.walk is None:
             token, goes_on = int(scores.argmax(-1)), True
         else:
-            k, (draft_tokens, q) = len(self.tokens), self.draft
-            proposed = draft_tokens[:, k : k + 1]  # [1, 1], or [1, 0] past the last draft token
-            verdict = accept_next(proposed, q[:, k : k + 1], scores, do_sample=True)
-            goes_on = bool(verdict.num_accepted)
-            token = int(proposed if goes_on else verdict.next_token)
+            proposal, rule, judging = self.draft
+            token = int(rule.choose_next(offer(proposal, self.walk), scores, self.walk.depth, judging))
+            goes_on = self.walk.follow(token)
             self.tokens.append(token)
         return token if goes_on and token not in self.eos_token_ids else None
 
     def take(self) -> tuple[list[int], int]:
         """The tokens of the block that was begun, and how many of them come before the last."""
-        self.draft, self.length = None, None
+        self.draft = self.walk = self.length = None
         return self.tokens, len(self.tokens) - 1
 
 

@@ -42,8 +42,9 @@ def attend_rows_eager(
         window: How many slots a token sees at most, its own included.
         sinks: [H], a score that each head also gives to nothing.
         softcap: Scores are squashed into (-softcap, softcap).
-        ancestry: Which of the new tokens see one another, if they are no chain. Positions, which a window counts, are
-            slots but for new tokens: those are at start + depth.
+        ancestry: Which of the new tokens see one another, if they are no chain, and which tokens of the same tree in the
+            slots right before. Positions, which a window counts, are slots but for tokens of the tree: those come by
+            their depth behind the slot of its first.
 
     Returns:
         [B, T, H, D_v] in the query's dtype.
@@ -78,9 +79,10 @@ def see_rows(start: Tensor, T: int, L: int, *, window: int | None, ancestry: Anc
         places = first + torch.arange(T, device=start.device)[:, None]  # [B, T, 1]
         is_visible, positions = at <= places, at
     else:
-        places = first + ancestry.depths[:, None]
-        new = at - first  # [B, 1, L], which token of the block a slot holds
-        is_new, token = (new >= 0) & (new < T), new.clamp(0, T - 1)
+        first = first - ancestry.num_before  # of the tree
+        places = first + ancestry.depths[ancestry.num_before :, None]
+        new, size = at - first, len(ancestry.depths)  # [B, 1, L], which token of the tree a slot holds
+        is_new, token = (new >= 0) & (new < size), new.clamp(0, size - 1)
         is_visible = (new < 0) | (is_new & (ancestry.bits[:, None] >> token & 1).bool())
         positions = torch.where(is_new, first + ancestry.depths[token], at)
     return is_visible if window is None else is_visible & (positions > places - window)
@@ -94,19 +96,20 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.6, x + x * (square * series), 1 - 2 / (tl.exp2(x * (2 * 1.4426950408889634)) + 1))
 
 
-@jit("T", "window", "num_splits")
+@jit("T", "num_before", "window", "num_splits")
 def _attend_split(
     query,
     keys,
     values,
     start,
     sinks,
-    ancestors,  # [T] int64: bits of the new tokens that each one sees
-    depths,  # [T] int64
+    ancestors,  # [T] int64: bits of the tree's tokens that each new one sees
+    depths,  # [num_before+T] int64
     out,  # [B, T, H, D_v]
     partial,  # [B*H_kv, num_splits, T*G, D_v] float32
     stats,  # [B*H_kv, num_splits, T*G, 2] float32: largest score, sum of exponentials; to the base 2
     T,
+    num_before,  # tokens of the tree in the slots before the new ones
     scaling,
     softcap,
     window,
@@ -157,8 +160,9 @@ def _attend_split(
     high = first + tl.minimum(T, (tile * BLOCK_M + BLOCK_M - 1) // G + 1)
     low = 0
     if IS_TREE:
+        first = first - num_before
         seen = tl.load(ancestors + t, mask=is_row, other=0)
-        depth = tl.load(depths + t, mask=is_row, other=0).to(tl.int32)
+        depth = tl.load(depths + num_before + t, mask=is_row, other=0).to(tl.int32)
         if HAS_WINDOW:
             low = tl.maximum(0, first - window + 1)
     elif HAS_WINDOW:
@@ -187,8 +191,8 @@ def _attend_split(
             scores = scores * (scaling * 1.4426950408889634)
         at = n + slot
         if IS_TREE:
-            new = at - first  # which token of the block a slot holds
-            is_new = (new >= 0) & (new < T)
+            new = at - first  # which token of the tree a slot holds
+            is_new = (new >= 0) & (new < num_before + T)
             bit = tl.where(is_new, new, 0).to(tl.int64)
             is_visible = (new < 0)[None, :] | (is_new[None, :] & (((seen[:, None] >> bit[None, :]) & 1) != 0))
             if HAS_WINDOW:
@@ -330,6 +334,7 @@ def attend_rows(
             partial,
             stats,
             T,
+            0 if ancestry is None else ancestry.num_before,
             scaling,
             softcap or 1.0,
             window or 0,

@@ -15,7 +15,7 @@ class Block(NamedTuple):
     """T tokens of each of B rows, in slots one behind the other. Every forward of either model takes one.
 
     Caches write it, masks and attentions read it: a token sees all slots before the block, and of the block its
-    ancestors and itself.
+    ancestors and itself. Of a tree that was begun by earlier blocks, in the slots right before, it sees ancestors, too.
     """
 
     start: Tensor  # [B] int64, the slot of each row's first token
@@ -30,7 +30,10 @@ class Block(NamedTuple):
     @property
     def places(self) -> Tensor:
         """[B, T] int64, where each token comes in its row's text: position ids, up to what a row begins with."""
-        return self.slots if self.ancestry is None else self.start[:, None] + self.ancestry.depths
+        if self.ancestry is None:
+            return self.slots
+        num_before = self.ancestry.num_before
+        return self.start[:, None] - num_before + self.ancestry.depths[num_before:]
 
 
 def whole_rows(num_rows: int, num_tokens: int, device: torch.device) -> Block:

@@ -18,14 +18,15 @@ def make_mask(block: Block, num_slots: int, *, window: int | None) -> Tensor:
         mask = keys <= queries
         return mask if window is None else mask & (keys > queries - window)
 
-    bits, depths = (x[:, None] for x in block.ancestry)  # [T, 1]
-    start = block.start[:, None, None]  # [B, 1, 1]
-    within = keys - start  # [B, 1, num_slots], a slot's token of the block
-    token = within.clamp(0, block.num_tokens - 1)
-    is_ancestor = (bits >> token & 1).bool() & (within >= 0) & (within < block.num_tokens)  # [B, T, num_slots]
+    ancestry, num_before = block.ancestry, block.ancestry.num_before
+    bits, depths = ancestry.bits[:, None], ancestry.depths[num_before:, None]  # [T, 1]
+    start = block.start[:, None, None] - num_before  # [B, 1, 1], of the tree
+    within = keys - start  # [B, 1, num_slots], a slot's token of the tree
+    token = within.clamp(0, len(ancestry.depths) - 1)
+    is_ancestor = (bits >> token & 1).bool() & (within >= 0) & (within < len(ancestry.depths))  # [B, T, num_slots]
     mask = is_ancestor | (within < 0)
     if window is not None:
-        position = torch.where(within < 0, keys, start + block.ancestry.depths[token])  # [B, 1, num_slots]
+        position = torch.where(within < 0, keys, start + ancestry.depths[token])  # [B, 1, num_slots]
         mask &= position > start + depths - window
     return mask[:, None]
 

@@ -1,45 +1,47 @@
-"""Accept rules: which draft tokens are kept, and the one token the target adds (arXiv:2211.17192, algorithm 1)."""
+"""Accept rules: which draft tokens are kept, and the one token the target adds.
 
-from collections.abc import Callable, Mapping
+Two families. Where the target's token is chosen whatever was drafted, draft tokens are kept as far as they are those:
+greedy decoding, and `shared_noise`. Where draft tokens were drawn by other numbers, chance decides by the ratio of p and q:
+`block_verification`, for chains.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .noise import ACCEPT, RESIDUAL, GlobalNoise, Noise
+from .block_verification import accept_block
+from .noise import Noise
 from .sampling import likeliest
 from .shape import DraftShape
-
-
-class Verdict(NamedTuple):
-    """What a round gave: a path from the root, and a token behind it."""
-
-    num_accepted: Tensor  # [B] int64 in 0..D, draft tokens kept
-    next_token: Tensor  # [B] int64, correction token if a draft token was refused, else bonus token
-    path: Tensor | None = None  # [B, D+1] int64, nodes from the root on, the first num_accepted+1 count; None: 0..D
-
-
-class Proposal(NamedTuple):
-    """What a round proposes, on the target's device."""
-
-    tokens: Tensor  # [B, N] int64
-    q: Tensor | None  # [B, N, V] float32, what they were drawn from; None for a greedy draft
+from .shared_noise import SharedNoise
+from .verdict import Proposal, Verdict
 
 
 class Judging(NamedTuple):
     """What else an accept rule may need."""
 
     shape: DraftShape
-    noise: Noise
+    noise: Noise  # of ratio tests
+    shared: SharedNoise
     simulated_length: float | None = None
 
+    def of_row(self, row: int) -> "Judging":
+        """That of a single row of the batch."""
+        return self._replace(noise=self.noise.further(0, row), shared=self.shared.of_row(row))
 
-def accept_greedy(draft_tokens: Tensor, target_logits: Tensor, shape: DraftShape | None = None) -> Verdict:
-    """Keep the longest path of `draft_tokens` [B, N] that greedy decoding of `target_logits` [B, N+1, V] repeats.
 
-    They are a chain, unless their `shape` says otherwise.
+def accept_matching(draft_tokens: Tensor, target_tokens: Tensor, shape: DraftShape | None = None) -> Verdict:
+    """Keep the longest path of `draft_tokens` [B, N] that are the target's own.
+
+    Args:
+        draft_tokens: [B, N], a chain, unless their shape says otherwise.
+        target_tokens: [B, N+1], what the target says after the root and after each of them.
+        shape: Theirs.
     """
-    target_tokens = likeliest(target_logits)  # [B, N+1]
     if shape is None or shape.is_chain:
         matches = draft_tokens == target_tokens[:, :-1]  # [B, K]
         num_accepted = matches.long().cumprod(-1).sum(-1)  # [B]
@@ -49,7 +51,7 @@ def accept_greedy(draft_tokens: Tensor, target_logits: Tensor, shape: DraftShape
     assert ancestry is not None
     parents = paths.gather(1, (ancestry.depths - 1).clamp(min=0)[:, None])[1:, 0]  # [N]
     matches = draft_tokens == target_tokens[:, parents]  # [B, N]
-    matches = torch.nn.functional.pad(matches, (1, 0), value=True)  # [B, N+1], the root's too
+    matches = functional.pad(matches, (1, 0), value=True)  # [B, N+1], the root's too
     nodes = torch.arange(len(paths), device=paths.device)
     sees = (ancestry.bits[:, None] >> nodes & 1).bool()  # [N+1, N+1]
     is_kept = (matches[:, None] | ~sees).all(-1)  # [B, N+1], with all that it follows
@@ -57,58 +59,17 @@ def accept_greedy(draft_tokens: Tensor, target_logits: Tensor, shape: DraftShape
     return Verdict(num_accepted, target_tokens.gather(-1, end[:, None]).squeeze(-1), paths[end])
 
 
-def accept_sampled(
-    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, noise: Noise | None = None
-) -> Verdict:
-    """Speculative sampling: what is emitted is distributed as the target's own output.
-
-    Args:
-        draft_tokens: [B, K], drawn from `draft_probs`.
-        draft_probs: [B, K, V], the paper's q.
-        target_probs: [B, K+1, V], the paper's p.
-        noise: Where chance comes from; PyTorch's generator if it is not said.
-    """
-    noise = noise or GlobalNoise()
-    index = draft_tokens[..., None]  # [B, K, 1]
-    p = target_probs[:, :-1].gather(-1, index).squeeze(-1)  # [B, K]
-    q = draft_probs.gather(-1, index).squeeze(-1)  # [B, K]
-    accepted = noise.uniform(q, ACCEPT) * q < p  # [B, K]; strictly, so that p = 0 is never accepted
-    num_accepted = accepted.long().cumprod(-1).sum(-1)  # [B]
-
-    # The residual max(p - q, 0) after a refusal; past the last draft token there is no q to take off, and plain p is left.
-    residual = p_next = pick(target_probs, num_accepted)  # [B, V]
-    if K := draft_probs.shape[1]:
-        q_next = pick(draft_probs, num_accepted.clamp(max=K - 1))  # [B, V]
-        is_refused = (num_accepted < K).to(q_next.dtype)[:, None]  # [B, 1]
-        residual = torch.addcmul(p_next, q_next, is_refused, value=-1).clamp_min_(0)  # [B, V]
-    # Where p and q agree to the last bit, rounding can still refuse a token and leave nothing to draw from.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
-    return Verdict(num_accepted, noise.draw(residual[:, None], RESIDUAL)[:, 0])
+def accept_greedy(draft_tokens: Tensor, target_logits: Tensor, shape: DraftShape | None = None) -> Verdict:
+    """Keep the longest path of `draft_tokens` [B, N] that greedy decoding of `target_logits` [B, N+1, V] repeats."""
+    return accept_matching(draft_tokens, likeliest(target_logits), shape)
 
 
-def accept_next(
-    proposed: Tensor, q: Tensor | None, scores: Tensor, *, do_sample: bool, noise: Noise | None = None
-) -> Verdict:
-    """Decide about a single position: keep what is proposed there, or choose a token.
-
-    Args:
-        proposed: [B, 1] the draft token of each row, or [B, 0] past the last one.
-        q: [B, 1, V] what it was drawn from, or [B, 0, V]; None where it was not drawn.
-        scores: [B, V], the target's.
-        do_sample: Whether tokens are drawn.
-        noise: Where chance comes from.
-    """
-    shape = (len(scores), 1 + proposed.shape[1], -1)  # a second position is not looked at
-    if not do_sample:
-        return accept_greedy(proposed, scores[:, None].expand(shape))
-    p = scores.softmax(dim=-1)[:, None]  # [B, 1, V]
-    return accept_sampled(proposed, p[:, :0] if q is None else q, p.expand(shape), noise)
-
-
-def pick(probs: Tensor, at: Tensor) -> Tensor:
-    """[B, V]: of each row of `probs` [B, T, V], what stands `at` [B] there. Faster on a GPU than two indices."""
-    B, T, _ = probs.shape
-    return probs.flatten(0, 1).index_select(0, torch.arange(0, B * T, T, device=at.device) + at)
+def accept_shared(draft_tokens: Tensor, scores: Tensor, shape: DraftShape, shared: SharedNoise) -> Verdict:
+    """Keep the longest path of `draft_tokens` [B, N] that sampling from `scores` [B, N+1, V] by that noise repeats."""
+    ancestry = shape.ancestry(scores.device)
+    places = None if ancestry is None else ancestry.depths
+    noisy = shared.perturb(scores, range(shape.depth + 1), places=places)
+    return accept_matching(draft_tokens, likeliest(noisy), shape)
 
 
 def accept_simulated(draft_tokens: Tensor, target_logits: Tensor, length: float) -> Verdict:
@@ -131,17 +92,18 @@ def accept_simulated(draft_tokens: Tensor, target_logits: Tensor, length: float)
 
 
 def stop_before(verdict: Verdict, draft_tokens: Tensor, limit: Tensor) -> Verdict:
-    """`verdict` over a chain of `draft_tokens` [B, K], with at most `limit` [B] of them kept: the next is the next token."""
+    """`verdict` over `draft_tokens` [B, N], with at most `limit` [B] of them kept: the next is the next token."""
     if not draft_tokens.shape[1]:
         return verdict
-    limit = limit.clamp(max=draft_tokens.shape[1])
-    kept = draft_tokens.gather(1, limit.clamp(max=draft_tokens.shape[1] - 1)[:, None])[:, 0]
-    is_over = verdict.num_accepted > limit
-    return Verdict(torch.minimum(verdict.num_accepted, limit), torch.where(is_over, kept, verdict.next_token))
+    num_accepted, next_token, path = verdict
+    at = limit[:, None]  # [B, 1], of the next among draft tokens
+    if path is not None:
+        at = path.gather(1, (at + 1).clamp(max=path.shape[1] - 1)) - 1
+    kept = draft_tokens.gather(1, at.clamp(0, draft_tokens.shape[1] - 1))[:, 0]
+    return Verdict(torch.minimum(num_accepted, limit), torch.where(num_accepted > limit, kept, next_token), path)
 
 
-# A rule decides about a proposal by the target's scores [B, N+1, V].
-AcceptRule = Callable[[Proposal, Tensor, Judging], Verdict]
+# ---- over a whole proposal ----
 
 
 def judge_greedy(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdict:
@@ -149,10 +111,15 @@ def judge_greedy(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdic
     return accept_greedy(proposal.tokens, scores, judging.shape)
 
 
-def judge_sampled(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdict:
-    """`accept_sampled`, for chains."""
+def judge_block(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdict:
+    """`accept_block`, for chains."""
     q = scores[:, :0] if proposal.q is None else proposal.q
-    return accept_sampled(proposal.tokens, q, scores.softmax(-1), judging.noise)
+    return accept_block(proposal.tokens, q, scores.softmax(-1), judging.noise)
+
+
+def judge_shared(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdict:
+    """`accept_shared`."""
+    return accept_shared(proposal.tokens, scores, judging.shape, judging.shared)
 
 
 def judge_simulated(proposal: Proposal, scores: Tensor, judging: Judging) -> Verdict:
@@ -161,9 +128,57 @@ def judge_simulated(proposal: Proposal, scores: Tensor, judging: Judging) -> Ver
     return accept_simulated(proposal.tokens, scores, judging.simulated_length)
 
 
-# By the name that a call's `RoundConfig` says.
+# ---- one token after the other ----
+
+
+def next_greedy(offered: Proposal, scores: Tensor, depth: int, judging: Judging) -> Tensor:  # noqa: ARG001
+    """The likeliest tokens [B]."""
+    return likeliest(scores)
+
+
+def next_by_ratio(offered: Proposal, scores: Tensor, depth: int, judging: Judging) -> Tensor:
+    """The token of a draft if it is kept, else another [B]: block verification of a draft that has no second token."""
+    B, num_offered = offered.tokens.shape
+    p = scores.softmax(dim=-1)[:, None]  # [B, 1, V]
+    q = p[:, :0] if offered.q is None else offered.q
+    # What follows an offered token is not looked at.
+    verdict = accept_block(offered.tokens, q, p.expand(B, num_offered + 1, -1), judging.noise.further(depth))
+    if not num_offered:
+        return verdict.next_token
+    return torch.where(verdict.num_accepted > 0, offered.tokens[:, 0], verdict.next_token)
+
+
+def next_by_noise(offered: Proposal, scores: Tensor, depth: int, judging: Judging) -> Tensor:  # noqa: ARG001
+    """The tokens [B] that shared noise chooses."""
+    return likeliest(judging.shared.perturb(scores[:, None], range(depth, depth + 1))[:, 0])
+
+
+@dataclass(frozen=True)
+class AcceptRule:
+    """How a round decides. A row of `RULES`.
+
+    Attributes:
+        judge: Decides about a proposal by the target's scores [B, N+1, V].
+        choose_next: The token [B] after a node of some depth by scores [B, V], where processors look at the text. A draft
+            token that is equal to it is kept. Offered is the node's child in a chain, [B, 1], or nothing, [B, 0].
+    """
+
+    judge: Callable[[Proposal, Tensor, Judging], Verdict]
+    choose_next: Callable[[Proposal, Tensor, int, Judging], Tensor]
+
+
+GREEDY, BLOCK, SHARED, SIMULATED = "greedy", "block verification", "shared noise", "simulated"
+# By the name that `RoundConfig.rule` gives.
 RULES: Mapping[str, AcceptRule] = {
-    "greedy": judge_greedy,
-    "sampled": judge_sampled,
-    "simulated": judge_simulated,
+    GREEDY: AcceptRule(judge_greedy, next_greedy),
+    BLOCK: AcceptRule(judge_block, next_by_ratio),
+    SHARED: AcceptRule(judge_shared, next_by_noise),
+    SIMULATED: AcceptRule(judge_simulated, next_greedy),
 }
+
+
+def describe_rules(rules: Iterable[str], *, in_order: bool) -> str:
+    """Rules in words. Token by token, block verification is the ratio test that it is made of."""
+    if not in_order:
+        return " and ".join(dict.fromkeys(rules))
+    return " and ".join(dict.fromkeys(f"{'ratio test' if rule == BLOCK else rule}, token by token" for rule in rules))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .accept import Verdict
 from .rates import rank_nodes
 from .sampling import likeliest
 from .shape import DraftShape
+from .verdict import Verdict
 
 Coverage = tuple[tuple[float, ...], ...]  # [D][R], rates by depth and rank, as `rates.tabulate` finds them
 

@@ -10,8 +10,8 @@ from .sampling import draw
 # What a number is for; draft step k is for k.
 ACCEPT, RESIDUAL = 1 << 20, (1 << 20) + 1
 # Multipliers and shifts of SplitMix64 (Steele, Lea and Flood 2014, figure 16), as int64.
-_MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class Noise(Protocol):
@@ -58,7 +58,7 @@ class SeededNoise:
         """As `Noise`."""
         n = like.shape[1]
         counter = (self.length[:, None] << 32) + (purpose * 64 + torch.arange(n, device=self.length.device))  # [B, n]
-        bits = mix(mix(self.seeds[:, None] + counter * _GOLDEN) ^ self.seeds[:, None])
+        bits = mix(mix(self.seeds[:, None] + counter * GOLDEN) ^ self.seeds[:, None])
         return ((bits & ((1 << 24) - 1)).double() / (1 << 24)).to(like.device, like.dtype)
 
     def draw(self, weights: Tensor, purpose: int) -> Tensor:
@@ -78,6 +78,6 @@ class SeededNoise:
 
 def mix(x: Tensor) -> Tensor:
     """Scatter the bits of int64 numbers (SplitMix64)."""
-    for shift, factor in _MIX:
+    for shift, factor in MIX:
         x = (x ^ (x >> shift & ((1 << 64 - shift) - 1))) * factor
     return x ^ (x >> 31 & ((1 << 33) - 1))

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tree import MAX_NODES, Ancestry, find_depths, make_ancestry, make_paths
+from .tree import (
+    MAX_NODES,
+    Ancestry,
+    Level,
+    find_children,
+    find_depths,
+    make_ancestry,
+    make_levels,
+    make_node_order,
+    make_paths,
+    make_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class DraftShape:
     def depth(self) -> int:
         """D, draft tokens on the longest path: as many can be accepted. A chain of K has depth K."""
         return len(self.parents) if self.is_chain else max(find_depths(self.parents))
+
+    @property
+    def width(self) -> int:
+        """Most children of a node."""
+        return max(map(len, find_children(self.parents)))
 
     @property
     def num_verified(self) -> int:
@@ -80,6 +96,18 @@ class DraftShape:
     def paths(self, device: torch.device) -> Tensor:
         """[N+1, D+1] int64, the way from the root to each node; its end repeats."""
         return make_paths(self.parents, device)
+
+    def levels(self, device: torch.device) -> tuple[Level, ...]:
+        """The draft steps that grow it level by level."""
+        return make_levels(self.parents, device)
+
+    def node_order(self, device: torch.device) -> Tensor | None:
+        """[N] int64, where each node is among those that were drafted level by level; None if it is there already."""
+        return make_node_order(self.parents, device)
+
+    def ranks(self, device: torch.device) -> Tensor | None:
+        """[N] int64, which of the `width` best of each depth a node is, depth by depth; None if they are all nodes."""
+        return make_ranks(self.parents, self.width, device)
 
     @property
     def name(self) -> str:

@@ -21,6 +21,7 @@ class Speculation:
     loop: str  # which decode loop ran
     why: str  # and why that one
     depth: int  # K, draft steps a round at most
+    rule: str = ""  # how draft tokens were accepted
     shapes: dict[str, int] = field(default_factory=dict)  # our loop: rounds of the batch by what they proposed
     changes: list[str] = field(default_factory=list)  # our loop: when that changed, and why
     graphs: str = ""  # our loop: whether rounds ran as CUDA graphs, and if not, why

@@ -1,11 +1,13 @@
 """The engine of rows: settings and seeds of each row, errors of each row, and what is new in a table."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.batches import GREEDY, make_oracle, pad, prompts_of
 from helpers.capture import GraphsOnCpus, capture_on_cpus
+from helpers.engine import run_rows
 from helpers.marks import slow_but
 from helpers.models import DRAFTERS, make_drafter, make_prompt, make_target
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -25,31 +27,12 @@ from hf_eagle3.decoding.state import RoundConfig
 from hf_eagle3.drafters.chain import CHAIN, begin, catch_up, read_pending
 from hf_eagle3.drafters.draft import Draft, DrafterKind
 from hf_eagle3.drafters.kinds import KINDS
-from hf_eagle3.speculation.accept import RULES, Verdict, accept_greedy
+from hf_eagle3.speculation.accept import RULES, accept_greedy
 from hf_eagle3.speculation.noise import SeededNoise
 from hf_eagle3.speculation.shape import chain
 from hf_eagle3.speculation.warpers import RowSettings, RowWarper, read_settings
 
 CPU = torch.device("cpu")
-
-
-def run_rows(target, drafter, prompts, rows, config, **options):
-    """Let an engine decode `prompts` [1, T_b] as `rows` until all are done; how it ran."""
-    batch = pad(prompts)
-    mask = batch["attention_mask"].bool()
-    room = Room(len(rows), int(mask.sum(-1).max()), rows[0].max_new)
-    inputs = {
-        "attention_mask": batch["attention_mask"],
-        "position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0),
-        CACHE_NAME: DynamicCache(config=target.config),
-        "use_cache": True,
-    }
-    with torch.no_grad(), Engine(target, drafter.bind(target), config, room, **options) as engine:
-        prompt = engine.prefill(batch["input_ids"], mask, inputs, GenerationConfig())
-        engine.admit(rows, prompt)
-        while any(row.is_live for row in rows):
-            engine.round()
-        return engine.graphs
 
 
 # ---- settings and seeds of each row ----
@@ -61,7 +44,7 @@ SETTINGS = [
     RowSettings(),
     RowSettings(temperature=0.9, top_k=20, top_p=0.95, min_p=0.05),
 ]
-SAMPLED = RoundConfig(shape=chain(3), rule="sampled", do_sample=True, is_seeded=True)
+SAMPLED = RoundConfig(shape=chain(3), do_sample=True, is_seeded=True)
 
 
 def make_rows(prompts, settings=SETTINGS, seeds=(5, 6, 7, 8, 9), **options):
@@ -112,7 +95,7 @@ def test_rows_whose_text_is_looked_at_draw_by_their_seeds_too(target):
             return scores
 
     prompts, drafter = prompts_of(5, 9, 3), make_drafter(target)
-    config = RoundConfig(shape=chain(3), rule="sampled", do_sample=True, is_seeded=True, in_order=True)
+    config = RoundConfig(shape=chain(3), do_sample=True, is_seeded=True, in_order=True)
     options = {"settings": [RowSettings()] * 3, "processors": LogitsProcessorList([Looks()])}
     rows = make_rows(prompts, seeds=(5, 6, 7), **options)
     run_rows(target, drafter, prompts, rows, config)
@@ -282,20 +265,16 @@ def test_a_shape_and_a_kind_are_rows_of_their_tables(family, tree, captured, mon
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rule_is_a_row_of_its_table(target):
+def test_a_rule_is_a_row_of_its_table(target, monkeypatch):
     """One that keeps at most one draft token, which is lossless, too."""
 
     def judge_one(proposal, scores, judging):
-        verdict = accept_greedy(proposal.tokens[:, :1], scores[:, :2])
-        return Verdict(*verdict)
+        return accept_greedy(proposal.tokens[:, :1], scores[:, :2])
 
     prompt = make_prompt(7)
     plain = target.generate(prompt, max_new_tokens=15, **GREEDY)
     oracle = make_oracle(target, plain, pad([prompt]), wrong_share=0.0)
     row = Row(prompt, max_new=15)
-    RULES["toy"] = judge_one
-    try:
-        run_rows(target, oracle, [prompt], [row], RoundConfig(shape=chain(3), rule="toy"))
-    finally:
-        del RULES["toy"]
+    monkeypatch.setitem(RULES, "greedy", replace(RULES["greedy"], judge=judge_one))
+    run_rows(target, oracle, [prompt], [row], RoundConfig(shape=chain(3)))
     assert row.text == plain[0, 7:].tolist()

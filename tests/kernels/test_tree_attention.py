@@ -5,7 +5,7 @@ import torch
 from helpers.kernels import DEVICE, assert_as_good, in_double, make_rows
 
 from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager
-from hf_eagle3.speculation.tree import make_ancestry
+from hf_eagle3.speculation.tree import Ancestry, make_ancestry
 
 WIDE = tuple(0 for _ in range(7))  # children of the root
 MIXED = (0, 0, 1, 1, 2, 3, 4, 4, 0, 9, 10, 11)
@@ -26,6 +26,23 @@ def test_trees_equal_their_twin(parents, window, num_splits, dtype):
     out = attend_rows(query, keys, values, start, num_splits=num_splits, **options)
     reference = attend_rows_eager(query, keys, values, start, **options)
     truth = attend_rows_eager(*in_double(query, keys, values, start), **{**options, "sinks": sinks.double()})
+    assert_as_good(out, reference, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize(("begin", "end"), [(2, 3), (1, 5), (5, 13)])
+def test_a_part_of_a_tree_equals_its_twin(begin, end, window):
+    """A level of a draft: ancestors lie in the slots before it."""
+    query, keys, values, start = make_rows(3, 4, 2, end - begin, 32, 90)
+    start = start.clamp(min=begin)
+    whole = make_ancestry(MIXED, torch.device(DEVICE))
+    ancestry = Ancestry(whole.bits[begin:end], whole.depths[:end])
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    options = {"scaling": 0.2, "window": window, "ancestry": ancestry}
+    out = attend_rows(query, keys, values, start, **options)
+    reference = attend_rows_eager(query, keys, values, start, **options)
+    truth = attend_rows_eager(*in_double(query, keys, values, start), **options)
     assert_as_good(out, reference, truth)
 
 

@@ -72,7 +72,7 @@ LAYERS = {
     "kernels": [
         ["fusion"],
         ["attention"],
-        ["argmax", "experts", "head_loss", "linear", "norms", "rotary", "temperature"],
+        ["argmax", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature"],
         ["deferred", "mlp", "onednn", "qkv"],
         ["language"],
     ],
@@ -93,7 +93,7 @@ LAYERS = {
         ["assisted", "output"],
         ["candidates", "request", "undrafted"],
         ["auto_config", "batching", "depths", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
-        ["refusals"],
+        ["refusals", "seeds"],
     ],
     "decoding": [
         ["engine"],
@@ -120,9 +120,10 @@ LAYERS = {
     "speculation": [
         ["costs", "coverage"],
         ["accept"],
+        ["block_verification", "shared_noise"],
         ["noise", "numbers", "rates"],
         ["sampling", "shape", "stats", "warpers"],
-        ["tree"],
+        ["tree", "verdict"],
     ],
     "training": [
         ["__init__"],

@@ -10,7 +10,7 @@ from hf_eagle3.rows.attention import weigh
 from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.cache import RowCache
 from hf_eagle3.rows.masks import make_mask
-from hf_eagle3.speculation.tree import find_depths, make_ancestry
+from hf_eagle3.speculation.tree import Ancestry, find_depths, make_ancestry
 
 CPU = torch.device("cpu")
 PARENTS = (0, 0, 1, 1, 2, 3)  # see tests/speculation/test_shape.py
@@ -44,6 +44,23 @@ def test_a_token_sees_the_text_its_ancestors_and_itself(parents, window, start):
             assert mask[0, 0, t, slot] == expected, (t, slot)
     assert block.places.tolist() == [[start + d for d in depths]]
     assert block.slots.tolist() == [list(range(start, start + T))]
+
+
+def test_a_tree_in_parts_is_the_tree():
+    """A token sees the same in one block as behind earlier blocks that began the tree."""
+    start, T, L = torch.tensor([3, 0, 9]), len(PARENTS) + 1, 20
+    whole = make_ancestry(PARENTS, CPU)
+    query, keys = torch.randn(3, 4, T, 8), torch.randn(3, L, 2, 8)
+    for window in (None, 1, 3, 4):
+        mask = make_mask(Block(start, T, whole), L, window=window)
+        options = {"scaling": 0.4, "window": window, "softcap": 5.0, "sinks": torch.randn(4)}
+        out = attend_rows_eager(query, keys, keys, start, ancestry=whole, **options)
+        for begin, end in [(0, 2), (2, 5), (5, 7), (1, 7)]:
+            part = Block(start + begin, end - begin, Ancestry(whole.bits[begin:end], whole.depths[:end]))
+            assert part.places.tolist() == Block(start, T, whole).places[:, begin:end].tolist()
+            assert torch.equal(make_mask(part, L, window=window), mask[:, :, begin:end])
+            ours = attend_rows_eager(query[:, :, begin:end], keys, keys, part.start, ancestry=part.ancestry, **options)
+            torch.testing.assert_close(ours, out[:, begin:end])
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -11,8 +11,6 @@ import torch
 from helpers.distributions import ALPHA, TINY_V, assert_distributed_as
 from helpers.marks import slow_rows_but
 from helpers.models import drafter_config, randomize
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -27,11 +25,9 @@ from hf_eagle3.drafters.draft import Draft, make_choose_sampled
 from hf_eagle3.host import candidates
 from hf_eagle3.modeling import Eagle3DrafterModel
 from hf_eagle3.speculation import noise
-from hf_eagle3.speculation.accept import accept_sampled
 from hf_eagle3.speculation.noise import GlobalNoise
 from hf_eagle3.speculation.numbers import has_nan
-from hf_eagle3.speculation.sampling import STATELESS_WARPERS, draw, likeliest, stateless_warpers, to_probs
-from hf_eagle3.speculation.warpers import RowWarper, read_settings
+from hf_eagle3.speculation.sampling import STATELESS_WARPERS, draw, likeliest, stateless_warpers
 
 pytestmark = pytest.mark.any_release
 
@@ -143,8 +139,8 @@ def test_a_parallel_draft_is_drawn_from_what_it_is_told_to_be():
     N = 20000
     logits = torch.randn(3, 5).expand(N, 3, 5)
     choose = make_choose_sampled(lambda x: x, GlobalNoise())
-    draft_ids, probs = choose(logits, 0)
-    draft = Draft(drafter.to_target_ids(draft_ids), probs)
+    draft_ids, probs = choose(logits, range(3), 1)
+    draft = Draft(drafter.to_target_ids(draft_ids[..., 0]), probs)
     assert draft.tokens.shape == (N, 3)
     torch.testing.assert_close(draft.probs, logits.softmax(-1))
     q = torch.zeros(3, TINY_V)
@@ -159,123 +155,6 @@ class Unchanged(LogitsProcessor):
         return scores
 
 
-# The cycle itself, many rows at once: draft with q, accept against p.
-
-
-def scripted(seed: int, V_d: int, *, spread: float = 1.5):
-    """Random tables of p [V, V] and q logits [V, V_d] by last token, and the draft vocabulary [V_d]."""
-    generator = torch.Generator().manual_seed(seed)
-    p_logits = spread * torch.randn(TINY_V, TINY_V, generator=generator)
-    q_logits = spread * torch.randn(TINY_V, V_d, generator=generator)
-    return p_logits, q_logits, torch.randperm(TINY_V, generator=generator)[:V_d].sort().values
-
-
-def make_to_probs(warpers):
-    """From logits [B, V_d] to the probabilities that warpers leave, as a round computes them for each row."""
-    settings, further = read_settings(warpers)
-    warper = RowWarper([settings], further, torch.device("cpu"))
-    return lambda logits: to_probs(logits[None], warper)[0]
-
-
-def emit(
-    p_logits, q_logits, ids, warpers, *, rows: int, depth: int = 2, root: int = 2, rule=accept_sampled, choose=draw
-) -> Tensor:
-    """[rows, depth] first tokens that rounds with these tables emit; a short round is continued plainly."""
-    to_probs = make_to_probs(warpers)
-    token = torch.full((rows,), root)
-    tokens, q_rows = [], []
-    for _ in range(depth):
-        q = to_probs(q_logits[token])  # [rows, V_d]
-        token = ids[choose(q)]
-        tokens.append(token)
-        q_rows.append(torch.zeros(rows, TINY_V).index_copy(1, ids, q))
-    draft_tokens = torch.stack(tokens, dim=1)
-    context = torch.cat([torch.full((rows, 1), root), draft_tokens], dim=1)  # [rows, depth+1]
-    p = torch.stack([to_probs(p_logits[context[:, k]]) for k in range(depth + 1)], dim=1)
-    verdict = rule(draft_tokens, torch.stack(q_rows, dim=1), p)
-    emitted = torch.cat([draft_tokens, draft_tokens[:, :1]], dim=1).scatter(
-        1, verdict.num_accepted[:, None], verdict.next_token[:, None]
-    )
-    for k in range(1, depth):  # what lies behind a refusal comes from the next round; here from p itself
-        behind = verdict.num_accepted < k
-        plain = torch.multinomial(to_probs(p_logits[emitted[:, k - 1]]), 1)[:, 0]
-        emitted[:, k] = torch.where(behind, plain, emitted[:, k])
-    return emitted[:, :depth]
-
-
-def expected_law(p_logits, warpers, *, depth: int = 2, root: int = 2) -> Tensor:
-    step = make_to_probs(warpers)(p_logits)  # [V, V]
-    probs = step[root]
-    for _ in range(depth - 1):
-        probs = probs[..., None] * step
-    return probs
-
-
-WARPER_SETS = {
-    "none": [],
-    "cold": [TemperatureLogitsWarper(0.3)],
-    "top_k": [TopKLogitsWarper(3)],
-    "top_p": [TemperatureLogitsWarper(1.4), TopPLogitsWarper(0.75)],
-    "top_k_1": [TopKLogitsWarper(1)],
-}
-
-
-@pytest.mark.parametrize("V_d", [TINY_V, 5, 2], ids=["full", "reduced", "two"])
-@pytest.mark.parametrize("warpers", WARPER_SETS)
-def test_round_emits_the_targets_distribution(warpers, V_d):
-    tables = scripted(3, V_d)
-    samples = emit(*tables, WARPER_SETS[warpers], rows=60_000, depth=3)
-    assert_distributed_as(samples[:, :2], expected_law(tables[0], WARPER_SETS[warpers]))
-    assert_distributed_as(samples, expected_law(tables[0], WARPER_SETS[warpers], depth=3))
-
-
-def q_is_a_point_mass(draft_tokens, draft_probs, target_probs):
-    certain = torch.zeros_like(draft_probs).scatter_(-1, draft_tokens[..., None], 1.0)
-    return accept_sampled(draft_tokens, certain, target_probs)
-
-
-def wrong_q_is_flattened(draft_tokens, draft_probs, target_probs):
-    flat = draft_probs.sqrt()
-    return accept_sampled(draft_tokens, flat / flat.sum(-1, keepdim=True), target_probs)
-
-
-def wrong_q_is_uniform(draft_tokens, draft_probs, target_probs):
-    return accept_sampled(draft_tokens, torch.full_like(draft_probs, 1 / TINY_V), target_probs)
-
-
-def wrong_p_is_renormalised(draft_tokens, draft_probs, target_probs):
-    inside = (draft_probs > 0).any(1, keepdim=True)
-    return accept_sampled(draft_tokens, draft_probs, target_probs * inside / (target_probs * inside).sum(-1, True))
-
-
-def wrong_residual_is_p(draft_tokens, draft_probs, target_probs):
-    verdict = accept_sampled(draft_tokens, draft_probs, target_probs)
-    rows = torch.arange(len(draft_tokens))
-    return verdict._replace(next_token=draw(target_probs[rows, verdict.num_accepted]))
-
-
-@pytest.mark.parametrize(
-    "mutant", [wrong_q_is_flattened, wrong_q_is_uniform, wrong_p_is_renormalised, wrong_residual_is_p]
-)
-def test_a_wrong_rule_is_noticed(mutant):
-    tables = scripted(3, 5)
-    samples = emit(*tables, [], rows=60_000, rule=mutant)
-    with pytest.raises(AssertionError, match="p-value"):
-        assert_distributed_as(samples[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
-
-
-def test_calling_any_draft_certain_is_lossless_too():
-    tables = scripted(3, 5)
-    assert_distributed_as(emit(*tables, [], rows=60_000, rule=q_is_a_point_mass), expected_law(tables[0], []))
-
-
-def test_a_greedy_draft_told_as_a_sampled_one_is_noticed():
-    tables = scripted(3, 5)
-    samples = emit(*tables, [], rows=60_000, choose=lambda weights: weights.argmax(-1))
-    with pytest.raises(AssertionError, match="p-value"):
-        assert_distributed_as(samples[:, :1], expected_law(tables[0], [], depth=1), alpha=1e-6)
-
-
 @pytest.mark.slow
 def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
     """The end-to-end test above has the power to see what it is for."""
@@ -286,42 +165,6 @@ def test_generate_with_the_wrong_law_is_noticed(monkeypatch):
 
 
 # ---- the pieces ----
-
-
-@given(data=st.data(), K=st.integers(1, 4), B=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
-def test_what_is_kept_is_what_p_and_q_allow(data, K, B):
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    q = torch.rand(B, K, TINY_V, generator=generator).softmax(-1)
-    p = (4 * torch.rand(B, K + 1, TINY_V, generator=generator)).softmax(-1)
-    p = torch.where(torch.rand(p.shape, generator=generator) < 0.3, 0, p)
-    p = p / p.sum(-1, keepdim=True)
-    tokens = draw(q.view(-1, TINY_V)).view(B, K)
-    num_accepted, next_token, _ = accept_sampled(tokens, q, p)
-    for b in range(B):
-        n = int(num_accepted[b])
-        assert 0 <= n <= K
-        assert all(p[b, k, tokens[b, k]] > 0 for k in range(n))
-        assert p[b, n, next_token[b]] > 0
-        if n < K:
-            assert p[b, n, next_token[b]] > q[b, n, next_token[b]]
-
-
-def test_equal_laws_are_always_accepted_and_never_nan():
-    p = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).expand(20_000, 1, 4)
-    tokens = draw(p[:, 0])[:, None]
-    verdict = accept_sampled(tokens, p, torch.cat([p, p], dim=1))
-    assert verdict.num_accepted.float().mean() > 0.999
-    assert verdict.next_token.max() <= 2
-
-
-def test_refusal_with_nothing_left_falls_back_to_p(monkeypatch):
-    # p and q differ by rounding, p <= q everywhere, and the draft is refused.
-    p = torch.tensor([[[0.0, 1.0 - 2**-24], [0.5, 0.5]]])
-    q = torch.tensor([[[0.0, 1.0]]])
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2**-24))
-    num_accepted, next_token, _ = accept_sampled(torch.tensor([[1]]), q, p)
-    assert (num_accepted.tolist(), next_token.tolist()) == ([0], [1])
 
 
 def test_draw_never_takes_what_has_no_weight():

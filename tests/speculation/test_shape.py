@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from hf_eagle3.speculation.accept import accept_greedy
 from hf_eagle3.speculation.shape import NONE, DraftShape, chain
-from hf_eagle3.speculation.tree import find_ancestors, find_depths, find_paths, make_ancestry
+from hf_eagle3.speculation.tree import (
+    find_ancestors,
+    find_children,
+    find_depth_order,
+    find_depths,
+    find_heights,
+    find_paths,
+    make_ancestry,
+)
+
+CPU = torch.device("cpu")
 
 #        0
 #      /   \
@@ -105,3 +115,65 @@ def test_the_longest_path_that_the_target_repeats_is_kept(parents, data):
         assert set(path) <= kept
         assert path == find_paths(parents)[path[-1]][: num + 1]
         assert verdict.next_token[b] == wanted[path[-1]]
+
+
+@given(parents=trees())
+def test_children_and_heights(parents):
+    children, heights, paths = find_children(parents), find_heights(parents), find_paths(parents)
+    assert sorted(child for nodes in children for child in nodes) == list(range(1, len(parents) + 1))
+    assert all(parents[child - 1] == node for node, nodes in enumerate(children) for child in nodes)
+    depths = find_depths(parents)
+    for node, height in enumerate(heights):
+        assert height == max(depths[end] - depths[node] for end, path in enumerate(paths) if node in path)
+    assert DraftShape(parents).width == max(map(len, children))
+
+
+def pick(values, index):
+    """Those at an index of a `Level`."""
+    return list(values) if index is None else [values[i] for i in index.tolist()]
+
+
+@given(parents=trees())
+def test_level_by_level_each_node_is_drafted_behind_its_parent(parents):
+    shape, depths, children = DraftShape(parents), find_depths(parents), find_children(parents)
+    nodes, before, drafted, slots = [0], [], [], []  # those of a depth, and those fed before
+    levels = shape.levels(CPU)
+    assert len(levels) == shape.depth
+    for depth, level in enumerate(levels):
+        assert level.num_before == len(slots)
+        fed = pick(nodes, level.fed)
+        assert fed == [node for node in nodes if children[node]]
+        assert level.num_fed == len(fed)
+        assert level.width == max(len(children[node]) for node in fed)
+        if depth:
+            assert pick(before, level.parents) == [parents[node - 1] for node in fed]
+            slots += fed
+            for i, node in enumerate(fed):
+                ancestors = {n for n in find_paths(parents)[node] if n}
+                bits = (1 << len(slots)) - 1 if level.ancestry is None else int(level.ancestry.bits[i])
+                assert {slots[k] for k in range(len(slots)) if bits >> k & 1} == ancestors
+            if level.ancestry is not None:
+                assert level.ancestry.num_before == level.num_before
+                assert level.ancestry.depths.tolist() == [depths[node] - 1 for node in slots]
+        best = [(node, rank) for node in fed for rank in range(level.width)]
+        nodes = [children[node][rank] for node, rank in pick(best, level.children)]
+        drafted, before = drafted + nodes, fed
+    assert drafted == find_depth_order(parents)
+    assert pick(drafted, shape.node_order(CPU)) == list(range(1, len(parents) + 1))
+
+
+@given(K=st.integers(1, 64))
+def test_levels_of_a_chain_need_no_index(K):
+    for number, level in enumerate(chain(K).levels(CPU)):
+        assert level == (max(number - 1, 0), 1, None, None, None, 1, None)
+    assert chain(K).node_order(CPU) is None
+    assert chain(K).ranks(CPU) is None
+
+
+@given(parents=trees())
+def test_of_the_best_of_each_depth_a_node_is_one(parents):
+    """As a parallel drafter gives them: nodes of one depth have the same children."""
+    shape, depths, children = DraftShape(parents), find_depths(parents), find_children(parents)
+    best = [(depth, rank) for depth in range(1, shape.depth + 1) for rank in range(shape.width)]
+    expected = [(depths[n], children[parents[n - 1]].index(n)) for n in range(1, len(parents) + 1)]
+    assert pick(best, shape.ranks(CPU)) == expected
