@@ -265,7 +265,7 @@ class CapturedPhases(Phases):
     def _key(self, num_rows: int) -> tuple:
         """What tells sets of graphs apart."""
         config = self.config
-        rule = (self.rule, config.do_sample, config.simulated_length, config.is_seeded)
+        rule = (self.rule, config.do_sample, config.simulated_length, config.coverage, config.is_seeded)
         return (
             num_rows,
             self.shape,

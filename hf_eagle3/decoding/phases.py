@@ -26,6 +26,7 @@ from ..rows.cache import WRITING, RowCache
 from ..rows.masks import Masks, make_masks
 from ..rows.rotation import at_once, one_by_one, rotating
 from ..speculation.accept import RULES, SHARED, Judging, stop_before
+from ..speculation.coverage import accept_covered
 from ..speculation.noise import GlobalNoise, SeededNoise
 from ..speculation.numbers import has_nan
 from ..speculation.shape import NONE, DraftShape
@@ -222,6 +223,8 @@ class Phases:
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
         scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
         verdict = RULES[self.rule].judge(proposal, scores, self.judging._replace(shape=shape))
+        if config.coverage is not None:
+            verdict = accept_covered(verified.logits, shape, config.coverage)
         verdict = agree_on(verdict, self.models.agree)
         if (last := config.starts_anew) is not None:
             # Behind so many tokens the draft was verified over a cache that plain decoding no longer has.

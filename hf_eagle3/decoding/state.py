@@ -10,6 +10,7 @@ from transformers import LogitsProcessor
 from ..drafters.draft import Committed
 from ..rows.cache import RowCache
 from ..speculation.accept import BLOCK, GREEDY, SHARED, SIMULATED
+from ..speculation.coverage import Coverage
 from ..speculation.shape import NONE, DraftShape, Shapes
 from ..speculation.verdict import Proposal, Verdict
 from .prefill import Prompt
@@ -28,6 +29,7 @@ class RoundConfig:
     is_reproducible: bool = False  # a row's seed says its text, whatever is drafted: by shared noise along chains, too
     in_order: bool = False  # tokens are chosen one after the other in Python, since some processor looks at the text
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
+    coverage: Coverage | None = None  # likewise, by depth and rank; what the accept rule says is computed and dropped
     keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
     keeps_scores: bool = False  # what tokens were chosen by is handed out, so it must not be overwritten
     is_seeded: bool = False  # the ratio test draws by each row's own seed

@@ -15,6 +15,7 @@ from ..decoding.row import Row
 from ..decoding.state import RoundConfig
 from ..decoding.transcript import Transcript
 from ..rows.rotation import find_switch as find_rotation_switch
+from ..speculation.coverage import read_coverage
 from ..speculation.sampling import stateless_warpers
 from ..speculation.warpers import read_settings
 from ..tensor_parallel import find_peers, is_spread, make_agree
@@ -139,9 +140,10 @@ def make_round_config(
             "can follow in text from its beginning alone; this prompt has more. Leave that out, lower max_new_tokens, or "
             "call generate() without assistant_model."
         )
-    simulated = None
+    simulated, coverage = None, None
     if choice.drafter is not None:
         simulated = getattr(choice.drafter.generation_config, "simulated_acceptance_length", None)
+        coverage = getattr(choice.drafter.generation_config, "simulated_coverage", None)
     stateless = stateless_warpers(processors)
     in_order = transcript.in_step or len(stateless) < len(processors)
     is_plain = simulated is None and not in_order and switch is None and find_peers(target) is None
@@ -153,6 +155,7 @@ def make_round_config(
         is_reproducible=choice.seeds is not None,
         in_order=in_order,
         simulated_length=simulated,
+        coverage=None if coverage is None or in_order else read_coverage(coverage),
         keeps_rows=(keeps_rows or transcript.in_step) and len(transcript.rows) > 1,
         keeps_scores=row.scores is not None or row.logits is not None,
         starts_anew=None if switch is None else switch.after,
@@ -198,7 +201,8 @@ def has_hooks_of_others(target: PreTrainedModel) -> bool:
 
 def explain(choice: LoopChoice, config: RoundConfig, transcript: Transcript, processors: LogitsProcessorList) -> str:
     """Why the call is decoded as it is."""
-    why = choice.why if config.simulated_length is None else f"{choice.why}; acceptance is simulated"
+    is_simulated = config.simulated_length is not None or config.coverage is not None
+    why = f"{choice.why}; acceptance is simulated" if is_simulated else choice.why
     if transcript.in_step and len(transcript.rows) > 1:
         names = [type(thing).__name__ for thing in (*filter(looks_at_batch, processors), *transcript.criteria)]
         why += f"; rows in step, as {' and '.join(names)} may look at all of them"

@@ -12,7 +12,7 @@ from ..speculation.shape import NONE, DraftShape, Shapes, chain
 DEFAULT_DEPTH = 3
 MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
 CHAINS = (1, 2, 3, 5)
-TREES: Mapping[int, int] = {}  # nodes, and most levels: each is a forward of the drafter
+TREES = {8: 5, 16: 5, 32: 6}  # nodes, and most levels: each is a forward of the drafter
 TRIPLE = ("steps", "topk", "draft_tokens")  # as SGLang's speculative settings are called
 SETTINGS = ("draft_shape", "num_assistant_tokens")
 
