@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -143,14 +142,26 @@ def test_memory_grows_under_rounds_that_change(target, at_random, monkeypatch):
     assert torch.equal(target.generate(prompt, assistant_model=drafter, draft_shape="auto", **options), plain)
 
 
-def test_what_was_learnt_is_kept_between_calls(target):
-    drafter, batch = make_drafter(target), pad(prompts_of(9))  # knows nothing
-    first, second = (decode(target, drafter, batch, draft_shape="auto", max_new_tokens=120) for _ in range(2))
-    assert first.sequences.tolist() == second.sequences.tolist()
-    assert first.speculation.changes
-    drafted = [sum(n for name, n in out.speculation.shapes.items() if name != "none") for out in (first, second)]
-    assert drafted[1] <= drafted[0]
-    assert Counter(second.speculation.shapes).most_common(1)[0][0] == "none"
+def test_what_was_learnt_is_kept_between_calls(target, monkeypatch):
+    choosers = []
+
+    def make(*args, **kwargs):
+        choosers.append(choosing.make_chooser(*args, **kwargs))
+        return choosers[-1]
+
+    monkeypatch.setattr(generate, "CHOOSER", make)
+    drafter, batch = make_drafter(target), pad(prompts_of(9))
+    auto = {"draft_shape": "auto"}
+    for options in (auto, auto, {**auto, "do_sample": True}, {"num_assistant_tokens": 3}):
+        decode(target, drafter, batch, max_new_tokens=30, **options)
+    first, second, sampled, fixed = choosers
+    assert first.costs is second.costs is sampled.costs is not fixed.costs
+    assert first.rates is second.rates is not sampled.rates
+    assert second.costs.samples
+    assert second.reasons
+    assert not fixed.reasons
+    decode(target, make_drafter(target), batch, max_new_tokens=4, draft_shape="auto")
+    assert choosers[-1].costs is not first.costs
 
 
 def test_candidates_are_shapes_that_the_drafter_can_propose(target):
