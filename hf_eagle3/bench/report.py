@@ -102,6 +102,24 @@ def short_rows(grid: Grid) -> list[list[str]]:
     return [*speeds, *ratios(grid), ["acceptance length", *acceptance]]
 
 
+def advise(grid: Grid) -> str:
+    """At which batch sizes drafting pays, in a sentence; nothing where it was not measured beside something else."""
+    baseline = STOCK if any(grid.row(STOCK)) else PLAIN
+    ratios_by_size = {
+        size: ours.tokens_per_second / other.tokens_per_second
+        for size, ours, other in zip(grid.sizes, grid.row(DRAFTED), grid.row(baseline), strict=True)
+        if ours is not None and other is not None
+    }
+    pays = [str(size) for size, ratio in ratios_by_size.items() if ratio > 1]
+    costs = [str(size) for size, ratio in ratios_by_size.items() if ratio <= 1]
+    if not ratios_by_size:
+        return ""
+    if not pays:
+        return f"Drafting does not pay here: at no batch size is it faster than {baseline}."
+    most = f"Drafting is up to {max(ratios_by_size.values()):.2f} times as fast as {baseline}"
+    return f"{most}, at batch sizes {', '.join(pays)}{'; leave it out at ' + ', '.join(costs) if costs else ''}."
+
+
 def speed_rows(grid: Grid) -> list[str]:
     """Tokens a second."""
     return [

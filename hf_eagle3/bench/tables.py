@@ -12,7 +12,7 @@ from ..data_parallel import list_arguments
 from .loading import Setting
 from .prompts import describe_turns
 from .reads import Account, Reads
-from .report import Grid, describe_machine, draw, short_rows, to_json, to_markdown
+from .report import Grid, advise, describe_machine, draw, short_rows, to_json, to_markdown
 from .results import Measured, Skipped
 
 
@@ -51,6 +51,8 @@ class Tables:
         say_table(["tokens a second", *(f"BS {size}" for size in grid.sizes)], short_rows(grid))
         for number, reason in enumerate(grid.reasons, 1):
             say(f"[{number}] {reason}.")
+        if advice := advise(grid):
+            say(f"\n{advice}")
         say(f"\nThe long tables are in {beside(self.out, '.md')}, the same as data in {beside(self.out, '.json')}.")
 
 

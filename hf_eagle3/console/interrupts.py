@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -14,8 +15,9 @@ INTERRUPTED = 130  # exit status, as shells have it
 
 def is_command_line() -> bool:
     """Whether this process is `hf-eagle3` or `python -m hf_eagle3.cli`, and not a user's own program."""
-    is_module = sys.argv[:1] == ["-m"] and "hf_eagle3.cli" in sys.orig_argv  # while Python looks for the module
-    return is_module or Path(sys.argv[0] if sys.argv else "").stem == "hf-eagle3"
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module
+        return next((module for flag, module in pairwise(sys.orig_argv) if flag == "-m"), "") == "hf_eagle3.cli"
+    return Path(sys.argv[0] if sys.argv else "").name.removesuffix(".exe") == "hf-eagle3"
 
 
 def end_quietly() -> None:

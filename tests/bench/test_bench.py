@@ -66,9 +66,10 @@ def test_tables_of_a_shape(tmp_path, capsys):
     out = tmp_path / "tables-3.1"  # what follows the dot is no suffix
     assert cli.main([*TINY, *SMALL, "--simulate-acceptance-length", "2.5", "--out", str(out)]) == 0
     text, data = read(out)
-    head, _, *rows, _, where = capsys.readouterr().out.splitlines()
+    head, _, *rows, _, advice, _, where = capsys.readouterr().out.splitlines()
     assert head.split() == ["tokens", "a", "second", "BS", "1", "BS", "2"]
     assert [row.rsplit(maxsplit=2)[0] for row in rows] == [*KINDS, *RATIOS, "acceptance length"]
+    assert advice.startswith("Drafting ")
     assert where == f"The long tables are in {out}.md, the same as data in {out}.json."
     assert "acceptance length simulated at 2.5" in text
     assert "Compared with" not in text  # what a simulated draft says means nothing
@@ -115,6 +116,27 @@ def test_what_was_not_measured_is_a_dash_and_null():
     data = json.loads(report.to_json([result], notes=[]), parse_constant=pytest.fail)["results"][0]
     assert (data["tokens_per_second"], data["fastest"], data["acceptance_rate_by_depth"]) == (None, None, [0.5, None])
     assert results.mean_gain([(0, 0, "all")]) is None
+
+
+@pytest.mark.parametrize(
+    ("speeds", "says"),
+    [
+        ({1: (10, 25), 8: (50, 60)}, "Drafting is up to 2.50 times as fast as generate(), at batch sizes 1, 8."),
+        ({1: (10, 25), 64: (90, 60)}, "2.50 times as fast as generate(), at batch sizes 1; leave it out at 64."),
+        ({64: (90, 60)}, "Drafting does not pay here: at no batch size is it faster than generate()."),
+        ({1: (None, 25)}, ""),
+    ],
+    ids=["all", "some", "none", "alone"],
+)
+def test_advice_is_by_batch_size(speeds, says):
+    pairs = [
+        (kind, size, v)
+        for size, both in speeds.items()
+        for kind, v in zip((ways.STOCK, ways.DRAFTED), both, strict=True)
+    ]
+    grid = report.Grid([results.Measured(kind, size, v, v, v) for kind, size, v in pairs if v is not None], [])
+    assert report.advise(grid).endswith(says)
+    assert bool(report.advise(grid)) == bool(says)
 
 
 # ---- out of memory ----

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hf_eagle3.console import progress
+from hf_eagle3.console.interrupts import is_command_line
 from hf_eagle3.console.progress import Progress
 from hf_eagle3.console.tables import say_table
 
@@ -103,3 +104,22 @@ def test_table_is_as_wide_as_the_terminal_at_most(monkeypatch):
     plain = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
     assert max(map(len, plain.splitlines())) <= 40
     assert re.search(r"\x1b\[1;31m *NO", terminal.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("argv", "original", "is_ours"),
+    [
+        (["/usr/bin/hf-eagle3", "demo"], [], True),
+        (["C:/Scripts/hf-eagle3.exe"], [], True),
+        (["hf-eagle3.py"], [], False),  # a user's own
+        (["-m", "x"], ["python", "-m", "hf_eagle3.cli", "x"], True),
+        (["-m", "-m", "hf_eagle3.cli"], ["python", "-m", "torch.distributed.run", "-m", "hf_eagle3.cli"], False),
+        (["-m"], ["python"], False),
+        (["pytest"], ["python", "-m", "pytest"], False),
+        ([], [], False),
+    ],
+)
+def test_processes_of_the_command_line_are_known(argv, original, is_ours, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert is_command_line() == is_ours
