@@ -27,7 +27,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        if not text or default in (None, False, argparse.SUPPRESS) or default == [] or default == {}:
+        if not text or default is None or default is False or default in (argparse.SUPPRESS, [], {}):
             return text
         words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
         return f"{text} (default: {words})"
@@ -88,7 +88,15 @@ class Parser(argparse.ArgumentParser):
         """The values given, and nothing that is left over."""
         words = self._respell(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(words, namespace)
-        left = [word for word in rest if word != "--"]
+        self._fill(found, [word for word in rest if word != "--"])
+        return found, []
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in a line, and end with status 2."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}. `{self.prog} --help` lists what there is.\n")
+
+    def _fill(self, found: Any, left: list[str]) -> None:  # Any: argparse's namespace
+        """Give words that stand alone to the options that are given in order, and refuse what is too much or missing."""
         for action in self._in_order:
             if left and getattr(found, action.dest, None) is action.default:
                 setattr(found, action.dest, action.type(left.pop(0)) if callable(action.type) else left.pop(0))
@@ -98,11 +106,6 @@ class Parser(argparse.ArgumentParser):
         if missing:
             names = [action.dest.upper() if action in self._in_order else name_of(action) for action in missing]
             self.error(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
-        return found, []
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in a line, and end with status 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message)}. `{self.prog} --help` lists what there is.\n")
 
     def _shorten_usage(self) -> None:
         if self._subparsers is not None:
