@@ -13,8 +13,9 @@ from helpers.training import TINY, make_tokenizer
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import cli
+from hf_eagle3.cli.train import find_options
 from hf_eagle3.data_parallel import launch
-from hf_eagle3.training.script import lora, main, parse, target_options
+from hf_eagle3.training.script import lora, main, make_parser, parse, target_options
 
 pytestmark = pytest.mark.any_release
 
@@ -256,6 +257,14 @@ def test_shipped_launch_files_are_those_that_the_trainer_takes():
         assert config.num_processes == 8
     assert config.fsdp_config["fsdp_version"] == 2
     assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+
+
+def test_options_read_from_the_sources_are_those_of_the_parser():
+    """So that a mistyped one is named before anything heavy is imported, and none else is refused."""
+    wanted = {f"--{action.dest}" for action in make_parser()._actions} - {"--help", "--config"}
+    found = set(find_options())
+    assert wanted <= found
+    assert all(name.startswith("--_") for name in found - wanted)
 
 
 def test_help_lists_what_there_is_to_set(capsys):
