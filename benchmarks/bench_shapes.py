@@ -127,6 +127,10 @@ def measure(
                 "shapes": told.shapes,
                 "changes": told.changes[-4:],
                 "graphs": told.graphs,
+                "milliseconds": {
+                    name: round(1000 * getattr(told, f"{name}_seconds") / max(sum(told.shapes.values()), 1), 3)
+                    for name in ("draft", "verify", "accept", "host")
+                },
                 "rule": told.rule,
                 "same_text": None if temperature else torch.equal(outs[name].sequences, plain),
             }
@@ -203,7 +207,8 @@ def main() -> None:
             al = found["acceptance_length"]
             print(
                 f"AL {length} T {temperature} BS {num_rows:3d} {found['way']:24s} {found['tokens_per_second']:9.1f} "
-                f"({found['slowest']:.1f} to {found['fastest']:.1f}) {'' if al is None else f'{al:.2f}'} {found['shapes']}",
+                f"({found['slowest']:.1f} to {found['fastest']:.1f}) {'' if al is None else f'{al:.2f}'} {found['shapes']} "
+                f"{found['milliseconds']}",
                 flush=True,
             )
         args.out.write_text(json.dumps({"machine": describe_machine(target), "results": results}, indent=1) + "\n")

@@ -21,6 +21,7 @@ from ..kernels.fusion import fused, has_forward_hooks
 from ..kernels.language import is_available
 from ..kernels.noise import add_noise_rows
 from ..kernels.temperature import divide_rows
+from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
 from ..speculation.shape import DraftShape
@@ -49,7 +50,7 @@ class CudaGraphs:
 
     first_room: int = 512
     worth_capture: int = 128
-    max_graphs: int = 8
+    max_graphs: int = 32
     rounds_in_flight: int | None = None
 
     def why_not(self, target: PreTrainedModel, drafter: PreTrainedModel | None) -> str | None:
@@ -292,7 +293,7 @@ class CapturedPhases(Phases):
         phases = Phases(self.models, state, memory, warper, self.config)
         phases.switch(self.shape)
         if is_available(self.arena.device):
-            phases.add_noise = add_noise_rows
+            phases.add_noise, phases.find_top = add_noise_rows, top_rows
 
         is_fixed = self.config.shapes.is_fixed
 

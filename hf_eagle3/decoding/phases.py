@@ -16,10 +16,12 @@ from ..drafters.draft import (
     Choose,
     DrafterKind,
     DrafterMemory,
-    choose_greedy,
+    FindTop,
+    make_choose_greedy,
     make_choose_sampled,
     make_choose_shared,
 )
+from ..kernels.top import top_rows_eager
 from ..recorder import StateRecorder, find_layers
 from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
@@ -173,7 +175,8 @@ class Phases:
         around: Sequence[AbstractContextManager] = (),
     ):
         self.models, self.state, self.memory, self.warper, self.config = models, state, memory, warper, config
-        self.add_noise: AddNoise = add_noise  # captured rounds have a kernel
+        self.add_noise: AddNoise = add_noise  # captured rounds have a kernel, and so it is with the next
+        self.find_top: FindTop = top_rows_eager
         self._around = around
         self.shape = config.shape  # of the next round
 
@@ -195,8 +198,11 @@ class Phases:
         """How draft tokens are chosen, which the accept rule must know."""
         if self.rule == SHARED:
             assert self.models.drafter is not None
-            return make_choose_shared(self.warper, self.judging.shared, self.models.drafter.draft_to_target_ids)
-        return make_choose_sampled(self.warper, self.judging.noise) if self.config.do_sample else choose_greedy
+            ids = self.models.drafter.draft_to_target_ids
+            return make_choose_shared(self.warper, self.judging.shared, ids, self.find_top)
+        if self.config.do_sample:
+            return make_choose_sampled(self.warper, self.judging.noise)
+        return make_choose_greedy(self.find_top)
 
     def draft(self) -> Proposal:
         """Propose the shape's tokens in each row."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..kernels.top import top_rows_eager
 from ..rows.cache import RowCache
 from ..speculation.noise import Noise
-from ..speculation.sampling import likeliest, to_probs, widen, without_overflow
+from ..speculation.sampling import likeliest, to_probs, without_overflow
 from ..speculation.shape import DraftShape, Shapes
 from ..speculation.shared_noise import SharedNoise
 
@@ -35,16 +36,25 @@ class Choose(Protocol):
         """
 
 
-def find_best(scores: Tensor, width: int) -> Tensor:
-    """[..., width] int64, where the largest of `scores` [..., V] are, the largest first."""
-    if width == 1:
-        return likeliest(scores)[..., None]
-    return widen(scores).topk(width).indices
+# [..., width] int64, where the largest of scores [..., V] are, the largest first, the first among equals.
+FindTop = Callable[[Tensor, int], Tensor]
 
 
-def choose_greedy(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:  # noqa: ARG001
-    """The likeliest."""
-    return find_best(logits, width), None
+def find_best(scores: Tensor, width: int, find_top: FindTop) -> Tensor:
+    """[..., width] int64, where the largest of `scores` [..., V] are."""
+    return likeliest(scores)[..., None] if width == 1 else find_top(scores, width)
+
+
+def make_choose_greedy(find_top: FindTop = top_rows_eager) -> Choose:
+    """A choice of the likeliest; captured rounds have a kernel that finds them."""
+
+    def choose_greedy(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:  # noqa: ARG001
+        return find_best(logits, width, find_top), None
+
+    return choose_greedy
+
+
+choose_greedy = make_choose_greedy()
 
 
 def make_choose_sampled(warp: Callable[[Tensor], Tensor], noise: Noise) -> Choose:
@@ -58,18 +68,21 @@ def make_choose_sampled(warp: Callable[[Tensor], Tensor], noise: Noise) -> Choos
     return choose_sampled
 
 
-def make_choose_shared(warp: Callable[[Tensor], Tensor], shared: SharedNoise, ids: Tensor) -> Choose:
+def make_choose_shared(
+    warp: Callable[[Tensor], Tensor], shared: SharedNoise, ids: Tensor, find_top: FindTop = top_rows_eager
+) -> Choose:
     """A choice that draws draft ids, without replacement, by the noise that the target's tokens are chosen by.
 
     Args:
         warp: What is left of [B, n, V_d] logits.
         shared: The noise.
         ids: [V_d] int64, the target ids of draft ids.
+        find_top: Finds the largest; captured rounds have a kernel.
     """
 
     def choose_shared(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:
         scores = warp(without_overflow(logits))  # [B, n, V_d]
-        return find_best(shared.perturb(scores, depths, ids=ids), width), None
+        return find_best(shared.perturb(scores, depths, ids=ids), width, find_top), None
 
     return choose_shared
 

@@ -498,3 +498,70 @@ def write_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
             BLOCK_H=block_h,
             BLOCK_D=block_d,
         )
+
+
+def keep_rows_eager(keys: Tensor, values: Tensor, start: Tensor, path: Tensor) -> None:
+    """Keep of a block in each row of a cache only the tokens on a path: token path[b, i] moves to slot start[b] + i.
+
+    Args:
+        keys: [B, L, H_kv, D], written to.
+        values: [B, L, H_kv, D_v], written to.
+        start: [B] int64, the block's.
+        path: [B, n] int64, ascending.
+    """
+    rows = torch.arange(len(path), device=keys.device)[:, None]
+    start, path = start[:, None].to(keys.device), path.to(keys.device)
+    kept, to = start + path, start + torch.arange(path.shape[1], device=keys.device)
+    for held in (keys, values):
+        held[rows, to] = held[rows, kept]
+
+
+@jit()
+def _keep_rows(
+    keys,
+    values,
+    start,
+    path,
+    n,
+    width_k,
+    width_v,
+    stride_kb,
+    stride_kl,
+    stride_vb,
+    stride_vl,
+    BLOCK_N: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_N)
+    first = tl.load(start + b)
+    kept = (first + tl.load(path + b * n + i, mask=i < n, other=0))[:, None]
+    to = (first + i)[:, None]
+    x = (tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X))[None, :]
+    mask_k = (i < n)[:, None] & (x < width_k)
+    mask_v = (i < n)[:, None] & (x < width_v)
+    key = tl.load(keys + b * stride_kb + kept * stride_kl + x, mask=mask_k)
+    value = tl.load(values + b * stride_vb + kept * stride_vl + x, mask=mask_v)
+    tl.debug_barrier()  # a slot that is written may be one that is read
+    tl.store(keys + b * stride_kb + to * stride_kl + x, key, mask=mask_k)
+    tl.store(values + b * stride_vb + to * stride_vl + x, value, mask=mask_v)
+
+
+def keep_rows(keys: Tensor, values: Tensor, start: Tensor, path: Tensor) -> None:
+    """The kernel of `keep_rows_eager`: one for both, where the twin needs a dozen. Same arguments."""
+    require(keys.device)
+    B, n = path.shape
+    widths = [x.shape[2] * x.shape[3] for x in (keys, values)]
+    if any(x.stride()[2:] != (x.shape[3], 1) for x in (keys, values)):  # heads that are not side by side
+        keep_rows_eager(keys, values, start, path)
+        return
+    block_n = round_up_to_power(n)
+    block_x = max(32, 2048 // block_n)
+    with torch.cuda.device_of(keys):
+        _keep_rows[B, -(-max(widths) // block_x)](
+            *(keys, values, start.to(keys.device).contiguous(), path.to(keys.device).contiguous(), n, *widths),
+            *(*keys.stride()[:2], *values.stride()[:2]),
+            BLOCK_N=block_n,
+            BLOCK_X=block_x,
+            num_warps=4,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..kernels.attention import write_rows, write_rows_eager
+from ..kernels.attention import keep_rows, keep_rows_eager, write_rows, write_rows_eager
 from .block import Block
 
 # The cache that the current forward writes to.
@@ -186,13 +186,10 @@ class RowCache(Cache):
             start: [B] int64, the block's.
             path: [B, n] int64, ascending.
         """
-        rows = torch.arange(len(path), device=path.device)[:, None]
-        kept, to = start[:, None] + path, start[:, None] + torch.arange(path.shape[1], device=path.device)
+        keep = keep_rows if BY_KERNELS.get() else keep_rows_eager
         for layer in self.layers:
             if layer.is_initialized:
-                for held in (layer.keys, layer.values):
-                    at = [x.to(held.device) for x in (rows, kept, to)]
-                    held[at[0], at[2]] = held[at[0], at[1]]
+                keep(layer.keys, layer.values, start, path)
 
     def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
         """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""

@@ -94,7 +94,8 @@ def test_greedy_rows_are_the_targets_by_random_trees(family, kind, seed, run):
 def test_processors_that_look_at_the_text_take_trees(target, shape):
     prompts, options = prompts_of(9, 4), {"logits_processor": LogitsProcessorList([Looks()]), "max_new_tokens": 16}
     plain = torch.cat([target.generate(prompt, **options, **GREEDY)[:, -16:] for prompt in prompts])
-    oracle = make_oracle(target, plain, pad(prompts), wrong_share=0.2)
+    batch = pad(prompts)
+    oracle = make_oracle(target, torch.cat([batch["input_ids"], plain], dim=1), batch, wrong_share=0.2)
     rows = [Row(prompt, max_new=16, processors=options["logits_processor"]) for prompt in prompts]
     run_rows(target, oracle, prompts, rows, RoundConfig(shape=shape, in_order=True))
     assert [row.text for row in rows] == plain.tolist()

@@ -72,7 +72,7 @@ LAYERS = {
     "kernels": [
         ["fusion"],
         ["attention"],
-        ["argmax", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature"],
+        ["argmax", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature", "top"],
         ["deferred", "mlp", "onednn", "qkv"],
         ["language"],
     ],
