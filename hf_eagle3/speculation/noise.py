@@ -79,5 +79,5 @@ class SeededNoise:
 def mix(x: Tensor) -> Tensor:
     """Scatter the bits of int64 numbers (SplitMix64)."""
     for shift, factor in MIX:
-        x = (x ^ (x >> shift & ((1 << 64 - shift) - 1))) * factor
-    return x ^ (x >> 31 & ((1 << 33) - 1))
+        x = (x >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(x).mul_(factor)
+    return (x >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(x)

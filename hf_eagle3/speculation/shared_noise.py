@@ -45,16 +45,16 @@ def make_keys(seeds: Tensor, positions: Tensor) -> Tensor:
 
 def make_bits(keys: Tensor, tokens: Tensor) -> Tensor:
     """[...] int64 in 0..2**31-1: the number of each of the `tokens` for each of the `keys`, which are broadcast."""
-    return mix(keys + (tokens + 1) * GOLDEN) >> 33 & (1 << 31) - 1
+    return (mix(keys + (tokens + 1) * GOLDEN) >> 33).bitwise_and_((1 << 31) - 1)
 
 
 def to_gumbel(bits: Tensor) -> Tensor:
     """Gumbel noise, float32, of numbers in 0..2**31-1. The smallest give the largest noise, and are not rounded."""
-    u = (bits.float() + 0.5) * SCALE
+    u = bits.float().add_(0.5).mul_(SCALE)
     rest = 1 - u
     # -log(1 - u), an exponential: the error of `rest` cancels in the quotient (Kahan). Devices round `log1p` differently.
-    exponential = torch.where(rest == 1, u, u * (rest.log() / (rest - 1)))
-    return exponential.log_().neg_()
+    exponential = rest.log().div_(rest - 1).mul_(u)
+    return torch.where(rest == 1, u, exponential).log_().neg_()
 
 
 def make_noise(keys: Tensor, ids: Tensor) -> Tensor:

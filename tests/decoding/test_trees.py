@@ -102,6 +102,26 @@ def test_processors_that_look_at_the_text_take_trees(target, shape):
     assert max(end - start for row in rows for _, start, end in row._taken) > 1
 
 
+@pytest.mark.parametrize(
+    "options", [GREEDY, {"do_sample": True, "seed": 4, "temperature": 1.5}], ids=["greedy", "seed"]
+)
+@pytest.mark.parametrize("shape", slow_but([DEEP], [WIDE, DEEP, BY_DEPTH]), ids=lambda shape: shape.name)
+def test_rows_in_step_take_trees(target, shape, options):
+    """A processor of somebody's may look at the whole batch: pads of rows that have ended go on along the deepest path."""
+    batch = pad(prompts_of(9, 4, 12))
+    options = {"logits_processor": LogitsProcessorList([Looks()]), "max_new_tokens": 16, **options}
+    options["eos_token_id"] = [5, 17, 23, 31, 44, 50]
+    drafter = make_drafter(target, draft_vocab_size=V)
+    plain = target.generate(**batch, assistant_model=drafter, num_assistant_tokens=0, **options)
+    if options["do_sample"] is False:
+        assert torch.equal(plain, target.generate(**batch, **options))
+        drafter = make_oracle(target, plain, batch, wrong_share=0.1)
+    out = target.generate(**batch, assistant_model=drafter, draft_shape=shape, return_dict_in_generate=True, **options)
+    assert out.sequences.tolist() == plain.tolist()
+    assert "rows in step" in out.speculation.why
+    assert out.speculation.num_accepted > 0
+
+
 class PlacedByText(LlamaForCausalLM):
     """A token's position is how many before it are no multiples of three."""
 
@@ -156,7 +176,7 @@ def sample(target, drafter, shape, *, run=run_rows, processors=None, **config) -
         Row(prompt, max_new=12, settings=own, seed=40 + b, processors=processors)
         for b, (prompt, own) in enumerate(zip(prompts, SETTINGS, strict=True))
     ]
-    run(target, drafter, prompts, rows, RoundConfig(shape=shape, do_sample=True, is_reproducible=True, **config))
+    run(target, drafter, prompts, rows, RoundConfig(shape, do_sample=True, **{"is_reproducible": True, **config}))
     return [row.text for row in rows]
 
 
@@ -193,6 +213,15 @@ def test_a_seed_says_the_same_by_any_shape(family, kind, shape):
 def test_captured_rounds_say_the_same(target, shape):
     drafter = make_drafter(target, draft_vocab_size=40)
     assert sample(target, drafter, shape, run=capture_rows) == sample_plainly("llama")
+
+
+@pytest.mark.parametrize("shape", [chain(1), chain(4)], ids=["chain_1", "chain_4"])
+def test_captured_ratio_tests_are_the_eager_ones(target, shape):
+    drafter = make_drafter(target, draft_vocab_size=40)
+    options = {"is_reproducible": False, "is_seeded": True}
+    eager = sample(target, drafter, shape, **options)
+    assert sample(target, drafter, shape, run=capture_rows, **options) == eager
+    assert eager != sample_plainly("llama")
 
 
 @pytest.mark.parametrize("shape", [chain(3), DEEP, BY_DEPTH], ids=["chain", "deep", "by_depth"])

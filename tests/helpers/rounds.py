@@ -1,5 +1,6 @@
 """Rounds over scripted laws, many rows at once: the real draft, accept and commit between a target and a drafter of tables."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -109,6 +110,7 @@ def run_rounds(
     make_noise=lambda seeds, length: GlobalNoise(),
     judge=None,
     further=(),
+    others: Sequence[tuple[DraftShape, str]] = (),
 ) -> tuple[Tensor, float]:
     """[B, num_tokens] tokens that rounds emit behind `ROOT`, a row for each of the `settings`; draft tokens kept a round.
 
@@ -116,14 +118,17 @@ def run_rounds(
         make_noise: That of ratio tests.
         judge: Takes the place of the rule's own.
         further: Warpers for all rows.
+        others: Shapes and rules of later rounds, by turns with the first.
     """
-    B = len(settings)
+    turns, B = [(shape, rule), *others], len(settings)
     warper = RowWarper(settings, further, CPU)
     length = torch.full((B,), 7)
     seeds = torch.arange(B) + 1000
     state = RoundState(length, torch.full((B,), ROOT), length[:, None], length[0], seeds, NoCache())
-    text, num_accepted = torch.zeros(B, num_tokens + shape.max_new, dtype=torch.long), 0.0
-    for _ in range(num_tokens):  # a round gives one at least
+    widest = max(shape.max_new for shape, _ in turns)
+    text, num_accepted = torch.zeros(B, num_tokens + widest, dtype=torch.long), 0.0
+    for number in range(num_tokens):  # a round gives one at least
+        shape, rule = turns[number % len(turns)]
         noise = make_noise(seeds, state.length)
         judging = Judging(shape, noise, SharedNoise(seeds, state.length))
         choose = choose_greedy

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from helpers.distributions import TINY_V, assert_distributed_as
-from helpers.marks import slow_rows_but
+from helpers.marks import slow_but, slow_rows_but
 from helpers.rounds import expected_law, make_tables, run_rounds
 from torch.nn import functional
 from transformers.generation.logits_process import TypicalLogitsWarper
@@ -90,6 +90,18 @@ def test_rows_of_one_batch_have_laws_of_their_own(rule, shape):
     samples, _ = run_rounds(tables, SHAPES[shape], rule, kinds * 10_000, make_noise=SeededNoise, further=further)
     for i, settings in enumerate(kinds):
         assert_lawful(samples[i::2], expected_law(tables, settings, further=further))
+
+
+TURNS = [(chain(2), BLOCK), (SHAPES["wide"], SHARED), (NONE, BLOCK), (SHAPES["depth_first"], SHARED)]
+
+
+@pytest.mark.parametrize("first", slow_but([1], range(4)))
+def test_rounds_of_different_rules_emit_it_together(first):
+    """A call may go over from a chain to a tree and back: what a rule has drawn beyond the text is forgotten."""
+    tables, settings = make_tables(8, 5), WARPERS["all"]
+    (shape, rule), *others = TURNS[first:] + TURNS[:first]
+    samples, _ = run_rounds(tables, shape, rule, [settings] * 20_000, others=others)
+    assert_lawful(samples, expected_law(tables, settings))
 
 
 @pytest.mark.parametrize("kind", [CHAIN, PARALLEL], ids=lambda kind: kind.name)
