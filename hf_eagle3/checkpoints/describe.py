@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..modeling import CheckpointError, Eagle3DrafterConfig
@@ -19,6 +21,7 @@ from .convert import make_config
 from .engines import ENGINES, HF, find_refusals
 from .flavours import WEIGHT_NAMES
 from .load import read_published
+from .target_name import CARD, NamedTarget, find_target
 
 FIELDS = tuple(name for name in Eagle3DrafterConfig.__annotations__ if name not in ("model_type",))
 
@@ -31,6 +34,7 @@ class Description(NamedTuple):
     config: Eagle3DrafterConfig
     sources: dict[str, str]  # field -> where its value comes from
     tensors: dict[str, StoredTensor]
+    target: NamedTarget | None  # what it was made for
 
     @property
     def refusals(self) -> dict[str, list[str]]:
@@ -42,6 +46,7 @@ class Description(NamedTuple):
         return {
             "name": self.name,
             "flavour": self.flavour,
+            "target": None if self.target is None else {"name": self.target.name, "from": self.target.source},
             "fields": {
                 name: {"value": getattr(self.config, name), "from": self.sources.get(name, "default")}
                 for name in FIELDS
@@ -67,6 +72,7 @@ class Description(NamedTuple):
                 f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
                 f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
                 f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
+                f"Target   {self.describe_target()}",
                 "",
                 *(f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows),
                 "",
@@ -77,6 +83,13 @@ class Description(NamedTuple):
                 ),
             ]
         )
+
+    def describe_target(self) -> str:
+        """The target's name and where it stands, and sizes to know the target by."""
+        config = self.config
+        kind = f"{config.target_model_type}, " if config.target_model_type else ""
+        sizes = f"{kind}hidden size {config.target_hidden_size or config.hidden_size}, {config.vocab_size:,} tokens"
+        return f"{'not named' if self.target is None else ', by '.join(self.target)}; {sizes}"
 
 
 def describe_drafter(
@@ -94,7 +107,9 @@ def describe_drafter(
         published, flavour, (fields, sources) = found
         config = make_config(published, fields)
         tensors = {published.names[ours]: tensor for ours, tensor in published.tensors.items()}
-        return Description(name, flavour.name, config, sources, tensors)
+        return Description(
+            name, flavour.name, config, sources, tensors, find_named_target(name, config, sources, tensors, **kwargs)
+        )
     file = find_file(name, "config.json", **kwargs)
     if file is None:
         raise CheckpointError(f"{name}: there is no config.json, in a folder or on the Hub.")
@@ -113,4 +128,22 @@ def describe_drafter(
         )
     where = ", ".join(map(str, files))
     refuse_misfits(config, tensors, to_our_names(tensors, WEIGHT_NAMES), where)
-    return Description(name, "hf-eagle3", config, {key: f"config.json: {key}" for key in config_dict}, tensors)
+    sources = {key: f"config.json: {key}" for key in config_dict}
+    return Description(
+        name, "hf-eagle3", config, sources, tensors, find_named_target(name, config, sources, tensors, **kwargs)
+    )
+
+
+def find_named_target(
+    name: str,
+    config: Eagle3DrafterConfig,
+    sources: Mapping[str, str],
+    tensors: Mapping[str, StoredTensor],
+    **kwargs: Any,  # as in `describe_drafter`
+) -> NamedTarget | None:
+    """The target that a drafter's config, card, or names of files say."""
+    card = find_file(name, CARD, **kwargs)
+    if card is not None:
+        refuse_outside(card)
+    files = sorted({tensor.file.stem for tensor in tensors.values()})
+    return find_target(config, sources, card, [Path(name).resolve().name, *files])

@@ -17,11 +17,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..console.opening import opening
 from ..console.paths import refuse_used_folder
-from ..console.quoting import is_model_name, quote_python, quote_shell
+from ..console.quoting import quote_python, quote_shell
 from ..drafters.draft import Committed, Prompted, choose_greedy
 from ..drafters.kinds import find_kind
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
-from ..modeling.text_eagle3 import escape_controls, escape_record, show
+from ..modeling.text_eagle3 import escape_controls, escape_record
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from ..speculation.shape import Shapes, chain
 from .card import check_metrics, write_card
@@ -39,6 +39,7 @@ from .engines import (
     to_sglang_ids,
 )
 from .load import load_published_config
+from .target_name import read_recorded_name
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -166,17 +167,6 @@ def describe_target(
         num_layers=text.num_hidden_layers,
         architectures=config.architectures,
     )
-
-
-def read_recorded_name(config: Eagle3DrafterConfig) -> str | None:
-    """The target's name in a drafter's config, if it can be one: the config may come from anybody."""
-    name = config.target_name_or_path
-    if name is None or is_model_name(name):
-        return name
-    logger.warning(
-        "The config says target_name_or_path %s, which is no repository and no folder; ignored.", show(name)
-    )
-    return None
 
 
 def place_ids(config: Eagle3DrafterConfig, target: Target, engine: str) -> tuple[list[int] | None, list[int] | None]:
