@@ -41,6 +41,10 @@ class CheckpointedTrainer(Trainer, ABC):
         """The facts that must be the same for training to go on as if it had never stopped."""
 
     @abstractmethod
+    def _write_card(self, folder: Path, place: Path) -> None:
+        """Write the card of what is saved in `folder`, which becomes `place`."""
+
+    @abstractmethod
     def _save_own_state(self, folder: Path) -> None:
         """Write the state of training that the host does not know. All processes must call."""
 
@@ -153,21 +157,23 @@ class CheckpointedTrainer(Trainer, ABC):
             self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the host's, when the checkpoint is in its place."""
-        if not self._is_saving:
-            super()._push_from_checkpoint(checkpoint_folder)
+        """As the host's, which takes the card from `output_dir`, when the checkpoint is in its place."""
+        if self._is_saving:
+            return
+        if self.is_world_process_zero():
+            shutil.copy(Path(checkpoint_folder) / CARD, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the host's, with the recipe; each file replaces an earlier one in one step."""
+        """As the host's, with the recipe and a card; each file replaces an earlier one in one step."""
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir)
         with replacing_files(folder) as beside:
-            if (card := folder / CARD).exists():  # PEFT adds to an existing card
-                shutil.copy(card, beside)
             super()._save(str(beside), state_dict)
             write_recipe(beside, self._recipe)
+            self._write_card(beside, Path(*(part for part in folder.parts if part != SAVING)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)

@@ -1,5 +1,6 @@
 """Models for the trainer: by name or as they are, new drafters, adapters."""
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -9,6 +10,7 @@ from accelerate.utils import gather_object, str_to_bool
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
+from ..checkpoints.card import Adapters
 from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
 from ..modeling.configuration_eagle3 import default_boundaries
@@ -141,4 +143,17 @@ def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, whi
         peft_config.target_modules = "all-linear"
     with warnings.catch_warnings():  # PEFT 0.21 reads a name that is deprecated from Transformers 5.23 on
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(drafter, peft_config)
+        adapted = get_peft_model(drafter, peft_config)
+    # By default PEFT asks whether the vocabulary has grown, and for that reads the config that the drafter was published
+    # with as one of ours. It never grows.
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
+
+
+def describe_adapters(model: Any, drafter: Eagle3DrafterModel) -> Adapters | None:  # the drafter, or a model of PEFT
+    """The adapters around `drafter` that train; None if it trains itself."""
+    if model is drafter:
+        return None
+    kind = model.peft_config[model.active_adapter].peft_type.value
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Adapters(kind, count, drafter.name_or_path or None)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import liger
+from transformers.utils import logging
 
 from ..checkpoints.convert import check_rope
 from ..drafters.kinds import find_kind
-from ..host.refusals import is_drafter, refuse_other_models
+from ..host.refusals import is_drafter, refuse_compiled, refuse_other_models
 from ..modeling import Eagle3DrafterModel
+from ..modeling.text_eagle3 import show
 from ..tensor_parallel import find_peers, is_spread
 from .arguments import Eagle3TrainingArguments
 from .data.reading import RowReader
@@ -29,6 +31,8 @@ from .states.folder import fingerprint_weights
 from .states.online import OnlineStates, StateSource
 from .states.shared import SharedStates
 from .states.stored import StoredStates
+
+logger = logging.get_logger(__name__)
 
 # Arguments of the host's Trainer that a drafter's does not honour, and what to do instead.
 UNHONOURED: Mapping[str, str] = {
@@ -80,6 +84,8 @@ def prepare(
     drafter = choose_drafter(given, bound_to, args, train_rows, tokenizer)
     target_fingerprint = find_fingerprint(target, states, drafter)
     drafter.bind(bound_to)
+    if given is not None:
+        name_target(drafter)
     source = run_online(bound_to, drafter, args) if states is None else states
     return Prepared(target, drafter, source, target_fingerprint, tokenizer, reader, train_rows, eval_rows)
 
@@ -106,6 +112,7 @@ def load_models(
                 f"target_model {target.name_or_path} is an EAGLE-3 drafter. Give the model that it is to draft for, "
                 "and the drafter as model (--drafter)."
             )
+        refuse_compiled(target)
         place_target(target, args)
     return target, drafter
 
@@ -125,6 +132,18 @@ def choose_drafter(
         counts, ids = count_supervised_tokens(rows, vocab_size), drafter.draft_to_target_ids.cpu()
         check_coverage(counts, ids, 0.0, "Train a new drafter on this data if that is too little")
     return drafter
+
+
+def name_target(drafter: Eagle3DrafterModel) -> None:
+    """Let the config of a given drafter name the target that it is trained for now, if that has a name on the Hub."""
+    recorded, now = drafter.config.target_name_or_path, drafter.bound_target_name
+    if now is not None:
+        drafter.config.target_name_or_path = now
+    elif recorded is not None:
+        logger.warning(
+            f"The drafter's config says that it is for {show(recorded)}, and the target has no name on the Hub. If it is "
+            "another model, set trainer.model.config.target_name_or_path, which model cards quote."
+        )
 
 
 def find_fingerprint(

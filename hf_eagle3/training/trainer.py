@@ -1,8 +1,10 @@
 """`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, enable_full_determinism, set_seed
 from transformers.utils import logging
 
-from ..checkpoints.card import write_card
+from ..checkpoints.card import is_on_hub, write_card
+from ..checkpoints.engines import Target
 from ..checkpoints.exporter import describe_target
+from ..checkpoints.target_name import read_recorded_name
 from ..modeling import Eagle3DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
@@ -25,7 +29,7 @@ from .data.packing import PackedDataset
 from .distributed import base_drafter, call_as_forward, configure_fsdp, sum_over_processes
 from .evaluation import Evaluation
 from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, forecast_training, target_flops
-from .loading import adapt
+from .loading import adapt, describe_adapters
 from .metrics import TrainLog
 from .preparing import prepare, refuse_settings
 from .recipe import describe_recipe
@@ -39,6 +43,7 @@ from .step.ttt import ttt
 logger = logging.get_logger(__name__)
 
 ALPHA_FILE = "mean_alpha.json"
+ACCEPTANCE = "eval_acceptance_length"  # in the log of an evaluation
 
 
 class Eagle3Trainer(CheckpointedTrainer):
@@ -400,21 +405,33 @@ class Eagle3Trainer(CheckpointedTrainer):
             raise ValueError(f"A drafter's card has no {', '.join(sorted([*others, *(['tags'] if tags else [])]))}.")
         if not self.is_world_process_zero():
             return
-        drafter = self.drafter
-        target = describe_target(None, drafter)
-        if target.name is None:
+        if not is_on_hub(self._described_target().name):
             raise ValueError(
                 "A model card names the target the drafter is for: set trainer.model.config.target_name_or_path."
             )
+        name = self.hub_model_id or model_name or self.args.output_dir
+        self._fill_card(Path(self.args.output_dir), name, {"language": language, "license": license})
+
+    def _write_card(self, folder: Path, place: Path) -> None:
+        self._fill_card(folder, self.hub_model_id or str(place), {})
+
+    def _fill_card(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
         last: dict[str, float] = next(
-            (logs for logs in reversed(self.state.log_history) if "eval_acceptance_length" in logs), {}
+            (logs for logs in reversed(self.state.log_history) if math.isfinite(logs.get(ACCEPTANCE, math.nan))), {}
         )
-        metrics = {"Acceptance length": last["eval_acceptance_length"]} if last else {}
         write_card(
-            drafter,
-            Path(self.args.output_dir),
-            target=target,
-            metrics=metrics,
-            name=self.hub_model_id or model_name or self.args.output_dir,
-            metadata={"language": language, "license": license},
+            self.drafter,
+            folder,
+            target=self._described_target(),
+            metrics={"Acceptance length": last[ACCEPTANCE]} if last else {},
+            name=name,
+            metadata=metadata,
+            adapters=describe_adapters(self.accelerator.unwrap_model(self.model), self.drafter),
         )
+
+    def _described_target(self) -> Target:
+        """The target by its config. Its name is that in the drafter's config, or where it was loaded from."""
+        known = describe_target(self._source.target.config, self.drafter)
+        name = read_recorded_name(self.drafter.config) or self.drafter.bound_target_name
+        # A folder that was loaded from somewhere else than here may read like a repository.
+        return replace(known, name=name or (None if is_on_hub(known.name) else known.name))

@@ -404,7 +404,9 @@ def test_card_is_whole_and_its_snippet_runs(overrides, metrics, saved_target, tm
     assert not PLACEHOLDER.search(text), PLACEHOLDER.search(text)
     card = ModelCard(text)
     assert card.data.library_name == "transformers"
-    assert card.data.base_model == str(saved_target)
+    assert card.data.base_model is None  # a folder of somebody's
+    assert f"]({saved_target}" not in text
+    assert f"drafter for a llama model of {NUM_LAYERS} layers" in text
     assert {"eagle3", "speculative-decoding"} <= set(card.data.tags)
     assert ("eagle3.1" in card.data.tags) == bool(overrides.get("norm_output"))
     assert [(r.metric_name, r.metric_value) for r in card.data.eval_results or []] == list(metrics.items())
@@ -418,6 +420,17 @@ def test_card_is_whole_and_its_snippet_runs(overrides, metrics, saved_target, tm
 @pytest.mark.parametrize("text", ["[More Information Needed]", "{target}", "TODO", "by None", "<repo_id>"])
 def test_a_placeholder_would_be_found(text):
     assert PLACEHOLDER.search(text)
+
+
+def test_a_folder_that_reads_like_a_repository_is_no_base_model(saved_target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = LlamaForCausalLM.from_pretrained("target")
+    drafter = make_drafter(target, vocab_size=256, draft_vocab_size=100)
+    for name, base in (("target", None), ("some-owner/some-target", "some-owner/some-target")):
+        drafter.export(tmp_path / f"out {base}", to="hf", target=name)
+        card = ModelCard.load(tmp_path / f"out {base}" / "README.md")
+        assert card.data.base_model == base
+        assert ("https://huggingface.co/" in card.text) == (base is not None)
 
 
 def test_a_card_needs_its_target(tmp_path):

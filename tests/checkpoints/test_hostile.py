@@ -134,7 +134,7 @@ def test_a_card_is_a_card_whatever_the_names(name, tmp_path):
     metrics = {"Acceptance | length\n# x": 2.5}
     write_card(drafter, tmp_path, target=Target(name=name), metrics=metrics, name=f"me/{name}")
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == (name if name in PATHS else None)
+    assert card.data.base_model is None
     assert card.data.license is None
     assert "https://huggingface.co/" not in card.text
     (code,) = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from helpers.texts import PLACEHOLDER
+from helpers.texts import PLACEHOLDER, blocks_of
 from helpers.training import (
     EOS,
     NEW,
@@ -19,6 +19,7 @@ from helpers.training import (
     progressions,
     weights_of,
 )
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoModel,
@@ -216,7 +217,52 @@ def test_checkpoints_hold_the_drafter_only_and_load(target, rows, tmp_path):
     assert loaded.config.eos_token_id == EOS
 
 
-def test_the_card_of_a_trained_drafter_is_whole(target, rows, tmp_path, monkeypatch):
+def read_card(folder):
+    text = (folder / "README.md").read_text()
+    assert not PLACEHOLDER.search(text), PLACEHOLDER.search(text)
+    (snippet,) = (block.code for block in blocks_of(folder / "README.md") if block.language == "python")
+    compile(snippet, "README.md", "exec")
+    return ModelCard(text)
+
+
+def test_every_save_leaves_a_filled_card(target, rows, tmp_path):
+    args = make_args(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows[:8], eval_dataset=rows[:2])
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    for folder in ("out", "out/checkpoint-1", "out/checkpoint-2", "elsewhere"):
+        card = read_card(tmp_path / folder)
+        assert card.data.base_model is None  # the target was made here
+        assert f"# {folder.rpartition('/')[2]}\n" in card.text
+        assert "An EAGLE-3.1 drafter for a llama model of 8 layers" in card.text
+        assert "| Acceptance length | " in card.text
+        assert f'AutoModel.from_pretrained("{tmp_path / folder}"' in card.text
+
+
+def test_a_card_names_the_target_that_was_trained_for(target, rows, tmp_path, monkeypatch):
+    """By its repository; never by a folder, though it may read like one, nor by the target of the drafter before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("some/target", "some/other"):
+        target.save_pretrained(name)
+    drafter = make_drafter(target)
+    drafter.config.target_name_or_path = "Qwen/Qwen3-8B"
+    known, other = map(LlamaForCausalLM.from_pretrained, ("some/target", "some/other"))
+    trainer = Eagle3Trainer(model=drafter, target_model=known, args=make_args(tmp_path), train_dataset=rows[:8])
+    assert trainer.model.config.target_name_or_path == "Qwen/Qwen3-8B"  # it may be a copy of that
+    known.config._name_or_path = "me/finetune"
+    trainer = Eagle3Trainer(model=drafter, target_model=known, args=make_args(tmp_path), train_dataset=rows[:8])
+    trainer.save_model()
+    assert read_card(tmp_path / "out").data.base_model == "me/finetune"
+    trainer = Eagle3Trainer(target_model=other, args=make_args(tmp_path), train_dataset=rows[:8])
+    trainer.save_model()
+    card = read_card(tmp_path / "out")
+    assert card.data.base_model is None
+    assert "huggingface.co/some" not in card.text
+    assert 'AutoModelForCausalLM.from_pretrained("some/other"' in card.text
+
+
+def test_the_card_of_a_trained_drafter_is_whole(target, rows, tmp_path):
     args = make_args(tmp_path)
     trainer = Eagle3Trainer(target_model=target, args=args, train_dataset=rows, eval_dataset=rows[:4])
     trainer.train()
@@ -228,12 +274,11 @@ def test_the_card_of_a_trained_drafter_is_whole(target, rows, tmp_path, monkeypa
     trainer.model.config.target_name_or_path = "some-owner/some-target"
     trainer.hub_model_id = "me/drafter"
     trainer.create_model_card(license="apache-2.0")
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert not PLACEHOLDER.search(text)
-    assert "base_model: some-owner/some-target" in text
-    assert "license: apache-2.0" in text
-    assert f"| Acceptance length | {measured:g} |" in text
-    assert 'AutoModel.from_pretrained("me/drafter"' in text
+    card = read_card(tmp_path / "out")
+    assert card.data.base_model == "some-owner/some-target"
+    assert card.data.license == "apache-2.0"
+    assert f"| Acceptance length | {measured:g} |" in card.text
+    assert 'AutoModel.from_pretrained("me/drafter"' in card.text
 
 
 def test_resuming_ends_where_an_uninterrupted_run_ends(target, rows, tmp_path):

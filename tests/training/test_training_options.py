@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import random
+import re
 import sys
 import types
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from helpers.marks import slow_but
 from helpers.paths import ROOT
+from helpers.texts import PLACEHOLDER
 from helpers.training import TINY, V, make_args, make_drafter, make_tokenizer, progressions, weights_of
+from huggingface_hub import ModelCard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -117,6 +120,8 @@ def test_only_adapters_train_and_are_saved_and_merge(target, rows, tmp_path, mod
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        check_adapters_card(folder, base.config.hidden_size)
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "out")
     merged = loaded.merge_and_unload()
     served = served_copy(trainer.model, torch.float32, target.device)
@@ -132,6 +137,19 @@ def test_only_adapters_train_and_are_saved_and_merge(target, rows, tmp_path, mod
     for name in ours.keys() & theirs.keys():
         if "per_second" not in name and "runtime" not in name and name != "epoch":
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+
+
+def check_adapters_card(folder, width):
+    """Ours, not the template of PEFT: filled in, with a snippet, and no folder for a base model."""
+    text = (folder / "README.md").read_text()
+    assert not PLACEHOLDER.search(text), PLACEHOLDER.search(text)
+    card = ModelCard(text)
+    assert card.data.library_name == "peft"
+    assert card.data.base_model is None
+    assert "Adapters (LORA) of an EAGLE-3.1 drafter for a llama model of 8 layers" in text
+    assert re.search(r"\| Adapters \| \d\.\d\d million parameters \|", text)
+    assert f"| Layers, width | 1, {width} |" in text
+    assert f'PeftModel.from_pretrained(drafter, "{folder}").merge_and_unload()' in text
 
 
 @needs_peft
@@ -779,6 +797,6 @@ def test_shapes_are_read_off_models(target, rows, tmp_path):
     assert forecast.trained == sum(p.numel() for p in drafter.parameters())
     assert forecast.tokens == round(16 * sum(len(r["input_ids"]) for r in rows) / 24)
     assert forecast.tokens_per_second is None
-    assert "M trained weights" in str(forecast)
+    assert " trained weights" in str(forecast)
     assert json.dumps(forecast.share)
     assert V == 48
