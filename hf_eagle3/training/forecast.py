@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling import Eagle3DrafterConfig
 from ..tensor_parallel import local
+from .amounts import format_count, format_memory, format_seconds
 from .arguments import Eagle3TrainingArguments
 from .sizes import find_size, layer_configs
 from .step.batch import live_steps
@@ -219,14 +220,17 @@ class Forecast(NamedTuple):
 
     def __str__(self) -> str:
         text = (
-            f"{self.trained / 1e6:.1f} M trained weights, {self.tokens / 1e6:.1f} M tokens in all, {self.share:.0%} of "
-            f"slots train, {self.flops / 1e9:.2f} GFLOP a token. A device needs about {self.memory / 2**30:.1f} GiB: "
-            f"target {self.target / 2**30:.1f}, drafter and optimizer {self.states / 2**30:.1f}, activations "
-            f"{self.activations / 2**30:.1f}."
+            f"{format_count(self.trained)} trained weights, {format_count(self.tokens)} tokens in all, {self.share:.0%} of "
+            f"slots train, {format_count(self.flops, 'FLOP')} a token. A device needs about {format_memory(self.memory)}: "
+            f"target {format_memory(self.target)}, drafter and optimizer {format_memory(self.states)}, activations "
+            f"{format_memory(self.activations)}."
         )
         if self.tokens_per_second is None or self.seconds is None:
             return text
-        return f"{text} At {UTILISATION:.0%} of the arithmetic, {self.tokens_per_second:,.0f} tokens/s: {self.seconds / 3600:.1f} hours."
+        return (
+            f"{text} At {UTILISATION:.0%} of the arithmetic, {self.tokens_per_second:,.0f} tokens/s: "
+            f"{format_seconds(self.seconds)}."
+        )
 
 
 def make_forecast(

@@ -213,7 +213,7 @@ def check_family(family, tmp_path, engines):
     trainer = Eagle3Trainer(
         target_model=target, args=make_args(tmp_path, **settings), train_dataset=rows, eval_dataset=rows
     )
-    assert "M trained weights" in str(trainer.forecast())
+    assert " trained weights" in str(trainer.forecast())
     trainer.train()
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
