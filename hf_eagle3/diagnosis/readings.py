@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..console.opening import rendering
 from ..drafters.kinds import find_kind
 from ..drafters.unroll import live_slots, shift, unroll
+from ..host.refusals import refuse_compiled
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from ..modeling.configuration_eagle3 import default_boundaries
 from ..recorder import StateRecorder
@@ -188,6 +189,7 @@ def doctor(
             f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
             "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
         )
+    refuse_compiled(target)
     drafter.bind(target)
     readings = list_readings(drafter, target)
     n = target.config.get_text_config(decoder=True).num_hidden_layers

@@ -33,6 +33,7 @@ from .loop_choice import HOST_LOOP, LoopChoice
 from .refusals import (
     is_drafter,
     refuse_cache,
+    refuse_foreign_tokens,
     refuse_host_loop,
     refuse_inputs,
 )
@@ -132,6 +133,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         why = choice.why if choice is not None and is_own else "called from outside generate()"
         refuse_host_loop(self, arguments["generation_config"].max_length, why)
         refuse_inputs(input_ids, arguments["model_kwargs"], why)
+        refuse_foreign_tokens(self, input_ids)
         refuse_cache(arguments["model_kwargs"].get(CACHE_NAME))
 
         stop = None

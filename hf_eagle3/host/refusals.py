@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from packaging.version import Version
@@ -164,6 +164,37 @@ def how_compiled(module: nn.Module) -> str | None:
     return None
 
 
+class Compiled(NamedTuple):
+    """A part of a model that `torch.compile` has compiled."""
+
+    place: str
+    undo: str  # a line of Python
+
+
+def find_compiled(target: PreTrainedModel) -> Compiled | None:
+    """The first part of `target` that is compiled and holds a layer whose states are read, or an attention, if there is one.
+
+    Compiled code calls no hooks of such layers, and each attention, length of text and hook has it compiled again.
+    """
+    undone = {path: undo for path, module in target.named_modules() if (undo := how_compiled(module)) is not None}
+    hooked = set(map(id, find_layers(target)[1])) if undone else set()
+    for path, undo in undone.items():
+        children = target.get_submodule(path).modules()
+        if any(id(child) in hooked or hasattr(child, "is_causal") for child in children):
+            place = re.sub(r"\.(\d+)", r"[\1]", ".".join(["target", *filter(None, [path])]))
+            return Compiled(place, undo.replace("NAME", place))
+    return None
+
+
+def refuse_compiled(target: PreTrainedModel) -> None:
+    """Raise if `target` is compiled where it is to be run over texts of every length."""
+    if (compiled := find_compiled(target)) is not None:
+        raise ValueError(
+            f"{type(target).__name__} is compiled at {compiled.place}, and would be compiled again for each length of text, "
+            f"for minutes: undo that ({compiled.undo})."
+        )
+
+
 def counts_from_the_end(hook: Any) -> bool:  # Any: whatever is called before a forward
     """Whether `hook` is PEFT's for an activated LoRA, which begins so many tokens before the end of each forward."""
     offsets = (getattr(hook, "keywords", None) or {}).get("alora_offsets")
@@ -180,22 +211,20 @@ def why_not_drafted(target: PreTrainedModel) -> str | None:
         )
     if (reason := NOT_DRAFTED.get(target.config.model_type)) is not None:
         return f"{name} {reason}, so its states cannot be read at layer boundaries. Call generate() without assistant_model."
-    hooked = set(map(id, find_layers(target)[1]))  # compiled code calls none of their hooks
-    for path, module in target.named_modules():
+    find_layers(target)  # or there are none, and that is said
+    for module in target.modules():
         if any(map(counts_from_the_end, module._forward_pre_hooks.values())):
             return (
                 f"{name} has an activated LoRA (alora_invocation_tokens), which counts tokens from the end of each forward, "
                 "and a draft makes forwards of other lengths. Disable the adapter, or call generate() without "
                 "assistant_model."
             )
-        undo = how_compiled(module)
-        if undo is not None and any(id(child) in hooked for child in module.modules()):
-            place = re.sub(r"\.(\d+)", r"[\1]", ".".join(["target", *filter(None, [path])]))
-            return (
-                f"{name} is compiled at {place}, and compiled code does not let a drafter read the target's states: undo "
-                f"that ({undo.replace('NAME', place)}), since rounds on a GPU run as CUDA graphs without it, or call "
-                "generate() without assistant_model."
-            )
+    if (compiled := find_compiled(target)) is not None:
+        return (
+            f"{name} is compiled at {compiled.place}, and compiled code does not let a drafter read the target's states: "
+            f"undo that ({compiled.undo}), since rounds on a GPU run as CUDA graphs without it, or call generate() without "
+            "assistant_model."
+        )
     return None
 
 
@@ -246,6 +275,20 @@ def refuse_host_loop(target: PreTrainedModel, max_length: int, why: str) -> None
             f"Behind {switch} tokens, {name} computes each token by the length of the text, where the host's loop would "
             f"take one length for a whole draft; this text may get {max_length} tokens, and our own loop is ruled out "
             f"({why}). Leave that out, lower max_new_tokens, or call generate() without assistant_model."
+        )
+
+
+def refuse_foreign_tokens(target: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise if a prompt has tokens that the target does not have: on a GPU, looking them up would end the process.
+
+    Raises:
+        IndexError: As PyTorch does on a CPU, without a drafter.
+    """
+    V = getattr(target.config.get_text_config(decoder=True), "vocab_size", None)
+    if V is not None and input_ids.numel() and (highest := int(input_ids.max())) >= V:
+        raise IndexError(
+            f"The prompt has the token {highest}, and {type(target).__name__} has the tokens 0 to {V - 1}: make it with the "
+            "target's own tokenizer."
         )
 
 

@@ -21,6 +21,7 @@ from ..speculation.warpers import read_settings
 from ..tensor_parallel import find_peers, is_spread, make_agree
 from .loop_choice import LoopChoice
 from .processors import looks_at_batch, processors_for_rows
+from .refusals import refuse_foreign_tokens
 
 # Criteria that decide each row by its own tokens, so that they may be asked row by row.
 BY_ROW_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
@@ -47,6 +48,7 @@ def read_prompts(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
     Raises:
         ValueError: The mask is not theirs, or a row is empty.
     """
+    refuse_foreign_tokens(target, input_ids)
     given = input_ids if input_ids.device.type == target.device.type else input_ids.to(target.device)
     B, T = given.shape
     mask = read_mask(given, model_kwargs)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...console.installed import installed_version
+from ...host.refusals import refuse_compiled
 from ...modeling import Eagle3DrafterModel
 from ...modeling.configuration_eagle3 import default_boundaries
 from ..data.token_rows import TokenDataset, check_token_ids
@@ -107,6 +108,7 @@ class StateWriter:
         shard_size: int = 10**9,
         batch_tokens: int = 16384,
     ):
+        refuse_compiled(target)
         self._target, self._folder, self._tokenizer = target.eval(), Path(folder), tokenizer
         self._text = target.config.get_text_config(decoder=True)
         self._template_kwargs = dict(chat_template_kwargs or {})
