@@ -26,9 +26,9 @@ same.
 import sys
 
 from hf_eagle3 import cli
-from hf_eagle3.training.script import main, parse, read_rows
+from hf_eagle3.training.script import main, parse
 
-__all__ = ["main", "parse", "read_rows"]
+__all__ = ["main", "parse"]
 
 if __name__ == "__main__":
     sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -3,11 +3,11 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from ..console.paths import refuse_file, refuse_missing
+from ..console.paths import refuse_missing
 from ..console.terminal import say
 from .arguments import Parser, add_target, json_object
+from .rows import add_rows, find_rows, refuse_rows
 from .starting import start
 
 
@@ -17,7 +17,7 @@ def add_options(parser: Parser) -> None:
         "Loads the target's tokenizer only. Supervised text is coloured in a terminal, in ⟦brackets⟧ elsewhere."
     )
     add_target(parser, "whose tokenizer and chat template", required=True)
-    parser.add("--train-file", type=Path, required=True, metavar="JSONL", help="rows of any format, also .gz")
+    add_rows(parser, "--train-file", "rows of any format, also .gz")
     parser.add("--rows", type=int, default=3, metavar="N", help="rows to show; 0: numbers only")
     parser.add("--max-length", type=int, metavar="L", help="cut longer rows, as in training")
     parser.add(
@@ -36,21 +36,20 @@ def run(args: argparse.Namespace) -> int:
     for name in ("rows", "max_length"):
         if (given := getattr(args, name)) is not None and given < (least := name == "max_length"):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {int(least)}; got {given}.")
-    refuse_file("--train-file", args.train_file)
+    refuse_rows(args, "--train-file")
     refuse_missing("--target", args.target)
     start()
     from tqdm.auto import tqdm
     from transformers import AutoTokenizer
 
     from ..console.opening import opening, refuse_target
-    from ..training.data.files import read_rows
     from ..training.data.preview import describe_dataset, describe_row, format_row
     from ..training.data.token_rows import TokenDataset, check_token_ids
 
     refuse_target("--target", args.target)
     with opening("--target", args.target):
         tokenizer = AutoTokenizer.from_pretrained(args.target)
-    rows = tqdm(read_rows(args.train_file), desc="Tokenizing", unit=" rows", file=sys.stderr, leave=False)
+    rows = tqdm(find_rows(args, "--train-file").read(), desc="Tokenizing", unit=" rows", file=sys.stderr, leave=False)
     with opening("--target", args.target):
         ends, vocab_size = find_eos_token_ids(args.target), find_vocab_size(args.target, len(tokenizer))
     dataset = TokenDataset(

@@ -1,12 +1,15 @@
 """`hf-eagle3 regenerate`: lets a target answer prompts, and keeps its tokens as training data."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console.paths import refuse_file, refuse_missing
 from ..console.terminal import note
 from .arguments import Parser, add_device, add_drafter, add_target, json_object
+from .rows import add_rows, find_rows, refuse_rows
 from .starting import start
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ def add_options(parser: Parser) -> None:
     )
     add = parser.add
     add_target(parser, "the model that answers", required=True)
-    add("--prompt-file", type=Path, metavar="JSONL", help="rows with messages, prompt or turns, also .gz")
+    add_rows(parser, "--prompt-file", "rows with messages, prompt or turns, also .gz")
     add("--output-file", type=Path, required=True, metavar="JSONL", help="also .gz; gone on with when it exists")
     add("--temperature", type=float, nargs="+", default=[0.7], metavar="T", help="0 is greedy; each prompt at each")
     add("--top-p", type=float, metavar="P", help="nucleus sampling (the target's own)")
@@ -59,14 +62,12 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer what is not answered yet; exit status 0."""
-    if args.prompt_file is None and not args.self_prompts:
-        raise ValueError("Nothing to answer: give --prompt-file, or --self-prompts N.")
-    for option, path in [
-        ("--prompt-file", args.prompt_file),
-        *(("--exclude-file", path) for path in args.exclude_file),
-    ]:
-        if path is not None:
-            refuse_file(option, path)
+    if not has_prompts(args) and not args.self_prompts:
+        raise ValueError("Nothing to answer: give --prompt-file, --dataset-name, or --self-prompts N.")
+    if has_prompts(args):
+        refuse_rows(args, "--prompt-file")
+    for path in args.exclude_file:
+        refuse_file("--exclude-file", path)
     if args.output_file.is_dir() or not args.output_file.parent.is_dir():
         raise ValueError(f"--output-file {args.output_file}: a folder, or in a folder that is not there. Give a file.")
     refuse_missing("--target", args.target)
@@ -83,10 +84,30 @@ def run(args: argparse.Namespace) -> int:
         refuse_drafter("--drafter", args.drafter)
     device = choose_device(args.device)
     if must_launch(args.dp_size):
-        return launch(args.dp_size, ["regenerate", *list_arguments(args)])
-    with Team(torch.device(device)) as team:
+        with saying_how_to_go_on(args.output_file):
+            return launch(args.dp_size, ["regenerate", *list_arguments(args)])
+    with Team(torch.device(device)) as team, saying_how_to_go_on(None if team.rank else args.output_file):
         answer_all(args, team)
     return 0
+
+
+def has_prompts(args: argparse.Namespace) -> bool:
+    """Whether there are prompts that the target does not make up."""
+    return args.prompt_file is not None or args.dataset_name is not None
+
+
+@contextmanager
+def saying_how_to_go_on(output_file: Path | None) -> Iterator[None]:
+    """Say what becomes of a run that is interrupted, if there is a file to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output_file is not None:
+            note(
+                f"Interrupted. Answers are kept as they come, in {output_file} and beside it, so at most those of one batch "
+                "are lost: run the same command again to go on."
+            )
+        raise
 
 
 def answer_all(args: argparse.Namespace, team: "Team") -> None:
@@ -125,10 +146,11 @@ def answer_all(args: argparse.Namespace, team: "Team") -> None:
 
 def select_prompts(args: argparse.Namespace, *, is_silent: bool) -> "tuple[list[Prompt], list[Prompt], int]":
     """The prompts to answer, those that are excluded, and how many the target is to make up."""
+    from ..training.data.files import read_rows
     from ..training.data.prompts import exclude, limit_share, read_prompts
 
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else []
-    excluded = [prompt for path in args.exclude_file for prompt in read_prompts(path)]
+    prompts = read_prompts(find_rows(args, "--prompt-file").read_placed()) if has_prompts(args) else []
+    excluded = [prompt for path in args.exclude_file for prompt in read_prompts(read_rows(path))]
     kept = exclude(prompts, excluded, dedupe=args.dedupe)
     num_made_up = (
         args.self_prompts if args.self_share is None else limit_share(args.self_prompts, len(kept), args.self_share)
@@ -137,6 +159,8 @@ def select_prompts(args: argparse.Namespace, *, is_silent: bool) -> "tuple[list[
         note(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are left out: excluded, or said before.")
     if num_made_up < args.self_prompts and not is_silent:
         note(f"{num_made_up} prompts are made up, a share of {args.self_share:g}.")
+    if not kept and not num_made_up:
+        raise ValueError(f"Nothing to answer: of {len(prompts)} prompts none is left, and none is to be made up.")
     return kept, excluded, num_made_up
 
 

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console.paths import refuse_file, refuse_missing
+from ..console.paths import refuse_missing
 from ..console.terminal import note, say
 from .arguments import DTYPES, Parser, add_device, add_drafter, add_target, byte_count, json_object, positive
+from .rows import add_rows, find_rows, refuse_rows
 from .starting import start
 
 if TYPE_CHECKING:
@@ -23,13 +24,7 @@ def add_options(parser: Parser) -> None:
         "is first. An interrupted run goes on where it stopped."
     )
     add_target(parser, "the model that reads the rows", required=True)
-    parser.add(
-        "--train-file",
-        type=Path,
-        required=True,
-        metavar="JSONL",
-        help="also .gz: rows with input_ids and loss_mask, or with messages",
-    )
+    add_rows(parser, "--train-file", "also .gz: rows with input_ids and loss_mask, or with messages")
     parser.add("--output-dir", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
     add_drafter(parser, "store what this drafter reads")
     parser.add(
@@ -56,7 +51,7 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the states; exit status 0, or 1 if the user does not want so much written."""
-    refuse_file("--train-file", args.train_file)
+    refuse_rows(args, "--train-file")
     refuse_missing("--target", args.target)
     if args.drafter is not None:
         refuse_missing("--drafter", args.drafter)
@@ -88,7 +83,6 @@ def make_writer(args: argparse.Namespace) -> "StateWriter":
     from transformers.utils import logging as host_logging
 
     from ..console.opening import choose_device, choose_dtype, opening, refuse_drafter, refuse_target
-    from ..training.data.files import read_rows
     from ..training.states.writer import StateWriter
 
     host_logging.disable_progress_bar()
@@ -96,7 +90,7 @@ def make_writer(args: argparse.Namespace) -> "StateWriter":
     refuse_target("--target", args.target)
     if args.drafter is not None:
         refuse_drafter("--drafter", args.drafter)
-    rows = list(read_rows(args.train_file))
+    rows = find_rows(args, "--train-file").read()
     note(f"Loading {args.target} ...")
     with opening("--target", args.target):
         tokenizer = AutoTokenizer.from_pretrained(args.target)

@@ -38,6 +38,27 @@ def refuse_used_folder(path: Path, option: str = "") -> None:
         raise FileExistsError(f"{path} is a file: give{given} an empty folder, or one that is not there.")
 
 
+def refuse_sources(option: str, file: Path | None, dataset: str | None) -> None:
+    """Raise unless rows are given by a file that is there, by `option`, or by a dataset.
+
+    Raises:
+        ValueError: They are given in both ways or in none, or there is no such file.
+    """
+    if (file is None) == (dataset is None):
+        both = (
+            "both say where rows are: give one of them" if file is not None else "are not given: one of them is needed"
+        )
+        raise ValueError(f"{option} and --dataset-name {both}.")
+    if file is None:
+        return
+    if not file.exists() and not file.suffix:
+        raise ValueError(
+            f"{option} {file}: there is no such file. A dataset, on the Hub or in a folder, is given by --dataset-name "
+            f"{file}."
+        )
+    refuse_file(option, file)
+
+
 def refuse_file(option: str, path: Path) -> None:
     """Raise unless `path` is a file.
 

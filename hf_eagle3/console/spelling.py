@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 # Option -> other spellings, accepted wherever a command has the option. Underscores stand for dashes everywhere.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "--target": ("--model", "--model-name-or-path", "--target-model", "--target-model-name-or-path"),
+    "--target": ("--model", "--model-name-or-path", "--target-model", "--target-model-name-or-path", "--tokenizer"),
     "--drafter": ("--assistant-model", "--draft-model", "--drafter-name-or-path"),
     "--dtype": ("--torch-dtype", "--target-dtype"),
     "--num-draft-tokens": ("--num-assistant-tokens", "--num-speculative-tokens"),

@@ -5,7 +5,7 @@ import itertools
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from ..console.terminal import note, say
 from ..modeling.text_eagle3 import MOST_NESTED, parse_json, show
 from .arguments import Eagle3TrainingArguments
 from .data import files
+from .data.sources import RowSource
 from .states.stored import StoredStates
 from .trainer import Eagle3Trainer
 
 MOST_TEXT = 10**6  # characters of a file of options
-FILE_SUFFIXES = (".jsonl", ".json", ".gz")
 SWITCHES: Mapping[str, bool] = {"true": True, "false": False}  # in place of a name
 
 # Spellings of others, and the fields that they are. TRL's model is the one to train.
@@ -43,13 +43,12 @@ class ScriptArguments:
     drafter: str | None = field(default=None, metadata={"help": "Go on from this drafter."})
     train_file: str | None = field(
         default=None,
-        metadata={
-            "help": "JSONL, also .gz: rows with `messages`, or with `input_ids` and `loss_mask`. Or the name of a "
-            "dataset on the Hub with such columns (needs the `datasets` package)."
-        },
+        metadata={"help": "JSONL, also .gz: rows with `messages`, or with `input_ids` and `loss_mask`."},
     )
     eval_file: str | None = field(default=None, metadata={"help": "The same, for evaluation; greedy answers."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, in place of train_file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A dataset with such rows, on the Hub or in a folder, in place of train_file."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
@@ -99,6 +98,8 @@ def make_parser() -> Any:  # the host's parser
     usage = "hf-eagle3 train --target TARGET --train_file JSONL --output_dir DIR [OPTIONS]"
     parser: Any = HfArgumentParser(dataclasses, description=DESCRIPTION, usage=usage)
     parser.add_argument("--config", metavar="YAML", help="A file with options, one a line.")
+    resuming = next(action for action in parser._actions if action.dest == "resume_from_checkpoint")
+    resuming.nargs, resuming.const = "?", "true"  # the newest, where none is named
     hosts = set(TrainingArguments.__dataclass_fields__) - set(inspect.get_annotations(Eagle3TrainingArguments))
     ours, theirs = parser._optionals, parser.add_argument_group("options of the host's TrainingArguments")
     theirs._group_actions = [action for action in ours._group_actions if action.dest in hosts - {"output_dir"}]
@@ -307,22 +308,6 @@ def refuse_unknown(names: Sequence[str], known: Iterable[str], prefix: str) -> N
     raise files.DataError(f"{'; '.join(parts)}. --help lists them all.")
 
 
-def read_rows(name: str, split: str = "train", config: str | None = None) -> Iterable[Mapping[str, Any]]:
-    """The rows of a JSONL file, or of a dataset on the Hub."""
-    path = Path(name)
-    if path.exists():
-        return list(files.read_rows(path))
-    if path.is_absolute() or path.suffix in FILE_SUFFIXES:
-        raise ValueError(f"There is no file {name}.")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"{name} is not a file. If it is a dataset on the Hub, install datasets: pip install datasets."
-        ) from error
-    return load_dataset(name, config, split=split)
-
-
 def target_options(model: ModelArguments, args: Eagle3TrainingArguments) -> dict[str, Any]:
     """The options of the target's `from_pretrained`."""
     options: dict[str, Any] = {} if model.target_dtype is None else {"dtype": model.target_dtype}
@@ -360,16 +345,19 @@ def lora(model: ModelArguments) -> Any:  # of PEFT, which is optional
 
 
 def find_rows(script: ScriptArguments) -> tuple[Any, Any]:
-    """Rows to train on and, if there are some, to evaluate on, from files or datasets on the Hub."""
-    data = script.train_file or script.dataset_name
-    if data is None:
+    """Rows to train on and, if there are some, to evaluate on, from files or from a dataset."""
+    if script.train_file is None and script.dataset_name is None:
         raise ValueError("What shall the drafter learn from? Give --train_file, --dataset_name or --states_dir.")
-    if script.train_file and script.dataset_name:
-        raise ValueError("train_file and dataset_name both say what to train on: give one of them.")
-    eval_rows = read_rows(script.eval_file) if script.eval_file else None
-    if eval_rows is None and script.dataset_test_split:
-        eval_rows = read_rows(data, script.dataset_test_split, script.dataset_config)
-    return read_rows(data, script.dataset_train_split, script.dataset_config), eval_rows
+    if script.dataset_test_split is not None and (script.dataset_name is None or script.eval_file is not None):
+        raise ValueError("dataset_test_split is a split of dataset_name, to evaluate on in the place of eval_file.")
+    file = None if script.train_file is None else Path(script.train_file)
+    data = RowSource(file, script.dataset_name, script.dataset_config, script.dataset_train_split)
+    held_out = None
+    if script.eval_file is not None:
+        held_out = RowSource(Path(script.eval_file), file_option="--eval-file")
+    elif script.dataset_test_split is not None:
+        held_out = replace(data, split=script.dataset_test_split)
+    return data.read(), None if held_out is None else held_out.read()
 
 
 def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any, Any]:

@@ -412,7 +412,7 @@ def check_rows(path: Path, tokenizer: Any) -> None:
             assert dataset[i]["loss_mask"].any()
 
     def ask() -> None:
-        for prompt in read_prompts(path):
+        for prompt in read_prompts(read_rows(path)):
             assert all(isinstance(text, str) for text in prompt.user_texts)
             assert prompt.fingerprint
 

@@ -47,6 +47,7 @@ LAYERS = {
             "train",
         ],
         ["conversation", "preview"],
+        ["rows"],
         ["arguments", "loading", "starting"],
     ],
     "bench": [
@@ -64,7 +65,7 @@ LAYERS = {
     "checkpoints": [
         ["__init__"],
         ["describe", "exporter"],
-        ["card", "load"],
+        ["card", "load", "target_name"],
         ["convert", "engines"],
         ["layer_ids", "measuring", "rope"],
         ["flavours"],
@@ -137,7 +138,7 @@ LAYERS = {
         ["states"],
         ["step"],
         ["data"],
-        ["locks", "sizes"],
+        ["amounts", "locks", "sizes"],
     ],
     "training/states": [
         ["writer"],
@@ -153,11 +154,11 @@ LAYERS = {
     ],
     "training/data": [
         ["regenerate"],
-        ["answer_shards", "preview", "reading"],
+        ["answer_shards", "answer_turns", "preview", "reading"],
         ["eval_rows", "prompts", "vocabulary"],
         ["token_rows"],
         ["checking"],
-        ["rendering"],
+        ["rendering", "sources"],
         ["conversations", "files", "packing"],
     ],
 }

@@ -1,13 +1,17 @@
 """A target answers prompts; what it wrote is kept, whatever interrupts it."""
 
+import _thread
+import contextlib
 import errno
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_eagle3 import cli
+from hf_eagle3.console.interrupts import INTERRUPTED
 from hf_eagle3.data_parallel import Team
 from hf_eagle3.training import ChatRenderer, TokenDataset, new_drafter
 from hf_eagle3.training.data.answer_shards import find_shares, name_share
@@ -116,12 +121,12 @@ def test_our_loop_answers_without_a_drafter(random_target, tmp_path, monkeypatch
     calls, generate = [], random_target.generate
 
     def spy(**options):
-        calls.append(options.get("num_assistant_tokens"))
+        calls.append(options.get("decode_loop"))
         return generate(**options)
 
     monkeypatch.setattr(random_target, "generate", spy, raising=False)
     answers(random_target, make_tokenizer(), [ask("a"), ask("bc"), ask("d")], tmp_path / "out.jsonl")
-    assert calls == [0, 0]
+    assert calls == ["own", "own"]
 
 
 def test_the_bar_moves_with_answers_that_wait_to_be_written(random_target, tmp_path, monkeypatch):
@@ -262,6 +267,100 @@ def test_a_run_goes_on_where_it_stopped(random_target, tmp_path, suffix, said):
     assert whole.stat().st_size == size
     assert not said.text
     assert len(answers(random_target, tokenizer, [*prompts, ask("more")], whole)) == len(wanted) + 1
+
+
+class Stop(KeyboardInterrupt):
+    """Somebody has had enough."""
+
+
+def stopping(target, monkeypatch, after):
+    """Let `target` stop after so many calls. Returns the list of rows that each call answered."""
+    calls, generate = [], type(target).generate
+
+    def spy(**options):
+        if len(calls) == after:
+            raise Stop
+        calls.append(len(options["input_ids"]))
+        return generate(target, **options)
+
+    monkeypatch.setattr(target, "generate", spy, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("after", slow_but([5], [0, 1, 3, 5, 7]))
+@pytest.mark.parametrize("team", slow_but([1], [1, 2]))
+def test_a_stop_loses_one_batch(tmp_path, monkeypatch, after, team):
+    """In the middle of a window, of dialogues, and of the temperatures of one prompt."""
+    tokenizer = make_tokenizer()
+    target = make_chain(tokenizer, "\nyes<end>")
+    prompts = [ask("a" * n, *"bc"[: n % 3]) for n in (9, 1, 5, 2)]
+    sampling = Sampling(temperatures=(0, 1e-6), max_new_tokens=6, batch_size=2)  # as good as greedy, and drawn
+    calls = stopping(target, monkeypatch, after=-1)
+    wanted = answers(target, tokenizer, prompts, tmp_path / "whole.jsonl", sampling)
+    num_whole, path = sum(calls), tmp_path / "out.jsonl"
+    calls = stopping(target, monkeypatch, after)
+    with pytest.raises(Stop):
+        answers(target, tokenizer, prompts, path, sampling)
+    again = stopping(target, monkeypatch, after=-1)
+    if team > 1:
+        assert answer_together(team, target, tokenizer, prompts, path, sampling) == wanted
+    else:
+        assert answers(target, tokenizer, prompts, path, sampling) == wanted
+    assert sum(calls) + sum(again) == num_whole
+    assert {place.name for place in tmp_path.glob("out.jsonl*")} == {"out.jsonl", "out.jsonl.meta.json"}
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_again_and_again_comes_to_its_end(random_target, tmp_path, monkeypatch):
+    tokenizer, path = make_tokenizer(), tmp_path / "out.jsonl"
+    prompts = [ask("a" * n, "b") for n in (9, 1, 30, 4, 2)]
+    wanted = answers(random_target, tokenizer, prompts, tmp_path / "whole.jsonl")
+    for _ in range(20):
+        stopping(random_target, monkeypatch, after=1)
+        try:
+            assert answers(random_target, tokenizer, prompts, path) == wanted
+            break
+        except Stop:
+            assert not (path.exists() and len(list(read_rows(path))) == len(wanted))
+    else:
+        pytest.fail("no end")
+    assert not list(tmp_path.glob("out.jsonl.turns*"))
+
+
+def test_a_file_of_turns_that_is_none_is_named(random_target, tmp_path, monkeypatch):
+    tokenizer, path = make_tokenizer(), tmp_path / "out.jsonl"
+    prompts = [ask("a" * 9), ask("b"), ask("c"), ask("d")]
+    stopping(random_target, monkeypatch, after=1)
+    with pytest.raises(Stop):
+        answers(random_target, tokenizer, prompts, path)
+    [turns] = tmp_path.glob("out.jsonl.turns*")
+    kept = turns.read_text()
+    with pytest.raises(ValueError, match="begun with max_new_tokens 12; now it is max_new_tokens 13"):
+        answers(random_target, tokenizer, prompts, path, Sampling((0,), max_new_tokens=13))
+    with pytest.raises(ValueError, match=r"turns0, line 1: no answer to one of these prompts\. .*or delete it"):
+        answers(random_target, tokenizer, [ask("z")] * 4, path)
+    for line in ("5", "{}", "x", kept.splitlines()[0].replace("0", '"0"', 1)):
+        turns.write_text(line + "\n")
+        with pytest.raises(ValueError, match="turns0, line 1: no answer"):
+            answers(random_target, tokenizer, prompts, path)
+    turns.write_text(kept + kept[:20])  # cut in a line
+    stopping(random_target, monkeypatch, after=-1)
+    assert len(answers(random_target, tokenizer, prompts, path)) == 4
+
+
+def test_draws_of_a_run_that_goes_on_are_others(tmp_path, monkeypatch):
+    """Where all prompts are one, a run that drew the numbers of the one before would give its answers again."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    target = make_chain(tokenizer)
+    target.lm_head.weight.zero_()  # anything
+    sampling, path = Sampling((1.0,), num_return_sequences=6, max_new_tokens=8, batch_size=2), tmp_path / "out.jsonl"
+    for after in (1, 1, -1):
+        stopping(target, monkeypatch, after)
+        with contextlib.suppress(Stop):
+            answers(target, tokenizer, [ask("a")], path, sampling)
+    rows = list(read_rows(path))
+    assert len({tuple(row["input_ids"]) for row in rows}) == len(rows) == 6
 
 
 def test_a_prompt_of_several_rows_is_answered_whole_or_not_at_all(tmp_path):
@@ -507,7 +606,7 @@ def test_prompts_of_every_kind(tmp_path):
             {"messages": [system, user("a"), assistant("x"), user("b"), assistant("y")], "tools": '[{"name": "f"}]'},
         ],
     )
-    assert read_prompts(path) == [
+    assert read_prompts(read_rows(path)) == [
         Prompt([user("a")], source="web"),
         ask("a", "b"),
         Prompt([system, user("a"), assistant("x"), user("b")]),
@@ -538,7 +637,7 @@ def test_what_is_no_prompt_is_named(line, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_prompts(path)
+        read_prompts(read_rows(path))
 
 
 def test_eval_prompts_are_kept_out_however_they_are_written():
@@ -554,6 +653,7 @@ def test_eval_prompts_are_kept_out_however_they_are_written():
     [
         ({"temperatures": (-1.0,)}, "--temperature must be 0"),
         ({"temperatures": ()}, "--temperature must be 0"),
+        ({"temperatures": (0.7, 0.7)}, "--temperature has a number twice"),
         ({"temperatures": (0,), "num_return_sequences": 2}, "every answer is the same; got num_return_sequences 2"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -668,6 +768,39 @@ def test_the_command_answers_files_and_what_the_target_makes_up(folder, capsys):
     assert "was begun with max_new_tokens 8" in capsys.readouterr().err
 
 
+def test_an_interrupt_says_how_to_go_on(folder, capsys):
+    out = folder / "out.jsonl"
+    write_rows(
+        folder / "many.jsonl", [{"prompt": "a" * (100 - i)} for i in range(100)]
+    )  # the first is the last of all
+    arguments = ["regenerate", "--target", str(folder / "target"), "--prompt-file", str(folder / "many.jsonl")]
+    arguments += ["--output-file", str(out), "--temperature", "0", "--max-new-tokens", "8", "--batch-size", "8"]
+
+    def press():
+        while not list(folder.glob("out.jsonl.turns*")):
+            time.sleep(0.001)
+        _thread.interrupt_main()
+
+    threading.Thread(target=press).start()
+    assert cli.main(arguments) == INTERRUPTED
+    err = capsys.readouterr().err
+    assert re.search("Interrupted. .*at most those of one batch are lost: run the same command again to go on", err)
+    assert not out.exists()
+
+
+def test_the_command_is_quick_to_see_that_there_is_no_prompt(folder, capsys):
+    """Before the target is loaded, which here cannot be."""
+    (folder / "target" / "model.safetensors").write_bytes(b"damaged")
+    (folder / "empty.jsonl").write_text("\n")
+    arguments = ["regenerate", "--target", str(folder / "target"), "--output-file", str(folder / "out.jsonl")]
+    assert cli.main([*arguments, "--prompt-file", str(folder / "empty.jsonl")]) == 2
+    assert "empty.jsonl: there is no row in it" in capsys.readouterr().err
+    exclude_all = ["--exclude-file", str(folder / "prompts.jsonl")]
+    assert cli.main([*arguments, "--prompt-file", str(folder / "prompts.jsonl"), *exclude_all]) == 2
+    assert "of 4 prompts none is left" in capsys.readouterr().err
+    assert cli.main([*arguments, "--prompt-file", str(folder / "prompts.jsonl")]) == 2  # it would have been
+
+
 @pytest.mark.slow
 def test_the_command_starts_processes_that_write_one_file(folder, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -717,7 +850,7 @@ def test_when_a_process_is_killed_the_others_end_and_what_they_wrote_is_kept(fol
 def test_the_command_needs_prompts(folder, capsys):
     arguments = ["regenerate", "--target", str(folder / "target"), "--output-file", str(folder / "out.jsonl")]
     assert cli.main(arguments) == 2
-    assert "give --prompt-file, or --self-prompts N" in capsys.readouterr().err
+    assert "give --prompt-file, --dataset-name, or --self-prompts N" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--chat-template-kwargs", "[1]"])
     assert "expected a JSON object, got '[1]'" in capsys.readouterr().err

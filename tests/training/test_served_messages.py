@@ -11,6 +11,7 @@ from helpers.chat import assistant, make_tokenizer, user
 
 from hf_eagle3.training import TokenDataset
 from hf_eagle3.training.data.conversations import find_conversation, read_messages
+from hf_eagle3.training.data.files import read_rows
 from hf_eagle3.training.data.prompts import read_prompts
 from hf_eagle3.training.data.rendering import ChatRenderer
 
@@ -203,7 +204,7 @@ def test_prompts_in_parts_are_compared_and_asked_again(tmp_path):
         '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}, '
         '{"role": "user", "content": [{"type": "text", "text": "c"}]}, {"role": "assistant", "content": "d"}]}\n'
     )
-    [prompt] = read_prompts(path)
+    [prompt] = read_prompts(read_rows(path))
     assert prompt.user_texts == ["a", "c"]
     assert prompt.later == ("c",)
 

@@ -22,7 +22,7 @@ from ...host.undrafted import decode_plainly
 from ...modeling.text_eagle3 import parse_json, show
 from .checking import check_row
 from .conversations import Message, content_text, read_messages, read_tools
-from .files import DataError, append_rows, keep_lines, read_rows, read_whole_lines
+from .files import DataError, FileRow, append_rows, keep_lines, read_whole_lines
 from .rendering import MARKER, ChatRenderer, find_end
 
 logger = logging.get_logger(__name__)
@@ -52,16 +52,16 @@ class Prompt(NamedTuple):
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file: rows with `messages` (or `conversations`), `prompt` or `turns`.
+def read_prompts(rows: Iterable[FileRow]) -> list[Prompt]:
+    """The prompts in `rows` with `messages` (or `conversations`), `prompt` or `turns`.
 
     Stored answers at a conversation's end are not used: the user's messages are answered anew, one after the other.
 
     Raises:
-        DataError: A row is no prompt; the message names the line.
+        DataError: A row is no prompt; the message names its place.
     """
     prompts = []
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, row in enumerate(rows, start=1):
         try:
             check_row(row)
             prompt = _read_prompt(row)

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...data_parallel import Team
+from ...host.refusals import refuse_compiled
 from ...host.undrafted import decode_plainly
 from ...modeling.text_eagle3 import parse_json, show
 from .answer_shards import count_answered, find_shares, gather_shares, name_share, next_share
+from .answer_turns import Key, TurnFile, Turns, find_turns, read_turns
+from .answer_turns import Turn as Answered
 from .conversations import Message
 from .files import Append, DataError, append_rows, keep_lines, read_whole_lines
 from .prompts import Prompt, eos_token_ids, seeded
@@ -49,6 +52,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError(f"--temperature must be 0 (greedy) or above, got {list(self.temperatures)}.")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(
+                f"--temperature has a number twice, got {list(self.temperatures)}: --num-return-sequences answers each "
+                "prompt several times."
+            )
         if max(self.temperatures) == 0 and self.num_return_sequences > 1:
             raise ValueError(
                 f"At temperature 0 every answer is the same; got num_return_sequences {self.num_return_sequences}. "
@@ -71,9 +79,8 @@ class Sampling:
 class Dialogue:
     """One prompt, answered once at one temperature."""
 
+    key: Key
     prompt: Prompt
-    temperature: float
-    sample: int
     messages: list[Message]
     turns: list[Turn] = field(default_factory=list)
     finishes: list[str] = field(default_factory=list)  # stop or length, of each turn
@@ -92,8 +99,9 @@ class Dialogue:
         self.text = rendered
         return ids
 
-    def add(self, prompt_ids: list[int], new_ids: list[int], *, is_ended: bool, renderer: ChatRenderer) -> None:
+    def add(self, prompt_ids: list[int], answered: Answered, renderer: ChatRenderer) -> None:
         """Add an answer, and the next question if there is one."""
+        new_ids, is_ended = answered
         self.turns.append(Turn(prompt_ids + new_ids, len(prompt_ids), len(prompt_ids) + len(new_ids)))
         self.finishes.append("stop" if is_ended else "length")
         self.text += renderer.tokenizer.decode(new_ids, skip_special_tokens=False)
@@ -146,27 +154,34 @@ def regenerate(
     """
     if not prompts:
         raise ValueError("Nothing to answer: no prompt is left.")
+    refuse_compiled(target)
     team = team or Team(target.device, is_alone=True)
     begun = _go_on(path, prompts, renderer, sampling, target_name, append) if team.rank == 0 else None
-    left, first_share = team.gather(begun)[0]  # after this, no process reads a file of another
-    num_done, title, seed = len(prompts) - len(left), "answers", sampling.seed + len(prompts) - len(left)
-    is_shared = team.size > 1 or bool(find_shares(path))
-    place = path
-    if is_shared:  # processes do not wait for one another, so answers come out of order
-        place = name_share(path, first_share + team.rank)
-        title = f"answers of process 1 of {team.size}"
-        seed = random.Random(f"{sampling.seed} {num_done} {first_share + team.rank}").getrandbits(63)
+    left, turns, first_number = team.gather(begun)[0]  # after this, no process reads a file of another
+    number = first_number + team.rank
+    is_shared = team.size > 1 or bool(find_shares(path))  # processes do not wait for one another
     own = left[team.rank :: team.size]
+    title = "answers" if team.size == 1 else f"answers of process 1 of {team.size}"
+    num_done = len(prompts) - len(left)
+    is_begun = num_done > 0 or bool(turns) or is_shared
+    # Draws of their own for each process, and for each run that goes on: those before it have used their draws.
+    mixed = random.Random(f"{sampling.seed} {num_done} {sum(map(len, turns.values()))} {number}").getrandbits(63)
     with (
         tqdm(total=len(own), desc=title, unit=" prompts", disable=team.rank > 0) as progress,
-        seeded(target, seed),
+        seeded(target, mixed if is_begun else sampling.seed),
     ):
         helped = decode_plainly(target) if drafter is None else {"assistant_model": drafter}
-        size = window * sampling.batch_size
-        _answer(target, renderer, prompts, own, place, sampling, helped, progress, size, append)
+        turn_file = TurnFile(path, number, prompts)
+        answerer = _Answerer(target, renderer, prompts, sampling, helped, turns, turn_file)
+        place = name_share(path, number) if is_shared else path
+        answerer.write_all(own, place, window * sampling.batch_size, progress, append)
     team.wait()
-    if is_shared and team.rank == 0:
+    if team.rank > 0:
+        return
+    if is_shared:
         gather_shares(path, prompts, count_answered(path, prompts)[1], append)
+    for _, written in find_turns(path):
+        written.unlink()
 
 
 def _go_on(
@@ -176,83 +191,89 @@ def _go_on(
     sampling: Sampling,
     target_name: str,
     append: Append,
-) -> tuple[list[int], int]:
-    """Put earlier answers in order. Returns the numbers of `prompts` that are left, and that of the first new share."""
+) -> tuple[list[int], Turns, int]:
+    """Put earlier answers in order.
+
+    Returns:
+        The numbers of `prompts` that are left, the answers to them that wait for others, and the first number for files
+        of this run's processes.
+    """
     _keep_record(path, renderer, sampling, target_name)
     num_lines, num_done = count_answered(path, prompts)
     if keep_lines(path, num_lines):
         logger.warning(f"{path} ends in the middle of a prompt's rows; going on before them.")
     left = gather_shares(path, prompts, num_done, append)
-    return left, next_share(path)
+    used = [number for number, _ in find_turns(path)]
+    return left, read_turns(path, prompts, frozenset(left)), max([next_share(path), *(number + 1 for number in used)])
 
 
-def _answer(
-    target: PreTrainedModel,
-    renderer: ChatRenderer,
-    prompts: Sequence[Prompt],
-    numbers: Sequence[int],
-    path: Path,
-    sampling: Sampling,
-    helped: Mapping[str, Any],  # options of `generate` that make it faster
-    progress: tqdm,
-    size: int,  # prompts that are sorted by length together
-    append: Append,
-) -> None:
-    """Append the answers to those of `prompts` that `numbers` names to `path`, in that order."""
-    num_tokens, start = 0, time.perf_counter()
+@dataclass(frozen=True)
+class _Answerer:
+    """Answers prompts with a target, a batch at a time."""
 
-    def on_batch(num_new: int, num_done: int) -> None:
-        nonlocal num_tokens
-        num_tokens += num_new
-        progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-        progress.update(num_done)
+    target: PreTrainedModel
+    renderer: ChatRenderer
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    helped: Mapping[str, Any]  # options of `generate` that make it faster
+    turns: Turns  # answers of earlier runs
+    turn_file: TurnFile  # of this one
 
-    for first in range(0, len(numbers), size):
-        window = list(numbers[first : first + size])
-        for groups in _answer_in_order(target, renderer, [prompts[i] for i in window], sampling, helped, on_batch):
-            answered, window = window[: len(groups)], window[len(groups) :]
-            rows = [row for i, group in zip(answered, groups, strict=True) for row in _make_rows(i, group)]
-            append(path, rows)
+    def write_all(self, numbers: Sequence[int], path: Path, size: int, progress: tqdm, append: Append) -> None:
+        """Append the answers to those of the prompts that `numbers` names to `path`, in that order.
 
+        Args:
+            numbers: Of prompts.
+            path: Gets their rows.
+            size: Prompts that are sorted by length together.
+            progress: Moves as prompts are answered, which is before they are written.
+            append: Adds rows to a file.
+        """
+        num_tokens, start = 0, time.perf_counter()
+        for first in range(0, len(numbers), size):
+            groups = [self.begin(number) for number in numbers[first : first + size]]
+            num_done = num_written = 0
+            for num_new in itertools.chain([0], self.answer(groups)):  # before the first batch, what earlier runs did
+                is_done = [all(dialogue.is_done for dialogue in group) for group in groups]
+                num_tokens += num_new
+                progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                if num_new or sum(is_done):
+                    progress.update(sum(is_done) - num_done)
+                num_done = sum(is_done)
+                if num_ready := sum(1 for _ in itertools.takewhile(bool, is_done[num_written:])):
+                    ready = groups[num_written : num_written + num_ready]
+                    append(path, [row for group in ready for row in _make_rows(group)])
+                    num_written += num_ready
+            self.turn_file.clear()
 
-def _answer_in_order(
-    target: PreTrainedModel,
-    renderer: ChatRenderer,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    helped: Mapping[str, Any],
-    on_batch: Callable[[int, int], None],
-) -> Iterator[list[list[Dialogue]]]:
-    """For each prompt its dialogues, several prompts at once: as soon as they and those before them are done.
+    def begin(self, number: int) -> list[Dialogue]:
+        """The dialogues of one prompt, as far as earlier runs came with them."""
+        prompt, dialogues = self.prompts[number], []
+        for temperature in self.sampling.temperatures:
+            for sample in range(self.sampling.num_return_sequences if temperature else 1):
+                dialogue = Dialogue(Key(number, temperature, sample), prompt, list(prompt.messages))
+                for turn in self.turns.get(dialogue.key, ()):
+                    dialogue.add(dialogue.next_prompt(self.renderer), turn, self.renderer)
+                dialogues.append(dialogue)
+        return dialogues
 
-    `on_batch` is called after each batch with the numbers of new tokens and of newly finished prompts.
-    """
-    groups = [
-        [
-            Dialogue(prompt, temperature, sample, list(prompt.messages))
-            for temperature in sampling.temperatures
-            for sample in range(sampling.num_return_sequences if temperature else 1)
-        ]
-        for prompt in prompts
-    ]
-    num_given = num_done = 0
-    while num_given < len(groups):
-        waiting = [dialogue for group in groups[num_given:] for dialogue in group if not dialogue.is_done]
-        unanswered = [(dialogue, dialogue.next_prompt(renderer)) for dialogue in waiting]
-        unanswered.sort(key=lambda item: (item[0].temperature, len(item[1])))
-        for temperature, of_one in itertools.groupby(unanswered, key=lambda item: item[0].temperature):
-            same = list(of_one)
-            for i in range(0, len(same), sampling.batch_size):
-                batch = same[i : i + sampling.batch_size]
-                answers = generate_rows(target, [ids for _, ids in batch], sampling, temperature, helped)
-                for (dialogue, ids), (new_ids, is_ended) in zip(batch, answers, strict=True):
-                    dialogue.add(ids, new_ids, is_ended=is_ended, renderer=renderer)
-                is_done = [all(dialogue.is_done for dialogue in group) for group in groups[num_given:]]
-                newly_done, num_done = num_given + sum(is_done) - num_done, num_given + sum(is_done)
-                on_batch(sum(len(new_ids) for new_ids, _ in answers), newly_done)
-                if num_ready := sum(1 for _ in itertools.takewhile(bool, is_done)):
-                    yield groups[num_given : num_given + num_ready]
-                    num_given += num_ready
+    def answer(self, groups: Sequence[Sequence[Dialogue]]) -> Iterator[int]:
+        """Answer all of `groups`, prompts of similar length together; yields the number of new tokens of each batch."""
+        while waiting := [dialogue for group in groups for dialogue in group if not dialogue.is_done]:
+            unanswered = [(dialogue, dialogue.next_prompt(self.renderer)) for dialogue in waiting]
+            unanswered.sort(key=lambda item: (item[0].key.temperature, len(item[1])))
+            for temperature, of_one in itertools.groupby(unanswered, key=lambda item: item[0].key.temperature):
+                same = list(of_one)
+                for i in range(0, len(same), self.sampling.batch_size):
+                    yield self.answer_batch(same[i : i + self.sampling.batch_size], temperature)
+
+    def answer_batch(self, batch: Sequence[tuple[Dialogue, list[int]]], temperature: float) -> int:
+        """Answer one prompt of each dialogue, and keep that; returns the number of new tokens."""
+        answers = generate_rows(self.target, [ids for _, ids in batch], self.sampling, temperature, self.helped)
+        for (dialogue, ids), turn in zip(batch, answers, strict=True):
+            dialogue.add(ids, turn, self.renderer)
+        self.turn_file.add((dialogue.key, turn) for (dialogue, _), turn in zip(batch, answers, strict=True))
+        return sum(len(turn.new_ids) for turn in answers)
 
 
 def generate_rows(
@@ -261,8 +282,8 @@ def generate_rows(
     sampling: Sampling,
     temperature: float,
     helped: Mapping[str, Any],
-) -> list[tuple[list[int], bool]]:
-    """The answer of `target` to each of `prompts`, its end of turn included, and whether it has one."""
+) -> list[Answered]:
+    """The answer of `target` to each of `prompts`, its end of turn included."""
     ends = eos_token_ids(target)
     width = max(map(len, prompts))
     pad = ends[0] if ends else 0
@@ -283,14 +304,14 @@ def generate_rows(
     rows = []
     for ids in out[:, width:].tolist():
         end = find_end(ids, 0, ends)  # padding follows, often with the same token
-        rows.append((ids[:end], end is not None))
+        rows.append(Answered(ids[:end], end is not None))
     return rows
 
 
 # ---- the file ----
 
 
-def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
+def _make_rows(dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
     """A row for each dialogue, or several where the template rewrites earlier turns."""
     rows: list[dict[str, Any]] = []
     for dialogue in dialogues:
@@ -301,10 +322,10 @@ def _make_rows(number: int, dialogues: Sequence[Dialogue]) -> list[dict[str, Any
                     "input_ids": row.input_ids,
                     "loss_mask": row.loss_mask,
                     **origin,
-                    "prompt_id": number,
+                    "prompt_id": dialogue.key.prompt_id,
                     "prompt_fingerprint": dialogue.prompt.fingerprint,
-                    "temperature": dialogue.temperature,
-                    "sample": dialogue.sample,
+                    "temperature": dialogue.key.temperature,
+                    "sample": dialogue.key.sample,
                     "finish": dialogue.finishes[-1],
                 }
             )
@@ -330,7 +351,7 @@ def _keep_record(path: Path, renderer: ChatRenderer, sampling: Sampling, target_
     is_cut = path.exists() and path.stat().st_size and next(read_whole_lines(path), None) is None
     if is_cut and not record.exists():  # else it may be a first row of ours
         raise ValueError(f"{path} was not written by regenerate, so it cannot be gone on with. Give a new file.")
-    if record.exists() and (path.exists() or find_shares(path)):
+    if record.exists() and (path.exists() or find_shares(path) or find_turns(path)):
         try:
             begun = parse_json(record.read_text(encoding="utf-8"))
         except ValueError as error:
