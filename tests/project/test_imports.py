@@ -296,6 +296,11 @@ def test_import_is_silent_and_leaves_training_out():
     assert said <= said_by_host
 
 
+def test_public_names_are_listed():
+    """Those that are imported when they are first used, too."""
+    assert set(hf_eagle3.__all__) <= set(dir(hf_eagle3))
+
+
 def test_public_names_are_there():
     for name in hf_eagle3.__all__:
         if not name.startswith("Eagle3Train"):  # theirs to test; importing them costs seconds
