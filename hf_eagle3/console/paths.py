@@ -50,11 +50,13 @@ def refuse_sources(option: str, file: Path | None, dataset: str | None) -> None:
         )
         raise ValueError(f"{option} and --dataset-name {both}.")
     if file is None:
+        if not dataset:
+            raise ValueError("--dataset-name is empty: give a dataset on the Hub, or a folder.")
         return
-    if not file.exists() and not file.suffix:
+    if file.is_dir() or not (file.exists() or file.suffix):
+        what = "a folder" if file.is_dir() else "there is no such file"
         raise ValueError(
-            f"{option} {file}: there is no such file. A dataset, on the Hub or in a folder, is given by --dataset-name "
-            f"{file}."
+            f"{option} {file}: {what}. A dataset, on the Hub or in a folder, is given by --dataset-name {file}."
         )
     refuse_file(option, file)
 

@@ -53,7 +53,11 @@ def test_rows_of_a_dataset_say_their_place(folders):
     [
         ({}, "--train-file and --dataset-name are not given"),
         ({"file": Path("a"), "dataset": "b"}, "--train-file and --dataset-name both say where rows are"),
-        ({"file": Path("files")}, "a folder, not a file"),
+        ({"file": Path("files")}, "--train-file files: a folder. A dataset, .* is given by --dataset-name files"),
+        ({"dataset": ""}, "--dataset-name is empty"),
+        ({"dataset": "damaged"}, "--dataset-name damaged: .*JSON parse error"),
+        ({"dataset": "odd"}, "--dataset-name odd: "),
+        ({"dataset": "no_lines"}, "--dataset-name no_lines: there is no row in it"),
         (
             {"file": Path("owner/name")},
             "no such file. A dataset, on the Hub or in a folder, is given by --dataset-name",
@@ -69,6 +73,13 @@ def test_rows_of_a_dataset_say_their_place(folders):
 def test_what_cannot_be_read_is_said_in_a_line(folders, monkeypatch, given, message):
     monkeypatch.chdir(folders)
     Path("empty.jsonl").write_text("\n")
+    for name, file, text in (
+        ("damaged", "train.jsonl", "{\n"),
+        ("odd", "dataset_dict.json", "{}"),
+        ("no_lines", "train.jsonl", ""),
+    ):
+        Path(name).mkdir()
+        Path(name, file).write_text(text)
     with pytest.raises((ValueError, OSError), match=message) as told:
         RowSource(**given).read()
     assert "\n" not in str(told.value)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...console.opening import opening
 from ...console.paths import refuse_sources
 from .files import DataError, FileRow, read_rows
 
@@ -61,10 +60,15 @@ class RowSource:
         folder = Path(self.dataset)
         if folder.is_file():
             raise DataError(f"{self}: a file. Give it by {self.file_option}.")
-        with opening("--dataset-name", self.dataset):
+        try:
             if not any((folder / name).exists() for name in SAVED):
                 return load_dataset(self.dataset, self.config, split=self.split)
             saved = load_from_disk(self.dataset)
+        except StopIteration:  # as the library says of files without a line
+            return []
+        except Exception as error:  # whatever damaged files make the library raise
+            cause = error.__cause__ or error  # of a generated dataset the error itself says nothing
+            raise DataError(f"{self}: {type(cause).__name__}: {cause}") from error
         if not isinstance(saved, dict):
             return saved
         if self.split not in saved:
