@@ -1,5 +1,6 @@
 """`generate(seed=...)`: from a seed comes one text, with and without a draft, in any batch and by any loop."""
 
+import copy
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hf_eagle3 import release_graphs
 from hf_eagle3.host.seeds import resolve_seeds, seeds_of_rows
-from hf_eagle3.speculation.shared_noise import MAX_SEED
+from hf_eagle3.speculation.shared_noise import MAX_SEED, make_bits, make_keys
 
 HOT = {"do_sample": True, "temperature": 1.2, "top_k": 0, "max_new_tokens": 16}
 TREE = {"draft_shape": (0, 0, 1, 1, 2, 3, 3)}
@@ -193,6 +194,32 @@ def test_scores_along_a_tree_are_those_of_the_text(target):
     assert tree.speculation.num_accepted > 0
     for name in ("scores", "logits"):
         assert_same_columns(getattr(tree, name), getattr(plain, name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["reduced_vocab", "peagle", "mla"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_a_gpu_says_what_a_cpu_says(family, kind):
+    """Numbers are the same on every device; captured, eager and in the host's loop, whatever is drafted."""
+    cpu, batch = make_target(family), pad(prompts_of(9, 4, 12))
+    expected = say(cpu, None, batch, seed=8, decode_loop="own")
+    target = copy.deepcopy(cpu).cuda()
+    drafter = make_drafter(cpu, **DRAFTERS[kind]).cuda()
+    batch = {name: value.cuda() for name, value in batch.items()}
+    for loop, shape in itertools.product(
+        ("own", "eager"), ({"num_assistant_tokens": 0}, {"num_assistant_tokens": 3}, TREE)
+    ):
+        assert say(target, drafter, batch, seed=8, decode_loop=loop, **shape) == expected
+    alone = {name: value[2:] for name, value in batch.items()}
+    assert say(target, drafter, alone, seed=10, decode_loop="host", num_assistant_tokens=3) == expected[2:]
+    bits = [
+        make_bits(
+            make_keys(torch.arange(5, device=d), torch.arange(3, device=d).expand(5, 3))[..., None],
+            torch.arange(999, device=d),
+        )
+        for d in ("cpu", "cuda")
+    ]
+    assert torch.equal(bits[0], bits[1].cpu())
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "3", True, MAX_SEED + 1, [], [1, -2], [[1]], object()], ids=str)
