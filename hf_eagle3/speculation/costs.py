@@ -78,7 +78,7 @@ class Costs:
         return max(above / below, LEAST_TOKEN) if below > 0 else None
 
     def _guess_token(self, num_rows: int) -> float:
-        return 0.15 + 0.05 * num_rows if self.is_slow else 0.003 * num_rows
+        return 0.15 + 0.05 * num_rows if self.is_slow else 0.005 * num_rows
 
 
 @dataclass

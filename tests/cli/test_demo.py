@@ -1,15 +1,12 @@
 """`hf-eagle3 demo`, with a tiny target in place of SmolLM2."""
 
-import importlib
-import itertools
 import re
-import types
 
 import huggingface_hub
 import pytest
 import torch
 
-from hf_eagle3 import cli, measure_depths
+from hf_eagle3 import cli
 from hf_eagle3.bench.side_by_side import Comparison, Run, compare
 from hf_eagle3.cli import demo as command
 from hf_eagle3.diagnosis.readings import PROMPTS
@@ -52,7 +49,7 @@ def test_demo_shows_both_answers_and_a_table(demo, target, tokenizer, capsys):
     assert "speed-up" in out
     assert demo.asked["dtype"] == torch.float32
     assert err.startswith("SmolLM2-135M-Instruct answers 2 prompts without and with a drafter")
-    for step in ("Loading SmolLM2", "Finding the fastest draft depth", "Timing both, by turns"):
+    for step in ("Loading SmolLM2", "Timing both, by turns"):
         assert step in err
         assert step not in out
 
@@ -63,24 +60,22 @@ def test_demo_has_prompts_of_its_own(demo, capsys):
     assert all(f"=== {prompt}" in out for prompt in PROMPTS[:3])
 
 
-def test_dtype_reaches_the_drafter(demo, drafter, capsys):
-    dtypes = []
+def test_dtype_reaches_the_drafter(demo, target):
+    dtypes, generate = set(), target.generate
 
-    def measure(target, drafter, prompts, **options):
-        dtypes.append((target.dtype, drafter.dtype))
-        return {1: 1.0}
+    def note_dtype(*, assistant_model, **kwargs):
+        if assistant_model is not None:
+            dtypes.add((target.dtype, assistant_model.dtype))
+        return generate(assistant_model=assistant_model, **kwargs)
 
-    demo("--dtype", "bfloat16", "--prompt", "a", "--max-new-tokens", "2", "--repeats", "1", measure=measure)
-    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+    target.generate = note_dtype
+    demo("--dtype", "bfloat16", "--prompt", "a", "--max-new-tokens", "2", "--repeats", "1")
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)}
 
 
-@pytest.mark.parametrize("asked", [[], ["--num-draft-tokens", "5"]], ids=["measured", "given"])
-def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, target, capsys, asked):
-    measured, used, generate = [], [], target.generate
-
-    def measure(target, drafter, prompts, *, depths, repeats):
-        measured.append((len(prompts), *depths))
-        return {depth: {1: 20.0, 2: 28.4, 3: 31.2, 4: 25.0}[depth] for depth in depths}
+@pytest.mark.parametrize("asked", [[], ["--num-draft-tokens", "5"]], ids=["chosen", "given"])
+def test_rounds_choose_their_shape_unless_a_depth_is_given(demo, target, asked):
+    used, generate = [], target.generate
 
     def note_depth(*, assistant_model, **kwargs):
         if assistant_model is not None:
@@ -89,34 +84,8 @@ def test_demo_drafts_as_deep_as_is_fastest_or_asked_for(demo, target, capsys, as
 
     target.generate = note_depth
     arguments = ["--prompt", "abc", "--prompt", "xyz", "--max-new-tokens", "2", "--repeats", "1", *asked]
-    assert demo(*arguments, measure=measure) == 0
-    out = capsys.readouterr().out
-    if asked:
-        assert (measured, set(used)) == ([], {5})
-    else:
-        assert (measured, set(used)) == ([(2, 1), (2, 2), (2, 3), (2, 4)], {3})
-        assert "Depth    3 draft tokens a round, the fastest here (tok/s by depth: 1: 20, 2: 28, 3: 31, 4: 25)" in out
-
-
-def test_depths_are_measured_by_turns(target, drafter, tokenizer, monkeypatch):
-    prompts = [dict(tokenizer(text, return_tensors="pt")) for text in ("abc", "xyzxyz")]
-    depths_module = importlib.import_module("hf_eagle3.host.depths")
-    before, depths, clock = drafter.generation_config.num_assistant_tokens, [], itertools.count()
-    generate = target.generate
-
-    def listen(**kwargs):
-        depths.append(kwargs["num_assistant_tokens"])
-        for _ in range(10 * kwargs["num_assistant_tokens"]):
-            next(clock)
-        return generate(**kwargs)
-
-    target.generate = listen
-    monkeypatch.setattr(depths_module, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    speeds = measure_depths(target, drafter, prompts, depths=(1, 3), max_new_tokens=6, repeats=2)
-    assert depths == [1, 1, 3, 3] + 2 * [1, 1, 3, 3]  # a warm-up each, then turns; two prompts
-    assert list(speeds) == [1, 3]
-    assert speeds[1] > 1.5 * speeds[3] > 0
-    assert drafter.generation_config.num_assistant_tokens == before
+    assert demo(*arguments) == 0
+    assert set(used) == {5 if asked else None}
 
 
 def test_differing_answers_are_said_and_fail(demo, drafter, capsys):

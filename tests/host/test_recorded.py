@@ -966,9 +966,6 @@ ERRORS: dict[str, Callable[[], Any]] = {
         for loop in ("own", "host")
     },
     # other public names
-    "depths that are none": lambda: hf_eagle3.measure_depths(
-        make_target("llama"), make_drafter(make_target("llama")), [pad((4,))], depths=[70]
-    ),
     "a name that is not there": lambda: hf_eagle3.no_such_name,
     "doctor of a parallel drafter": lambda: hf_eagle3.doctor(
         make_target("llama"), make_drafter(make_target("llama"), **DRAFTERS["peagle"])
@@ -985,16 +982,6 @@ OTHERS: dict[str, Callable[[], Any]] = {  # what other public names give
     "fields of speculation": lambda: [field.name for field in dataclasses.fields(hf_eagle3.Speculation)],
     "speculation without a call": lambda: hf_eagle3.Speculation("a loop", "a reason", 3),
     "joined projections": lambda: hf_eagle3.join_projections(like_llama(), make_drafter(make_target("llama"))),
-    "measured depths": lambda: list(
-        hf_eagle3.measure_depths(
-            make_target("llama"),
-            make_drafter(make_target("llama")),
-            [pad((4, 3))],
-            depths=[0, 2],
-            max_new_tokens=3,
-            repeats=1,
-        )
-    ),
     "doctor": lambda: hf_eagle3.doctor(
         make_target("llama"), make_drafter(make_target("llama")), [make_prompt(5)[0]], max_new_tokens=24, depth=2
     ),

@@ -93,7 +93,7 @@ LAYERS = {
         ["generate"],
         ["assisted", "output"],
         ["candidates", "request", "undrafted"],
-        ["auto_config", "batching", "depths", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
+        ["auto_config", "batching", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
         ["refusals", "seeds"],
     ],
     "decoding": [
