@@ -95,6 +95,8 @@ def measure(
     names = {shape.name: shape for shape in list_candidates(drafter)}
     ways |= {name: names[name] for name in names if name != "none" and (not args.fixed or name in args.fixed)}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
+    lengths: dict[str, list[float]] = {name: [] for name in ways}  # tokens a row and round, drafted or not
+    rounds: dict[str, list[float]] = {name: [] for name in ways}  # milliseconds
     outs: dict[str, Any] = {}
     broken: dict[str, str] = {}
     before = min(run(target, batch, **{**options, "max_new_tokens": 1, "draft_shape": "off"})[0] for _ in range(3))
@@ -110,6 +112,9 @@ def measure(
             num_tokens = sum(row.num_tokens for row in outs[name].speculation.rows) - num_rows
             if turn >= args.warm_up:
                 speeds[name].append(num_tokens / (seconds - before))
+                num_rounds = sum(outs[name].speculation.shapes.values())
+                rounds[name].append(1000 * (seconds - before) / num_rounds)
+                lengths[name].append(num_tokens / num_rows / num_rounds)
     plain = outs["none"].sequences
     found = []
     for name in ways:
@@ -123,6 +128,8 @@ def measure(
                 "tokens_per_second": statistics.median(speeds[name]),
                 "slowest": min(speeds[name]),
                 "fastest": max(speeds[name]),
+                "tokens_a_round": statistics.mean(lengths[name]),
+                "milliseconds_a_round": statistics.median(rounds[name]),
                 "acceptance_length": None if told.rounds == 0 else told.acceptance_length,
                 "shapes": told.shapes,
                 "changes": told.changes[-4:],
@@ -207,8 +214,8 @@ def main() -> None:
             al = found["acceptance_length"]
             print(
                 f"AL {length} T {temperature} BS {num_rows:3d} {found['way']:24s} {found['tokens_per_second']:9.1f} "
-                f"({found['slowest']:.1f} to {found['fastest']:.1f}) {'' if al is None else f'{al:.2f}'} {found['shapes']} "
-                f"{found['milliseconds']}",
+                f"({found['slowest']:.1f} to {found['fastest']:.1f}) {'' if al is None else f'{al:.2f}'} "
+                f"{found['tokens_a_round']:.2f} / {found['milliseconds_a_round']:.2f} ms {found['shapes']}",
                 flush=True,
             )
         args.out.write_text(json.dumps({"machine": describe_machine(target), "results": results}, indent=1) + "\n")
