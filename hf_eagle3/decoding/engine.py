@@ -328,10 +328,17 @@ class Engine:
         raise_if_nan(report.is_nan)
         seconds = self._pace.measure(launched.device_read, is_steady=launched.is_steady)
         if launched.shape is not None:
-            ends = [end for row, end in zip(launched.rows, report.ends, strict=True) if row.is_live]
+            least = self._mean_left()
+            pairs = zip(launched.rows, report.ends, strict=True)
+            ends = [end for row, end in pairs if row.is_live and row.num_left >= least]
             self.chooser.note(len(launched.rows), launched.shape, ends, seconds)
         with self.clocks.host:
             launched.append(report)
+
+    def _mean_left(self) -> float:
+        """Tokens that rows have yet to say: a batch waits for those with more, so their verdicts say what drafting brings."""
+        left = [row.num_left for row in self.rows if row.is_live]
+        return sum(left) / len(left) if left else 0.0
 
     def _accept_in_python(self, proposal: Proposal, verified: Verified) -> None:
         """Accept where processors look at the text, and commit."""

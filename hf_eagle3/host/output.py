@@ -69,12 +69,14 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transc
     if not width:
         return
     new = transcript.sequences(prompt.lengths.new_zeros(len(num_known), 0))  # [B, n]
-    # Feed each row from its last token; surplus positions lie past its end.
-    at = (num_known - 1)[:, None] + torch.arange(width)  # [B, width]
-    tokens = new.gather(1, at.clamp(max=new.shape[1] - 1).to(new.device))
-    length = prompt.lengths + num_known.to(prompt.lengths.device)
-    state.cache.reserve(int(length.max()) + width)
-    run_target(target, state, tokens, Block(length - 1, width))
+    # Feed each row from its last token, or from one before it where the cache ends; surplus positions lie past its end.
+    lengths = prompt.lengths + num_known.to(prompt.lengths.device)
+    if state.cache.whole is None:  # else the arena's, which graphs are recorded over
+        state.cache.reserve(int(lengths.max()) + width)
+    start = (lengths - 1).clamp(max=state.cache.capacity - width)  # [B]
+    at = (start - prompt.lengths)[:, None] + torch.arange(width, device=start.device)  # [B, width]
+    tokens = new.gather(1, at.clamp(max=new.shape[1] - 1))
+    run_target(target, state, tokens, Block(start, width))
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:

@@ -13,7 +13,16 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from helpers.arguments import Raise
-from helpers.batches import GREEDY, assert_same, assert_same_up_to_ties, make_oracle, pad, plain_of, prompts_of
+from helpers.batches import (
+    GREEDY,
+    assert_same,
+    assert_same_caches,
+    assert_same_up_to_ties,
+    make_oracle,
+    pad,
+    plain_of,
+    prompts_of,
+)
 from helpers.capture import capture_on_cpus, move
 from helpers.marks import slow_but
 from helpers.models import FAMILIES, OLD, count_hooks, make_drafter, make_prompt, make_target
@@ -22,6 +31,7 @@ from transformers.models.llama import modeling_llama
 
 import hf_eagle3.decoding.arena as arena
 from hf_eagle3 import release_graphs
+from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.decoding import cuda_graphs, lock
 from hf_eagle3.decoding.captured import CudaGraphs
 from hf_eagle3.decoding.engine import warn_once
@@ -732,3 +742,20 @@ def test_rounds_run_on_a_device_that_is_not_the_current_one():
             assert out.speculation.rounds > 0
         assert torch.cuda.current_device() == 0
         release_graphs()
+
+
+def test_rows_that_end_early_are_padded_within_the_memory_of_graphs(target, monkeypatch):
+    """The cache that is returned holds the pads of plain decoding where memory has no room for as many behind the longest."""
+    batch, options = pad(prompts_of(30, 4, 9)), {"max_new_tokens": 100, "return_dict_in_generate": True, **GREEDY}
+    found = target.generate(**batch, **options).sequences[:, 30:].tolist()
+    options["eos_token_id"] = next(token for token in found[1] if token not in found[0])
+    assert found[1].index(options["eos_token_id"]) < 20
+    plain = target.generate(**batch, **options)
+    capture_on_cpus(monkeypatch, first_room=1)
+    out = target.generate(**batch, **options, assistant_model=make_drafter(target))
+    assert out.speculation.graphs.startswith("captured")
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert_same_caches(target, plain, out)
+    for ours, theirs in zip(out[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
+        for mine, its in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(mine[:, :, 30:], its[:, :, 30:], rtol=1e-4, atol=1e-4)  # behind the prompts

@@ -222,7 +222,7 @@ def test_a_gpu_says_what_a_cpu_says(family, kind):
     assert torch.equal(bits[0], bits[1].cpu())
 
 
-@pytest.mark.parametrize("seed", [-1, 1.5, "3", True, MAX_SEED + 1, [], [1, -2], [[1]], object()], ids=str)
+@pytest.mark.parametrize("seed", [-1, 1.5, "3", True, MAX_SEED + 1, [], [1, -2], [[1]], len], ids=str)
 def test_what_is_no_seed_is_refused(target, seed):
     with pytest.raises(ValueError, match=r"seed is a whole number from 0 to \d+ for the first row"):
         target.generate(make_prompt(4), assistant_model=make_drafter(target), seed=seed, **HOT)
