@@ -167,9 +167,10 @@ def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
         at_once = drafter(padded, aux_hidden_states=more).logits[0, T - 1 :]
 
         # As a round does it, over a cache:
-        def choose(logits: Tensor, step: int) -> tuple[Tensor, None]:
+        def choose(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:
+            assert (len(depths), width) == (K, 1)
             seen.append(logits[0])
-            return logits.argmax(-1), None
+            return logits.argmax(-1, keepdim=True), None
 
         count = torch.tensor([T])
         prompted = Prompted(ids.roll(1, dims=1), states, count, torch.zeros_like(count))

@@ -19,6 +19,8 @@ from hf_eagle3.host.shapes import list_candidates
 from hf_eagle3.speculation.costs import Chooser
 from hf_eagle3.speculation.shape import NONE, PATIENCE, Shapes, chain
 
+pytestmark = pytest.mark.any_release
+
 FAMILIES = ["llama", "gemma3", "gpt_oss", "deepseek_v3", "qwen_vlm"]
 
 
@@ -100,7 +102,7 @@ def test_the_text_is_plain_decodings(family, kind, captured, graphs, at_random):
 
 @pytest.mark.parametrize(
     ("family", "captured"),
-    slow_rows_but([("llama", False), ("gemma3", True)], itertools.product(FAMILIES, [False, True])),
+    slow_rows_but([("gemma3", True)], itertools.product(FAMILIES, [False, True])),
 )
 def test_drafts_are_what_they_are_without_a_change(family, captured, at_random, proposals):
     """The drafter has read the same states at the same places, whatever rounds there were, and rounds without it."""

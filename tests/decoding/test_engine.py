@@ -32,6 +32,8 @@ from hf_eagle3.speculation.noise import SeededNoise
 from hf_eagle3.speculation.shape import chain
 from hf_eagle3.speculation.warpers import RowSettings, RowWarper, read_settings
 
+pytestmark = pytest.mark.any_release
+
 CPU = torch.device("cpu")
 
 
@@ -55,8 +57,8 @@ def make_rows(prompts, settings=SETTINGS, seeds=(5, 6, 7, 8, 9), **options):
     ]
 
 
-@pytest.mark.parametrize("kind", ["reduced_vocab", "peagle"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", slow_but(["reduced_vocab"], ["reduced_vocab", "peagle"]))
+@pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "gemma3"]))
 def test_a_row_samples_as_if_alone(family, kind):
     """Whatever the settings and seeds of the others are: from a seed comes one text."""
     target, prompts = make_target(family), prompts_of(5, 9, 3, 12, 7)
@@ -237,7 +239,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", slow_but(["deep"], TREES))
 @pytest.mark.parametrize(
     "family", slow_but(["llama", "gemma3"], ["llama", "gemma3", "gpt_oss", "deepseek_v3", "qwen_vlm"])
 )

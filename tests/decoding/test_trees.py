@@ -35,6 +35,8 @@ from hf_eagle3.speculation.shape import NONE, DraftShape, Shapes, chain
 from hf_eagle3.speculation.tree import find_paths
 from hf_eagle3.speculation.warpers import RowSettings
 
+pytestmark = pytest.mark.any_release
+
 FAMILIES = ["llama", "gemma3", "gpt_oss", "deepseek_v3", "mistral"]
 KINDS = {
     "eagle": {},

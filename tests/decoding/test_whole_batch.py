@@ -192,7 +192,7 @@ def test_criteria_see_the_scores_of_plain_decoding(target, make, eos):
 
 @pytest.mark.parametrize("scores", [{}, {"output_scores": True}], ids=["", "scores"])
 @pytest.mark.parametrize("make", [FirstRow, Steps, EachRow, OneTensor, List, Raises], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("loop", ASKED)
+@pytest.mark.parametrize("loop", slow_but(["own"], ASKED))
 def test_one_row_is_asked_about_as_in_plain_decoding_by_every_loop(target, make, loop, scores):
     batch, options = pad(prompts_of(T)), {"eos_token_id": [5, 17, 23], "streams": True, **scores}
     plain, calls, puts = run(target, batch, criterion=make(), **options)

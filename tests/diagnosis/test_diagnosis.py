@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.marks import slow_but
+from helpers.marks import slow_but, slow_rows_but
 from helpers.models import DRAFTERS, NUM_LAYERS, TARGETS, V, make_drafter, make_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -122,7 +122,7 @@ def plant(trained: Eagle3DrafterModel, fault: str, folder: Path) -> Eagle3Drafte
     return AutoModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("fault", slow_but(["none", "ids_for_offsets"], FAULTS))
+@pytest.mark.parametrize("fault", slow_but(["ids_for_offsets"], FAULTS))
 def test_planted_fault_is_found_and_named(fault, trained, target, prompts, tmp_path):
     trained.bind(target)
     drafter = plant(trained, fault, tmp_path / "published")
@@ -195,13 +195,13 @@ def test_scores():
     assert not many.beats(Score(torch.tensor([2, 1] * 100), depth=2))
 
 
-@pytest.mark.parametrize(
-    ("family", "variant"),
-    [
-        *((family, "eagle31") for family in TARGETS),
-        *(("qwen3", variant) for variant in DRAFTERS if variant not in ("eagle31", "peagle")),
-    ],
-)
+EXAMINED = [
+    *((family, "eagle31") for family in TARGETS),
+    *(("qwen3", variant) for variant in DRAFTERS if variant not in ("eagle31", "peagle")),
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), slow_rows_but(EXAMINED[::3], EXAMINED))
 def test_every_target_and_variant_can_be_examined(family, variant, prompts):
     target = make_target(family)
     drafter = make_drafter(target, **DRAFTERS[variant])

@@ -182,7 +182,7 @@ def test_tokenizer_of_another_model_changes_nothing(target, loop):
     "drafter_dtype",
     slow_but([torch.float32, torch.bfloat16], [torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
-@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target_dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
 def test_drafter_in_another_dtype_works(loop, target_dtype, drafter_dtype):
     target = LlamaForCausalLM(make_target("llama").config).eval()
     target.load_state_dict(make_target("llama").state_dict())

@@ -78,8 +78,8 @@ def test_every_drafter_keeps_its_cache_in_step(family, variant):
     assert_same_with_oracle(make_target(family), make_prompt(20), **options)
 
 
-@pytest.mark.parametrize("variant", DRAFTERS)
-@pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], TARGETS))
+@pytest.mark.parametrize("variant", slow_but(list(DRAFTERS)[::2], DRAFTERS))
+@pytest.mark.parametrize("family", slow_but(["gpt_oss"], TARGETS))
 def test_random_drafter_changes_nothing(family, variant):
     target, prompt = make_target(family), make_prompt(9)
     drafter = make_drafter(target, **DRAFTERS[variant])

@@ -13,6 +13,8 @@ from hf_eagle3.host import loop_choice
 from hf_eagle3.host.shapes import list_candidates, read_shape
 from hf_eagle3.speculation.shape import NONE, DraftShape, Shapes, chain
 
+pytestmark = pytest.mark.any_release
+
 TREE = [0, 0, 1, 1]
 TRIPLE = {"steps": 3, "topk": 2, "draft_tokens": 7}
 

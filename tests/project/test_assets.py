@@ -45,7 +45,7 @@ def test_it_is_an_eagle_3_1_drafter_for_smollm2(drafter):
     assert isinstance(drafter, hf_eagle3.Eagle3DrafterModel)
     assert drafter.config.fc_norm
     assert drafter.config.norm_output
-    assert drafter.generation_config.num_assistant_tokens == 2  # the fastest on a CPU
+    assert drafter.generation_config.num_assistant_tokens is None  # rounds choose
     ids = drafter.draft_to_target_ids
     assert 2 in ids  # end of turn
     assert all(p.isfinite().all() and p.abs().max() > 0 for p in drafter.parameters())

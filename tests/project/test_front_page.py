@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.any_release
+
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_WORDS = 900

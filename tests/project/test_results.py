@@ -5,6 +5,8 @@ import re
 import pytest
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.any_release
+
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
 FILE = r"[a-z0-9_]+_(?:h100|h200|cpu)_\d{6}\.(?:md|jsonl?|png)"

@@ -12,6 +12,8 @@ from hf_eagle3.rows.cache import RowCache
 from hf_eagle3.rows.masks import make_mask
 from hf_eagle3.speculation.tree import Ancestry, find_depths, make_ancestry
 
+pytestmark = pytest.mark.any_release
+
 CPU = torch.device("cpu")
 PARENTS = (0, 0, 1, 1, 2, 3)  # see tests/speculation/test_shape.py
 

@@ -12,6 +12,8 @@ from hf_eagle3.speculation.block_verification import accept_block, weigh_prefixe
 from hf_eagle3.speculation.noise import GlobalNoise
 from hf_eagle3.speculation.sampling import draw
 
+pytestmark = pytest.mark.any_release
+
 
 class Laws:
     """Random laws of the next token after each prefix, and all drafts there are.

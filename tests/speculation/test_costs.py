@@ -10,6 +10,8 @@ from hf_eagle3.speculation.costs import Chooser, Costs
 from hf_eagle3.speculation.rates import Rates
 from hf_eagle3.speculation.shape import NONE, Shapes, chain
 
+pytestmark = pytest.mark.any_release
+
 MEASURED = ((0.75, 0.10, 0.04, 0.01), (0.72, 0.11, 0.04, 0.02), (0.70, 0.11, 0.04, 0.02)) + (
     (0.7, 0.1, 0.04, 0.02),
 ) * 5

@@ -8,6 +8,8 @@ from hf_eagle3.speculation.rates import Rates
 from hf_eagle3.speculation.shape import NONE, DraftShape, chain
 from hf_eagle3.speculation.tree import find_depths
 
+pytestmark = pytest.mark.any_release
+
 COVERAGE = ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1), (0.4, 0.3))
 TREES = {"chain": chain(4), "tree": DraftShape((0, 0, 0, 1, 1, 2, 4)), "none": NONE}
 

@@ -24,6 +24,8 @@ from hf_eagle3.speculation.shape import NONE, DraftShape, chain
 from hf_eagle3.speculation.shared_noise import SharedNoise
 from hf_eagle3.speculation.warpers import RowSettings
 
+pytestmark = pytest.mark.any_release
+
 SHAPES = {
     "none": NONE,
     "chain_1": chain(1),

@@ -10,6 +10,8 @@ from hf_eagle3.speculation.rates import Rates, find_trials, rank_nodes
 from hf_eagle3.speculation.shape import NONE, DraftShape, chain
 from hf_eagle3.speculation.tree import find_depths
 
+pytestmark = pytest.mark.any_release
+
 MEASURED = ((0.75, 0.10, 0.04, 0.01), (0.72, 0.11, 0.04, 0.02), (0.70, 0.11, 0.04, 0.02))
 TREE = DraftShape((0, 0, 1, 1, 2, 3))
 

@@ -19,6 +19,8 @@ from hf_eagle3.speculation.tree import (
     make_ancestry,
 )
 
+pytestmark = pytest.mark.any_release
+
 CPU = torch.device("cpu")
 
 #        0

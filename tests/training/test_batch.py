@@ -11,6 +11,8 @@ from helpers.unrolling import batch_of, several_rows
 
 from hf_eagle3.training.step.batch import Batch, SquareRule
 
+pytestmark = pytest.mark.any_release
+
 SQUARES = SquareRule(step=4, min_side=4, max_cost=99)
 
 

@@ -106,9 +106,8 @@ def test_it_learns_to_draft_and_its_acceptance_length_is_the_real_one(target, ro
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulation"), [(2, 4), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((4, 2), (1, 8)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (4, 2), (1, 8)])
 def test_accumulation_changes_nothing(target, rows, tmp_path, batch, accumulation):
     """Every supervised token weighs the same, however the rows of an update are split."""
     results = []

@@ -89,7 +89,11 @@ def choose_vocabulary():
     return fingerprint_data(dataset), drafter.draft_to_target_ids.tolist()
 
 
-@pytest.mark.parametrize(("template", "beginning"), [(CHATML, ""), (TRIMMED, "<bos>")], ids=["chatml", "trimmed"])
+@pytest.mark.parametrize(
+    ("template", "beginning"),
+    [(CHATML, ""), pytest.param(TRIMMED, "<bos>", marks=pytest.mark.slow)],
+    ids=["chatml", "trimmed"],
+)
 def test_a_thousand_dialogues_are_what_an_engine_is_given(template, beginning):
     """T-21: ids of whole dialogues, and of the prompt before each answer, as a server renders and tokenises them."""
     tokenizer, generator = make_tokenizer(template), random.Random(0)
