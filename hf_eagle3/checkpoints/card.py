@@ -81,17 +81,7 @@ def write_card(
     config = drafter.config
     is_31 = config.fc_norm or config.norm_output
     title = name.rstrip("/").split("/")[-1]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="custom",
-            dataset_name="prompts",
-            metric_type=label.lower().replace(" ", "_"),
-            metric_name=label,
-            metric_value=value,
-        )
-        for label, value in metrics.items()
-    ]
+    results = list_results(metrics)
     made_from = target.name if adapters is None else adapters.drafter_name
     data = ModelCardData(
         library_name="transformers" if adapters is None else "peft",
@@ -118,6 +108,21 @@ def write_card(
         measured=measured if metrics else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def list_results(metrics: Mapping[str, float]) -> list[EvalResult]:
+    """Metrics as the Hub's cards keep them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="custom",
+            dataset_name="prompts",
+            metric_type=label.lower().replace(" ", "_"),
+            metric_name=label,
+            metric_value=value,
+        )
+        for label, value in metrics.items()
+    ]
 
 
 def is_on_hub(name: str | None) -> bool:

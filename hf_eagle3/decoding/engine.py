@@ -188,7 +188,7 @@ class Engine:
         """
         assert not self.rows, "rows are admitted to an engine that has none"
         target, drafter, config = self.target, self.drafter, self.config
-        if len(rows) * config.shapes.num_verified <= FEW_TOKENS:
+        if len(rows) * config.shape.num_verified <= FEW_TOKENS:
             # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
             self._stack.enter_context(target._optimize_model_for_decode())
         self.rows, self._prompt, self._transcript = list(rows), prompt, transcript
@@ -274,7 +274,7 @@ class Engine:
     def _choose_shape(self) -> None:
         """Propose what brings the most tokens a second, by what is known of earlier rounds."""
         num_left = max((row.num_left for row in self.rows if row.is_live), default=0)
-        can_try = self.arena is None or num_left >= self.capturer.worth_capture
+        can_try = self.arena is None or 2 * num_left >= self.capturer.worth_capture
         shape = self.chooser.choose(len(self.rows), can_try=can_try)
         if shape != self.phases.shape:
             self.phases.switch(shape)

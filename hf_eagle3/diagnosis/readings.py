@@ -182,20 +182,11 @@ def doctor(
     Raises:
         ValueError: The two do not fit, or nothing was generated that is long enough to tell.
     """
-    if getattr(drafter, "hf_quantizer", None) is not None:
-        raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
-    if not find_kind(drafter.config).has_steps:
-        raise ValueError(
-            f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
-            "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
-        )
+    refuse_unreadable(drafter)
     refuse_compiled(target)
     drafter.bind(target)
     readings = list_readings(drafter, target)
-    n = target.config.get_text_config(decoder=True).num_hidden_layers
-    configs = [drafter.config, *(change(drafter.config, reading.overrides) for reading in readings)]
-    boundaries = sorted({i for config in configs for i in config.resolve_aux_layer_ids(n)})
-    texts = []
+    boundaries, texts = list_boundaries(target, drafter, readings), []
     for i, prompt in enumerate(list[Tensor | str](prompts)):
         on_step("The target answers", i, len(prompts))
         texts.append(record(target, tokenize(prompt, tokenizer), max_new_tokens, boundaries))
@@ -227,6 +218,28 @@ def doctor(
                 if found.beats(best):
                     candidates.append((other, found))
     return Diagnosis(declared, tuple(alone), tuple(faults), best, best_drafter, tuple(list_notes(drafter, target)))
+
+
+def list_boundaries(target: PreTrainedModel, drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> list[int]:
+    """Those of the target's whose states some reading of the drafter takes."""
+    n = target.config.get_text_config(decoder=True).num_hidden_layers
+    configs = [drafter.config, *(change(drafter.config, reading.overrides) for reading in readings)]
+    return sorted({i for config in configs for i in config.resolve_aux_layer_ids(n)})
+
+
+def refuse_unreadable(drafter: Eagle3DrafterModel) -> None:
+    """Raise if a drafter cannot be read in other ways.
+
+    Raises:
+        ValueError: It is quantised, or drafts in one forward.
+    """
+    if getattr(drafter, "hf_quantizer", None) is not None:
+        raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
+    if not find_kind(drafter.config).has_steps:
+        raise ValueError(
+            f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
+            "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
+        )
 
 
 # ---- readings ----

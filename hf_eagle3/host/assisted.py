@@ -37,7 +37,7 @@ from .refusals import (
     refuse_host_loop,
     refuse_inputs,
 )
-from .seeds import seeds_of_rows
+from .seeds import Seeds, seeds_of_rows
 from .stopping import InOrder, Muted, TokenwiseStop, cut_output, needs_tokenwise_stop
 
 # The loop choice of the call under way, on its way through the host to the loop.
@@ -123,11 +123,8 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
         arguments = call.arguments
-        input_ids, criteria, streamer = (
-            arguments["input_ids"],
-            arguments["stopping_criteria"],
-            arguments.get("streamer"),
-        )
+        input_ids, criteria = arguments["input_ids"], arguments["stopping_criteria"]
+        streamer = arguments.get("streamer")
         choice = _choice.get()
         is_own = choice is not None and choice.drafter is drafter  # else a call inside of another, from a criterion
         why = choice.why if choice is not None and is_own else "called from outside generate()"
@@ -156,9 +153,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         boundaries = drafter.bound_aux_layer_ids
         seed = choice.seeds if choice is not None and is_own else None
         rule = GREEDY if not settings.do_sample else BLOCK if seed is None else SHARED
-        (of_row,) = seeds_of_rows(seed, 1)
-        start_of_row = input_ids.new_tensor([0 if of_row is None else of_row]), input_ids.new_zeros(1)
-        judging = Judging(NONE, GlobalNoise(), SharedNoise(*start_of_row))
+        judging = make_judging(seed, input_ids)
         num_real = int(read_mask(input_ids, arguments["model_kwargs"]).sum())
 
         start, stopwatch = time.perf_counter(), Stopwatch(drafter.device)
@@ -177,6 +172,13 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         return output
 
     return _assisted_decoding
+
+
+def make_judging(seed: Seeds, like: Tensor) -> Judging:
+    """What the accept rule needs at the start of a row, on the device of `like`."""
+    (of_row,) = seeds_of_rows(seed, 1)
+    shared = SharedNoise(like.new_tensor([0 if of_row is None else of_row]), like.new_zeros(1))
+    return Judging(NONE, GlobalNoise(), shared)
 
 
 def summarize(session: Session, why: str, num_behind: int, seconds: float) -> Speculation:

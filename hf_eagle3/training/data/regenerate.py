@@ -176,8 +176,12 @@ def regenerate(
         place = name_share(path, number) if is_shared else path
         answerer.write_all(own, place, window * sampling.batch_size, progress, append)
     team.wait()
-    if team.rank > 0:
-        return
+    if team.rank == 0:
+        _finish(path, prompts, append, is_shared=is_shared)
+
+
+def _finish(path: Path, prompts: Sequence[Prompt], append: Append, *, is_shared: bool) -> None:
+    """Make one file of what processes wrote, and drop turns that are in it."""
     if is_shared:
         gather_shares(path, prompts, count_answered(path, prompts)[1], append)
     for _, written in find_turns(path):
