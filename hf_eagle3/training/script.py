@@ -264,18 +264,19 @@ def read_settings(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         raise files.DataError(f"{path}: {show(strange[0])} is no option. --help lists them all.")
     names = {name: respell_option(name) for name in settings}
     refuse_two_spellings(names, f"{path}: ")
-    settings = {names[name]: value for name, value in settings.items()}
-    refuse_unknown([name for name in settings if name not in known], known.keys(), f"{path}: ")
-    return {name: check_setting(path, known[name], value) for name, value in settings.items()}
+    refuse_unknown([name for name in names.values() if name not in known], known.keys(), f"{path}: ")
+    return {
+        name: check_setting(f"{path}: {written}", known[name], settings[written]) for written, name in names.items()
+    }
 
 
-def check_setting(path: Path, action: Any, value: Any) -> Any:  # Any: argparse's own class; any value of the file
+def check_setting(where: str, action: Any, value: Any) -> Any:  # Any: argparse's own class; any value of the file
     """`value`, if the option takes it: as it would be typed, where that is text.
 
     Raises:
         DataError: It does not.
     """
-    name, is_list = action.dest, isinstance(value, list)
+    is_list = isinstance(value, list)
     parts = value if is_list else [value]
     takes_tables = action.default is None or isinstance(action.default, dict) or action.type is dict
     fits = value is None or (isinstance(value, dict) and takes_tables)
@@ -283,7 +284,7 @@ def check_setting(path: Path, action: Any, value: Any) -> Any:  # Any: argparse'
         is_one = action.nargs not in ("+", "*")
         fits = not (is_list and is_one) and all(converts(action, part) for part in parts)
     if not fits:
-        raise files.DataError(f"{path}: {name} cannot be {show(value)}. --help says what it takes.")
+        raise files.DataError(f"{where} cannot be {show(value)}. --help says what it takes.")
     is_text = action.type is str and not isinstance(value, (str, bool, dict, list)) and value is not None
     return str(value) if is_text else value
 

@@ -663,7 +663,7 @@ def test_two_processes_share_the_prompts(real, tmp_path, monkeypatch, capfd):
     assert cli.main([*real, *further, "--out", str(tmp_path / "one")]) == 0
     text, two = read(tmp_path / "two")
     _, one = read(tmp_path / "one")
-    assert said.count("Tokens a second") == 1  # by one of them
+    assert said.count("tokens a second  ") == 1  # by one of them
     assert "2 processes, each with its share" in text
     for a, b in zip(one["results"], two["results"], strict=True):
         for name in ("kind", "num_rows", "num_identical", "acceptance_length", "by_category", "agreement"):
@@ -681,7 +681,7 @@ def test_two_processes_share_the_target(real, tmp_path, monkeypatch, capfd):
     assert status == 0, errors
     assert cli.main([*real, "--device-map", "cpu", *further, str(tmp_path / "one")]) == 0
     two, one = read(tmp_path / "two"), read(tmp_path / "one")
-    assert said.count("Tokens a second") == 1
+    assert said.count("tokens a second  ") == 1
     assert "2 processes share the target by tensor parallelism" in two[0]
     assert "The target is spread over cpu" in one[0]
     for a, b in zip(one[1]["results"], two[1]["results"], strict=True):

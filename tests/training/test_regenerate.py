@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -776,6 +777,7 @@ def test_an_interrupt_says_how_to_go_on(folder, capsys):
     arguments = ["regenerate", "--target", str(folder / "target"), "--prompt-file", str(folder / "many.jsonl")]
     arguments += ["--output-file", str(out), "--temperature", "0", "--max-new-tokens", "8", "--batch-size", "8"]
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     has_ended = threading.Event()
 
     def press():
@@ -786,8 +788,11 @@ def test_an_interrupt_says_how_to_go_on(folder, capsys):
             _thread.interrupt_main()
 
     threading.Thread(target=press).start()
-    assert cli.main(arguments) == INTERRUPTED
-    has_ended.set()
+    try:
+        assert cli.main(arguments) == INTERRUPTED
+    finally:
+        has_ended.set()
+        signal.signal(signal.SIGINT, before)
     err = capsys.readouterr().err
     assert re.search("Interrupted. .*at most those of one batch are lost: run the same command again to go on", err)
     assert not out.exists()
