@@ -173,8 +173,8 @@ def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up, least):
         seen[loop, outcome] += 1
         if outcome != "done" or number % 10 == 0:  # the next call is right
             n = (1, 5, 9)[number % 3]
-            out = target.generate(prompts[n], assistant_model=drafter, decode_loop=loop, **options)
-            assert out.tolist() == right[n], number
+            found = target.generate(prompts[n], assistant_model=drafter, decode_loop=loop, **options).tolist()
+            assert found == right[n], number
             assert count_hooks(target) == count_hooks(drafter) == 0, number
     after = look()
     assert after["tensors"] <= before["tensors"]
