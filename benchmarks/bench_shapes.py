@@ -121,7 +121,7 @@ def measure(
         if name in broken:
             found.append({"way": name, "broken": broken[name]})
             continue
-        told = outs[name].speculation
+        speculation = outs[name].speculation
         found.append(
             {
                 "way": name,
@@ -130,15 +130,17 @@ def measure(
                 "fastest": max(speeds[name]),
                 "tokens_a_round": statistics.mean(lengths[name]),
                 "milliseconds_a_round": statistics.median(rounds[name]),
-                "acceptance_length": None if told.rounds == 0 else told.acceptance_length,
-                "shapes": told.shapes,
-                "changes": told.changes[-4:],
-                "graphs": told.graphs,
+                "acceptance_length": None if speculation.rounds == 0 else speculation.acceptance_length,
+                "shapes": speculation.shapes,
+                "changes": speculation.changes[-4:],
+                "graphs": speculation.graphs,
                 "milliseconds": {
-                    name: round(1000 * getattr(told, f"{name}_seconds") / max(sum(told.shapes.values()), 1), 3)
+                    name: round(
+                        1000 * getattr(speculation, f"{name}_seconds") / max(sum(speculation.shapes.values()), 1), 3
+                    )
                     for name in ("draft", "verify", "accept", "host")
                 },
-                "rule": told.rule,
+                "rule": speculation.rule,
                 "same_text": None if temperature else torch.equal(outs[name].sequences, plain),
             }
         )
@@ -154,9 +156,9 @@ def write_coverage(args: argparse.Namespace, target: PreTrainedModel, drafter: P
         "max_new_tokens": args.max_new_tokens,
         "do_sample": False,
     }
-    told = run(target, batch, **options)[1].speculation
-    table = [[round(rate, 4) for rate in row if rate == rate] for row in told.acceptance_by_rank]
-    note = {"target": Path(args.target).name, "drafter": Path(args.drafter).name, "rounds": told.rounds}
+    speculation = run(target, batch, **options)[1].speculation
+    table = [[round(rate, 4) for rate in row if rate == rate] for row in speculation.acceptance_by_rank]
+    note = {"target": Path(args.target).name, "drafter": Path(args.drafter).name, "rounds": speculation.rounds}
     args.write_coverage.write_text(
         json.dumps({**note, "acceptance_by_rank": table}, indent=1) + "\n", encoding="utf-8"
     )

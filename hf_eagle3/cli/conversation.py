@@ -111,7 +111,7 @@ class Conversation:
     def _take_cache(self, ids: list[int]) -> tuple[Cache | None, int]:
         """The cache of as many first tokens of `ids` as it can be cut back to, and their number."""
         cache, self._cache = self._cache, None  # a call that fails may leave anything in it
-        pairs = zip(self._cached, ids[:-1], strict=False)
+        pairs = zip(self._cached, ids[:-1], strict=False)  # as far as both go
         num_common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(ids) - 1))
         if cache is None or not num_common:
             return None, 0

@@ -18,7 +18,7 @@ from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import local
 from .cuda_graphs import new_pool, synchronize
-from .phases import Accepted, Verified
+from .phases import Accepted, Verified, list_models
 from .state import RoundState
 
 
@@ -108,7 +108,7 @@ def count_cache_bytes(target: PreTrainedModel) -> int:
 
 def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel | None) -> tuple:
     """What graphs rest on besides sizes: where each weight is, which adapters are on, how the models attend."""
-    models = [target] if drafter is None else [target, drafter]
+    models = list_models(target, drafter)
     configs = [model.config.get_text_config(decoder=True) for model in models]
     marks: list[Any] = [*map(own_attention, configs), id(drafter)]
     for model in models:

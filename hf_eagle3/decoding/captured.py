@@ -31,7 +31,7 @@ from ..tensor_parallel import call_before_groups_end, find_peers, is_spread
 from .arena import Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
 from .cuda_graphs import capture, memory_in_use, synchronize, warm_up
 from .lock import lock_of, why_busy
-from .phases import Accepted, Models, Phases, Verified
+from .phases import Accepted, Models, Phases, Verified, list_models
 from .state import RoundConfig, RoundState
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
     """What about the models keeps rounds from being captured; None if nothing does."""
     if is_spread(target) and find_peers(target) is None:  # by FSDP, which gathers weights as it goes
         return "processes have shards of the target's weights"
-    models = [target] if drafter is None else [target, drafter]
+    models = list_models(target, drafter)
     theirs, *its = ({p.device for p in model.parameters()} for model in models)
     devices = theirs.union(*its)
-    is_apart = drafter is not None and len(theirs) == len(its[0]) == 1
-    if drafter is not None and is_apart and target.device.type == "cuda" != drafter.device.type:
+    is_on_one = all(len(places) == 1 for places in (theirs, *its))
+    if drafter is not None and is_on_one and target.device.type == "cuda" != drafter.device.type:
         return (
             f"the drafter is on {drafter.device} and the target on {target.device}: call "
             f'drafter.to("{target.device}"), or load it with device_map="{target.device}"'
@@ -287,12 +287,10 @@ class CapturedPhases(Phases):
             # A warm-up must not write over what the caches hold: before a call's first token they hold one slot more
             # than `length` counts.
             state.length += 1
-        warper = self.warper.clone()
-        if is_available(self.arena.device):
-            warper.divide = divide_rows
-        phases = Phases(self.models, state, memory, warper, self.config)
+        phases = Phases(self.models, state, memory, self.warper.clone(), self.config)
         phases.switch(self.shape)
         if is_available(self.arena.device):
+            phases.warper.divide = divide_rows
             phases.add_noise, phases.find_top = add_noise_rows, top_rows
 
         is_fixed = self.config.shapes.is_fixed

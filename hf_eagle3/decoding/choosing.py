@@ -14,13 +14,15 @@ LEAST_STEP = 0.02  # of a round: what a draft step costs however small the draft
 
 
 class Known(NamedTuple):
-    """What calls of a target have taught, by what it depends on."""
+    """What calls of a target and a drafter have taught, by what it depends on."""
 
     costs: dict[tuple, Costs]
     rates: dict[tuple, Rates]
 
 
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, Known]" = weakref.WeakKeyDictionary()
+# By target, and by drafter.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakKeyDictionary[PreTrainedModel, Known]]"
+_known = weakref.WeakKeyDictionary()
 
 
 def make_chooser(
@@ -42,16 +44,20 @@ def make_chooser(
     """
     if drafter is None or config.shapes.is_fixed:
         return Chooser(config.shapes, Costs(0.0, is_slow=False), Rates(), config.shape)
-    known = _known.setdefault(target, Known({}, {}))
-    where = (id(drafter), target.device, target.dtype, is_captured)
+    known = _known.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter, Known({}, {}))
+    where = (target.device, target.dtype, is_captured)
     is_slow = target.device.type == "cpu"
     if (costs := known.costs.get(where)) is None:
         costs = known.costs[where] = Costs(find_step(target, drafter), is_slow=is_slow)
-    how = (id(drafter), config.do_sample, round(temperature, 1))
-    first = tuple(map(tuple, getattr(drafter.generation_config, "acceptance_by_rank", None) or ()))
+    how = (config.do_sample, round(temperature, 1))
     if (rates := known.rates.get(how)) is None:
-        rates = known.rates[how] = Rates(first)
+        rates = known.rates[how] = Rates(read_rates(drafter))
     return Chooser(config.shapes, costs, rates, config.shape)
+
+
+def read_rates(drafter: PreTrainedModel) -> tuple[tuple[float, ...], ...]:
+    """How often the true token has each rank, by depth, as a drafter's generation config may say."""
+    return tuple(map(tuple, getattr(drafter.generation_config, "acceptance_by_rank", None) or ()))
 
 
 def find_step(target: PreTrainedModel, drafter: PreTrainedModel) -> float:

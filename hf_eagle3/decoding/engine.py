@@ -34,7 +34,7 @@ from .choosing import Pace, make_chooser
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
 from .loop import DeviceRead, Launched
-from .phases import Models, Phases, Verified
+from .phases import Models, Phases, Verified, list_models
 from .prefill import Prompt, PromptCall, prefill
 from .preparation import find_asked, name_of
 from .row import Row
@@ -94,7 +94,7 @@ class Engine:
         chooser: Callable[..., Chooser] = make_chooser,
     ):
         self.target, self.drafter, self.config, self.room = target, drafter, config, room
-        self._models = [target] if drafter is None else [target, drafter]
+        self._models = list_models(target, drafter)
         self._proposer = drafter if config.shapes.drafts else None
         self.is_eager, self.capturer, self._make_chooser = is_eager, capturer or CudaGraphs(), chooser
         self.rows: list[Row] = []  # in their places in the batch

@@ -132,6 +132,11 @@ class Accepted(NamedTuple):
     path: Tensor | None  # [B, D+1], as of `Verdict`
 
 
+def list_models(target: PreTrainedModel, drafter: PreTrainedModel | None) -> list[PreTrainedModel]:
+    """The target, and the drafter if there is one."""
+    return [target] if drafter is None else [target, drafter]
+
+
 class Models(NamedTuple):
     """Who takes part in a round."""
 
@@ -143,8 +148,8 @@ class Models(NamedTuple):
 
     @property
     def present(self) -> list[PreTrainedModel]:
-        """The target, and the drafter if there is one."""
-        return [self.target] if self.drafter is None else [self.target, self.drafter]
+        """Those that there are."""
+        return list_models(self.target, self.drafter)
 
     def take_states(self) -> Tensor:
         """The states [B, T, A*Ht] of the target's last forward, where the drafter is."""
@@ -302,7 +307,7 @@ class Phases:
             self.warper.select(index)
         return places
 
-    def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  for graphs
+    def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  captured rounds look at it
         """Which places are worth keeping."""
         return rows
 

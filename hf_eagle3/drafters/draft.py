@@ -48,7 +48,7 @@ def find_best(scores: Tensor, width: int, find_top: FindTop) -> Tensor:
 def make_choose_greedy(find_top: FindTop = top_rows_eager) -> Choose:
     """A choice of the likeliest; captured rounds have a kernel that finds them."""
 
-    def choose_greedy(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:  # noqa: ARG001
+    def choose_greedy(logits: Tensor, depths: range, width: int) -> tuple[Tensor, None]:  # noqa: ARG001  as `Choose`
         return find_best(logits, width, find_top), None
 
     return choose_greedy

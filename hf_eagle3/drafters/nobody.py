@@ -9,9 +9,9 @@ from .draft import Choose, Committed, Draft, DrafterKind, DrafterMemory, Prompte
 
 
 def begin(
-    drafter: PreTrainedModel | None,  # noqa: ARG001
+    drafter: PreTrainedModel | None,  # noqa: ARG001  as the protocol has it
     prompted: Prompted,
-    shapes: Shapes,  # noqa: ARG001
+    shapes: Shapes,  # noqa: ARG001  as the protocol has it
     *,
     cache: RowCache | None = None,
 ) -> DrafterMemory:
@@ -30,10 +30,10 @@ def read_pending(drafter: PreTrainedModel | None, memory: DrafterMemory) -> None
 
 
 def propose(
-    drafter: PreTrainedModel | None,  # noqa: ARG001
-    memory: DrafterMemory,  # noqa: ARG001
+    drafter: PreTrainedModel | None,  # noqa: ARG001  as the protocol has it
+    memory: DrafterMemory,  # noqa: ARG001  as the protocol has it
     shape: DraftShape,
-    choose: Choose,  # noqa: ARG001
+    choose: Choose,  # noqa: ARG001  as the protocol has it
 ) -> Draft:
     """As `draft.Propose`.
 
@@ -50,6 +50,6 @@ NOBODY = DrafterKind(
     catch_up=catch_up,
     read_pending=read_pending,
     propose=propose,
-    count_forwards=lambda shape: 0,  # noqa: ARG005
+    count_forwards=lambda shape: 0,  # noqa: ARG005  as of every kind
     has_steps=False,
 )

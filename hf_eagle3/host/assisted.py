@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
 from ..decoding.columns import read_mask
+from ..decoding.state import RoundConfig
 from ..recorder import StateRecorder
-from ..speculation.accept import BLOCK, GREEDY, SHARED, Judging, describe_rules
+from ..speculation.accept import Judging, describe_rules
 from ..speculation.noise import GlobalNoise
 from ..speculation.shape import NONE
 from ..speculation.shared_noise import SharedNoise
@@ -152,7 +153,7 @@ def wrap_assisted_decoding(original: Callable) -> Callable:
         depth = arguments["generation_config"].num_assistant_tokens
         boundaries = drafter.bound_aux_layer_ids
         seed = choice.seeds if choice is not None and is_own else None
-        rule = GREEDY if not settings.do_sample else BLOCK if seed is None else SHARED
+        rule = RoundConfig(do_sample=bool(settings.do_sample), is_reproducible=seed is not None).find_rule(NONE)
         judging = make_judging(seed, input_ids)
         num_real = int(read_mask(input_ids, arguments["model_kwargs"]).sum())
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..decoding.choosing import read_rates
 from ..speculation.rates import MAX_RANKS, Rates
 from ..speculation.shape import NONE, DraftShape, Shapes, chain
 
@@ -117,8 +118,3 @@ def list_candidates(drafter: PreTrainedModel) -> tuple[DraftShape, ...]:
     size = drafter.config.draft_vocab_size or drafter.config.vocab_size
     trees = (rates.fit(nodes, max_depth=depth, max_rank=min(size, MAX_RANKS)) for nodes, depth in TREES.items())
     return (chain(DEFAULT_DEPTH), NONE, *(chain(k) for k in CHAINS if k != DEFAULT_DEPTH), *trees)
-
-
-def read_rates(drafter: PreTrainedModel) -> tuple[tuple[float, ...], ...]:
-    """How often the true token has each rank, by depth, as a drafter's generation config may say."""
-    return tuple(map(tuple, getattr(drafter.generation_config, "acceptance_by_rank", None) or ()))

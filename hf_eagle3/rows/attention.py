@@ -182,7 +182,7 @@ def attending_by_rows(*models: PreTrainedModel) -> Iterator[None]:
     """Let text layers of `models` attend by rows, and their cache be written by kernels where there are any."""
     token = BY_KERNELS.set(is_available(models[0].device))
     try:
-        with Attending(*models, choose=lambda model: BY_ROWS):  # noqa: ARG005
+        with Attending(*models, choose=lambda model: BY_ROWS):  # noqa: ARG005  whichever it is
             yield
     finally:
         BY_KERNELS.reset(token)

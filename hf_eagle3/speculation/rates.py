@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from .shape import DraftShape
-from .tree import find_depths
+from .tree import find_children, find_depths
 
 # Of the tokens that are not the likeliest draft, the share whose rank is 2, 3, ...: measured with a drafter for a small
 # model along greedy answers (docs/log.md). Counts of the drafter itself soon outweigh them.
@@ -34,26 +34,31 @@ def tabulate(ends: Mapping[DraftShape, Mapping[int, int]]) -> list[list[float]]:
     Args:
         ends: How many verdicts ended at each node, by shape.
     """
-    tried: Counter[tuple[int, int]] = Counter()
-    hits: Counter[tuple[int, int]] = Counter()
+    tried: dict[tuple[int, int], float] = {}
+    hits: dict[tuple[int, int], float] = {}
     for shape, counts in ends.items():
-        trials = find_trials(shape.parents)
-        for end, number in counts.items():
-            for depth, rank, is_hit in trials[end]:
-                tried[depth, rank] += number
-                hits[depth, rank] += number * is_hit
+        add_trials(tried, hits, shape, counts)
     num_ranks = Counter(depth for depth, _ in tried)
     depths = range(max(num_ranks, default=-1) + 1)
     return [[hits[d, r] / tried[d, r] if tried[d, r] else float("nan") for r in range(num_ranks[d])] for d in depths]
 
 
+def add_trials(
+    tried: dict[tuple[int, int], float], hits: dict[tuple[int, int], float], shape: DraftShape, ends: Mapping[int, int]
+) -> None:
+    """Add to both, by depth and rank, what verdicts over a shape say that ended so often at the root (0) or each node."""
+    trials = find_trials(shape.parents)
+    for end, number in ends.items():
+        for depth, rank, is_hit in trials[end]:
+            place = depth, rank
+            tried[place] = tried.get(place, 0.0) + number
+            hits[place] = hits.get(place, 0.0) + number * is_hit
+
+
 @functools.cache
 def find_trials(parents: tuple[int, ...]) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
     """What a verdict that ends at the root, or at each node, says: (depth, rank, whether it was that one) of each trial."""
-    ranks = rank_nodes(parents)
-    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
-    for node, parent in enumerate(parents, start=1):
-        children[parent].append(node)
+    ranks, children = rank_nodes(parents), find_children(parents)
     trials = []
     for end in range(len(parents) + 1):
         found, node, kept = [], end, None
@@ -85,13 +90,7 @@ class Rates:
 
     def count(self, shape: DraftShape, ends: Mapping[int, int]) -> None:
         """Add verdicts over a shape: how many ended at the root (0) or at each node."""
-        trials = find_trials(shape.parents)
-        for end, number in ends.items():
-            for depth, rank, is_hit in trials[end]:
-                place = depth, rank
-                self.tried[place] = self.tried.get(place, 0.0) + number
-                self.hits[place] = self.hits.get(place, 0.0) + number * is_hit
-        self._known.clear()
+        add_trials(self.tried, self.hits, shape, ends)
         self.fade(MEMORY)
 
     def fade(self, most: float) -> None:

@@ -41,7 +41,7 @@ def read_cells() -> list[tuple[str, str, str, str]]:
     lines = [line.strip("| \n").split(" | ") for line in README.splitlines() if line.startswith("| ")]
     head = next(line for line in lines if line[-1] == "result")
     rows = [line for line in lines if len(line) == 5 and line[-1].startswith("[table](")]
-    return [(row[0], cell, column, row[-1][8:-1]) for row in rows for cell, column in zip(row[1:], head, strict=False)]
+    return [(row[0], cell, column, row[-1][8:-1]) for row in rows for cell, column in zip(row[1:], head, strict=True)]
 
 
 def test_each_number_of_the_table_is_that_of_its_result(front):
