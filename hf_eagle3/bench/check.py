@@ -1,5 +1,6 @@
 """A look at a target and its drafter that takes seconds: equal texts, speed, and one sentence of advice."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..host.loop_choice import OWN_LOOP
 from ..host.shapes import read_depth
+from ..speculation.shape import chain
 from .equality import HALVES, Text, first_difference, measure_gap
 from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
@@ -66,6 +68,16 @@ class Check:
     def depth(self) -> int:
         """K, draft tokens a round at most."""
         return max((runs[0].speculation.depth for runs in self.found.drafted if runs[0].speculation), default=0)
+
+    @property
+    def drafted(self) -> str:
+        """What rounds drafted, in words."""
+        shapes = Counter[str]()
+        for runs in self.found.drafted:
+            shapes.update({} if runs[0].speculation is None else runs[0].speculation.shapes)
+        if not shapes.keys() - {chain(self.depth).name}:
+            return f"{self.depth} draft tokens a round"
+        return f"rounds that choose what they draft, most often {shapes.most_common(1)[0][0]}"
 
     @property
     def rates(self) -> list[float | None]:
@@ -161,7 +173,7 @@ ADVICE: tuple[tuple[Callable[[Check], bool], Callable[[Check], str]], ...] = (
     (lambda c: c.on_gpu and not c.is_half, lambda _: "Load both in bfloat16: a GPU reads half as much then."),
     (
         lambda _: True,
-        lambda c: f"Keep it as it is: {c.found.speed_up:.2f} times as fast, with {c.depth} draft tokens a round.",
+        lambda c: f"Keep it as it is: {c.found.speed_up:.2f} times as fast, with {c.drafted}.",
     ),
 )
 

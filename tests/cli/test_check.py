@@ -76,7 +76,7 @@ def test_tie_is_named_in_16_bits(dtype):
 
 
 def make_check(*, plain=10.0, drafted=5.0, accepted=2, loop=OWN_LOOP, chosen=None, **options) -> Check:
-    speculation = Speculation(loop, "for a reason", 3)
+    speculation = Speculation(loop, "for a reason", 3, shapes=options.get("shapes", {}))
     for _ in range(10 if accepted is not None else 0):
         speculation.count(3, accepted)
     tokens = tuple(range(30))
@@ -91,6 +91,11 @@ TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
     ("found", "says"),
     [
         (make_check(), "Keep it as it is: 2.00 times as fast, with 3 draft tokens a round."),
+        (make_check(shapes={"chain of 3": 10}), "2.00 times as fast, with 3 draft tokens a round."),
+        (
+            make_check(shapes={"chain of 2": 8, "none": 3}),
+            "2.00 times as fast, with rounds that choose what they draft, most often chain of 2.",
+        ),
         (replace(make_check(), differences=[TIE]), "Keep it as it is"),
         (replace(make_check(), differences=[replace(TIE, gap=0.03)]), "Texts differ where they must not"),
         (make_check(accepted=None), "No draft was verified (for a reason)"),
