@@ -116,9 +116,7 @@ TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
         (make_check(on_gpu=True), "Load both in bfloat16"),
         (make_check(on_gpu=True, is_half=True), "Keep it as it is"),
     ],
-    ids=[
-        *("fast", "tie", "differs", "undrafted", "poor", "chosen", "hardly-chosen", "slow", "host", "gpu", "gpu-half"),
-    ],
+    ids=("fast fast-chain fast-chosen tie differs undrafted poor chosen hardly-chosen slow host gpu gpu-half".split()),
 )
 def test_advice(found, says):
     assert says in found.advice
