@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..drafters.draft import DrafterMemory
 from ..rows.attention import own_attention
-from ..rows.cache import RowCache, count_cached_layers, to_bucket
+from ..rows.cache import RowCache, to_bucket
+from ..rows.layers import LayerKind, find_kinds
 from ..speculation.shape import Shapes
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -56,7 +57,7 @@ class Arena:
         self,
         num_rows: int,
         capacity: int,
-        target_layers: int,
+        target_layers: Sequence[LayerKind],
         drafter_layers: int,
         fingerprint: tuple,
         device: torch.device,
@@ -146,7 +147,7 @@ def open_arena(
         arena.fingerprint = fingerprint
         arena.unfit.clear()
     if arena is None:
-        layers = count_cached_layers(target), 0 if drafter is None else drafter.config.num_hidden_layers
+        layers = find_kinds(target), 0 if drafter is None else drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
         _arenas[target] = arena
     try:

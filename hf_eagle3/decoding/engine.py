@@ -18,7 +18,9 @@ from ..drafters.kinds import find_kind
 from ..kernels.onednn import PackedLinears
 from ..recorder import StateRecorder
 from ..rows.attention import over_masks
-from ..rows.cache import RowCache, count_cached_layers, to_bucket
+from ..rows.cache import RowCache, to_bucket
+from ..rows.layers import find_kinds, has_states
+from ..rows.recurrent import Stepping
 from ..rows.rotation import own_lengths
 from ..speculation.accept import RULES
 from ..speculation.costs import Chooser
@@ -104,6 +106,7 @@ class Engine:
         self._stack = ExitStack()
         self._launched: deque[Launched] = deque()
         self._num_tokens = 0  # most new tokens of a row that was ever admitted
+        self._starts: list[int] = []  # new tokens in each row before the last round; none before the first
         self._num_pending = 1  # most states that the drafter has not read in a row
         self._is_steady = False  # whether the next round follows one like it
         self._pace = Pace()
@@ -138,14 +141,15 @@ class Engine:
             self._target_cache, self._drafter_cache = self.arena.first_rows(room.num_rows)
         else:
             capacity = to_bucket(room.prompt_length + shapes.first_slots)
-            self._target_cache = RowCache(count_cached_layers(target), capacity)
+            self._target_cache = RowCache(find_kinds(target), capacity)
         self.recorder = stack.enter_context(
             StateRecorder(target, None if self._proposer is None else self._proposer.bound_aux_layer_ids)
         )
         self.lock: LayerLock = lock_of(target)
         # Rounds that are not captured compute the same in other ways.
         self.over_masks = over_masks(*self._models, folds=not self.is_eager)
-        self._around: list[AbstractContextManager] = [self.over_masks]
+        self.stepping = Stepping(target)
+        self._around: list[AbstractContextManager] = [self.over_masks, self.stepping]
         if self.why_eager is not None and not self.is_eager:  # layers on a CPU, if there are any
             self._around.append(PackedLinears(*self._models))
         for context in self._around:
@@ -155,6 +159,8 @@ class Engine:
         """What keeps rounds from being captured, logged once; None if nothing does."""
         target, name = self.target, type(self.target).__name__
         why = self.capturer.why_not(target, self.drafter)
+        if why is None and has_states(target):
+            why = f"{name} has recurrent layers, which are not captured yet"
         if why is None and (last := self.config.starts_anew) is not None:
             why = f"{name} computes its cache anew where a text passes {last} tokens"
         if why is None and (asked := find_asked(target)) is not None:
@@ -241,8 +247,10 @@ class Engine:
 
     def round(self) -> None:
         """Draft, verify, accept, commit: once over all rows that are left. Texts grow, if not by this round, by one before."""
-        self._drop_rows()
         phases, config = self.phases, self.config
+        if config.keeps_rows:
+            self.hold_states()
+        self._drop_rows()
         self._num_tokens = max(self._num_tokens, *(len(row.text) for row in self.rows))
         known = self._prompt.extra + self._prompt.columns.shape[1] + self._num_tokens
         has_moved = phases.reserve(known + config.shapes.slots_ahead(len(self._launched)))
@@ -261,6 +269,25 @@ class Engine:
     def release(self, row: Row) -> None:
         """Let a row end here; it leaves the batch with the next round."""
         row.end(len(row.text), cuts=False)
+
+    def hold_states(self) -> None:
+        """Let recurrent states be those behind each row's text, where the last round got further or the row has ended.
+
+        Keys and values that are too many lie behind a row's end; states that are too far cannot be brought back later.
+        """
+        cache = self.phases.state.cache
+        if cache.has_states and self._starts:
+            kept = [now - start for now, start in zip(self._count_texts(), self._starts, strict=True)]
+            cache.keep_first(self.phases.state.length.new_tensor(kept).clamp(min=0))
+
+    def _count_texts(self) -> list[int]:
+        """[B] new tokens of each row; where rows are in step, the pads of those that have ended among them."""
+        if self._transcript is not None:
+            return [self._transcript.num_columns] * len(self.rows)
+        lengths = (None if row.batch is None else row.batch.length for row in self.rows)
+        return [
+            len(row.text) if n is None else min(n, len(row.text)) for row, n in zip(self.rows, lengths, strict=True)
+        ]
 
     def _drop_rows(self) -> None:
         """Go on without rows that have ended, if that pays."""
@@ -303,6 +330,8 @@ class Engine:
         """Accept and commit; texts grow by what is read, which is this round's report or an earlier one's."""
         shape, is_steady = self.phases.shape if verified.states is not None else None, self._is_steady
         self._is_steady = True
+        if shape is not None:
+            self._starts = self._count_texts()
         if self.config.in_order:
             rows, starts = self.rows, [len(row.text) for row in self.rows]
             self._accept_in_python(proposal, verified)

@@ -25,7 +25,7 @@ from ..kernels.top import top_rows_eager
 from ..recorder import StateRecorder, find_layers
 from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
-from ..rows.masks import Masks, make_masks
+from ..rows.layers import Masks, make_masks
 from ..rows.rotation import at_once, one_by_one, rotating
 from ..speculation.accept import RULES, SHARED, Judging, stop_before
 from ..speculation.coverage import accept_covered
@@ -270,8 +270,12 @@ class Phases:
 
     @property
     def rounds_in_flight(self) -> int:
-        """How many rounds may be launched before one is read: on a GPU it then need not wait for the host."""
-        return int(self.state.length.is_cuda and self.config.starts_anew is None)
+        """How many rounds may be launched before one is read: on a GPU it then need not wait for the host.
+
+        States of rows that have ended are kept from going on (`hold`), which is decided before the next round.
+        """
+        is_read_first = self.config.starts_anew is not None or self.state.cache.has_states
+        return int(self.state.length.is_cuda and not is_read_first)
 
     def start_anew(self, place: int, text: Tensor) -> None:
         """Let the row in that place of the batch have a cache as if its `text` [n] had been the prompt."""

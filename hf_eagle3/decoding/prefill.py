@@ -17,6 +17,7 @@ from ..compat import CACHE_NAME
 from ..recorder import StateRecorder
 from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
+from ..rows.layers import has_states
 from ..rows.rotation import at_once, find_switch, rotating
 from .columns import counts_from_zero, is_text_only, real_first
 from .preparation import HOST_DROPS_MASKS, AskedPositions, AskedRow, find_asked, name_of, prepare_next, shows_all
@@ -167,8 +168,10 @@ def prefill(call: PromptCall) -> Prompt:
     in_chunks = settings.prefill_chunk_size is not None
     asked_by = find_asked(target)
     # A target that is asked for each token is asked as if a row were alone, and so must its prompt be. Chunks of padded
-    # rows end elsewhere than those of rows alone, which matters where rotation depends on the length.
+    # rows end elsewhere than those of rows alone, which matters where rotation depends on the length. What pads leave in
+    # recurrent states is nothing in some families and something in others.
     must_part = asked_by is not None or (in_chunks and find_switch(target) is not None)
+    must_part = must_part or (call.is_padded and has_states(target))
     keeps = keeps_what_rows_keep(target, call.model_kwargs[CACHE_NAME])
     should_part = is_by_rows(mask.sum(-1), S) and not in_chunks and keeps
     with rotating(at_once):

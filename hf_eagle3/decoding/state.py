@@ -107,6 +107,8 @@ class RoundState:
                 index = path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
                 states = states.gather(1, index)  # [B, D+1, A*Ht]
         tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, num_accepted[:, None], next_token[:, None])
+        if states is not None and self.cache.has_states:
+            self.cache.keep_first(num_accepted + 1)
         if self.asked is not None:
             self.asked.commit(self.length, tokens, num_accepted + 1)
         # A row that is done and stays goes on over junk. It must not leave the cache.

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..rows.block import Block, is_by_rows, whole_rows
 from ..rows.cache import RowCache, to_bucket
-from ..rows.masks import make_masks
+from ..rows.layers import make_masks
 from ..speculation.shape import DraftShape, Shapes
 from .draft import Choose, Committed, Draft, DrafterKind, DrafterMemory, Prompted
 

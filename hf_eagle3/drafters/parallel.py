@@ -5,7 +5,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..rows.block import Block
-from ..rows.masks import make_masks
+from ..rows.layers import make_masks
 from ..speculation.shape import DraftShape
 from .chain import begin, catch_up, read_pending, take
 from .draft import Choose, Draft, DrafterKind, DrafterMemory

@@ -37,7 +37,7 @@ from .refusals import (
 )
 from .request import explain, has_hooks_of_others, make_round_config, make_transcript, read_prompts
 from .seeds import resolve_seeds, seeds_of_rows
-from .shapes import resolve_shapes
+from .shapes import keep_taken, resolve_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ def settle(
     if drafter is not None:
         drafter.bind(target)
         refuse_target(target)
+        shapes = keep_taken(target, shapes)
     elif why_not_drafted(target) is not None:
         raise ValueError(f"{type(target).__name__} does not run in our decode loop: leave out decode_loop.")
     refuse_settings(settings, drafts=drafter is not None)
@@ -214,10 +215,9 @@ def decode(
     start = time.perf_counter()
     prompts = read_prompts(target, input_ids, model_kwargs)
     seeds = seeds_of_rows(choice.seeds, len(prompts.ids))
-    transcript = make_transcript(
-        target, prompts, logits_processor, stopping_criteria, generation_config, streamer, seeds=seeds
-    )
     keeps_cache, is_whole = generation_config.return_dict_in_generate or choice.has_cache, has_hooks_of_others(target)
+    given = (target, prompts, logits_processor, stopping_criteria, generation_config, streamer)
+    transcript = make_transcript(*given, seeds=seeds, keeps_cache=keeps_cache)
     config = make_round_config(
         *(target, choice, prompts, transcript, logits_processor, generation_config, model_kwargs),
         keeps_rows=keeps_cache or is_whole,

@@ -14,8 +14,11 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from ..recorder import find_skippable
 from ..rows.attention_trial import why_not_ours
+from ..rows.layers import find_kinds, has_states
+from ..rows.recurrent import why_not_layers
 from ..rows.rotation import why_not_rotated
 from ..speculation.shape import Shapes, chain
+from .refusals import advise
 from .seeds import Seeds
 
 logger = logging.getLogger(__name__)
@@ -23,8 +26,6 @@ logger = logging.getLogger(__name__)
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # the last for layers that share others'
 # Families whose layers make positions of their own, by `model_type`.
 OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
 # Arguments of `generate` that our loop reads, or that only the prompt's forward takes. Plain decoding passes any other
@@ -64,22 +65,36 @@ def is_sliding(target: PreTrainedModel) -> bool:
 def why_not_target(target: PreTrainedModel) -> str | None:
     """What about the target rules out our loop; None if nothing does."""
     config = target.config.get_text_config(decoder=True)
-    kinds = kinds_of_layers(DynamicCache(config=config))
-    layer_types = set(getattr(config, "layer_types", None) or LAYER_TYPES)
     name = type(target).__name__
     if type(target)._sample is not GenerationMixin._sample:
         return f"{name} decodes in a way of its own"
-    if not kinds <= CACHE_LAYERS or not layer_types <= LAYER_TYPES:
-        return f"{name} has layers other than full and sliding-window attention"
+    if (reason := why_not_layers(target)) is not None:
+        return reason
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"{name} attends in chunks"
-    if (
-        not getattr(target, "_supports_attention_backend", False)
-        or "position_ids" not in inspect.signature(target.forward).parameters
-        or target.config.model_type in OWN_POSITIONS
-    ):
+    if not takes_rows(target):
         return f"{name} does not take masks and positions for each row"
     return why_not_rotated(target) or why_not_ours(target)
+
+
+def takes_rows(target: PreTrainedModel) -> bool:
+    """Whether forwards of `target` take masks and positions for each row. Families with recurrent layers do, all of them."""
+    says_so = getattr(target, "_supports_attention_backend", False) or has_states(target)
+    has_positions = "position_ids" in inspect.signature(target.forward).parameters
+    return says_so and has_positions and target.config.model_type not in OWN_POSITIONS
+
+
+def why_not_cache(target: PreTrainedModel, cache: DynamicCache | None) -> str | None:
+    """What about a cache that was given rules out our loop; None if nothing does. The layers of `target` are known."""
+    if cache is None:
+        return None
+    kinds = find_kinds(target)
+    places = [type(layer).__name__ for layer in cache.layers]
+    if len(places) < len(kinds) and has_states(target):
+        return "the cache given has no place for recurrent states"
+    if any(place not in kind.host_layers for kind, place in zip(kinds, places, strict=False)):
+        return f"the cache given has layers of other kinds than {type(target).__name__}"
+    return None
 
 
 def find_cache(inputs: Mapping[str, Any]) -> Any:  # Any: whatever was given
@@ -108,7 +123,7 @@ def why_not_call(
     ):
         return f"the prompt has {', '.join(further)}"
     cache = find_cache(inputs)
-    if cache is not None and not (type(cache) is DynamicCache and kinds_of_layers(cache) <= CACHE_LAYERS):
+    if cache is not None and type(cache) is not DynamicCache:
         return f"the cache given is a {type(cache).__name__}"
     if settings.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation is {settings.cache_implementation}"
@@ -147,6 +162,8 @@ def choose_loop(
     if asked is not None and not (isinstance(asked, str) and asked in ASKED):
         raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
     why_not = why_not_call(settings, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
+    if why_not is None:
+        why_not = why_not_cache(target, find_cache(inputs))
     if why_not is None and holds_images(target, find_cache(inputs)):
         why_not = "the cache given holds images"
     if (
@@ -161,10 +178,17 @@ def choose_loop(
             f"num_assistant_tokens=0 is for our own decode loop ({why_not or 'decode_loop is host'}): to generate "
             "without drafting, leave out assistant_model."
         )
+    if target._is_stateful and (asked == "host" or (why_not is not None and asked is None)):
+        why = why_not or "decode_loop is host"
+        raise ValueError(
+            f"{type(target).__name__} keeps recurrent states, which the host's loop cannot take a refused draft out of, and "
+            f"our own is ruled out ({why}): {advise(why)}call generate() without assistant_model."
+        )
     if asked == "host":
         return LoopChoice(HOST_LOOP, "asked for", drafter, as_chain(shapes))
     if why_not is None:
-        why = "asked for" if asked else "attention caches only"
+        layers = "attention and recurrent layers" if has_states(target) else "attention caches only"
+        why = "asked for" if asked else layers
         has_cache = find_cache(inputs) is not None
         return LoopChoice(OWN_LOOP, why, drafter, shapes, has_cache=has_cache, is_eager=asked == "eager")
     if asked is not None:

@@ -17,6 +17,8 @@ from ..speculation.rates import tabulate
 from ..speculation.stats import Speculation
 from .request import Prompts
 
+FEW_STATES = 8  # tokens of a block after which states are kept, where there are pads to feed
+
 
 def make_output(
     transcript: Transcript,
@@ -53,7 +55,8 @@ def make_output(
 
 def fill_cache(engine: Engine, prompt: Prompt, transcript: Transcript, prompts: Prompts) -> Cache:
     """The host's cache, holding what plain decoding leaves there."""
-    with engine.lock, engine.over_masks:
+    engine.hold_states()
+    with engine.lock, engine.over_masks, engine.stepping:
         fill_pads(engine.target, prompt, engine.phases.state, transcript)
     assert transcript.length is not None
     slots = slots_of_output(prompt, transcript.length, prompts.mask.shape[1], prompts.order)
@@ -66,7 +69,7 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transc
     assert transcript.length is not None
     num_known = torch.tensor([min(len(row.text), transcript.length) for row in transcript.rows])  # [B]
     width = transcript.length - int(num_known.min())
-    if not width:
+    if not width or transcript.in_step:  # rows in step have gone on over their pads
         return
     new = transcript.sequences(prompt.lengths.new_zeros(len(num_known), 0))  # [B, n]
     # Feed each row from its last token, or from one before it where the cache ends; surplus positions lie past its end.
@@ -76,7 +79,13 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transc
     start = (lengths - 1).clamp(max=state.cache.capacity - width)  # [B]
     at = (start - prompt.lengths)[:, None] + torch.arange(width, device=start.device)  # [B, width]
     tokens = new.gather(1, at.clamp(max=new.shape[1] - 1))
-    run_target(target, state, tokens, Block(start, width))
+    num_missing = prompt.lengths + transcript.length - lengths  # [B] tokens
+    size = FEW_STATES if state.cache.has_states else width
+    for first in range(0, width, size):
+        part = tokens[:, first : first + size]
+        run_target(target, state, part, Block(start + first, part.shape[1]))
+        if state.cache.has_states:
+            state.cache.keep_first((num_missing - first).clamp(0, part.shape[1]))
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:

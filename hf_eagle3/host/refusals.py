@@ -19,6 +19,7 @@ from ..decoding.preparation import find_switch as find_cache_switch
 from ..modeling import Eagle3DrafterConfig
 from ..modeling.text_eagle3 import one_line
 from ..recorder import find_layers, find_skippable
+from ..rows.recurrent import why_not_layers
 from ..rows.rotation import find_switch as find_rotation_switch
 
 
@@ -204,10 +205,10 @@ def counts_from_the_end(hook: Any) -> bool:  # Any: whatever is called before a 
 def why_not_drafted(target: PreTrainedModel) -> str | None:
     """What about `target` keeps any drafter from helping it, in words for who loaded it; None if nothing does."""
     name = type(target).__name__
-    if getattr(target, "_is_stateful", False):
+    if getattr(target, "_is_stateful", False) and (reason := why_not_layers(target)) is not None:
         return (
-            f"{name} keeps recurrent states, which tokens of a refused draft cannot be taken out of again, so neither our "
-            "decode loop nor the host's can draft for it. Call generate() without assistant_model."
+            f"{reason}, so neither our decode loop nor the host's can take tokens of a refused draft out of its states. "
+            "Call generate() without assistant_model."
         )
     if (reason := NOT_DRAFTED.get(target.config.model_type)) is not None:
         return f"{name} {reason}, so its states cannot be read at layer boundaries. Call generate() without assistant_model."

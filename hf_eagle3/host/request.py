@@ -14,6 +14,7 @@ from ..decoding.preparation import Switch, find_switch
 from ..decoding.row import Row
 from ..decoding.state import RoundConfig
 from ..decoding.transcript import Transcript
+from ..rows.layers import has_states
 from ..rows.rotation import find_switch as find_rotation_switch
 from ..speculation.coverage import read_coverage
 from ..speculation.sampling import stateless_warpers
@@ -77,14 +78,16 @@ def make_transcript(
     streamer: BaseStreamer | None,
     *,
     seeds: Sequence[int | None],
+    keeps_cache: bool,
 ) -> Transcript:
-    """The rows of a call, without new tokens. `seeds` are those of each row."""
+    """The rows of a call, without new tokens. `seeds` are those of each row; `keeps_cache`: its cache is returned."""
     B, T = prompts.ids.shape
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     eos = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
     others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
     agree, is_dict = make_agree(target), settings.return_dict_in_generate
-    in_step = any(map(looks_at_batch, processors))
+    # A row that got ahead could not come back to where a criterion ends it.
+    in_step = any(map(looks_at_batch, processors)) or (B > 1 and keeps_cache and bool(others) and has_states(target))
     of_rows = [processors] * B
     if not in_step or B == 1:
         of_rows = processors_for_rows(processors, prompts.num_hidden, prompts.ids)
@@ -207,5 +210,6 @@ def explain(choice: LoopChoice, config: RoundConfig, transcript: Transcript, pro
     why = f"{choice.why}; acceptance is simulated" if is_simulated else choice.why
     if transcript.in_step and len(transcript.rows) > 1:
         names = [type(thing).__name__ for thing in (*filter(looks_at_batch, processors), *transcript.criteria)]
-        why += f"; rows in step, as {' and '.join(names)} may look at all of them"
+        because = f"{' and '.join(names)} may look at all of them" if names else "recurrent states cannot be cut back"
+        why += f"; rows in step, as {because}"
     return why

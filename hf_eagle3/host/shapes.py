@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..decoding.choosing import read_rates
+from ..rows.layers import takes_trees
 from ..speculation.rates import MAX_RANKS, Rates
 from ..speculation.shape import NONE, DraftShape, Shapes, chain
 
@@ -40,6 +41,23 @@ def resolve_shapes(
     if widest > (most := drafter.config.draft_vocab_size or drafter.config.vocab_size):
         raise ValueError(f"draft_shape has {widest} tokens after one, of a draft vocabulary of {most}.")
     return Shapes((shape,))
+
+
+def keep_taken(target: PreTrainedModel, shapes: Shapes) -> Shapes:
+    """Those of `shapes` that rounds of `target` can verify: chains alone where layers keep states.
+
+    Raises:
+        ValueError: What was asked for is a tree.
+    """
+    if takes_trees(target):
+        return shapes
+    chains = tuple(shape for shape in shapes.shapes if shape.is_chain)
+    if not chains:
+        raise ValueError(
+            f"draft_shape is a {shapes.name}, and {type(target).__name__} keeps recurrent states, which follow one line of "
+            "tokens: draft a chain (num_assistant_tokens), or leave out draft_shape."
+        )
+    return Shapes(chains)
 
 
 def read_depth(value: Any) -> DraftShape:  # Any: whatever was given

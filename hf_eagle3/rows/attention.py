@@ -22,8 +22,9 @@ from transformers.masking_utils import sdpa_mask
 
 from ..kernels.attention import attend_rows, attend_rows_eager
 from ..kernels.language import is_available
-from .cache import BY_KERNELS, WRITING
+from .cache import WRITING
 from .masks import BY_ROWS
+from .memory import BY_KERNELS
 
 FOLDED = "eagle3_folded"  # rounds on a CPU of models that attend by sdpa
 OVER_MASKS = "eagle3_over_masks"  # eager rounds of models that attend by what takes no ready-made mask

@@ -4,23 +4,19 @@ A slot is where a position lives: slot = position, in every row and layer. What 
 length is junk that the next write overwrites and no mask shows.
 """
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ..kernels.attention import keep_rows, keep_rows_eager, write_rows, write_rows_eager
 from .block import Block
+from .layers import KINDS, LayerKind
+from .memory import States
 
 # The cache that the current forward writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
-# Whether kernels write to it: captured rounds. Eager rounds use PyTorch, since a card may run no kernel.
-BY_KERNELS: ContextVar[bool] = ContextVar("by_kernels", default=False)
 
 
 def to_bucket(num_slots: int) -> int:
@@ -29,84 +25,25 @@ def to_bucket(num_slots: int) -> int:
     return -(-num_slots // step) * step
 
 
-def count_cached_layers(model: PreTrainedModel) -> int:
-    """Layers for which the host's cache of `model` has a place. Up to 5.23 those that share keys have none at the end."""
-    return len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
-
-
-class RowLayer(CacheLayerMixin):
-    """Keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] of one layer, written wherever the cache says."""
-
-    is_sliding = False  # full length even under a sliding window: the mask cuts
-
-    def __init__(self, cache: "RowCache"):
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for what is like `key_states` [B, H_kv, T, D] and `value_states` [B, H_kv, T, D_v]."""
-        self.make_room(key_states, value_states, len(key_states))
-
-    def make_room(self, keys_like: Tensor, values_like: Tensor, num_rows: int) -> None:
-        """Memory for `num_rows` rows: of its own, or a part of what the cache is a view of."""
-        if self.cache.whole is not None:
-            whole, whole_rows, start = self.cache.whole
-            layer = whole.layers[self.cache.layers.index(self)]
-            if not layer.is_initialized:
-                layer.make_room(keys_like, values_like, whole_rows)
-            self.keys, self.values = layer.keys[start : start + num_rows], layer.values[start : start + num_rows]
-        else:
-            # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN. Memory that outlives a call
-            # under inference_mode must not belong to it.
-            with torch.inference_mode(False):
-                self.keys, self.values = (
-                    like.new_zeros(num_rows, self.cache.capacity, like.shape[1], like.shape[3])
-                    for like in (keys_like, values_like)
-                )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
-        """Write T new positions; what to attend to, [B, H_kv, num_visible, D] and [.., D_v]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.cache.block is not None
-        write = write_rows if BY_KERNELS.get() else write_rows_eager
-        write(self.keys, self.values, key_states, value_states, self.cache.block.start)
-        if self.cache.is_first:
-            return key_states, value_states
-        keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked for the first forward only; all others come with masks."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """As above: lengths are the rows' own."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Slots in a row."""
-        return self.cache.capacity
-
-
 class RowCache(Cache):
     """A cache [B, L] a layer. Each forward says by `writing` which block it adds.
 
     Args:
-        num_layers: Of the model.
+        kinds: Of the model's layers; a number stands for so many layers of full attention.
         capacity: L to begin with.
     """
 
-    def __init__(self, num_layers: int, capacity: int):
+    def __init__(self, kinds: Sequence[LayerKind] | int, capacity: int):
+        self.kinds = [KINDS["full_attention"]] * kinds if isinstance(kinds, int) else kinds
         self.capacity = capacity
         self.block: Block | None = None  # while a forward runs: what it adds
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
-        super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
+        self._kept: Tensor | None = None  # [B] int64: what `settle` is to keep
+        super().__init__(layers=[kind.memory(self) for kind in self.kinds])
+        # Whether some layer keeps states: there is no way back to those before the last block.
+        self.has_states = any(isinstance(layer, States) for layer in self.layers)
 
     @contextmanager
     def writing(self, block: Block, *, is_first: bool = False) -> Iterator["RowCache"]:
@@ -114,6 +51,7 @@ class RowCache(Cache):
 
         On a CPU it attends to no more slots than the longest row needs; elsewhere to ask would be a wait.
         """
+        self.settle()
         self.is_first = is_first
         self.num_visible = self.capacity
         if block.start.device.type == "cpu":
@@ -126,6 +64,20 @@ class RowCache(Cache):
             WRITING.reset(token)
             self.block, self.is_first = None, False
 
+    def keep_first(self, num_kept: Tensor) -> None:
+        """Keep of the last block the first `num_kept` [B] int64 tokens of each row, 0 of them at least.
+
+        Nothing moves until something goes on from there, so the newest word counts.
+        """
+        self._kept = num_kept
+
+    def settle(self) -> None:
+        """Let layers go on from what is kept of the last block."""
+        if self._kept is not None:
+            for layer in self.layers:
+                layer.settle(self._kept)
+            self._kept = None
+
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` in each row."""
         if num_slots <= self.capacity:
@@ -134,50 +86,24 @@ class RowCache(Cache):
         more = to_bucket(num_slots) - self.capacity
         self.capacity += more
         for layer in self.layers:
-            if layer.is_initialized:
-                with torch.inference_mode(False):
-                    layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, 0, 0, more))
-                    layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, 0, 0, more))
+            layer.reserve(more)
 
     def from_host(self, cache: Cache, columns: Tensor, *, move: bool) -> None:
         """Hold what the host's `cache` holds, row by row.
 
         Args:
-            cache: Of full and sliding-window layers.
+            cache: Of layers of these kinds.
             columns: [B, P] int64, the host's slot of each row's position.
             move: Empty the host's, layer by layer, so that no more than one is held twice.
         """
-        rows = torch.arange(len(columns))[:, None]
         for layer, theirs in zip(self.layers, cache.layers, strict=True):
-            if not theirs.is_initialized or theirs.keys is None:  # shares another layer's
-                continue
-            first = theirs.get_seq_length() - theirs.keys.shape[-2]  # before it, a window has forgotten
-            index = (columns - first).clamp(min=0).to(theirs.keys.device)  # [B, P]
-            if not layer.is_initialized:
-                layer.lazy_initialization(theirs.keys, theirs.values)
-            for mine, given in ((layer.keys, theirs.keys), (layer.values, theirs.values)):
-                mine[:, : columns.shape[1]] = given.transpose(1, 2)[rows.to(given.device), index]
-            if move:
-                theirs.keys = theirs.values = None
+            layer.from_host(theirs, columns, move=move)
 
     def to_host(self, cache: Cache, slots: Tensor) -> None:
         """Make the host's `cache` hold what lies in `slots` [B, S], -1 for pads, and nothing else."""
-        is_pad = (slots < 0)[..., None, None]  # [B, S, 1, 1]
-        rows = torch.arange(len(slots))[:, None]
+        self.settle()
         for index, layer in enumerate(self.layers):
-            if not layer.is_initialized:
-                continue
-            if index < len(cache.layers):
-                fresh = copy.copy(cache.layers[index])  # an empty one of that kind
-                fresh.is_initialized = False
-                if hasattr(fresh, "cumulative_length"):
-                    fresh.cumulative_length = 0
-                cache.layers[index] = fresh
-            keys, values = (
-                x[rows.to(x.device), slots.clamp(min=0).to(x.device)].masked_fill(is_pad.to(x.device), 0)
-                for x in (layer.keys, layer.values)
-            )  # [B, S, H_kv, D]
-            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+            layer.to_host(cache, index, slots)
 
     def keep(self, start: Tensor, path: Tensor) -> None:
         """Keep of a block only the tokens on a path: token path[b, i] of row b moves to slot start[b] + i.
@@ -186,32 +112,25 @@ class RowCache(Cache):
             start: [B] int64, the block's.
             path: [B, n] int64, ascending.
         """
-        keep = keep_rows if BY_KERNELS.get() else keep_rows_eager
         for layer in self.layers:
-            if layer.is_initialized:
-                keep(layer.keys, layer.values, start, path)
+            layer.keep(start, path)
 
     def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
         """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""
-        view = RowCache(len(self.layers), self.capacity)
+        view = RowCache(self.kinds, self.capacity)
         view.whole = (self, of, start)
         for mine, theirs in zip(view.layers, self.layers, strict=True):
-            if theirs.is_initialized:
-                rows = slice(start, start + num_rows)
-                mine.keys, mine.values = theirs.keys[rows], theirs.values[rows]
-                mine.is_initialized = True
+            mine.share(theirs, slice(start, start + num_rows))
         return view
 
     def take_rows(self, other: "RowCache", rows: Tensor) -> None:
         """Hold the `rows` [B'] int64 of `other`, which may be over the same memory."""
+        other.settle()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if theirs.is_initialized:
-                mine.keys.copy_(theirs.keys[rows])
-                mine.values.copy_(theirs.values[rows])
+            mine.take_rows(theirs, rows)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64 only."""
+        self.settle()
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys = layer.keys[rows.to(layer.keys.device)]
-                layer.values = layer.values[rows.to(layer.values.device)]
+            layer.select(rows)

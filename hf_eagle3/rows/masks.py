@@ -1,12 +1,10 @@
-"""Masks over row caches, ready-made for the host's models."""
+"""Masks over row caches."""
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from .block import Block
 
-Masks = Tensor | dict[str, Tensor]
 BY_ROWS = "eagle3_rows"  # the attention that asks the cache and no mask; see attention.py
 
 
@@ -29,21 +27,3 @@ def make_mask(block: Block, num_slots: int, *, window: int | None) -> Tensor:
         position = torch.where(within < 0, keys, start + ancestry.depths[token])  # [B, 1, num_slots]
         mask &= position > start + depths - window
     return mask[:, None]
-
-
-def make_masks(config: PreTrainedConfig, block: Block, num_slots: int, dtype: torch.dtype) -> Masks | None:
-    """Masks as the host's models take them ready-made: one, or one for each of the config's `layer_types`."""
-    if config._attn_implementation == BY_ROWS:
-        return None
-
-    def finish(mask: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return finish(make_mask(block, num_slots, window=window))
-    windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: finish(make_mask(block, num_slots, window=windows[kind])) for kind in set(layer_types)}

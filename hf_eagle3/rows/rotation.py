@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .substitutes import Substitute
+
 # Lengths [.., B, T] or [.., B, 1] of the text at position ids [.., B, T].
 ToLengths = Callable[[Tensor], Tensor]
 
@@ -33,7 +35,7 @@ def one_by_one(position_ids: Tensor) -> Tensor:
 
 
 _to_lengths: ContextVar[ToLengths | None] = ContextVar("to_lengths", default=None)
-_lock = threading.Lock()  # of the next, and of what stands in the place of a module's forward
+_lock = threading.Lock()  # of the next
 _rotaries: "weakref.WeakKeyDictionary[nn.Module, LengthRotary]" = weakref.WeakKeyDictionary()
 
 
@@ -61,7 +63,7 @@ def parameters_by_layer_type(module: nn.Module) -> dict[str | None, dict[str, An
     }
 
 
-class LengthRotary:
+class LengthRotary(Substitute):
     """Stands in the place of the `forward` of a rotary embedding that depends on the length.
 
     Args:
@@ -69,22 +71,12 @@ class LengthRotary:
     """
 
     def __init__(self, module: nn.Module):
-        self._reference = weakref.ref(module)
+        super().__init__(module)
         self._parameters = parameters_by_layer_type(module)
         self._known: dict[tuple, Tensor] = {}  # what `_computed` gave
-        self.original: Callable | None = None  # while this stands in its place
-        self.had_its_own = False  # whether the original was the instance's
-        self.num_users = 0
         # Whether longrope's frequencies of long texts go into a buffer of the short ones' dtype: in Transformers 5.24 yes,
         # in 5.17 no. `why_not` finds out.
         self.rounds_long = True
-
-    @property
-    def module(self) -> Any:  # Any: attributes of the host's are no part of a Module
-        """The host's."""
-        module = self._reference()
-        assert module is not None
-        return module
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, D], or [B, T, D/2] where the host's are."""
@@ -220,27 +212,5 @@ def own_lengths(target: PreTrainedModel) -> Iterator[None]:
     """Let forwards of `target` inside `rotating` give each position a length of its own. Others are as ever."""
     with ExitStack() as stack:
         for rotary in find_rotaries(target):
-            stack.enter_context(_in_place(rotary))
+            stack.enter_context(rotary.in_place())
         yield
-
-
-@contextmanager
-def _in_place(rotary: LengthRotary) -> Iterator[None]:
-    """Have `rotary` stand in the place of its module's forward, whoever else does."""
-    module = rotary.module
-    with _lock:
-        rotary.num_users += 1
-        if rotary.num_users == 1:
-            rotary.had_its_own, rotary.original = "forward" in vars(module), module.forward
-            vars(module)["forward"] = rotary
-    try:
-        yield
-    finally:
-        with _lock:
-            rotary.num_users -= 1
-            if not rotary.num_users:
-                if rotary.had_its_own:
-                    vars(module)["forward"] = rotary.original
-                else:
-                    del vars(module)["forward"]
-                rotary.original = None

@@ -113,10 +113,11 @@ LAYERS = {
     ],
     "rows": [
         ["attention_trial"],
-        ["attention"],
+        ["attention", "recurrent"],
         ["cache"],
-        ["masks", "rotation"],
-        ["block"],
+        ["layers"],
+        ["masks", "memory", "rotation"],
+        ["block", "substitutes"],
     ],
     "speculation": [
         ["costs", "coverage"],

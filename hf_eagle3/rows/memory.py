@@ -1,0 +1,313 @@
+"""What a cache of rows keeps of one layer: keys and values by slot, states after each token of a block, or nothing.
+
+Each kind says how a block writes it and how a rejected tail is forgotten. `RowCache` has one of them for each layer.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+
+from ..kernels.attention import keep_rows, keep_rows_eager, write_rows, write_rows_eager
+
+if TYPE_CHECKING:
+    from .cache import RowCache
+
+# Whether kernels write to caches: captured rounds. Eager rounds use PyTorch, since a card may run no kernel.
+BY_KERNELS: ContextVar[bool] = ContextVar("by_kernels", default=False)
+
+
+class Nothing(CacheLayerMixin):
+    """A layer that caches nothing, as a feed-forward one. The others override what concerns them."""
+
+    def __init__(self, cache: "RowCache"):
+        super().__init__()
+        self.cache = cache
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` slots in each row."""
+
+    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:  # Any: a layer of the host's cache
+        """Hold what the host's layer holds; arguments as of `RowCache.from_host`."""
+
+    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
+        """Make layer `index` of the host's `cache` hold what this one holds; `slots` as of `RowCache.to_host`."""
+
+    def keep(self, start: Tensor, path: Tensor) -> None:
+        """Keep a path of the last block; arguments as of `RowCache.keep`."""
+
+    def settle(self, kept: Tensor) -> None:
+        """Forget the last block behind its first `kept` [B] tokens."""
+
+    def share(self, whole: Any, rows: slice) -> None:  # Any: a layer of the same kind
+        """Be over the memory of `rows` of another layer."""
+
+    def take_rows(self, other: Any, rows: Tensor) -> None:  # Any: likewise
+        """Hold the `rows` [B'] int64 of another layer."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [B'] int64 only."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to make room for."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
+        """Keep nothing of what comes."""
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Asked for the first forward only; all others come with masks."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As above: lengths are the rows' own."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Slots in a row."""
+        return self.cache.capacity
+
+
+class KeyValues(Nothing):
+    """Keys [B, L, H_kv, D] and values [B, L, H_kv, D_v] of one layer, written wherever the cache says.
+
+    A rejected tail lies behind its row's length, where no mask shows it and the next write covers it.
+    """
+
+    is_sliding = False  # full length even under a sliding window: the mask cuts
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for what is like `key_states` [B, H_kv, T, D] and `value_states` [B, H_kv, T, D_v]."""
+        self.make_room(key_states, value_states, len(key_states))
+
+    def make_room(self, keys_like: Tensor, values_like: Tensor, num_rows: int) -> None:
+        """Memory for `num_rows` rows: of its own, or a part of what the cache is a view of."""
+        if self.cache.whole is not None:
+            whole, whole_rows, start = self.cache.whole
+            layer = whole.layers[self.cache.layers.index(self)]
+            if not layer.is_initialized:
+                layer.make_room(keys_like, values_like, whole_rows)
+            self.keys, self.values = layer.keys[start : start + num_rows], layer.values[start : start + num_rows]
+        else:
+            # Zeros, as a masked slot still takes part with weight 0, and 0 * NaN is NaN. Memory that outlives a call
+            # under inference_mode must not belong to it.
+            with torch.inference_mode(False):
+                self.keys, self.values = (
+                    like.new_zeros(num_rows, self.cache.capacity, like.shape[1], like.shape[3])
+                    for like in (keys_like, values_like)
+                )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
+        """Write T new positions; what to attend to, [B, H_kv, num_visible, D] and [.., D_v]."""
+        if not self.is_initialized:
+            KeyValues.lazy_initialization(self, key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.cache.block is not None
+        write = write_rows if BY_KERNELS.get() else write_rows_eager
+        write(self.keys, self.values, key_states, value_states, self.cache.block.start)
+        if self.cache.is_first:
+            return key_states, value_states
+        keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
+        return keys, values
+
+    def _each(self) -> Iterator[tuple[str, Tensor]]:
+        """Keys and values by their names, where there are any yet."""
+        for name in ("keys", "values") if self.is_initialized else ():
+            yield name, getattr(self, name)
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` slots in each row."""
+        for name, memory in self._each():
+            with torch.inference_mode(False):
+                setattr(self, name, torch.nn.functional.pad(memory, (0, 0, 0, 0, 0, more)))
+
+    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
+        """Hold what the host's layer holds, position by position."""
+        if not theirs.is_initialized or theirs.keys is None:  # shares another layer's
+            return
+        rows = torch.arange(len(columns))[:, None]
+        first = theirs.get_seq_length() - theirs.keys.shape[-2]  # before it, a window has forgotten
+        index = (columns - first).clamp(min=0).to(theirs.keys.device)  # [B, P]
+        if not self.is_initialized:
+            KeyValues.lazy_initialization(self, theirs.keys, theirs.values)
+        assert self.keys is not None
+        assert self.values is not None
+        for mine, given in ((self.keys, theirs.keys), (self.values, theirs.values)):
+            mine[:, : columns.shape[1]] = given.transpose(1, 2)[rows.to(given.device), index]
+        if move:
+            theirs.keys = theirs.values = None
+
+    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
+        """Make layer `index` of the host's `cache` hold what lies in `slots`, and nothing else."""
+        if not self.is_initialized:
+            return
+        is_pad = (slots < 0)[..., None, None]  # [B, S, 1, 1]
+        rows = torch.arange(len(slots))[:, None]
+        if index < len(cache.layers):
+            fresh = copy.copy(cache.layers[index])  # an empty one of that kind
+            fresh.is_initialized = False
+            if hasattr(fresh, "cumulative_length"):
+                fresh.cumulative_length = 0
+            cache.layers[index] = fresh
+        keys, values = (
+            x[rows.to(x.device), slots.clamp(min=0).to(x.device)].masked_fill(is_pad.to(x.device), 0)
+            for _, x in self._each()
+        )  # [B, S, H_kv, D]
+        cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+
+    def keep(self, start: Tensor, path: Tensor) -> None:
+        """Move the tokens on a path together."""
+        if self.is_initialized:
+            keep = keep_rows if BY_KERNELS.get() else keep_rows_eager
+            keep(self.keys, self.values, start, path)
+
+    def share(self, whole: Any, rows: slice) -> None:
+        """Be over the memory of `rows` of another layer."""
+        if whole.is_initialized:
+            self.keys, self.values = whole.keys[rows], whole.values[rows]
+            self.is_initialized = True
+
+    def take_rows(self, other: Any, rows: Tensor) -> None:
+        """Hold the `rows` of another layer, which may be over the same memory."""
+        for name, memory in self._each() if other.is_initialized else ():
+            memory.copy_(getattr(other, name)[rows])
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` only."""
+        for name, memory in self._each():
+            setattr(self, name, memory[rows.to(memory.device)])
+
+
+class States(LinearAttentionLayer, Nothing):
+    """Convolution and recurrent states of one layer, kept after each token of a block.
+
+    A layer of the host's reads and writes them as those of a `LinearAttentionLayer`, one token at a time (`advance`). A
+    rejected tail is forgotten by going on from the state before it (`settle`).
+    """
+
+    def __init__(self, cache: "RowCache"):
+        Nothing.__init__(self, cache)
+        LinearAttentionLayer.__init__(self)
+        # [T+1, B, ...] by name and number of a state: before the block, and after each of its tokens. The host's layers see one.
+        self.trails: dict[tuple[str, int], Tensor] = {}
+
+    def begin(self, num_tokens: int) -> None:
+        """Make room for the states after each token of a block; before it, the first of them count."""
+        for key, trail in self.trails.items():
+            if len(trail) <= num_tokens:
+                longer = trail.new_empty(num_tokens + 1, *trail.shape[1:])
+                longer[0] = trail[0]
+                self.trails[key] = longer
+
+    def advance(self, token: int) -> None:
+        """Let the next token of the block write the states after it, which begin as those before it."""
+        for key, trail in self.trails.items():
+            trail[token + 1] = trail[token]
+            self._show(key, trail[token + 1])
+
+    def _show(self, key: tuple[str, int], state: Tensor) -> None:
+        """Let layers of the host see that state."""
+        name, number = key
+        getattr(self, name)[number] = state
+
+    def settle(self, kept: Tensor) -> None:
+        """Go on from the states behind `kept` [B] tokens of the last block."""
+        for key, trail in self.trails.items():
+            index = kept.to(trail.device)
+            trail[0] = trail[index, torch.arange(len(index), device=trail.device)]
+            self._show(key, trail[0])
+
+    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
+        """Hold the states of the host's layer."""
+        whole, num_rows, start = self.cache.whole or (self.cache, len(columns), 0)
+        layer = whole.layers[self.cache.layers.index(self)]
+        for name in ("conv_states", "recurrent_states"):
+            for number, state in getattr(theirs, name).items():
+                if state is None:
+                    continue
+                if (name, number) not in layer.trails:
+                    layer.trails[name, number] = state.new_zeros(1, num_rows, *state.shape[1:])
+                layer.trails[name, number][0, start : start + len(columns)] = state
+                if move:
+                    getattr(theirs, name)[number] = None
+        copy_marks(theirs, layer)
+        for key, trail in layer.trails.items():
+            layer._show(key, trail[0])
+
+    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:  # noqa: ARG002  states have no slots
+        """Make layer `index` of the host's `cache` hold these states."""
+        theirs = cache.layers[index]
+        for (name, number), trail in self.trails.items():
+            getattr(theirs, name)[number] = trail[0].clone()
+        copy_marks(self, theirs)
+
+    def share(self, whole: Any, rows: slice) -> None:
+        """Be over the memory of `rows` of another layer."""
+        self.trails = {key: trail[:, rows] for key, trail in whole.trails.items()}
+        copy_marks(whole, self)
+        for key, trail in self.trails.items():
+            self._show(key, trail[0])
+
+    def take_rows(self, other: Any, rows: Tensor) -> None:
+        """Hold the `rows` of another layer, which may be over the same memory."""
+        for key, trail in self.trails.items():
+            trail[0] = other.trails[key][0, rows.to(trail.device)]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` only."""
+        for key, trail in self.trails.items():
+            self.trails[key] = trail[:1, rows.to(trail.device)]
+            self._show(key, self.trails[key][0])
+
+
+# What a layer of the host knows of its states, beside them.
+MARKS = (
+    *("number_of_states", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"),
+    *("conv_kernel_size", "device", "dtype"),
+)
+
+
+def copy_marks(source: Any, to: Any) -> None:  # Any: layers of the host's, or ours
+    """Let the layer `to` know of its states what `source` knows of the same ones."""
+    for name in MARKS:
+        value = getattr(source, name)
+        setattr(to, name, dict(value) if isinstance(value, dict) else value)
+
+
+class KeyValuesAndStates(States, KeyValues):
+    """Both, of a layer that attends and has a recurrence beside it."""
+
+    def lazy_initialization(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]  # the host's
+        """As the host's layer of this kind: keys and values come by place, states by name."""
+        (KeyValues if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
+        """Hold what the host's layer holds."""
+        for kind in (KeyValues, States):
+            kind.from_host(self, theirs, columns, move=move)
+
+    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
+        """Make layer `index` of the host's `cache` hold what this one holds."""
+        for kind in (KeyValues, States):
+            kind.to_host(self, cache, index, slots)
+
+    def share(self, whole: Any, rows: slice) -> None:
+        """Be over the memory of `rows` of another layer."""
+        for kind in (KeyValues, States):
+            kind.share(self, whole, rows)
+
+    def take_rows(self, other: Any, rows: Tensor) -> None:
+        """Hold the `rows` of another layer."""
+        for kind in (KeyValues, States):
+            kind.take_rows(self, other, rows)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` only."""
+        for kind in (KeyValues, States):
+            kind.select(self, rows)
