@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import CACHE_NAME
+from ..compat import CACHE_NAME, count_cached, is_empty
 
 # What a prompt may have one of for each column, beside its tokens; the last dimension but for embeddings.
 PER_COLUMN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -20,7 +20,7 @@ def read_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     if mask is not None:
         return mask.to(input_ids.device).bool()
     cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = count_cached(cache) if cache is not None else 0
     given = input_ids.shape[1] if embeds is None else embeds.shape[1]
     # The host drops a mask of ones from 5.23 on. The position ids are as long as it was.
     position_ids = model_kwargs.get("position_ids")
@@ -65,7 +65,7 @@ def is_text_only(model_kwargs: dict[str, Any]) -> bool:
     position_ids = model_kwargs.get("position_ids")
     others = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_NAME}
     return (
-        int(model_kwargs[CACHE_NAME].get_seq_length()) == 0
+        is_empty(model_kwargs[CACHE_NAME])
         and (position_ids is None or position_ids.dim() == 2)
         and all(value is None for name, value in model_kwargs.items() if name not in others)
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..compat import CACHE_NAME
+from ..compat import CACHE_NAME, count_cached
 from ..recorder import StateRecorder
 from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
@@ -101,7 +101,7 @@ def prefill_row(call: PromptCall, ids: Tensor, b: int, *, is_asked: bool) -> Row
     with call.recorder.in_chunks():
         out = target._prefill(ids, call.generation_config, own)
     host_cache = out.get(CACHE_NAME, host_cache)  # a target may have made another
-    num_cached = int(host_cache.get_seq_length())
+    num_cached = count_cached(host_cache) or length  # recurrent layers alone count nothing
     asked = shift = None
     if is_asked:
         kwargs = target._update_model_kwargs_for_generation(out, own, is_encoder_decoder=False)
@@ -194,7 +194,7 @@ def prefill_batch(call: PromptCall, *, is_asked: bool) -> Prompt:
         out = target._prefill(input_ids, call.generation_config, call.model_kwargs)
     host_cache = out.get(CACHE_NAME, call.model_kwargs[CACHE_NAME])  # a target may have made another
     states = call.recorder.take(call.device)  # [B, N, A*Ht]
-    num_cached = int(host_cache.get_seq_length())
+    num_cached = count_cached(host_cache) or S  # recurrent layers alone count nothing
     extra = num_cached - S
     prepared = None if is_asked else prepare_next(target, out, input_ids, call.model_kwargs)
     is_seen = prepared is None or shows_all(prepared.get("attention_mask"), num_cached + 1)

@@ -12,9 +12,11 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from ..compat import CACHE_NAME
 from ..recorder import find_skippable
 from ..rows.attention_trial import why_not_ours
 from ..rows.layers import find_kinds, has_states
+from ..rows.memory import KeyValues
 from ..rows.recurrent import why_not_layers
 from ..rows.rotation import why_not_rotated
 from ..speculation.shape import Shapes, chain
@@ -72,16 +74,19 @@ def why_not_target(target: PreTrainedModel) -> str | None:
         return reason
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"{name} attends in chunks"
-    if not takes_rows(target):
-        return f"{name} does not take masks and positions for each row"
-    return why_not_rotated(target) or why_not_ours(target)
+    return why_not_rows(target) or why_not_rotated(target) or why_not_ours(target)
 
 
-def takes_rows(target: PreTrainedModel) -> bool:
-    """Whether forwards of `target` take masks and positions for each row. Families with recurrent layers do, all of them."""
+def why_not_rows(target: PreTrainedModel) -> str | None:
+    """What keeps a forward of `target` from taking masks, positions and a cache for each row; None if nothing does."""
+    name, parameters = type(target).__name__, inspect.signature(target.forward).parameters
+    if not any(issubclass(kind.memory, KeyValues) for kind in find_kinds(target)):  # nothing looks at positions
+        return None if CACHE_NAME in parameters else f"up to Transformers 5.23 {name} has another name for its cache"
+    # Families with recurrent layers do not say so, and all that are known here do.
     says_so = getattr(target, "_supports_attention_backend", False) or has_states(target)
-    has_positions = "position_ids" in inspect.signature(target.forward).parameters
-    return says_so and has_positions and target.config.model_type not in OWN_POSITIONS
+    if says_so and "position_ids" in parameters and target.config.model_type not in OWN_POSITIONS:
+        return None
+    return f"{name} does not take masks and positions for each row"
 
 
 def why_not_cache(target: PreTrainedModel, cache: DynamicCache | None) -> str | None:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ..compat import CACHE_NAME
+from ..compat import CACHE_NAME, count_cached
 from ..decoding.columns import counts_from_zero, is_text_only, pads_to_the_left, read_mask, reorder
 from ..decoding.preparation import Switch, find_switch
 from ..decoding.row import Row
@@ -64,7 +64,7 @@ def read_prompts(target: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[
         )
     if bool(mask[:, -1].all()):
         return Prompts(given, given, mask, None, [0] * B)
-    order = pads_to_the_left(mask, past=int(model_kwargs[CACHE_NAME].get_seq_length()))
+    order = pads_to_the_left(mask, past=count_cached(model_kwargs[CACHE_NAME]))
     ids, mask = reorder(given, mask, model_kwargs, order)
     return Prompts(given, ids, mask, order, (~mask[:, S - T :]).sum(-1).tolist())
 

@@ -125,4 +125,4 @@ def make_masks(config: PreTrainedConfig, block: Block, num_slots: int, dtype: to
         for name, make in kind.masks.items():
             if masks.get(name) is None:
                 masks[name] = None if make is None else finish(make(config, block, num_slots))
-    return masks
+    return None if all(mask is None for mask in masks.values()) else masks

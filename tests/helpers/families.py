@@ -477,7 +477,9 @@ class Oracle(Eagle3DrafterModel):
         return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
 
 
-def make_oracle(target: PreTrainedModel, plain: Tensor, batch: dict[str, Tensor]) -> Oracle:
+def make_oracle(
+    target: PreTrainedModel, plain: Tensor, batch: dict[str, Tensor], *, wrong_share: float = 0.4
+) -> Oracle:
     """An oracle of the rows of `plain` [B, S], bound to `target`."""
     text_config = target.config.get_text_config(decoder=True)
     head = target.get_output_embeddings()
@@ -495,7 +497,7 @@ def make_oracle(target: PreTrainedModel, plain: Tensor, batch: dict[str, Tensor]
         aux_layer_ids=aux_layer_ids,
         num_aux_hidden_states=len(aux_layer_ids),
     )
-    oracle = randomize_drafter(Oracle(config)).bind(target).tell(texts)
+    oracle = randomize_drafter(Oracle(config)).bind(target).tell(texts, wrong_share=wrong_share)
     return cast(oracle, target.device, target.dtype)
 
 

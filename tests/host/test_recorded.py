@@ -916,7 +916,7 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "a drafter by itself": lambda: make_drafter(make_target("llama")).generate(make_prompt(3)),
     # targets that no drafter can help
     "an encoder-decoder": lambda: fail("t5"),
-    "recurrent states": lambda: fail("mamba"),
+    "recurrent states": lambda: fail("mamba", **HOST),
     "layers run several times": lambda: fail(like_llama(model_type="dory")),
     "several streams of states": lambda: fail(like_llama(model_type="hy_v4")),
     "a compiled forward": lambda: fail(changed(compile_forward)),

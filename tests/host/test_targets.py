@@ -15,16 +15,12 @@ from helpers.marks import slow_but
 from helpers.models import GEMMA, TARGETS, TEXT, WINDOW, V, count_hooks, make_drafter, make_prompt, make_target
 from torch import Tensor
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    Lfm2Config,
-    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -37,8 +33,6 @@ from transformers import (
     PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedModel,
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextConfig,
 )
 
 from hf_eagle3.compat import CACHE_NAME
@@ -679,35 +673,6 @@ def test_images_before_a_prefix(unusual):
     out = unusual.generate(**batch, assistant_model=make_oracle(unusual, plain.sequences, batch), **options)
     assert out.sequences.tolist() == plain.sequences.tolist()
     assert out.speculation.loop == OWN
-
-
-# ---- recurrent states ----
-
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-RECURRENT: dict[str, Callable[[], PreTrainedModel]] = {
-    "delta_net": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, **DELTA)),
-    "mamba_2": lambda: BambaForCausalLM(BambaConfig(**NO_HEAD_DIM, attn_layer_indices=[1, 3], **MAMBA)),
-    "convolutions": lambda: Lfm2ForCausalLM(Lfm2Config(**NO_HEAD_DIM, layer_types=["conv", "full_attention"] * 4)),
-}
-
-
-@pytest.mark.parametrize("kind", ["delta_net", "mamba_2"])
-def test_recurrent_states_are_refused(kind):
-    """As by the host, which cannot take a refused draft out of them."""
-    target = RECURRENT[kind]().eval()
-    with pytest.raises(ValueError, match=r"keeps recurrent states.*Call generate\(\) without assistant_model"):
-        target.generate(make_prompt(5), assistant_model=make_drafter(target), max_new_tokens=4)
-
-
-def test_short_convolutions_go_through_the_hosts_loop(monkeypatch):
-    monkeypatch.setitem(TARGETS, "convolutions", RECURRENT["convolutions"])
-    target = make_target("convolutions")
-    options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
-    plain = target.generate(make_prompt(9), **options)
-    out = target.generate(make_prompt(9), assistant_model=make_drafter(target), **options)
-    assert out.sequences.tolist() == plain.sequences.tolist()
-    assert out.speculation.loop == "host assisted decoding"
 
 
 # ---- compiled targets ----
