@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers, and processes that tes
 import gc
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from types import FrameType
 
@@ -39,6 +40,39 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if is_whole and "not gpu" in config.option.markexpr:
         config.option.numprocesses, config.option.dist = "logical", "worksteal"
         config.option.maxprocesses = config.option.maxprocesses or MAX_WORKERS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--part."""
+    parser.addoption("--part", type=read_part, default=(0, 1), metavar="I/N", help="of each test's cases every Nth")
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """Read "I/N", where I counts from 0, and from 0 again at N."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and int(parts)):
+        raise pytest.UsageError(f"--part is {text!r}, expected I/N, such as 0/4.")
+    return int(number) % int(parts), int(parts)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to the slow tests what `sampled` leaves to them, and take the part of all cases that --part asks for."""
+    cases: dict[str, list[pytest.Item]] = {}  # of each test, shuffled so that a sample has something of each parameter
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    part, parts = config.option.part
+    left = set()
+    for test, of_test in cases.items():
+        begin = zlib.crc32(test.encode())  # tests of one case are spread over the parts
+        left |= {item for number, item in enumerate(of_test, begin) if number % parts != part}
+        everyday = [item for item in of_test if item.get_closest_marker("slow") is None]
+        for number, item in enumerate(everyday):
+            if (mark := item.get_closest_marker("sampled")) is not None and number % mark.args[0]:
+                item.add_marker("slow")
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)

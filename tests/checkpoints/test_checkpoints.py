@@ -225,6 +225,7 @@ def test_a_wrong_permutation_is_noticed(layout, name, permute, tmp_path):
         check_against_reference(drafter, weights, published)
 
 
+@pytest.mark.sampled(3)
 @layouts
 def test_saved_again_under_our_names_bit_for_bit(layout, tmp_path):
     published, weights, _ = LAYOUTS[layout]
@@ -958,6 +959,7 @@ def cut(rng: random.Random, file: Path) -> str:
     return file.name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(200))
 def test_a_corrupted_checkpoint_is_refused(seed, tmp_path):
     rng = random.Random(seed)

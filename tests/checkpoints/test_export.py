@@ -71,6 +71,7 @@ CANNOT: dict[str, tuple[dict, set[str]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", slow_but(["sglang"], ENGINES))
 @pytest.mark.parametrize("case", CANNOT)
 def test_there_and_back(case, engine, tmp_path):
@@ -123,6 +124,7 @@ def test_parallel_drafter_is_described_as_vllm_reads_it(qk_norm, architecture, t
     assert config["speculators_config"]["algorithm"] == "peagle"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", slow_but(list(LAYOUTS)[::3], LAYOUTS))
 def test_every_imported_flavour_can_leave_again(layout, tmp_path):
     published, weights, _ = LAYOUTS[layout]

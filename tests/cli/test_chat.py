@@ -131,6 +131,7 @@ def test_temperature_is_a_number_of_at_least_0(value, capsys):
 # ---- its cache ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], ["llama", "qwen3", "gpt_oss", "gemma3"]))
 @pytest.mark.parametrize("drafts", ["both", "first", "second", "none"])
 def test_turns_go_on_from_the_cache(family, drafts):

@@ -116,7 +116,10 @@ TIE = Difference("a", 3, ("b", "c"), 0.01, 0.02)
         (make_check(on_gpu=True), "Load both in bfloat16"),
         (make_check(on_gpu=True, is_half=True), "Keep it as it is"),
     ],
-    ids=("fast fast-chain fast-chosen tie differs undrafted poor chosen hardly-chosen slow host gpu gpu-half".split()),
+    ids=[
+        *("fast", "fast-chain", "fast-chosen", "tie", "differs", "undrafted", "poor", "chosen", "hardly-chosen"),
+        *("slow", "host", "gpu", "gpu-half"),
+    ],
 )
 def test_advice(found, says):
     assert says in found.advice

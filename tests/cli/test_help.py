@@ -193,6 +193,7 @@ def mistakes_in_words(right: list[str]) -> Iterator[list[str]]:
     yield [*right, "--device", "banana"] if "--device" in right else [*right, "--divice", "cpu"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_single_mistake_is_named(command, correct, capsys):
     right = correct[command]

@@ -41,6 +41,7 @@ from hf_eagle3.speculation.numbers import NotANumberError
 # ---- greedy ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "lengths", slow_but([(30, 7, 1, 18)], [(5,), (1,), (30, 7, 1, 18)]), ids=["one_row", "one_token", "ragged"]
 )
@@ -70,6 +71,7 @@ def test_each_number_of_accepted_tokens_occurs_in_each_row(target):
         assert all(a > b for a, b in itertools.pairwise(kept)), kept
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "further",
     [
@@ -212,6 +214,7 @@ def copied(batch):
     return {name: copy.deepcopy(value) if name == CACHE_NAME else value for name, value in batch.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", slow_but(["llama", "gemma3"], ["llama", "mistral", "gemma3", "gpt_neox"]))
 @pytest.mark.parametrize("fed", ["whole_sequence", "new_tokens"])
 @pytest.mark.parametrize("eos", [None, [11, 25, 37, 41, 52]])
@@ -494,6 +497,7 @@ def test_no_time_ends_after_one_token(target):
 # ---- processors ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([(9, 4, 12)], [(9,), (9, 4, 12)]), ids=["one_row", "ragged"])
 @pytest.mark.parametrize(
     "options",
@@ -807,6 +811,7 @@ MARKS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
 @pytest.mark.parametrize("lengths", [(9,), (12, 5, 7)], ids=["one_row", "ragged"])
 def test_watermarks_are_plain_decodings(lengths, mark, target):

@@ -279,6 +279,7 @@ def case_id(case: Case) -> str:
     return "-".join(map(str, case))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", slow_but(meeting_each_level(CASES), CASES), ids=case_id)
 def test_output_is_the_targets(case):
     outcome = run(case)

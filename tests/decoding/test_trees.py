@@ -73,6 +73,7 @@ class Looks(LogitsProcessor):
 # ---- greedy ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(
     ("family", "kind", "seed"),

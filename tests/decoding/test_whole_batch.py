@@ -178,12 +178,14 @@ def assert_as_plain(target, batch, make, *, depth=4, wrong_share=0.15, **options
     return plain, out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("eos", slow_but([[5, 17, 23]], [None, [5, 17, 23]]), ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", CRITERIA, ids=lambda c: c.__name__)
 def test_criteria_are_asked_as_in_plain_decoding(target, make, eos):
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, streams=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", [EachRow, RemembersRows, Never], ids=lambda c: c.__name__)
 def test_criteria_see_the_scores_of_plain_decoding(target, make, eos):

@@ -269,6 +269,7 @@ class BreaksAsked(Breaks, StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("error", slow_but([KeyboardInterrupt], [KeyboardInterrupt, torch.OutOfMemoryError]))
 @pytest.mark.parametrize("where", ["processor", "criterion", "streamer", "target", "drafter"])
 def test_call_broken_off_leaves_both_models_as_they_were(target, loop, where, error):

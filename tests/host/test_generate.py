@@ -62,6 +62,7 @@ def assert_same_with_oracle(target, prompt, *, depth=3, drafter_options=None, pl
     return plain, assisted, oracle
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("length", slow_but([30], [1, 5, 30]), ids=["one_token", "short", "beyond_windows"])
 @pytest.mark.parametrize("depth", slow_but([3], [1, 2, 3, 5]))
 @pytest.mark.parametrize("family", TARGETS)
@@ -129,6 +130,7 @@ def test_end_of_sequence_inside_a_block_ends_there(target, offset):
     assert out.speculation.num_tokens == text.index(eos) + 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -12,6 +12,7 @@ from helpers.models import FAMILIES, OLD, make_drafter, make_target
 from hf_eagle3.host.undrafted import decode_plainly
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", [*OLD, *FAMILIES])
 def test_same_text_by_our_loop(family):
     target, batch = make_target(family), pad(prompts_of(9, 4, 30))

@@ -1172,6 +1172,7 @@ def check(name: str, found: dict[str, Any]) -> None:
     assert as_near(found, wanted) == wanted
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", slow_but(EVERYDAY, RECORDS))
 def test_call_gives_what_was_recorded(name):
     check(name, RECORDS[name]())

@@ -24,6 +24,7 @@ def decode(target, drafter, **options):
     return target.generate(**pad(prompts_of(9, 4)), assistant_model=drafter, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("asked", "name"),
     [

@@ -150,6 +150,7 @@ FOLLOWED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([(12, 3)], [(9,), (12, 3)]), ids=["one_row", "ragged"])
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_own_preparation_is_followed(kind, lengths):
@@ -451,6 +452,7 @@ def test_each_position_is_rotated_by_its_own_length(rotated, lengths):
     assert all(torch.equal(value, before[name]) for name, value in rotated.named_buffers())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options", [{"repetition_penalty": 1.3}, {"prefill_chunk_size": 5}], ids=["in_order", "chunks"]
 )
@@ -619,6 +621,7 @@ def unusual(request, monkeypatch) -> PreTrainedModel:
     return make_target(request.param)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [(9,), (20, 3)], ids=["one_row", "ragged"])
 @pytest.mark.parametrize("unusual", UNUSUAL, indirect=True)
 def test_unusual_layers_give_the_targets_text(unusual, lengths):

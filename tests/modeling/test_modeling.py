@@ -148,6 +148,7 @@ def make_inputs(config: Eagle3DrafterConfig, length: int = T, dtype=torch.float3
 # ---- the arithmetic ----
 
 
+@pytest.mark.sampled(3)
 @variants
 def test_first_step_and_feedback_equal_reference(variant):
     drafter = bind(make_drafter(**variant))

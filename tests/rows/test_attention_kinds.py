@@ -98,6 +98,7 @@ def load(family, attention):
 
 
 # The families differ in windows, sinks and soft caps.
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", slow_but(["llama", "gpt_oss"], ["llama", "gemma3", "gpt_oss", "gemma2"]))
 @pytest.mark.parametrize("name", ["flash_attention_2", HUB, "my_attention"])
 def test_texts_are_plain_decodings_in_padded_batches(name, family):

@@ -519,6 +519,7 @@ def dying(name, count):
 PROMPTS = [ask("a", "b"), *(ask(letter) for letter in "cdefgh"), ask("d", "e", "f"), *(ask(x * 3) for x in "ghijk")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("size", [2, 3, 20], ids="{} processes".format)
 def test_several_processes_write_what_one_writes(random_target, tmp_path, suffix, size):
