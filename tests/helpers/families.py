@@ -451,7 +451,7 @@ class Outcome(NamedTuple):
 
 
 class Oracle(Eagle3DrafterModel):
-    """Drafts what follows a token at its position in the texts it was told, and at some positions something else.
+    """Drafts what follows a token at its position in the texts it was told, and at some places of each row something else.
 
     Tables of tensors, so that its rounds can be captured.
     """
@@ -472,7 +472,9 @@ class Oracle(Eagle3DrafterModel):
             input_ids, position_ids = input_ids.gather(1, logits_to_keep), position_ids.gather(1, logits_to_keep)
         n = out.logits.shape[1]
         ids, positions = input_ids[:, -n:], (position_ids[:, -n:] + 1).clamp(max=511)  # [B, n]
-        token = (self.follow[positions, ids] + self.is_wrong[positions]) % self.config.vocab_size
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        is_wrong = self.is_wrong[(positions + 37 * rows) % 512]
+        token = (self.follow[positions, ids] + is_wrong) % self.config.vocab_size
         logits = torch.zeros_like(out.logits).scatter(-1, token[..., None], 5.0)
         return Eagle3DrafterOutput(logits, out.feedback, out.past_key_values)
 

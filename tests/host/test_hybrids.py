@@ -1,14 +1,25 @@
 """Targets with recurrent layers: each row is what plain decoding of that row alone says, whatever is drafted."""
 
+import copy
 import functools
+import inspect
+import threading
+from collections import Counter
 
 import pytest
 import torch
-from helpers.families import Family, build, make_batch, make_oracle, prompts_of
+from helpers.capture import GraphsOnCpus
+from helpers.families import VOCAB, Family, build, make_batch, make_oracle, prompts_of
 from helpers.marks import slow_but
 from helpers.models import count_hooks
+from helpers.tokenizers import tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding.engine import Engine, Room
+from hf_eagle3.decoding.state import RoundConfig
 
 GREEDY = {"do_sample": False}
 OWN = "own decode loop"
@@ -18,6 +29,7 @@ FAMILIES = (
     *("lfm2_moe", "lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_moe", "qwen3_5_text", "qwen3_next"),
     *("zamba", "zamba2"),
 )
+ALONE = {"falcon_mamba", "mamba", "mamba2"}  # no layer attends
 # A gated delta net, Mamba-2 beside attention in one layer, short convolutions.
 EVERYDAY = ("qwen3_5_text", "falcon_h1", "lfm2_moe")
 RAGGED = (9, 4, 13)
@@ -28,9 +40,12 @@ def make_target(name: str) -> PreTrainedModel:
     """A tiny random target; the same object each time, which no call may change."""
     family = Family(name, "causal")
     try:
-        return build(family)
+        target = build(family)
     except KeyError:
         pytest.skip("This Transformers does not have the family.")
+    if CACHE_NAME not in inspect.signature(target.forward).parameters:
+        pytest.skip("This Transformers has another name for the family's cache.")
+    return target
 
 
 @functools.cache
@@ -42,21 +57,31 @@ def say_alone(name: str, lengths: tuple[int, ...], max_new: int) -> Tensor:
     return torch.cat([out[:, len(prompt) :] for out, prompt in zip(outs, prompts_of(batch), strict=True)])
 
 
-def decode(name: str, lengths: tuple[int, ...], *, max_new: int = 16, wrong_share: float = 0.4, **options):
-    """A greedy call with a drafter that knows the texts and errs at some positions."""
-    target, batch = make_target(name), make_batch(lengths, "cpu")
+def make_drafter(name: str, lengths: tuple[int, ...], *, max_new: int = 16, wrong_share: float = 0.4):
+    """A drafter that knows what rows say, and errs at some positions."""
+    batch = make_batch(lengths, "cpu")
     plain = torch.cat([batch["input_ids"], say_alone(name, lengths, max_new)], dim=1)
-    oracle = make_oracle(target, plain, batch, wrong_share=wrong_share)
+    return make_oracle(make_target(name), plain, batch, wrong_share=wrong_share)
+
+
+def decode(name: str, lengths: tuple[int, ...], *, max_new: int = 16, wrong_share: float = 0.4, **options):
+    """A greedy call with such a drafter."""
+    drafter = make_drafter(name, lengths, max_new=max_new, wrong_share=wrong_share)
     options = {"max_new_tokens": max_new, "return_dict_in_generate": True, **GREEDY, **options}
-    return target.generate(**batch, assistant_model=oracle, **options)
+    return make_target(name).generate(**make_batch(lengths, "cpu"), assistant_model=drafter, **options)
+
+
+def assert_nothing_left(name: str) -> None:
+    target = make_target(name)
+    assert count_hooks(target) == 0
+    assert not any("forward" in vars(module) for module in target.modules())
 
 
 def assert_says_what_rows_say_alone(name: str, lengths: tuple[int, ...], *, max_new: int = 16, **options):
     out = decode(name, lengths, max_new=max_new, **options)
-    T = max(lengths)
-    assert out.sequences[:, T:].tolist() == say_alone(name, lengths, max_new).tolist()
-    assert (out.speculation.loop, count_hooks(make_target(name))) == (OWN, 0)
-    assert not any("forward" in vars(module) for module in make_target(name).modules())
+    assert out.sequences[:, max(lengths) :].tolist() == say_alone(name, lengths, max_new).tolist()
+    assert out.speculation.loop == OWN
+    assert_nothing_left(name)
     return out
 
 
@@ -65,3 +90,362 @@ def assert_says_what_rows_say_alone(name: str, lengths: tuple[int, ...], *, max_
 @pytest.mark.parametrize("name", slow_but(EVERYDAY, FAMILIES))
 def test_each_row_is_that_row_alone(name, lengths, depth):
     assert_says_what_rows_say_alone(name, lengths, num_assistant_tokens=depth)
+
+
+# ---- caches ----
+
+
+def read_cache(cache) -> list[dict[str, Tensor]]:
+    """What each layer of a cache of the host holds."""
+    layers = []
+    for layer in cache.layers:
+        found = {n: getattr(layer, n) for n in ("keys", "values") if getattr(layer, n, None) is not None}
+        for kind in ("conv_states", "recurrent_states"):
+            states = getattr(layer, kind, {}).items()
+            found |= {f"{kind} {number}": state for number, state in states if state is not None}
+        layers.append(found)
+    return layers
+
+
+def assert_same_cache(ours, theirs) -> None:
+    """Equal up to rounding, layer by layer; what a prompt's pads left in keys and values no mask shows."""
+    assert [type(layer) for layer in ours.layers] == [type(layer) for layer in theirs.layers]
+    for mine, plain in zip(read_cache(ours), read_cache(theirs), strict=True):
+        assert mine.keys() == plain.keys()
+        for part in mine:
+            is_pad = (
+                (mine[part] == 0).all(dim=(1, 3), keepdim=True) if part in ("keys", "values") else mine[part].isnan()
+            )
+            torch.testing.assert_close(mine[part], plain[part].masked_fill(is_pad, 0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_new", [1, 9])
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
+def test_the_cache_is_plain_decodings(name, depth, max_new):
+    out = decode(name, (11,), num_assistant_tokens=depth, max_new=max_new)
+    plain = make_target(name).generate(
+        **make_batch((11,), "cpu"), max_new_tokens=max_new, return_dict_in_generate=True, **GREEDY
+    )
+    assert_same_cache(out[CACHE_NAME], plain[CACHE_NAME])
+
+
+def make_even_batch(num_rows: int = 3, length: int = 7) -> dict[str, Tensor]:
+    """Different prompts of one length, without pads."""
+    ids = torch.randint(3, 100, (num_rows, length), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def compare(name: str, batch: dict[str, Tensor], *, depth: int = 3, wrong_share: float = 0.4, **options):
+    """A call without a drafter and one with; both outputs, whose texts and caches are the same."""
+    target = make_target(name)
+    options = {"return_dict_in_generate": True, **GREEDY, **options}
+    plain = target.generate(**batch, **options)
+    oracle = make_oracle(target, plain.sequences, batch, wrong_share=wrong_share)
+    out = target.generate(**batch, assistant_model=oracle, num_assistant_tokens=depth, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == OWN
+    assert_same_cache(out[CACHE_NAME], plain[CACHE_NAME])
+    assert_nothing_left(name)
+    return plain, out
+
+
+def find_early_end(name: str, batch: dict[str, Tensor], max_new: int) -> int:
+    """A token that ends some row well before the others."""
+    new = make_target(name).generate(**batch, max_new_tokens=max_new, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    firsts = {t: [r.index(t) if t in r else max_new for r in new.tolist()] for t in set(new.flatten().tolist()) - {0}}
+    return max(firsts, key=lambda token: max(firsts[token]) - min(firsts[token]) - (min(firsts[token]) < 2) * max_new)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
+def test_states_of_rows_that_end_early_go_on_over_their_pads(name, depth):
+    batch = make_even_batch()
+    eos = find_early_end(name, batch, 20)
+    plain, _ = compare(name, batch, depth=depth, max_new_tokens=20, eos_token_id=eos, pad_token_id=0)
+    assert (plain.sequences[:, -1] == 0).any()
+
+
+class Ends:
+    """Ends all rows of a batch after so many tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("has_eos", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
+def test_a_criterion_over_the_batch_cuts_states_back(name, has_eos, num_rows):
+    batch = make_even_batch(num_rows)
+    options = {"eos_token_id": find_early_end(name, batch, 20), "pad_token_id": 0} if has_eos else {}
+    for length in (11, 12, 13):
+        compare(name, batch, max_new_tokens=20, stopping_criteria=[Ends(length)], wrong_share=0.2, **options)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text", "falcon_h1"], FAMILIES))
+def test_a_second_turn_goes_on_from_either_cache(name, num_rows):
+    """Over several tokens behind states, which is the host's affair: some families forget the first turn there."""
+    batch = make_even_batch(num_rows)
+    plain, out = compare(name, batch, max_new_tokens=9)
+    more = torch.randint(3, 100, (num_rows, 5), generator=torch.Generator().manual_seed(6))
+    ids = torch.cat([plain.sequences, more], dim=1)
+    if all(plain[CACHE_NAME].is_linear):  # the host then takes new tokens alone
+        ids = ids[:, plain.sequences.shape[1] - 1 :]
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": 9, "return_dict_in_generate": True, **GREEDY}
+    target = make_target(name)
+    second = target.generate(**turn, **{CACHE_NAME: copy.deepcopy(plain[CACHE_NAME])}, **options)
+    oracle = make_oracle(target, second.sequences, turn)
+    for cache in (out[CACHE_NAME], copy.deepcopy(plain[CACHE_NAME])):
+        ours = target.generate(**turn, **{CACHE_NAME: cache}, assistant_model=oracle, **options)
+        assert ours.sequences.tolist() == second.sequences.tolist()
+        assert ours.speculation.loop == OWN
+        assert ours[CACHE_NAME] is cache
+        assert_same_cache(cache, second[CACHE_NAME])
+
+
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], sorted(set(FAMILIES) - ALONE)))
+def test_a_prompt_in_chunks(name):
+    batch = make_even_batch(1, 21)
+    compare(name, batch, max_new_tokens=9, prefill_chunk_size=8)
+
+
+# ---- what else a call may ask for ----
+
+
+class LooksAtText(LogitsProcessor):
+    """Bans the last token but one."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids[:, -2:-1], -torch.inf)
+
+
+class LooksAtBatch(LogitsProcessor):
+    """Bans what the first row said last, and keeps count of calls."""
+
+    def __init__(self):
+        self.widths = []
+
+    def __call__(self, input_ids, scores):
+        self.widths.append(list(input_ids.shape))
+        return scores.index_fill(1, input_ids[:1, -1], -torch.inf)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("kind", [LooksAtText, LooksAtBatch])
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
+def test_processors_see_what_plain_decoding_shows(name, kind, num_rows):
+    """Rows that are in step go on over their pads, states and all."""
+    batch = make_even_batch(num_rows)
+    options = {"max_new_tokens": 14, "eos_token_id": find_early_end(name, batch, 20), "pad_token_id": 0}
+    plain, out = compare(name, batch, logits_processor=[kind()], output_scores=True, **options)
+    for ours, theirs in zip(out.scores, plain.scores, strict=True):
+        is_shown = ours.abs().sum(-1) > 0
+        torch.testing.assert_close(ours[is_shown], theirs[is_shown], rtol=1e-3, atol=1e-3)
+
+
+class Collects(BaseStreamer):
+    """Keeps the tokens of one row."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
+def test_stop_strings_and_streamers(name):
+    batch, words = make_even_batch(3), tokenizer(VOCAB)
+    new = make_target(name).generate(**batch, max_new_tokens=16, **GREEDY)[:, 7:]
+    stop = words.decode(new[1, 4:6])
+    compare(name, batch, max_new_tokens=16, stop_strings=[stop], tokenizer=words, eos_token_id=2, pad_token_id=0)
+    streamer = Collects()
+    drafter = make_drafter(name, (11,))
+    out = make_target(name).generate(
+        **make_batch((11,), "cpu"), assistant_model=drafter, max_new_tokens=16, streamer=streamer, **GREEDY
+    )
+    assert streamer.tokens == out[0].tolist()
+
+
+@pytest.mark.parametrize("name", slow_but(EVERYDAY, FAMILIES))
+def test_a_seed_gives_one_text_with_and_without_a_draft(name):
+    target, batch, drafter = make_target(name), make_batch(RAGGED, "cpu"), make_drafter(name, RAGGED)
+    options = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 16, "seed": 5}
+    plain = target.generate(**batch, decode_loop="own", **options)
+    for depth in (0, 1, 3):
+        out = target.generate(**batch, assistant_model=drafter, num_assistant_tokens=depth, **options)
+        assert out.tolist() == plain.tolist()
+    assert target.generate(**batch, decode_loop="own", **{**options, "seed": 6}).tolist() != plain.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_sampled_texts_are_distributed_as_plain_decodings(name):
+    """The second and the third token of many rows, by the ratio test."""
+    target, ids = make_target(name), make_batch((5,), "cpu")["input_ids"]
+    options = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 3}
+    drafter = make_drafter(name, (5,))
+    torch.manual_seed(0)
+    rows = torch.cat(
+        [
+            target.generate(ids.expand(400, -1), assistant_model=drafter, num_assistant_tokens=2, **options)[:, 5:]
+            for _ in range(5)
+        ]
+    )
+    counts = Counter(map(tuple, rows.tolist()))
+    assert len(counts) > 5
+    for text, count in counts.most_common(8):
+        p = 1.0
+        for k, token in enumerate(text):
+            whole = torch.cat([ids, torch.tensor([text[:k]], dtype=torch.long)], dim=1)
+            logits = target(whole).logits[0, -1].float() / 0.5
+            kept = logits.topk(3)
+            p *= float(kept.values.softmax(-1)[kept.indices == token].sum())
+        assert abs(count / len(rows) - p) < 5 * (p * (1 - p) / len(rows)) ** 0.5
+
+
+# ---- failures and refusals ----
+
+
+class FailsError(Exception):
+    pass
+
+
+class FailsAt(LogitsProcessor):
+    """FailsError at a length, and looks at the text."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            raise FailsError
+        return scores
+
+
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
+def test_what_callbacks_raise_leaves_nothing_behind(name):
+    target, batch, drafter = make_target(name), make_batch(RAGGED, "cpu"), make_drafter(name, RAGGED)
+
+    class Breaks(Ends):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] >= self.length:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    for options, error in (
+        ({"logits_processor": [FailsAt(18)]}, FailsError),
+        ({"stopping_criteria": [Breaks(17)]}, KeyboardInterrupt),
+    ):
+        with pytest.raises(error):
+            target.generate(**batch, assistant_model=drafter, max_new_tokens=16, **options, **GREEDY)
+        assert_nothing_left(name)
+    assert_says_what_rows_say_alone(name, RAGGED)
+
+
+def test_a_forward_that_fails_gives_mixers_their_forward_back():
+    name = "qwen3_5_text"
+    target, drafter = make_target(name), make_drafter(name, (11,))
+    calls = []
+
+    def fail(_module, args):
+        calls.append(args[0].shape[1])
+        if len(calls) == 5:  # in the second round
+            raise FailsError
+
+    handle = target.lm_head.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(FailsError):
+            target.generate(**make_batch((11,), "cpu"), assistant_model=drafter, max_new_tokens=16, **GREEDY)
+    finally:
+        handle.remove()
+    assert_nothing_left(name)
+
+
+def test_two_threads_decode_with_one_target():
+    name = "qwen3_5_text"
+    expected = {lengths: say_alone(name, lengths, 16).tolist() for lengths in ((11,), RAGGED)}
+    found = {}
+
+    def decode_often(lengths):
+        found[lengths] = [decode(name, lengths).sequences[:, max(lengths) :].tolist() for _ in range(3)]
+
+    threads = [threading.Thread(target=decode_often, args=(lengths,)) for lengths in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {lengths: [text] * 3 for lengths, text in expected.items()}
+    assert_nothing_left(name)
+
+
+def refuse(target, match: str, **options) -> None:
+    with pytest.raises(ValueError, match=match):
+        target.generate(**make_batch((11,), "cpu"), max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 1), {"steps": 2, "topk": 2, "draft_tokens": 4}], ids=["parents", "triple"])
+def test_trees_are_refused(shape):
+    drafter = make_drafter("qwen3_5_text", (11,))
+    refuse(
+        make_target("qwen3_5_text"),
+        "draft_shape is a tree.*keeps recurrent states",
+        assistant_model=drafter,
+        draft_shape=shape,
+    )
+
+
+def test_trees_are_not_chosen():
+    drafter = make_drafter("qwen3_5_text", (11,))
+    drafter.generation_config.num_assistant_tokens = None
+    out = make_target("qwen3_5_text").generate(
+        **make_batch((11,), "cpu"), assistant_model=drafter, max_new_tokens=40, return_dict_in_generate=True, **GREEDY
+    )
+    assert all(shape == "none" or shape.startswith("chain") for shape in out.speculation.shapes)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"decode_loop": "host"}, "decode_loop is host"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states is set"),
+        ({CACHE_NAME: DynamicCache()}, "the cache given has no place for recurrent states"),
+    ],
+    ids=["host", "hidden_states", "cache"],
+)
+def test_the_hosts_loop_is_refused(options, why):
+    drafter = make_drafter("qwen3_5_text", (11,))
+    refuse(make_target("qwen3_5_text"), rf"our own is ruled out \({why}\)", assistant_model=drafter, **options)
+
+
+def test_a_recurrence_that_is_not_known_is_refused_by_name():
+    target = copy.deepcopy(make_target("qwen3_5_text"))
+    mixer = target.model.layers[1].linear_attn
+    mixer.__class__ = type("MyNet", (type(mixer),), {})
+    why = r"Qwen3_5ForCausalLM keeps states in a way that our loop does not know \(linear_attention in Qwen3_5DecoderLayer\)"
+    drafter = make_drafter("qwen3_5_text", (11,))
+    refuse(target, why, assistant_model=drafter)
+    refuse(target, "does not run in our decode loop", decode_loop="own")
+
+
+def test_the_host_still_assists_where_nothing_but_convolutions_is_kept():
+    name, lengths = "lfm2_moe", (11,)
+    out = decode(name, lengths, decode_loop="host", num_assistant_tokens=3)
+    assert out.sequences[:, 11:].tolist() == say_alone(name, lengths, 16).tolist()
+    assert out.speculation.loop == "host assisted decoding"
+
+
+def test_rounds_on_a_gpu_would_run_eagerly():
+    name = "qwen3_5_text"
+    config, room = RoundConfig(), Room(1, 11, 4)
+    with Engine(make_target(name), None, config, room, capturer=GraphsOnCpus()) as engine:
+        assert engine.why_eager == "Qwen3_5ForCausalLM has recurrent layers, which are not captured yet"
