@@ -142,6 +142,7 @@ class Engine:
         else:
             capacity = to_bucket(room.prompt_length + shapes.first_slots)
             self._target_cache = RowCache(find_kinds(target), capacity)
+            self._target_cache.is_stock = self.is_eager
         self.recorder = stack.enter_context(
             StateRecorder(target, None if self._proposer is None else self._proposer.bound_aux_layer_ids)
         )

@@ -40,6 +40,7 @@ class RowCache(Cache):
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
+        self.is_stock = False  # whether recurrent layers run whole, token by token
         self._kept: Tensor | None = None  # [B] int64: what `settle` is to keep
         super().__init__(layers=[kind.memory(self) for kind in self.kinds])
         # Whether some layer keeps states: there is no way back to those before the last block.

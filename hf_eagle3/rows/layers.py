@@ -63,7 +63,13 @@ KINDS: dict[str, LayerKind] = {
     "hybrid": LayerKind(
         KeyValuesAndStates,
         ("LinearAttentionAndFullAttentionLayer",),
-        {"full_attention": see_all, "linear_attention": None},
+        {"hybrid": see_all, "full_attention": see_all, "linear_attention": None},
+        takes_trees=False,
+    ),
+    "hybrid_sliding": LayerKind(
+        KeyValuesAndStates,
+        ("LinearAttentionAndSlidingWindowAttentionLayer",),
+        {"hybrid_sliding": see_window, "sliding_attention": see_window, "linear_attention": None},
         takes_trees=False,
     ),
     "moe": FEED_FORWARD,

@@ -5,43 +5,60 @@ for each new token, so a block that takes it for each of its tokens computes the
 them (`memory.States`). Everything else in a layer runs over the whole block at once.
 """
 
+import copy
 import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..recorder import find_layers
 from .cache import WRITING
-from .layers import find_unknown, has_states, name_layers
+from .layers import KINDS, find_unknown, has_states, name_layers
 from .memory import States
 from .substitutes import Substitute
 
-# Classes of the host whose forward over one token reads and writes the states of the cache's layer `layer_idx`, and keeps
-# nothing elsewhere; how each mixes tokens.
+
+@dataclass(frozen=True)
+class Mixer:
+    """How a recurrent layer of the host mixes tokens.
+
+    Attributes:
+        kind: In words.
+        entries: Its parts that see nothing but the layer's input, token by token, and
+        exit: the last one, whose output is the layer's. Both may run over a whole block at once.
+    """
+
+    kind: str
+    entries: tuple[str, ...]
+    exit: str | None = "out_proj"
+
+
+DELTA_NET = Mixer("gated delta net", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+DELTA = ("q_proj", "k_proj", "v_proj", "b_proj")
+MAMBA, MAMBA2, CONVOLUTION = (Mixer(kind, ("in_proj",)) for kind in ("Mamba", "Mamba-2", "short convolution"))
+# By class of the host: those whose forward over one token reads and writes the states of the cache's layer `layer_idx`, and
+# keeps nothing elsewhere.
 MIXERS = {
+    **dict.fromkeys(("LaraMiniGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"), DELTA_NET),
+    "Qwen3NextGatedDeltaNet": Mixer("gated delta net", ("in_proj_qkvz", "in_proj_ba")),
+    "OlmoHybridGatedDeltaNet": Mixer("gated delta net", (*DELTA, "a_proj", "g_proj"), "o_proj"),
+    "BailingHybridDeltaAttention": Mixer("delta attention", (*DELTA, "g_proj"), "o_proj"),
+    "KimiLinearDeltaAttention": Mixer("delta attention", (*DELTA, "g_a_proj", "forget_gate"), "o_proj"),
+    "FalconH1Mixer": Mixer("Mamba-2", ()),  # it scales its input before
     **dict.fromkeys(
-        (
-            *("LaraMiniGatedDeltaNet", "OlmoHybridGatedDeltaNet", "Qwen3NextGatedDeltaNet"),
-            *("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"),
-        ),
-        "gated delta net",
+        ("BambaMixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"), MAMBA2
     ),
-    **dict.fromkeys(("BailingHybridDeltaAttention", "KimiLinearDeltaAttention"), "delta attention"),
-    **dict.fromkeys(
-        (
-            *("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer"),
-            "Zamba2MambaMixer",
-        ),
-        "Mamba-2",
-    ),
-    **dict.fromkeys(("FalconMambaMixer", "JambaMambaMixer", "MambaMixer", "ZambaMambaMixer"), "Mamba"),
-    **dict.fromkeys(("Lfm2MoeShortConv", "Lfm2ShortConv", "Lfm3ShortConv"), "short convolution"),
+    **dict.fromkeys(("FalconMambaMixer", "JambaMambaMixer", "MambaMixer", "ZambaMambaMixer"), MAMBA),
+    **dict.fromkeys(("Lfm2MoeShortConv", "Lfm2ShortConv", "Lfm3ShortConv"), CONVOLUTION),
+    "ZayaCCAProjection": Mixer("convolutions before attention", ("q_proj", "k_proj", "v_proj_current"), None),
 }
-KEEP_STATES = ("conv", "hybrid", "linear_attention")  # kinds of layers
 
 _lock = threading.Lock()  # of the next
 _steppers: "weakref.WeakKeyDictionary[nn.Module, Stepper]" = weakref.WeakKeyDictionary()
@@ -64,36 +81,81 @@ def why_not_layers(target: PreTrainedModel) -> str | None:
         return f"{name} has layers of a kind that our loop does not know ({unknown})"
     if getattr(target, "_is_stateful", False) and not has_states(target):
         return f"{name} keeps states in a way that our loop does not know (none of its layers says so)"
-    mixers = find_mixers(target)
+    mixers, places = find_mixers(target), DynamicCache(config=config).layers
     for index, (kind, _) in enumerate(name_layers(config)):
-        if kind in KEEP_STATES and index not in mixers:
+        if not issubclass(KINDS[kind].memory, States):
+            continue
+        if index not in mixers or places[index].number_of_states > 1:
             layer = type(find_layers(target)[1][index]).__name__
             return f"{name} keeps states in a way that our loop does not know ({kind} in {layer})"
     return None
+
+
+class Slices(nn.Module):
+    """Gives what a part of a mixer made of a whole block, [B, T, N], token by token."""
+
+    def __init__(self, whole: Tensor):
+        super().__init__()
+        self.whole, self.token = whole, 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # noqa: ARG002  of which the whole was made
+        """That of the next token."""
+        self.token += 1
+        return self.whole[:, self.token - 1 : self.token]
+
+
+class Collects(nn.Module):
+    """Keeps what the last part of a mixer is given, token by token, and gives it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Tensor] = []
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, 1, N] as it is."""
+        self.parts.append(hidden_states)
+        return hidden_states
 
 
 class Stepper(Substitute):
     """Runs a block through a mixer of the host token by token."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the host's
-        """What the mixer gives, a tensor [B, T, H] or a tuple that begins with one."""
-        cache = WRITING.get()
+        """What the mixer gives, a tensor [B, T, H] or several [B, T, ...]."""
+        cache, module = WRITING.get(), self.module
         assert self.original is not None
         if cache is None or cache.block is None or cache.is_first:
             return self.original(*args, **kwargs)
-        layer = cache.layers[self.module.layer_idx]
+        layer = cache.layers[module.layer_idx]
         assert isinstance(layer, States)
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
-        kwargs["attention_mask"] = None  # as for one token of plain decoding
         T = hidden_states.shape[1]
         layer.begin(T)
+        if T == 1 or cache.is_stock or self.had_its_own:
+            return self._step(self.original, layer, hidden_states, *args[1:], **kwargs)
+        mixer, parts = MIXERS[type(module).__name__], dict(module._modules)
+        for name in mixer.entries:
+            parts[name] = Slices(getattr(module, name)(hidden_states))
+        collects = None if mixer.exit is None else Collects()
+        if mixer.exit is not None:
+            parts[mixer.exit] = collects
+        # The same weights, with other parts: nothing of the module itself changes.
+        double = copy.copy(module)
+        vars(double)["_modules"] = parts
+        output = self._step(partial(type(module).forward, double), layer, hidden_states, *args[1:], **kwargs)
+        if mixer.exit is None or collects is None:
+            return output
+        return getattr(module, mixer.exit)(torch.cat(collects.parts, dim=1))
+
+    def _step(self, forward: Callable, layer: States, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What `forward` gives for each token of a block, one after the other."""
         outputs = []
-        for token in range(T):
+        for token in range(hidden_states.shape[1]):
             layer.advance(token)
-            outputs.append(self.original(hidden_states[:, token : token + 1], *args[1:], **kwargs))
-        if isinstance(outputs[0], tuple):
-            return torch.cat([output[0] for output in outputs], dim=1), *outputs[-1][1:]
-        return torch.cat(outputs, dim=1)
+            outputs.append(forward(hidden_states[:, token : token + 1], *args, **kwargs))
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs, dim=1)
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
 
 
 class Stepping:

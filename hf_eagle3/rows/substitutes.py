@@ -21,7 +21,7 @@ class Substitute:
     def __init__(self, module: nn.Module):
         self._reference = weakref.ref(module)
         self.original: Callable | None = None  # while this stands in its place
-        self._had_its_own = False  # whether the original was the instance's
+        self.had_its_own = False  # whether the original was the instance's
         self._users: set[int] = set()
 
     @property
@@ -36,7 +36,7 @@ class Substitute:
         namespace = vars(self.module)
         with _lock:
             if not self._users:
-                self._had_its_own, self.original = "forward" in namespace, self.module.forward
+                self.had_its_own, self.original = "forward" in namespace, self.module.forward
                 namespace["forward"] = self
             self._users.add(id(user))
 
@@ -48,7 +48,7 @@ class Substitute:
             self._users.discard(id(user))
             if not is_used or self._users:
                 return
-            if self._had_its_own:
+            if self.had_its_own:
                 namespace["forward"] = self.original
             else:
                 del namespace["forward"]
