@@ -11,8 +11,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ..compat import CACHE_NAME, rewind
+from ..compat import CACHE_NAME, count_cached, rewind
 from ..console.opening import rendering
+from ..rows.recurrent import continues
 from .loading import Pair
 
 
@@ -93,7 +94,7 @@ class Conversation:
         seconds = time.perf_counter() - start
         new = whole[ids.shape[1] :]
         self._cache = out.get(CACHE_NAME)
-        self._cached = [] if self._cache is None else whole[: int(self._cache.get_seq_length())]
+        self._cached = [] if self._cache is None else whole[: count_cached(self._cache)]
         answer = tokenizer.decode(new, skip_special_tokens=True)
         self._messages = [*messages, {"role": "assistant", "content": answer}]
         speculation = getattr(out, "speculation", None)
@@ -113,7 +114,7 @@ class Conversation:
         cache, self._cache = self._cache, None  # a call that fails may leave anything in it
         pairs = zip(self._cached, ids[:-1], strict=False)  # as far as both go
         num_common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(ids) - 1))
-        if cache is None or not num_common:
+        if cache is None or not num_common or not continues(self._pair.target):
             return None, 0
         surplus = len(self._cached) - num_common
         if surplus and not cache.is_croppable:

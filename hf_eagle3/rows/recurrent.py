@@ -33,16 +33,19 @@ class Mixer:
         kind: In words.
         entries: Its parts that see nothing but the layer's input, token by token, and
         exit: the last one, whose output is the layer's. Both may run over a whole block at once.
+        continues: Whether the host's path over several tokens begins with the states that it is given.
     """
 
     kind: str
     entries: tuple[str, ...]
     exit: str | None = "out_proj"
+    continues: bool = True
 
 
 DELTA_NET = Mixer("gated delta net", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 DELTA = ("q_proj", "k_proj", "v_proj", "b_proj")
-MAMBA, MAMBA2, CONVOLUTION = (Mixer(kind, ("in_proj",)) for kind in ("Mamba", "Mamba-2", "short convolution"))
+MAMBA = Mixer("Mamba", ("in_proj",), continues=False)  # to 5.24 at least, whose scan takes no state to begin with
+MAMBA2, CONVOLUTION = Mixer("Mamba-2", ("in_proj",)), Mixer("short convolution", ("in_proj",))
 # By class of the host: those whose forward over one token reads and writes the states of the cache's layer `layer_idx`, and
 # keeps nothing elsewhere.
 MIXERS = {
@@ -71,6 +74,11 @@ def find_mixers(target: PreTrainedModel) -> dict[int, nn.Module]:
         for module in target.modules()
         if type(module).__name__ in MIXERS and type(module).__module__.startswith("transformers.models.")
     }
+
+
+def continues(target: PreTrainedModel) -> bool:
+    """Whether plain decoding of `target` goes on from a cache with several tokens as if it had them all at once."""
+    return all(MIXERS[type(module).__name__].continues for module in find_mixers(target).values())
 
 
 def why_not_layers(target: PreTrainedModel) -> str | None:

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.decoding.engine import Engine, Room
 from hf_eagle3.decoding.state import RoundConfig
-from hf_eagle3.rows.recurrent import MIXERS, find_mixers
+from hf_eagle3.rows.recurrent import MIXERS, continues, find_mixers
 
 GREEDY = {"do_sample": False}
 OWN = "own decode loop"
@@ -224,6 +224,20 @@ def test_a_second_turn_goes_on_from_either_cache(name, num_rows):
         assert ours.speculation.loop == OWN
         assert ours[CACHE_NAME] is cache
         assert_same_cache(cache, second[CACHE_NAME])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", slow_but(["qwen3_5_text", "jamba"], FAMILIES))
+def test_which_families_go_on_from_states_with_several_tokens(name):
+    """Where the host's forward forgets them, a chat runs the whole conversation instead."""
+    target, ids, cache = make_target(name), make_batch((24,), "cpu")["input_ids"], None
+    for first in (0, 14):
+        part = ids[:, first : first + 14]
+        places = {} if name in ALONE else {"position_ids": torch.arange(first, first + part.shape[1])[None]}
+        cache = DynamicCache(config=target.config) if cache is None else cache
+        logits = target(part, **places, **{CACHE_NAME: cache}, use_cache=True).logits[0, -1]
+    is_same = torch.allclose(logits, target(ids).logits[0, -1], rtol=1e-3, atol=1e-3)
+    assert continues(target) == is_same
 
 
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], sorted(set(FAMILIES) - ALONE)))
