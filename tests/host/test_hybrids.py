@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 import torch
 from helpers.capture import GraphsOnCpus
-from helpers.families import VOCAB, Family, build, make_batch, make_oracle, prompts_of
+from helpers.families import VOCAB, Family, build, make_batch, make_oracle, prompts_of, randomize, tiny_config
 from helpers.marks import slow_but
 from helpers.models import count_hooks
 from helpers.tokenizers import tokenizer
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers import BambaForCausalLM, DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from hf_eagle3.compat import CACHE_NAME
@@ -107,6 +107,26 @@ def test_projections_run_over_whole_blocks_but_in_stock_layers(name, loop):
             handle.remove()
     assert out.sequences[:, 11:].tolist() == expected
     assert Counter(widths).keys() == {11, 4 if loop == "own" else 1}
+
+
+def test_rows_do_not_see_pads_that_plain_decoding_sees():
+    """With a bias on the projection, plain decoding's convolutions see it at the pads before a row's first tokens."""
+    config = tiny_config(Family("bamba", "causal"))
+    config.mamba_proj_bias = True
+    torch.manual_seed(3)
+    target = BambaForCausalLM(config).eval()
+    randomize(target, 0.5)
+    for part in (module.in_proj for module in find_mixers(target).values()):
+        torch.nn.init.normal_(part.bias, std=3.0)
+    batch, options = (
+        make_batch(RAGGED, "cpu"),
+        {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, **GREEDY},
+    )
+    plain = target.generate(**batch, **options)
+    alone = [target.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts_of(batch)]
+    out = target.generate(**batch, assistant_model=make_oracle(target, plain, batch), **options)
+    assert out[:, max(RAGGED) :].tolist() == alone
+    assert plain[:, max(RAGGED) :].tolist() != alone
 
 
 # ---- caches ----
