@@ -62,7 +62,8 @@ NEEDS_PACKAGE = (
     "target.generate(assistant_model=drafter)."
 )
 REMOTE_CODE_FILES = (
-    *("attention_eagle3.py", "configuration_eagle3.py", "modeling_eagle3.py", "text_eagle3.py", "weights_eagle3.py"),
+    *("attention_eagle3.py", "configuration_eagle3.py", "fields_eagle3.py", "modeling_eagle3.py", "text_eagle3.py"),
+    "weights_eagle3.py",
 )
 
 

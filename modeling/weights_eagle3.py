@@ -1,43 +1,44 @@
 """What a drafter's weight files hold: which tensor lies in which file, of which shape and dtype.
 
-Reads headers where it can. Copied into every published drafter, so it imports torch, safetensors, Transformers and its
-siblings only.
+Reads headers where it can, without torch and Transformers, which take seconds to import. Copied into every published
+drafter, so it imports these, safetensors and its siblings only.
 """
 
 import math
+import os
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from .text_eagle3 import one_line, parse_json, show
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HUB_KEYS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
 
 # What a drafter can be made of. Floats of 8 bits mean nothing without scales, which no drafter has.
-FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"  # of a shard: a file beside its index
 
@@ -65,11 +66,16 @@ class StoredTensor(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: a packed type that no drafter is made of
+    dtype: str | None  # by PyTorch's name; None: a packed type that no drafter is made of
 
 
 def find_file(name_or_path: str, filename: str, **kwargs) -> Path | None:
     """The local path of one file of a folder or Hub repository, downloaded if need be; None if there is none."""
+    if os.path.isdir(name_or_path):  # noqa: PTH112  a Path raises where a name is too long
+        file = Path(name_or_path, kwargs.get("subfolder") or "", filename)
+        return file if file.is_file() else None
+    from transformers.utils import cached_file
+
     found = cached_file(
         name_or_path,
         filename,
@@ -180,7 +186,7 @@ def list_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensor(tensor: StoredTensor, name: str) -> Tensor:
+def read_tensor(tensor: StoredTensor, name: str) -> "Tensor":
     """The values of the tensor stored as `name`, on the CPU."""
     if tensor.file.suffix == ".safetensors":
         with safe_open(tensor.file, framework="pt") as file:
@@ -214,7 +220,7 @@ def to_our_names(stored: Mapping[str, StoredTensor], published_names: Mapping[st
             continue
         a, b = by_ours[first], by_ours[second]
         # Widened, since there is no comparison of some dtypes.
-        if not torch.equal(read_tensor(stored[a], a).double(), read_tensor(stored[b], b).double()):
+        if not read_tensor(stored[a], a).double().equal(read_tensor(stored[b], b).double()):
             raise CheckpointError(f"{stored[b].file}: {a} and {b} name the same norm, but their values differ.")
     return {name: ours for ours, name in by_ours.items()}
 
@@ -337,21 +343,22 @@ def _check_dtypes(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) 
     problems = []
     for name, (file, _, dtype) in stored.items():
         if names[name] == "d2t":
-            wanted, fits = "int64 or int32", dtype in (torch.int64, torch.int32)
+            wanted, fits = "int64 or int32", dtype in ("int64", "int32")
         elif names[name] == "t2d":
-            wanted, fits = "bool", dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
+            wanted, fits = "bool", dtype in ("bool", "uint8", "int8", "int32", "int64")
         else:
             wanted, fits = "a float of 16 bits or more, since quantised drafters are not supported", dtype in FLOATS
         if not fits:
-            problems.append(f"{file}: {name} has dtype {dtype or 'unknown'}, expected {wanted}")
+            problems.append(f"{file}: {name} has dtype {f'torch.{dtype}' if dtype else 'unknown'}, expected {wanted}")
     return problems
 
 
-def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
     if file.suffix != ".safetensors":
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in _read_pickle(file).items()}
+        tensors = _read_pickle(file)
+        return {name: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()}
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
             return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
@@ -367,7 +374,9 @@ NOT_A_PICKLE = (
 )
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
+def _read_pickle(file: Path) -> dict[str, "Tensor"]:
+    import torch
+
     try:
         # Files of before torch 1.6 are no zip archives, and cannot be mapped.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -379,7 +388,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{file}: expected a dict from names to tensors, got {type(tensors).__name__}.")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{file}: expected a dict from names to tensors, got {type(tensor).__name__} for {show(name)}."
             )
@@ -390,14 +399,16 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _find_lack(tensor: Tensor) -> str | None:
+def _find_lack(tensor: "Tensor") -> str | None:
     """What keeps a tensor from being its shape and its numbers; None if nothing does."""
+    import torch
+
     kinds = {
         "a nested tensor": tensor.is_nested,
         "a meta tensor, a shape without numbers": tensor.is_meta,
         f"a tensor of layout {tensor.layout}": tensor.layout != torch.strided,
         "a quantised tensor": tensor.is_quantized,
-        f"a {type(tensor).__name__}": type(tensor) not in (Tensor, nn.Parameter),
+        f"a {type(tensor).__name__}": type(tensor) not in (torch.Tensor, torch.nn.Parameter),
     }
     if found := next((kind for kind, is_so in kinds.items() if is_so), None):
         return found

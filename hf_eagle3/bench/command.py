@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ..console.opening import choose_device
+from ..console.devices import choose_device
 from ..console.progress import Progress
 from ..console.terminal import note
 from ..data_parallel import Team, list_arguments, must_launch

@@ -4,19 +4,25 @@ Sizes come from the tensors and are checked against what config.json states.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..console.quoting import is_model_name
-from ..modeling import CheckpointError, Eagle3DrafterConfig
+from ..modeling import CheckpointError
+from ..modeling.fields_eagle3 import Eagle3Fields
 from ..modeling.text_eagle3 import escape_record, show
 from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published
 from .layer_ids import read_layer_ids
 from .measuring import find_first_query, measure
-from .rope import check_rope, read_rope
+from .rope import check_rope, is_plain_rope, read_rope
+
+if TYPE_CHECKING:
+    from ..modeling import Eagle3DrafterConfig
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -192,16 +198,48 @@ def read_target_name(file: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def make_config(published: Published, fields: dict[str, Any]) -> Eagle3DrafterConfig:
-    """The config, checked by itself and by computing its rotary table.
+@strict
+@dataclass(kw_only=True)
+class ReadFields(Eagle3Fields):
+    """The fields of a drafter that is looked at, not made: checked as a config's are."""
+
+
+def make_fields(published: Published, fields: dict[str, Any]) -> Eagle3Fields:
+    """The fields, checked as `make_config` does.
 
     Raises:
         CheckpointError: A value is of the wrong type or out of range.
     """
+    if not is_plain_rope(fields["rope_parameters"]):
+        return make_config(published, fields)
+    return make_checked(published.file, lambda: ReadFields(**fields))
+
+
+def make_config(published: Published, fields: dict[str, Any]) -> "Eagle3DrafterConfig":
+    """The config, checked by itself and for its rotary table.
+
+    Raises:
+        CheckpointError: A value is of the wrong type or out of range.
+    """
+    from ..modeling import Eagle3DrafterConfig  # whose host takes seconds to import
+
     dtype = published.tensors[find_first_query(published)].dtype
+    values = {**fields, "dtype": dtype, "architectures": ["Eagle3DrafterModel"]}
+    return make_checked(published.file, lambda: Eagle3DrafterConfig(**values))
+
+
+Fields = TypeVar("Fields", bound=Eagle3Fields)
+
+
+def make_checked(file: Path, make: Callable[[], Fields]) -> Fields:
+    """What `make` makes.
+
+    Raises:
+        CheckpointError: It, or the rotary table, cannot be made.
+    """
     try:
-        config = Eagle3DrafterConfig(**fields, dtype=dtype, architectures=["Eagle3DrafterModel"])
-        check_rope(config)
+        made = make()
+        check_rope(made)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{published.file}: {error}") from error
-    return config
+        raise CheckpointError(f"{file}: {error}") from error
+    return made

@@ -3,27 +3,34 @@
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig
+from huggingface_hub.errors import StrictDataclassError
+
+from ..modeling import CheckpointError
+from ..modeling.fields_eagle3 import FIELD_NAMES, Eagle3Fields, check_host_values
 from ..modeling.text_eagle3 import one_line, show
 from ..modeling.weights_eagle3 import (
     StoredTensor,
     find_file,
     find_weight_files,
     list_tensors,
+    read_json_file,
     refuse_misfits,
     refuse_outside,
     to_our_names,
 )
-from .convert import make_config
+from .convert import ReadFields, make_fields
 from .engines import ENGINES, HF, find_refusals
 from .flavours import WEIGHT_NAMES
 from .load import read_published
 from .target_name import CARD, NamedTarget, find_target
 
-FIELDS = tuple(name for name in Eagle3DrafterConfig.__annotations__ if name not in ("model_type",))
+FIELDS = tuple(field.name for field in fields(Eagle3Fields))
+# What else a config.json that we saved may hold; with any other key it is read by the host, which takes seconds to import.
+BESIDE = frozenset({"architectures", "auto_map", "dtype", "model_type", "transformers_version"})
 
 
 class Description(NamedTuple):
@@ -31,7 +38,7 @@ class Description(NamedTuple):
 
     name: str
     flavour: str
-    config: Eagle3DrafterConfig
+    config: Eagle3Fields
     sources: dict[str, str]  # field -> where its value comes from
     tensors: dict[str, StoredTensor]
     target: NamedTarget | None  # what it was made for
@@ -55,34 +62,36 @@ class Description(NamedTuple):
             "refusals": self.refusals,
         }
 
-    def __str__(self) -> str:
+    @property
+    def head(self) -> list[str]:
+        """Lines that say what it is, what it is made of, and what for."""
         files = sorted({tensor.file for tensor in self.tensors.values()})
-        floats = [
-            tensor for tensor in self.tensors.values() if tensor.dtype is not None and tensor.dtype.is_floating_point
-        ]
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in floats})
+        floats = [tensor for tensor in self.tensors.values() if "float" in (tensor.dtype or "")]
+        dtypes = sorted({str(tensor.dtype) for tensor in floats})
         parameters = sum(math.prod(tensor.shape) for tensor in floats)
-        rows = [
-            (name, one_line(str(getattr(self.config, name))), self.sources.get(name, "default")) for name in FIELDS
+        lines = [
+            f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
+            f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
+            f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
+            f"Target   {self.describe_target()}",
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(
-            one_line(line)
-            for line in [
-                f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
-                f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
-                f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
-                f"Target   {self.describe_target()}",
-                "",
-                *(f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows),
-                "",
-                f"{ENGINES[HF]:24} yes, with hf-eagle3",
-                *(
-                    f"{ENGINES[engine]:24} {'no: ' + '; '.join(why) if why else 'yes, after hf-eagle3 export --to ' + engine}"
-                    for engine, why in self.refusals.items()
-                ),
-            ]
-        )
+        return [one_line(line) for line in lines]
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Each field with its value, and where that comes from."""
+        return [(name, str(getattr(self.config, name)), self.sources.get(name, "default")) for name in FIELDS]
+
+    @property
+    def engines(self) -> list[tuple[str, str, str]]:
+        """Each engine with whether it can serve the drafter, and how or why not."""
+        rows = [
+            (ENGINES[engine], "NO", "; ".join(why))
+            if why
+            else (ENGINES[engine], "yes", f"hf-eagle3 export --to {engine}")
+            for engine, why in self.refusals.items()
+        ]
+        return [(ENGINES[HF], "yes", "with hf-eagle3"), *rows]
 
     def describe_target(self) -> str:
         """The target's name and where it stands, and sizes to know the target by."""
@@ -104,8 +113,8 @@ def describe_drafter(
     name = os.fspath(name_or_path)
     found = read_published(name, **kwargs)
     if found is not None:
-        published, flavour, (fields, sources) = found
-        config = make_config(published, fields)
+        published, flavour, (values, sources) = found
+        config = make_fields(published, values)
         tensors = {published.names[ours]: tensor for ours, tensor in published.tensors.items()}
         return Description(
             name, flavour.name, config, sources, tensors, find_named_target(name, config, sources, tensors, **kwargs)
@@ -113,12 +122,11 @@ def describe_drafter(
     file = find_file(name, "config.json", **kwargs)
     if file is None:
         raise CheckpointError(f"{name}: there is no config.json, in a folder or on the Hub.")
-    config_dict, _ = Eagle3DrafterConfig.get_config_dict(name, **kwargs)
-    if config_dict.get("model_type") != Eagle3DrafterConfig.model_type:
-        raise CheckpointError(
-            f"{file}: not an EAGLE-3 drafter, by its keys (model_type {show(config_dict.get('model_type'))})."
-        )
-    config = Eagle3DrafterConfig.from_pretrained(name, **kwargs)
+    config_dict = read_json_file(file)
+    if not isinstance(config_dict, dict) or config_dict.get("model_type") != Eagle3Fields.model_type:
+        kind = config_dict.get("model_type") if isinstance(config_dict, dict) else config_dict
+        raise CheckpointError(f"{file}: not an EAGLE-3 drafter, by its keys (model_type {show(kind)}).")
+    config = read_fields(config_dict) or load_config(name, **kwargs)
     files = find_weight_files(name, **kwargs)
     refuse_outside(file, *files)
     tensors = list_tensors(files)
@@ -134,9 +142,31 @@ def describe_drafter(
     )
 
 
+def read_fields(config_dict: Mapping[str, Any]) -> Eagle3Fields | None:
+    """The fields of a config.json of ours; None where the host is to say what it makes of them."""
+    if not config_dict.keys() <= FIELD_NAMES | BESIDE:
+        return None
+    try:
+        check_host_values(config_dict)
+        return ReadFields(**{key: value for key, value in config_dict.items() if key in FIELD_NAMES})
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError):
+        return None  # the host raises as well, and as it does when the drafter is loaded
+
+
+def load_config(name: str, **kwargs: Any) -> Eagle3Fields:  # as in `describe_drafter`
+    """The config as loading the drafter makes it.
+
+    Raises:
+        CheckpointError: It cannot be made.
+    """
+    from ..modeling import Eagle3DrafterConfig
+
+    return Eagle3DrafterConfig.from_pretrained(name, **kwargs)
+
+
 def find_named_target(
     name: str,
-    config: Eagle3DrafterConfig,
+    config: Eagle3Fields,
     sources: Mapping[str, str],
     tensors: Mapping[str, StoredTensor],
     **kwargs: Any,  # as in `describe_drafter`

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..modeling import Eagle3DrafterConfig
+    from ..modeling.fields_eagle3 import Eagle3Fields
 
 SGLANG, VLLM, SPECULATORS, HF = "sglang", "vllm", "speculators", "hf"
 ENGINES: Mapping[str, str] = {
@@ -24,7 +25,7 @@ class Refusal(NamedTuple):
     """A variant that some engines cannot serve."""
 
     field: str
-    is_set: "Callable[[Eagle3DrafterConfig], bool]"
+    is_set: "Callable[[Eagle3Fields], bool]"
     engines: tuple[str, ...]
     why: str
 
@@ -97,7 +98,7 @@ REFUSALS = (
 )
 
 
-def find_refusals(config: "Eagle3DrafterConfig", engine: str) -> list[str]:
+def find_refusals(config: "Eagle3Fields", engine: str) -> list[str]:
     """Why `engine` cannot serve a drafter of this config, one line each; empty if it can."""
     return [
         f"{refusal.field}={getattr(config, refusal.field)!r}: {refusal.why}"

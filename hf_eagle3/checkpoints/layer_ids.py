@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..modeling import CheckpointError
-from ..modeling.configuration_eagle3 import default_boundaries
+from ..modeling.fields_eagle3 import default_boundaries
 from ..modeling.text_eagle3 import escape_record, show
 
 logger = logging.getLogger(__name__)

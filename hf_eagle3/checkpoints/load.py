@@ -9,10 +9,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..modeling import CheckpointError, Eagle3DrafterConfig
-from ..modeling.configuration_eagle3 import check_host_values
+from ..modeling import CheckpointError
+from ..modeling.fields_eagle3 import FIELD_NAMES, Eagle3Fields, check_host_values
 from ..modeling.text_eagle3 import KeyTwiceError, escape_record, parse_json, show
 from ..modeling.weights_eagle3 import (
     FLOATS,
@@ -26,6 +26,9 @@ from ..modeling.weights_eagle3 import (
 from .convert import Resolved, convert_config, make_config
 from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, WEIGHT_NAMES, Flavour, Published
 from .measuring import FIRST_QUERY, find_first_query, read_shape
+
+if TYPE_CHECKING:
+    from ..modeling import Eagle3DrafterConfig
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -41,7 +44,6 @@ MARKERS = frozenset(
 TABLES = frozenset({"d2t", "t2d"})  # tensors of numbers that are no weights
 # Keys that say something else of the whole checkpoint than of the table within.
 OF_WHOLE = frozenset({"architectures", "tie_word_embeddings", "quantization_config", "compression_config"})
-USER_FIELDS = frozenset(Eagle3DrafterConfig.__annotations__)
 
 
 def register_weight_names() -> None:
@@ -54,7 +56,7 @@ def register_weight_names() -> None:
 def load_published_config(
     pretrained_model_name_or_path: str | os.PathLike,
     **kwargs: Any,  # the host's: where to look, and what a user gives to `AutoConfig.from_pretrained`
-) -> Eagle3DrafterConfig | None:
+) -> "Eagle3DrafterConfig | None":
     """The config of a published EAGLE-3 drafter, or None if this is anything else.
 
     Weights are looked at only if config.json has a marker of EAGLE-3.
@@ -72,7 +74,7 @@ def load_published_config(
         return None
     name = os.fspath(pretrained_model_name_or_path)
     logger.info("%s is an EAGLE-3 drafter, flavour %s.", name, found.flavour.name)
-    theirs = {key: value for key, value in kwargs.items() if key in USER_FIELDS}
+    theirs = {key: value for key, value in kwargs.items() if key in FIELD_NAMES}
     if "aux_layer_ids" in theirs:  # an argument counts boundaries
         theirs.setdefault("aux_layer_ids_from_outputs", False)
     return make_config(found.published, {**found.resolved.fields, **theirs, "name_or_path": name})
@@ -105,7 +107,7 @@ def read_published(
     if file is None:
         return None
     config = read_config(file, lambda: find_weight_files(name, **kwargs))
-    if isinstance(config, dict) and config.get("model_type") == Eagle3DrafterConfig.model_type:
+    if isinstance(config, dict) and config.get("model_type") == Eagle3Fields.model_type:
         try:
             check_host_values(config)  # ours, which the host loads by itself, and reads these first
         except ValueError as error:
@@ -143,12 +145,12 @@ def is_drafters(config: Any) -> bool:  # whatever the file holds
     """Whether config.json may be a drafter's, ours or published."""
     if not isinstance(config, dict):
         return False
-    return config.get("model_type") == Eagle3DrafterConfig.model_type or is_candidate(config)
+    return config.get("model_type") == Eagle3Fields.model_type or is_candidate(config)
 
 
 def is_candidate(config: Mapping[str, Any]) -> bool:
     """Whether config.json gives a reason to look at the weights."""
-    if config.get("model_type") == Eagle3DrafterConfig.model_type:
+    if config.get("model_type") == Eagle3Fields.model_type:
         return False  # ours: the host loads it by itself
     if is_named_eagle(config):
         return True
@@ -255,7 +257,7 @@ def recognise(published: Published) -> Flavour | None:
     for name, tensor in tensors.items():
         if name not in TABLES and tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{published.where(name)} has dtype {tensor.dtype or 'unknown'}, expected a float of 16 bits or more: "
+                f"{published.where(name)} has dtype {f'torch.{tensor.dtype}' if tensor.dtype else 'unknown'}, expected a float of 16 bits or more: "
                 "quantised drafters are not supported."
             )
     return next(flavour for flavour in FLAVOURS if flavour.matches(published))

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..modeling import CheckpointError, Eagle3DrafterConfig
-from ..modeling.configuration_eagle3 import check_rope_values, refuse_second_rope
+from ..modeling import CheckpointError
+from ..modeling.fields_eagle3 import Eagle3Fields, check_rope_values, refuse_second_rope
 from ..modeling.text_eagle3 import show
 
 ROPE_KEYS = frozenset(
@@ -65,16 +63,34 @@ def normalise_rope(where: str, rope: Any) -> dict[str, Any]:  # Any: whatever co
     return rope
 
 
-def check_rope(config: Eagle3DrafterConfig) -> None:
-    """Raise ValueError if a drafter cannot have the rotary parameters of `config`: no export of it could be loaded."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # takes seconds to import
+# Kinds whose tables come out whole with these parameters, each being what `ROPE_VALUES` says: they need not be computed.
+PLAIN_ROPES = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
 
+
+def is_plain_rope(rope: Mapping[str, Any]) -> bool:
+    """Whether a table comes out of rotary parameters that pass `check_rope_values`."""
+    kind = rope.get("rope_type")
+    wanted = PLAIN_ROPES.get(kind) if isinstance(kind, str) else None
+    return wanted is not None and all(rope.get(key) is not None for key in {"rope_theta", *wanted})
+
+
+def check_rope(config: Eagle3Fields) -> None:
+    """Raise ValueError if a drafter cannot have the rotary parameters of `config`: no export of it could be loaded."""
     rope = config.rope_parameters or {}
     if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
             f"no drafter has rotary parameters {rope}: it rotates whole heads, in all layers alike. Leave out "
             "partial_rotary_factor, and give one set."
         )
+    if is_plain_rope(rope):
+        return
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # takes seconds to import
+
     try:
         frequencies = LlamaRotaryEmbedding(config).inv_freq
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -88,7 +88,8 @@ def load_models(args: argparse.Namespace, load: Callable[..., Any]) -> "Pair":
     from transformers import AutoModel
     from transformers.utils import logging as host_logging
 
-    from ..console.opening import choose_device, refuse_drafter
+    from ..console.devices import choose_device
+    from ..console.opening import refuse_drafter
     from ..smollm2 import DRAFTER_FOLDER
     from .loading import Pair
 

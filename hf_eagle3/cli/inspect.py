@@ -27,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
         found = describe_drafter(args.drafter, revision=args.revision, subfolder=args.subfolder or "")
     if args.json:
         say_json(found.to_dict())
-    else:
-        say(str(found))
+        return 0
+    from ..console.tables import say_table
+
+    say("\n".join(found.head) + "\n")
+    say_table(("field", "value", "from"), found.rows, left=3)
+    say()
+    say_table(("engine", "serves it", "how"), found.engines, left=3)
     return 0

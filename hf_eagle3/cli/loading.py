@@ -6,7 +6,8 @@ from typing import NamedTuple
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as host_logging
 
-from ..console.opening import choose_device, choose_dtype, opening, refuse_drafter, refuse_target
+from ..console.devices import choose_device, choose_dtype
+from ..console.opening import opening, refuse_drafter, refuse_target
 from ..console.progress import Progress
 from ..host.refusals import refuse_other_models
 

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     start()
     import torch
 
-    from ..console.opening import choose_device, refuse_drafter, refuse_target
+    from ..console.devices import choose_device
+    from ..console.opening import refuse_drafter, refuse_target
     from ..data_parallel import Team, launch, list_arguments, must_launch
 
     refuse_target("--target", args.target)
@@ -170,7 +171,8 @@ def load_models(
     """The target with its tokenizer, and the drafter if one is given."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from ..console.opening import choose_dtype, opening
+    from ..console.devices import choose_dtype
+    from ..console.opening import opening
     from ..host.refusals import refuse_other_models
 
     with opening("--target", args.target):

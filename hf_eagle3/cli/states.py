@@ -82,7 +82,8 @@ def make_writer(args: argparse.Namespace) -> "StateWriter":
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as host_logging
 
-    from ..console.opening import choose_device, choose_dtype, opening, refuse_drafter, refuse_target
+    from ..console.devices import choose_device, choose_dtype
+    from ..console.opening import opening, refuse_drafter, refuse_target
     from ..training.states.writer import StateWriter
 
     host_logging.disable_progress_bar()

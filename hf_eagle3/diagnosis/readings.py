@@ -21,7 +21,7 @@ from ..drafters.kinds import find_kind
 from ..drafters.unroll import live_slots, shift, unroll
 from ..host.refusals import refuse_compiled
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
-from ..modeling.configuration_eagle3 import default_boundaries
+from ..modeling.fields_eagle3 import default_boundaries
 from ..recorder import StateRecorder
 
 PROMPTS = (

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from ..checkpoints.card import Adapters
 from ..console.opening import opening
 from ..modeling import Eagle3DrafterModel
-from ..modeling.configuration_eagle3 import default_boundaries
+from ..modeling.fields_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens

@@ -22,11 +22,13 @@ def test_the_config_counts_more_than_the_card_and_the_card_more_than_the_name(tm
     assert by_config.target == ("some-owner/some-target", "config.json: speculators_config.verifier.name_or_path")
     by_card = describe(tmp_path / "Name-8B_eagle3", make_config(), card)
     assert by_card.target == ("card/Target-8B", "README.md: base_model")
-    assert "Target   card/Target-8B, by README.md: base_model; hidden size 16, 50 tokens" in str(by_card)
+    assert "Target   card/Target-8B, by README.md: base_model; hidden size 16, 50 tokens" in by_card.head
     by_name = describe(tmp_path / "Other-8B_eagle3", make_config())
     assert by_name.target == ("Other-8B", "the name Other-8B_eagle3, a guess")
     assert by_name.to_dict()["target"] == {"name": "Other-8B", "from": "the name Other-8B_eagle3, a guess"}
-    assert "Target   not named; hidden size 16" in str(unnamed := describe(tmp_path / "run", make_config()))
+    assert (
+        "Target   not named; hidden size 16, 50 tokens" in (unnamed := describe(tmp_path / "run", make_config())).head
+    )
     assert unnamed.to_dict()["target"] is None
 
 

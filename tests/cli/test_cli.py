@@ -9,7 +9,7 @@ from helpers.layouts import LAYOUTS, write
 from transformers import AutoConfig, AutoModel
 
 from hf_eagle3 import Eagle3DrafterModel, __version__, cli
-from hf_eagle3.checkpoints.describe import describe_drafter
+from hf_eagle3.checkpoints.describe import FIELDS, describe_drafter
 from hf_eagle3.cli.env import OPTIONAL_PACKAGES
 from hf_eagle3.console.installed import installed_version
 
@@ -24,7 +24,7 @@ def test_inspect_our_own_layout(folders, capsys):
     out = capsys.readouterr().out
     assert "an EAGLE-3 drafter, flavour hf-eagle3" in out
     assert re.search(r"^hidden_size +32 +config.json: hidden_size$", out, re.MULTILINE)
-    assert re.search(r"^SGLang +yes, after hf-eagle3 export --to sglang$", out, re.MULTILINE)
+    assert re.search(r"^SGLang +yes +hf-eagle3 export --to sglang$", out, re.MULTILINE)
 
 
 def test_inspect_says_where_each_field_comes_from(tmp_path, capsys):
@@ -39,8 +39,8 @@ def test_inspect_says_where_each_field_comes_from(tmp_path, capsys):
         r"rope_parameters +\{.*5000.0.*\} +config.json: rope_theta",
         r"target_name_or_path +some-owner/some-target +config.json: speculators_config.verifier.name_or_path",
         r"aux_layer_ids +None +default",
-        r"SGLang +no: norm_before_residual=True: its residual is never normed",
-        r"vLLM +yes, after hf-eagle3 export --to vllm",
+        r"SGLang +NO +norm_before_residual=True: its residual is never normed",
+        r"vLLM +yes +hf-eagle3 export --to vllm",
     ):
         assert re.search(rf"^{line}", out, re.MULTILINE), line
 
@@ -50,8 +50,9 @@ def test_inspect_agrees_with_loading(layout, tmp_path):
     published, weights, _ = LAYOUTS[layout]
     description = describe_drafter(write(tmp_path, published, weights))
     loaded = AutoConfig.from_pretrained(tmp_path)
-    ours, theirs = description.config.to_dict(), loaded.to_dict()
-    assert {k for k in ours if ours[k] != theirs[k]} <= {"_name_or_path"}
+    assert {name: getattr(description.config, name) for name in FIELDS} == {
+        name: getattr(loaded, name) for name in FIELDS
+    }
     assert description.sources.keys() >= {"hidden_size", "num_attention_heads", "vocab_size", "rope_parameters"}
 
 

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.layouts import make_config, make_weights, write
 from helpers.processes import worker_environment
 
 from hf_eagle3 import cli
 from hf_eagle3.cli.arguments import positive
 from hf_eagle3.console.spelling import SPELLINGS
+from hf_eagle3.smollm2 import DRAFTER_FOLDER
 
 pytestmark = pytest.mark.any_release
 
@@ -80,20 +82,35 @@ def test_what_needs_no_model_imports_nothing_heavy():
         ["doctor", "/nowhere", "x"],
         ["export", "/nowhere", "--to", "hf", "o"],
     ]
+    assert run_commands(words, HEAVY)[-1] == "[]"
+
+
+def test_inspect_of_a_folder_imports_neither_torch_nor_the_host(tmp_path):
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    stretched = make_config(rope_scaling=llama3 | {"original_max_position_embeddings": 32})
+    folders = [DRAFTER_FOLDER, *(tmp_path / name for name in ("plain", "stretched"))]
+    for folder, config in zip(folders[1:], (make_config(), stretched), strict=True):
+        write(folder, config, make_weights())
+    *said, imported = run_commands([["inspect", str(folder)] for folder in folders], ("torch", "transformers"))
+    assert sum(": an EAGLE-3 drafter, flavour " in line for line in said) == 3
+    assert imported == "[]"
+
+
+def run_commands(commands: list[list[str]], names: tuple[str, ...]) -> list[str]:
+    """Lines of a process that runs `commands`, one after the other; the last says which modules of `names` it imported."""
     code = f"""
 import sys
 sys.argv = ["hf-eagle3"]
 from hf_eagle3 import cli
-for words in {words}:
+for words in {commands}:
     try:
         cli.main(words)
     except SystemExit:
         pass
-print([name for name in {HEAVY} if name in sys.modules])
+print([name for name in {names} if name in sys.modules])
 """
     options = {"capture_output": True, "text": True, "env": worker_environment(), "check": True}
-    done = subprocess.run([sys.executable, "-c", code], **options)
-    assert done.stdout.splitlines()[-1] == "[]"
+    return subprocess.run([sys.executable, "-c", code], **options).stdout.splitlines()
 
 
 # ---- spellings ----

@@ -84,7 +84,7 @@ LAYERS = {
         ["trials"],
     ],
     "console": [
-        ["opening", "progress", "streaming", "tables"],
+        ["devices", "opening", "progress", "streaming", "tables"],
         ["interrupts", "quoting", "spelling", "terminal"],
         ["installed", "paths"],
     ],

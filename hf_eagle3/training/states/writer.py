@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ...console.installed import installed_version
 from ...host.refusals import refuse_compiled
 from ...modeling import Eagle3DrafterModel
-from ...modeling.configuration_eagle3 import default_boundaries
+from ...modeling.fields_eagle3 import default_boundaries
 from ..data.token_rows import TokenDataset, check_token_ids
 from ..data.vocabulary import end_tokens
 from ..locks import only_writer

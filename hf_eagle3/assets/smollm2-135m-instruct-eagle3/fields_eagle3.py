@@ -1,0 +1,1 @@
+../../../modeling/fields_eagle3.py
