@@ -1,11 +1,10 @@
 """`hf-eagle3 regenerate`: lets a target answer prompts, and keeps its tokens as training data."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console.interrupts import saying_on_interrupt
 from ..console.paths import refuse_file, refuse_missing
 from ..console.terminal import note
 from .arguments import Parser, add_device, add_drafter, add_target, json_object
@@ -85,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
         refuse_drafter("--drafter", args.drafter)
     device = choose_device(args.device)
     if must_launch(args.dp_size):
-        with saying_how_to_go_on(args.output_file):
+        with saying_on_interrupt(lambda: say_kept(args.output_file)):
             return launch(args.dp_size, ["regenerate", *list_arguments(args)])
-    with Team(torch.device(device)) as team, saying_how_to_go_on(None if team.rank else args.output_file):
+    with (
+        Team(torch.device(device)) as team,
+        saying_on_interrupt(lambda: None if team.rank else say_kept(args.output_file)),
+    ):
         answer_all(args, team)
     return 0
 
@@ -97,18 +99,12 @@ def has_prompts(args: argparse.Namespace) -> bool:
     return args.prompt_file is not None or args.dataset_name is not None
 
 
-@contextmanager
-def saying_how_to_go_on(output_file: Path | None) -> Iterator[None]:
-    """Say what becomes of a run that is interrupted, if there is a file to go on with."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if output_file is not None:
-            note(
-                f"Interrupted. Answers are kept as they come, in {output_file} and beside it, so at most those of one batch "
-                "are lost: run the same command again to go on."
-            )
-        raise
+def say_kept(output_file: Path) -> str:
+    """What is kept of an interrupted run, and how to go on."""
+    return (
+        f"Answers are kept as they come, in {output_file} and beside it, so at most those of one batch are lost: run the same "
+        "command again to go on."
+    )
 
 
 def answer_all(args: argparse.Namespace, team: "Team") -> None:

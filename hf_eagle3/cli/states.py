@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console.interrupts import saying_on_interrupt
 from ..console.paths import refuse_missing
 from ..console.terminal import note, say
 from .arguments import DTYPES, Parser, add_device, add_drafter, add_target, byte_count, json_object, positive
@@ -72,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
             "yes",
         ):
             return 1
-    say(f"The states are in {writer.run()}.")
+    kept = f"Whole files stay in {args.output_dir}: run the same command again to go on."
+    with saying_on_interrupt(lambda: kept):
+        folder = writer.run()
+    say(f"The states are in {folder}.")
     return 0
 
 

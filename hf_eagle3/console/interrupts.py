@@ -4,11 +4,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+
+from .terminal import note
 
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -30,6 +32,17 @@ def raise_again() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, for which commands clean up."""
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def saying_on_interrupt(describe: Callable[[], str | None]) -> Iterator[None]:
+    """Say what becomes of a run that Ctrl-C ends: `describe`, asked then, gives one sentence or more, or None."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (kept := describe()) is not None:
+            note(f"Interrupted. {kept}")
+        raise
 
 
 @contextmanager

@@ -13,11 +13,13 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 
+from ..console.interrupts import saying_on_interrupt
 from ..console.opening import opening, refuse_drafter, refuse_target
 from ..console.spelling import did_you_mean, respell
 from ..console.terminal import note, say
 from ..modeling.text_eagle3 import MOST_NESTED, parse_json, show
 from .arguments import Eagle3TrainingArguments
+from .checkpointing import find_checkpoints
 from .data import files
 from .data.sources import RowSource
 from .states.stored import StoredStates
@@ -375,6 +377,13 @@ def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any
     return rows.select(range(count)), rows.select(range(count, len(rows))) if held_out else None
 
 
+def say_kept(output_dir: Path) -> str:
+    """What is kept of interrupted training, and how to go on."""
+    if not find_checkpoints(output_dir):
+        return "No checkpoint was written yet, so training begins anew; --save_steps says how often one is."
+    return f"Checkpoints stay in {output_dir}: run the same command with --resume_from_checkpoint true to go on."
+
+
 def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     """Train, evaluate, save; returns the trainer. The forecast goes to stderr, results to stdout."""
     script, model, args = parse(arguments)
@@ -406,7 +415,8 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     if is_first:
         note(str(trainer.forecast()))
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=SWITCHES.get(str(resume).lower(), resume))
+    with saying_on_interrupt(lambda: say_kept(Path(str(args.output_dir))) if is_first else None):
+        trainer.train(resume_from_checkpoint=SWITCHES.get(str(resume).lower(), resume))
     metrics = trainer.evaluate() if eval_rows is not None else {}
     if metrics:
         trainer.save_metrics("eval", metrics)

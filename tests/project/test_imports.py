@@ -84,8 +84,8 @@ LAYERS = {
         ["trials"],
     ],
     "console": [
-        ["devices", "opening", "progress", "streaming", "tables"],
-        ["interrupts", "quoting", "spelling", "terminal"],
+        ["devices", "interrupts", "opening", "progress", "streaming", "tables"],
+        ["quoting", "spelling", "terminal"],
         ["installed", "paths"],
     ],
     "host": [

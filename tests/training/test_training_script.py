@@ -1,19 +1,24 @@
 """`hf-eagle3 train` and `examples/finetune.py`: options from a file and from the command line."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 import yaml
 from helpers.paths import ROOT
 from helpers.training import TINY, make_tokenizer
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hf_eagle3 import cli
 from hf_eagle3.cli.train import find_options
+from hf_eagle3.console.interrupts import INTERRUPTED
 from hf_eagle3.data_parallel import launch
 from hf_eagle3.training.script import lora, main, make_parser, parse, target_options
 
@@ -144,6 +149,49 @@ def test_stored_states_train_from_the_command_line(folder, recipe, tmp_path, cap
     assert "the rows are those that were stored" in capsys.readouterr().err
     assert cli.main(["train", "--config", str(recipe), "--states_eval_rows", "99"]) == 2
     assert "states_eval_rows must lie in 0..11" in capsys.readouterr().err
+
+
+@contextmanager
+def ctrl_c_at(forward: int) -> Iterator[None]:
+    """Ctrl-C in so many forwards of any Llama from now."""
+    count = itertools.count(1)
+
+    def press(module, _inputs):
+        if isinstance(module, LlamaModel) and next(count) == forward:
+            raise KeyboardInterrupt
+
+    hook = register_module_forward_pre_hook(press)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "says", "resume"),
+    [
+        (1, "Interrupted. Checkpoints stay in ", ["--resume_from_checkpoint", "true"]),
+        (3, "Interrupted. No checkpoint was written yet, so training begins anew", []),
+    ],
+)
+def test_interrupted_training_says_how_to_go_on(save_steps, says, resume, recipe, capsys):
+    command = ["train", "--config", str(recipe), "--save_strategy", "steps", "--save_steps", str(save_steps)]
+    with ctrl_c_at(6):
+        assert cli.main([*command, "--max_steps", "4"]) == INTERRUPTED
+    assert says in capsys.readouterr().err
+    assert cli.main([*command, "--max_steps", "4", *resume]) == 0
+
+
+def test_an_interrupted_run_of_states_says_how_to_go_on(folder, tmp_path, capsys):
+    command = ["states", "--target", str(folder), "--train-file", str(folder / "rows.jsonl"), "--device", "cpu"]
+    command += ["--output-dir", str(tmp_path / "states"), "--shard-size", "1", "--batch-tokens", "20"]
+    with ctrl_c_at(4):
+        assert cli.main(command) == INTERRUPTED
+    err = capsys.readouterr().err
+    assert f"Interrupted. Whole files stay in {tmp_path / 'states'}: run the same command again to go on." in err
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "states").glob("states-*")}
+    assert cli.main(command) == 0
+    assert there.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "states").glob("states-*")}.items()
 
 
 @pytest.mark.parametrize(
