@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..console.paths import refuse_file, refuse_missing
 
+SIMULATIONS = ("simulate_acceptance_length", "simulate_coverage")
 PLACES = ("dp_size", "tp_size", "device_map")  # ways to use several devices
 
 
@@ -24,8 +25,9 @@ def refuse_arguments(args: argparse.Namespace) -> None:
     refuse_combinations(args)
     refuse_numbers(args)
     refuse_out(args.out)
-    if args.prompts is not None:
-        refuse_file("--prompts", args.prompts)
+    for name in ("prompts", "simulate_coverage"):
+        if getattr(args, name) is not None:
+            refuse_file(spell(name), getattr(args, name))
     for name in ("target", "drafter", "dflash_drafter"):
         if getattr(args, name) is not None:
             refuse_missing(spell(name), getattr(args, name))
@@ -37,8 +39,17 @@ def refuse_combinations(args: argparse.Namespace) -> None:
         raise ValueError("Give one of --target and --shape.")
     if args.shape and args.prompts:
         raise ValueError("--prompts needs a tokenizer: give --target, not --shape.")
-    if args.drafter is None and args.simulate_acceptance_length is None:
+    simulated = [name for name in SIMULATIONS if getattr(args, name) is not None]
+    if args.drafter is None and not simulated:
         raise ValueError("Without --drafter there are only random weights: give --simulate-acceptance-length too.")
+    if len(simulated) > 1:
+        raise ValueError(f"Give one of {' and '.join(map(spell, simulated))}.")
+    others = [name for name in args.draft_shapes if not name.isdigit()]
+    if others and args.simulate_acceptance_length is not None:
+        raise ValueError(
+            f"--draft-shapes {' '.join(others)} needs rates by depth and rank, which an acceptance length does not say: give "
+            "--simulate-coverage in the place of --simulate-acceptance-length."
+        )
     placed = [spell(name) for name in PLACES if getattr(args, name) is not None]
     if len(placed) > 1:
         raise ValueError(f"Give one of {' and '.join(placed)}.")

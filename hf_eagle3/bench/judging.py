@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 
 from ..data_parallel import Team
 from .equality import Agreement, OutputDiffersError, Text, compare
+from .names import STOCK, is_ours
 from .prompts import Prompts, first_rows
-from .ways import OURS, STOCK, Call, Way
+from .ways import Call, Way
 
 FEW = 4  # prompts to compare where stock `generate` does not run over all of them
 
@@ -25,7 +26,7 @@ def judge(
     """How each kind of ours agrees with stock `generate`, and where one does not: over all prompts if it ran over them,
     else over a few, and over a few of a batch's rows where it has no room for all.
     """
-    ours = [kind for kind in OURS if kind in firsts]
+    ours = [kind for kind in firsts if is_ours(kind)]
     if is_greedy and STOCK in firsts:
         known = dict(firsts)
     else:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,14 @@ from transformers.distributed import DistributedConfig
 from ..console.opening import opening, refuse_drafter, refuse_target
 from ..data_parallel import Team, launch
 from ..host.refusals import refuse_other_models
-from ..host.shapes import DEFAULT_DEPTH, find_depth
+from ..host.shapes import DEFAULT_DEPTH, find_depth, list_candidates
 from ..kernels.qkv import join_projections
+from ..modeling.text_eagle3 import parse_json, show
+from ..speculation.coverage import Coverage, read_coverage
+from ..speculation.shape import chain
 from .dflash import load_dflash
 from .measure import Plan
-from .names import DFLASH, KINDS
+from .names import CHOSEN, DFLASH, KINDS, SWEPT
 from .prompts import Prompts, Question, batch_questions, batch_random_prompts, read_questions
 from .shapes import make_random_drafter, make_target
 from .ways import Way, make_ways
@@ -150,16 +154,16 @@ def load_setting(args: argparse.Namespace, team: Team, steps: Steps) -> Setting:
     depth = choose_depth(drafter, args.num_draft_tokens)
     drafter.generation_config.num_assistant_tokens = depth
     target.generation_config.num_assistant_tokens = None  # the target's own would take precedence
-    simulated = args.simulate_acceptance_length
-    if simulated is not None:
-        drafter.generation_config.simulated_acceptance_length = simulated
-    kinds = [KINDS[name] for name in args.kinds]
+    simulate(drafter, args)
+    is_simulated = args.simulate_acceptance_length is not None or args.simulate_coverage is not None
+    swept = find_swept(drafter, args.draft_shapes)
+    kinds = [*(KINDS[name] for name in args.kinds), *swept]
     other = None
     if args.dflash_drafter is not None:
         other = steps.load_dflash(args.dflash_drafter, dtype=dtype, device=target.device)
         kinds.append(DFLASH)
-    ways = steps.make_ways(target, drafter, temperature=args.temperature, dflash_drafter=other)
-    judged = None if simulated is not None else steps.make_ways(target, drafter, temperature=0.0)
+    ways = steps.make_ways(target, drafter, temperature=args.temperature, dflash_drafter=other, swept=swept)
+    judged = None if is_simulated else steps.make_ways(target, drafter, temperature=0.0, swept=swept)
     plan = Plan(
         1,
         args.max_new_tokens,
@@ -169,6 +173,56 @@ def load_setting(args: argparse.Namespace, team: Team, steps: Steps) -> Setting:
         is_greedy=args.temperature == 0,
     )
     return Setting(target, drafter, depth, {kind: ways[kind] for kind in kinds}, judged, questions, tokenizer, plan)
+
+
+def simulate(drafter: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Let drafts be accepted as the options say, if they do.
+
+    Raises:
+        ValueError: The file has no rates, or is of another drafter.
+    """
+    if args.simulate_acceptance_length is not None:
+        drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+    if args.simulate_coverage is not None:
+        drafter.generation_config.simulated_coverage = read_coverage_file(args.simulate_coverage, args.drafter)
+
+
+def read_coverage_file(path: Path, drafter: str | None) -> Coverage:
+    """Rates by depth and rank, as `benchmarks/bench_shapes.py --write-coverage` writes them.
+
+    Raises:
+        ValueError: It has none, or says that it is of another drafter than `drafter`.
+    """
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+        rates = read_coverage(found["acceptance_by_rank"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"--simulate-coverage {path}: expected JSON with acceptance_by_rank, for each depth a list of rates: {error}"
+        ) from error
+    of, given = found.get("drafter"), Path(drafter).name if drafter is not None else None
+    if of is not None and given is not None and of != given:
+        raise ValueError(f"--simulate-coverage {path}: it is of {show(of)}, and --drafter is {given}.")
+    return rates
+
+
+def find_swept(drafter: PreTrainedModel, names: list[str]) -> dict[str, Any]:  # Any: what `draft_shape` takes
+    """Further kinds of ours by the names that --draft-shapes takes, and the shape that each drafts.
+
+    Raises:
+        ValueError: The drafter has no such tree.
+    """
+    trees = {f"tree-{shape.num_nodes}": shape for shape in list_candidates(drafter) if not shape.is_chain}
+    swept: dict[str, Any] = {}
+    for name in names:
+        if name == "auto":
+            swept[CHOSEN] = name
+            continue
+        if not name.isdigit() and name not in trees:
+            raise ValueError(f"--draft-shapes {name}: the drafter has rates for {', '.join(trees)} alone.")
+        shape = chain(int(name)) if name.isdigit() else trees[name]
+        swept[SWEPT.format(shape.name)] = shape
+    return swept
 
 
 def make_batches(setting: Setting, args: argparse.Namespace, size: int, team: Team) -> list[Prompts]:

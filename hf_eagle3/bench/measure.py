@@ -13,9 +13,10 @@ from ..decoding.arena import count_cache_bytes
 from .attempts import Attempts, free_memory
 from .equality import Agreement
 from .judging import agree, judge
+from .names import STOCK, is_drafting, is_ours
 from .prompts import Prompts
 from .results import Measured, Skipped, add_acceptance, add_times, count_tokens
-from .ways import DRAFTED, OURS, STOCK, Call, Way
+from .ways import Call, Way
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Runs:
         Raises:
             OutputDiffersError: Ours write something else than stock `generate`.
         """
-        ours = [kind for kind in OURS if kind in self.kinds]
+        ours = [kind for kind in self.kinds if is_ours(kind)]
         if not ours:
             return
         work = partial(
@@ -134,7 +135,7 @@ class Runs:
         """On a GPU, capture graphs again: they are released with the memory of each kind before the next."""
         if self.target.device.type != "cuda":
             return
-        for kind in [kind for kind in OURS if kind in self.kinds]:
+        for kind in [kind for kind in self.kinds if is_ours(kind)]:
             if self.attempts.run([kind], partial(self._run_sizes, kind)) is None:
                 self.kinds.remove(kind)
 
@@ -170,7 +171,7 @@ class Runs:
             agreement=self.agreements.get(kind),
         )
         # The text of a simulated draft means nothing.
-        if self.plan.is_greedy and STOCK in self.firsts and (is_judged or kind != DRAFTED):
+        if self.plan.is_greedy and STOCK in self.firsts and (is_judged or not is_drafting(kind)):
             pairs = zip(self.firsts[STOCK], firsts, strict=True)
             same = sum(a == b for x, y in pairs for a, b in zip(x.rows, y.rows, strict=True))
             result.num_identical = sum(self.team.gather(same))

@@ -6,7 +6,20 @@ STOCK, PLAIN, DRAFTED = "generate()", "our loop, no drafting", "our loop, drafti
 STATIC = 'generate(cache_implementation="static")'  # which the host compiles
 LOOKUP = 'generate(prompt_lookup_num_tokens, cache_implementation="static")'  # likewise, from Transformers 5.24 on
 DFLASH = "D-Flash"
+SWEPT = "our loop, {}"  # drafting a shape that --draft-shapes names
+CHOSEN = SWEPT.format("shapes chosen by cost")
 KINDS = {"stock": STOCK, "static": STATIC, "lookup": LOOKUP, "plain": PLAIN, "drafted": DRAFTED}
+
+
+def is_ours(kind: str) -> bool:
+    """Whether a kind of decoding is our loop's."""
+    return kind.startswith("our loop, ")
+
+
+def is_drafting(kind: str) -> bool:
+    """Whether it drafts, too."""
+    return is_ours(kind) and kind != PLAIN
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {

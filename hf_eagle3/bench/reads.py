@@ -12,8 +12,9 @@ from ..drafters.kinds import find_kind
 from ..recorder import find_layers
 from ..speculation.shape import chain
 from ..tensor_parallel import is_spread
+from .names import DRAFTED, is_drafting
 from .results import Measured
-from .ways import DRAFTED, OF_OTHERS
+from .ways import OF_OTHERS
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in host configs
 EXPERTS = ".experts."  # part of the name of routed experts' weights
@@ -140,7 +141,9 @@ def account_for(results: Sequence[Measured], account: Account, *, depth: int, nu
     """The cost of reading weights in a round of each kind; plain kinds have one token a row, drafts K+1."""
     reads = []
     for r in results:
-        if r.kind in OF_OTHERS:  # their number of verified tokens is not known here
+        if r.kind in OF_OTHERS or (
+            is_drafting(r.kind) and r.kind != DRAFTED
+        ):  # their number of verified tokens is not known here
             continue
         is_drafted = r.kind == DRAFTED
         gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0

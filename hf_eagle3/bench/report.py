@@ -15,9 +15,10 @@ from .. import __version__
 from ..console import terminal
 from ..console.quoting import quote_markdown
 from ..modeling.text_eagle3 import one_line
+from .names import DFLASH, DRAFTED, LOOKUP, PLAIN, STOCK, is_drafting
 from .reads import Reads
 from .results import Measured, Skipped
-from .ways import DFLASH, DRAFTED, LOOKUP, OF_OTHERS, PLAIN, STOCK
+from .ways import OF_OTHERS
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def to_markdown(
         *(f"\n[^{i}]: {reason}." for i, reason in enumerate(grid.reasons, 1)),
         *agreement_lines(results),
         *category_lines(grid),
+        *shape_lines(grid),
         *read_lines(reads),
     ]
     return "\n".join(lines) + "\n"
@@ -177,6 +179,25 @@ def category_lines(grid: Grid) -> list[str]:
             ]
             lines.append(join_cells(quote_markdown(name), cells))
     return lines
+
+
+def shape_lines(grid: Grid) -> list[str]:
+    """Drafting by shape, where several were measured: against the kind above, and what rounds drafted."""
+    results = [r for r in grid.results if is_drafting(r.kind)]
+    if not any(r.kind != DRAFTED for r in results):
+        return []
+    lines = [
+        *("", "By what a round drafts:", ""),
+        "| | BS | tokens a second | times drafting | acceptance length | rounds by shape |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    fixed = {r.batch_size: r.tokens_per_second for r in results if r.kind == DRAFTED}
+    return lines + [
+        f"| {r.kind} | {r.batch_size} | {r.tokens_per_second:.1f} | "
+        f"{show_number(r.tokens_per_second / fixed[r.batch_size] if r.batch_size in fixed else None)} | "
+        f"{show_number(r.acceptance_length)} | {', '.join(f'{name} {count}' for name, count in r.shapes.items())} |"
+        for r in results
+    ]
 
 
 def show_number(number: float | None) -> str:

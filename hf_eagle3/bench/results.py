@@ -8,8 +8,9 @@ from typing import NamedTuple
 from ..data_parallel import Team
 from ..speculation.stats import Speculation
 from .equality import Agreement
+from .names import DFLASH, is_drafting
 from .prompts import Prompts
-from .ways import DFLASH, DRAFTED, Call
+from .ways import Call
 
 TIMES = ("seconds", "draft_seconds", "verify_seconds", "accept_seconds", "host_seconds")
 
@@ -30,6 +31,7 @@ class Measured:
     by_category: dict[str, dict[str, float | None]] = field(default_factory=dict)
     seconds_in: dict[str, float] = field(default_factory=dict)  # of a drafted call
     graphs: str = ""
+    shapes: dict[str, int] = field(default_factory=dict)  # rounds by what they drafted, of ours
     num_identical: int | None = None  # rows whose text is that of generate(), in greedy runs
     num_rows: int = 0
     agreement: Agreement | None = None  # with generate(), asserted before anything was timed
@@ -59,7 +61,7 @@ def add_acceptance(
         add_lengths(result, [(max(forwards - 1, 0), tokens - 1, category) for forwards, tokens, category in every])
         return
     speculations = [call.speculation for call in calls if call.speculation is not None]
-    if result.kind != DRAFTED or not speculations:
+    if not is_drafting(result.kind) or not speculations:
         return
     categories = [category for batch in batches for category in batch.categories]
     rows = [
@@ -71,6 +73,11 @@ def add_acceptance(
     add_lengths(result, [counts for counts_of_one in team.gather(share) for counts in counts_of_one])
     counts = [(speculation.rounds_reaching, speculation.rounds_accepting) for speculation in speculations]
     result.acceptance_rate_by_depth = rates_by_depth([c for share in team.gather(counts) for c in share])
+    for share_of_one in team.gather([speculation.shapes for speculation in speculations]):
+        for shapes in share_of_one:
+            result.shapes = {
+                name: result.shapes.get(name, 0) + shapes.get(name, 0) for name in {**result.shapes, **shapes}
+            }
     first = firsts[0].speculation
     result.graphs = first.graphs if first is not None else ""
 
@@ -85,7 +92,7 @@ def add_lengths(result: Measured, gained: list[tuple[int, int, str]]) -> None:
 def add_times(result: Measured, calls: list[Call], shorter: list[Call], team: Team) -> None:
     """Where the time of our drafted rounds went; that of shorter calls, prompts and all, is taken off."""
     speculations = [call.speculation for call in calls if call.speculation is not None]
-    if result.kind != DRAFTED or not speculations:
+    if not is_drafting(result.kind) or not speculations:
         return
     whole, less = (
         sum_times(speculations),

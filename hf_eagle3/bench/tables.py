@@ -72,6 +72,7 @@ def describe_setting(
         f"{'greedy' if args.temperature == 0 else f'temperature {args.temperature}'}, "
         f"{args.max_new_tokens} new tokens, {args.repeats} repeats"
         + (f", acceptance length simulated at {simulated}" if simulated is not None else "")
+        + (", acceptance simulated by rates of each depth and rank" if args.simulate_coverage is not None else "")
         + (
             "; speed of decoding alone, from two lengths." if setting.plan.subtract else "; speed over the whole call."
         ),
@@ -100,6 +101,6 @@ def describe_setting(
 
 def for_report(args: argparse.Namespace) -> argparse.Namespace:
     """The command's arguments without --out and --json, and of paths the last part."""
-    paths, left_out = ("target", "drafter", "prompts", "dflash_drafter"), ("out", "json")
+    paths, left_out = ("target", "drafter", "prompts", "dflash_drafter", "simulate_coverage"), ("out", "json")
     shown = {n: Path(v).name if n in paths and v is not None else v for n, v in vars(args).items()}
     return argparse.Namespace(**{name: value for name, value in shown.items() if name not in left_out})

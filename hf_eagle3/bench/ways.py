@@ -1,7 +1,7 @@
 """Kinds of decoding, each a function of prompts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from . import dflash
 from .names import DFLASH, DRAFTED, LOOKUP, PLAIN, STATIC, STOCK
 from .prompts import Prompts
 
-OURS = (PLAIN, DRAFTED)
 OF_OTHERS = {LOOKUP, DFLASH}  # drafting by other code; not available in every release, target or batch size
 ONE_ROW = (dflash.ONE_ROW, "the host's assisted decoding takes one row at a time")
 
@@ -70,8 +69,9 @@ def make_ways(
     *,
     temperature: float,
     dflash_drafter: PreTrainedModel | None = None,
+    swept: Mapping[str, Any] | None = None,  # Any: whatever `draft_shape` takes
 ) -> dict[str, Way]:
-    """Each kind of decoding as a function."""
+    """Each kind of decoding as a function; `swept` has further ones of ours, and the shape that each drafts."""
     depth = drafter.generation_config.num_assistant_tokens
     # A model may have a penalty, which D-Flash's code does not know and the judgement of ties does not allow for.
     options: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
@@ -84,6 +84,7 @@ def make_ways(
         LOOKUP: by_single_rows(generate(prompt_lookup_num_tokens=depth, cache_implementation="static")),
         PLAIN: generate(assistant_model=drafter, num_assistant_tokens=0),
         DRAFTED: generate(assistant_model=drafter),
+        **{kind: generate(assistant_model=drafter, draft_shape=shape) for kind, shape in (swept or {}).items()},
     }
     if dflash_drafter is not None:
         ways[DFLASH] = by_dflash(target, dflash_drafter, temperature)

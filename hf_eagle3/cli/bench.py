@@ -6,8 +6,11 @@ from typing import Any
 
 from ..bench.arguments import refuse_arguments
 from ..bench.names import KINDS, SHAPES
+from ..modeling.text_eagle3 import show
 from .arguments import Parser, add_depth, add_device, add_drafter, add_json, add_target, positive
 from .starting import start
+
+TREES = ("tree-8", "tree-16", "tree-32")  # fitted to the drafter's rates
 
 
 def add_options(parser: Parser) -> None:
@@ -48,6 +51,12 @@ def add_model_options(parser: Parser) -> None:
         metavar="AL",
         help="accept as if drafts were that good, whatever they are; for weights that were never trained",
     )
+    parser.add(
+        "--simulate-coverage",
+        type=Path,
+        metavar="JSON",
+        help="likewise, by the rates of each depth and rank that a drafter had (acceptance_by_rank)",
+    )
     parser.add("--prompts", type=Path, metavar="JSONL", help="lines with `turns` or `prompt`, and `category`")
     parser.add("--limit", type=positive, metavar="N", help="first N prompts only")
     parser.add("--prompt-length", type=positive, default=512, metavar="T", help="of random prompts")
@@ -69,10 +78,25 @@ def add_run_options(parser: Parser) -> None:
         help=f"what to compare, of {', '.join(KINDS)}",
     )
     parser.add(
+        "--draft-shapes",
+        type=shape_name,
+        nargs="+",
+        default=[],
+        metavar="SHAPE",
+        help=f"further kinds of ours: auto (chosen by cost), tokens of a chain, or {', '.join(TREES)}",
+    )
+    parser.add(
         "--dflash-drafter",
         metavar="REPO_OR_DIR",
         help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
     )
+
+
+def shape_name(text: str) -> str:
+    """What --draft-shapes takes."""
+    if not (text in ("auto", *TREES) or (text.isascii() and text.isdigit() and len(text) < 3 and 0 < int(text) <= 64)):
+        raise argparse.ArgumentTypeError(f"expected auto, 1 to 64, or {', '.join(TREES)}, got {show(text)}")
+    return text
 
 
 def add_device_options(parser: Parser) -> None:

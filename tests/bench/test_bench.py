@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_eagle3 import cli
 from hf_eagle3 import data_parallel as processes
-from hf_eagle3.bench import dflash, equality, measure, reads, report, results, ways
+from hf_eagle3.bench import dflash, equality, measure, names, reads, report, results, ways
 from hf_eagle3.bench.attempts import Attempts
 from hf_eagle3.bench.dflash import load_dflash
 from hf_eagle3.bench.equality import Agreement, OutputDiffersError, Text, compare
@@ -90,6 +90,67 @@ def test_tables_of_a_shape(tmp_path, capsys):
     assert [rate[0] for rate in rates[2::3]] == [1, 1]  # one draft token always, a second half of the time
     shown = [" / ".join("-" if rate is None else f"{rate:.2f}" for rate in found) for found in rates[2::3]]
     assert f"| acceptance rate by depth | {shown[0]} | {shown[1]} |" in text
+
+
+def write_coverage(tmp_path, **more):
+    path = tmp_path / "coverage.json"
+    path.write_text(json.dumps({"acceptance_by_rank": [[1.0], [0.0, 1.0], [1.0]], **more}))
+    return str(path)
+
+
+def test_shapes_are_swept_beside_drafting(tmp_path):
+    """Of a coverage that a chain of one token fulfils always, a longer one never, and a tree to its end."""
+    out = tmp_path / "swept"
+    shapes = ["--draft-shapes", "1", "5", "tree-8", "auto", "--simulate-coverage", write_coverage(tmp_path)]
+    assert cli.main([*TINY, *shapes, "--batch-sizes", "2", "--max-new-tokens", "17", "--out", str(out)]) == 0
+    text, data = read(out)
+    found = {r["kind"]: r for r in data["results"]}
+    swept = ["our loop, chain of 1", "our loop, chain of 5", "our loop, tree of 8, depth 5", names.CHOSEN]
+    assert list(found) == [*KINDS, *swept]
+    lengths = [found[kind]["acceptance_length"] for kind in (KINDS[2], *swept[:2])]
+    assert lengths == [2, 2, 2]
+    assert found[swept[2]]["acceptance_length"] >= 3
+    assert found[swept[1]]["shapes"] == {"chain of 5": 8}
+    assert sum(found[names.CHOSEN]["shapes"].values()) >= 3
+    assert len([line for line in text.splitlines() if line.startswith("| our loop") and "| 2 |" in line]) >= 5
+    assert "acceptance simulated by rates of each depth and rank" in text
+
+
+def test_swept_shapes_are_compared_with_generate(folders, tmp_path):
+    pair = [
+        "--target",
+        str(folders / "target"),
+        "--drafter",
+        str(folders / "drafter"),
+        "--prompt-length",
+        "9",
+        *ON_CPU,
+    ]
+    out = tmp_path / "out"
+    shapes = ["--draft-shapes", "2", "tree-8", "--batch-sizes", "2", "--max-new-tokens", "8"]
+    assert cli.main(["bench", *pair, *shapes, "--out", str(out)]) == 0
+    for result in read(out)[1]["results"][1:]:
+        assert result["num_identical"] == 2
+        assert result["agreement"] is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({}, "expected JSON with acceptance_by_rank"),
+        ({"acceptance_by_rank": [[2.0]]}, "numbers from 0 to 1"),
+        ({"acceptance_by_rank": 3}, "expected JSON with acceptance_by_rank"),
+        ([], "expected JSON with acceptance_by_rank"),
+        ({"acceptance_by_rank": [[0.5]], "drafter": "another"}, "it is of 'another', and --drafter is drafter"),
+    ],
+    ids=["empty", "no_rates", "number", "list", "of_another"],
+)
+def test_a_coverage_that_is_none_is_refused(content, says, folders, tmp_path, capsys):
+    path = tmp_path / "coverage.json"
+    path.write_text(json.dumps(content))
+    pair = ["--target", str(folders / "target"), "--drafter", str(folders / "drafter"), *ON_CPU]
+    assert cli.main(["bench", *pair, "--simulate-coverage", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_bench_as_json(tmp_path, capsys):
