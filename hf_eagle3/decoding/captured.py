@@ -24,6 +24,7 @@ from ..kernels.temperature import divide_rows
 from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
+from ..rows.forwards import FORWARDS
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -87,6 +88,8 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
         return "Triton is not installed"
     if any(model.training for model in models):
         return "a model is in training mode"
+    if target.config.model_type in FORWARDS:
+        return f"CUDA graphs of {type(target).__name__} were never compared with its own forwards"
     for module in (module for model in models for module in model.modules()):
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"

@@ -19,6 +19,7 @@ from ..kernels.onednn import PackedLinears
 from ..recorder import StateRecorder
 from ..rows.attention import over_masks
 from ..rows.cache import RowCache, to_bucket
+from ..rows.forwards import find_special, own_windows
 from ..rows.layers import find_kinds, has_states
 from ..rows.recurrent import Stepping
 from ..rows.rotation import own_lengths
@@ -124,6 +125,7 @@ class Engine:
         """Take memory and hooks."""
         target, drafter, room, shapes = self.target, self.drafter, self.room, self.config.shapes
         stack.enter_context(own_lengths(target))
+        stack.enter_context(own_windows(target))
         self.why_eager = ASKED_FOR if self.is_eager else self._find_why_eager()
         if self.why_eager is None and not take_arena(target):
             self.why_eager = BUSY
@@ -148,7 +150,9 @@ class Engine:
         )
         self.lock: LayerLock = lock_of(target)
         # Rounds that are not captured compute the same in other ways.
-        self.over_masks = over_masks(*self._models, folds=not self.is_eager)
+        special = find_special(target)
+        exchanged = self._models[1:] if special is not None and special.attends_itself else self._models
+        self.over_masks = over_masks(*exchanged, folds=not self.is_eager)
         self.stepping = Stepping(target)
         self._around: list[AbstractContextManager] = [self.over_masks, self.stepping]
         if self.why_eager is not None and not self.is_eager:  # layers on a CPU, if there are any

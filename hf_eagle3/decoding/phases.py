@@ -25,6 +25,7 @@ from ..kernels.top import top_rows_eager
 from ..recorder import StateRecorder, find_layers
 from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
+from ..rows.forwards import Forward, find_special, handing
 from ..rows.layers import Masks, make_masks
 from ..rows.rotation import at_once, one_by_one, rotating
 from ..speculation.accept import RULES, SHARED, Judging, stop_before
@@ -53,22 +54,31 @@ def run_target(target: PreTrainedModel, state: RoundState, tokens: Tensor, block
     places = torch.minimum(block.places, state.last_position)
     position_ids = places + state.shift if state.asked is None else state.asked(places, tokens, block.ancestry)
     text_config = target.config.get_text_config(decoder=True)
-    with cache.writing(block):
+    special = find_special(target)
+    most = getattr(text_config, special.most_slots) if special is not None and special.most_slots else None
+    with cache.writing(block, most=most, like_hosts=special is not None):
         masks = make_masks(text_config, block, cache.num_visible, target.dtype)
-        with handing_over(masks, target) as masks, rotating(one_by_one):
-            out = target(
-                input_ids=tokens,
-                attention_mask=masks,
-                position_ids=position_ids,
-                **{CACHE_NAME: cache},
-                use_cache=True,
-                return_dict=True,
-            )
+        with handing_over(target, special, masks, position_ids) as arguments, rotating(one_by_one):
+            out = target(input_ids=tokens, **arguments, **{CACHE_NAME: cache}, use_cache=True, return_dict=True)
     return out.logits
 
 
 @contextmanager
-def handing_over(masks: Masks | None, target: PreTrainedModel) -> Iterator[Masks | None]:
+def handing_over(
+    target: PreTrainedModel, special: Forward | None, masks: Masks | None, position_ids: Tensor
+) -> Iterator[dict[str, Any]]:
+    """What to give `target` as arguments so that its text decoder goes by `masks` and `position_ids` [B, T]."""
+    if special is not None:
+        assert isinstance(masks, Tensor)
+        with handing(target, special, masks, position_ids) as arguments:
+            yield arguments
+        return
+    with handing_to_decoder(masks, target) as masks:
+        yield {"attention_mask": masks, "position_ids": position_ids}
+
+
+@contextmanager
+def handing_to_decoder(masks: Masks | None, target: PreTrainedModel) -> Iterator[Masks | None]:
     """What to give `target` as a mask so that its text decoder gets `masks`.
 
     Masks by layer type go to the decoder itself where another module calls it, since that may want a tensor.

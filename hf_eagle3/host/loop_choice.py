@@ -1,7 +1,6 @@
 """Which decode loop a call gets, and why."""
 
 import functools
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,11 +11,10 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from ..compat import CACHE_NAME
 from ..recorder import find_skippable
 from ..rows.attention_trial import why_not_ours
+from ..rows.forwards import find_special, why_not_handed
 from ..rows.layers import find_kinds, has_states
-from ..rows.memory import KeyValues
 from ..rows.recurrent import why_not_layers
 from ..rows.rotation import why_not_rotated
 from ..speculation.shape import Shapes, chain
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 HOST_LOOP = "host assisted decoding"
 OWN_LOOP = "own decode loop"
 ASKED = {"host": HOST_LOOP, "own": OWN_LOOP, "eager": OWN_LOOP}  # eager: our loop without CUDA graphs
-# Families whose layers make positions of their own, by `model_type`.
-OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
 # Arguments of `generate` that our loop reads, or that only the prompt's forward takes. Plain decoding passes any other
 # input to each forward.
 KNOWN_INPUTS = {
@@ -59,9 +55,9 @@ def kinds_of_layers(cache: Cache) -> set[str]:
 
 def is_sliding(target: PreTrainedModel) -> bool:
     """Whether some layer of `target` attends within a window."""
-    return "DynamicSlidingWindowLayer" in kinds_of_layers(
-        DynamicCache(config=target.config.get_text_config(decoder=True))
-    )
+    kinds = kinds_of_layers(DynamicCache(config=target.config.get_text_config(decoder=True)))
+    special = find_special(target)
+    return "DynamicSlidingWindowLayer" in kinds or (special is not None and special.keeps_windows)
 
 
 def why_not_target(target: PreTrainedModel) -> str | None:
@@ -74,19 +70,7 @@ def why_not_target(target: PreTrainedModel) -> str | None:
         return reason
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"{name} attends in chunks"
-    return why_not_rows(target) or why_not_rotated(target) or why_not_ours(target)
-
-
-def why_not_rows(target: PreTrainedModel) -> str | None:
-    """What keeps a forward of `target` from taking masks, positions and a cache for each row; None if nothing does."""
-    name, parameters = type(target).__name__, inspect.signature(target.forward).parameters
-    if not any(issubclass(kind.memory, KeyValues) for kind in find_kinds(target)):  # nothing looks at positions
-        return None if CACHE_NAME in parameters else f"up to Transformers 5.23 {name} has another name for its cache"
-    # Families with recurrent layers do not say so, and all that are known here do.
-    says_so = getattr(target, "_supports_attention_backend", False) or has_states(target)
-    if says_so and "position_ids" in parameters and target.config.model_type not in OWN_POSITIONS:
-        return None
-    return f"{name} does not take masks and positions for each row"
+    return why_not_handed(target) or why_not_rotated(target) or why_not_ours(target)
 
 
 def why_not_cache(target: PreTrainedModel, cache: DynamicCache | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..decoding.choosing import read_rates
+from ..rows.forwards import why_no_trees
 from ..rows.layers import takes_trees
 from ..speculation.rates import MAX_RANKS, Rates
 from ..speculation.shape import NONE, DraftShape, Shapes, chain
@@ -44,18 +45,21 @@ def resolve_shapes(
 
 
 def keep_taken(target: PreTrainedModel, shapes: Shapes) -> Shapes:
-    """Those of `shapes` that rounds of `target` can verify: chains alone where layers keep states.
+    """Those of `shapes` that rounds of `target` can verify: chains alone where its layers follow one line of tokens.
 
     Raises:
         ValueError: What was asked for is a tree.
     """
-    if takes_trees(target):
+    why_chains = (
+        why_no_trees(target) if takes_trees(target) else "keeps recurrent states, which follow one line of tokens"
+    )
+    if why_chains is None:
         return shapes
     chains = tuple(shape for shape in shapes.shapes if shape.is_chain)
     if not chains:
         raise ValueError(
-            f"draft_shape is a {shapes.name}, and {type(target).__name__} keeps recurrent states, which follow one line of "
-            "tokens: draft a chain (num_assistant_tokens), or leave out draft_shape."
+            f"draft_shape is a {shapes.name}, and {type(target).__name__} {why_chains}: draft a chain "
+            "(num_assistant_tokens), or leave out draft_shape."
         )
     return Shapes(chains)
 

@@ -39,6 +39,10 @@ class RowCache(Cache):
         self.block: Block | None = None  # while a forward runs: what it adds
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
+        self.num_before = (
+            0  # while a forward runs that asks: how many of those are before the block, in the longest row
+        )
+        self.is_dense = False  # while a forward runs: whether it takes keys and values to be contiguous
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         self.is_stock = False  # whether recurrent layers run whole, token by token
         self._kept: Tensor | None = None  # [B] int64: what `settle` is to keep
@@ -47,23 +51,32 @@ class RowCache(Cache):
         self.has_states = any(isinstance(layer, States) for layer in self.layers)
 
     @contextmanager
-    def writing(self, block: Block, *, is_first: bool = False) -> Iterator["RowCache"]:
+    def writing(
+        self, block: Block, *, is_first: bool = False, most: int | None = None, like_hosts: bool = False
+    ) -> Iterator["RowCache"]:
         """Let one forward add a block.
 
         On a CPU it attends to no more slots than the longest row needs; elsewhere to ask would be a wait.
+
+        Args:
+            block: What it adds.
+            is_first: It runs over nothing but its own positions.
+            most: Slots that it can attend to, if there is a limit.
+            like_hosts: It asks how many positions are cached, and takes keys and values to be contiguous.
         """
         self.settle()
         self.is_first = is_first
-        self.num_visible = self.capacity
+        self.num_visible = self.capacity if most is None else min(most, self.capacity)
         if block.start.device.type == "cpu":
-            self.num_visible = min(to_bucket(int(block.start.max()) + block.num_tokens), self.capacity)
+            self.num_visible = min(to_bucket(int(block.start.max()) + block.num_tokens), self.num_visible)
+        self.is_dense, self.num_before = like_hosts, self.num_visible - block.num_tokens if like_hosts else 0
         self.block = block._replace(start=block.start.contiguous())
         token = WRITING.set(self)
         try:
             yield self
         finally:
             WRITING.reset(token)
-            self.block, self.is_first = None, False
+            self.block, self.is_first, self.is_dense, self.num_before = None, False, False, 0
 
     def keep_first(self, num_kept: Tensor) -> None:
         """Keep of the last block the first `num_kept` [B] int64 tokens of each row, 0 of them at least.

@@ -60,12 +60,12 @@ class Nothing(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked for the first forward only; all others come with masks."""
-        return query_length, 0
+        """Slots that are seen, and the first of them. Most forwards come with masks."""
+        return query_length + self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        """As above: lengths are the rows' own."""
-        return 0
+        """Slots before the block where a forward counts by itself, as of the longest row; lengths are the rows' own."""
+        return self.cache.num_before
 
     def get_max_length(self) -> int:
         """Slots in a row."""
@@ -114,7 +114,7 @@ class KeyValues(Nothing):
         if self.cache.is_first:
             return key_states, value_states
         keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
-        return keys, values
+        return (keys.contiguous(), values.contiguous()) if self.cache.is_dense else (keys, values)
 
     def _each(self) -> Iterator[tuple[str, Tensor]]:
         """Keys and values by their names, where there are any yet."""

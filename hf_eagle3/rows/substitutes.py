@@ -1,4 +1,4 @@
-"""What stands in the place of a module's forward for as long as somebody needs it."""
+"""What stands in the place of a module's method for as long as somebody needs it."""
 
 import threading
 import weakref
@@ -12,14 +12,15 @@ _lock = threading.Lock()  # of all modules' namespaces
 
 
 class Substitute:
-    """Stands in the place of the `forward` of a module while `in_place`, for all threads that are inside at once.
+    """Stands in the place of a method of a module while `in_place`, for all threads that are inside at once.
 
     Args:
         module: The host's. Only a weak reference is kept.
+        name: Of the method.
     """
 
-    def __init__(self, module: nn.Module):
-        self._reference = weakref.ref(module)
+    def __init__(self, module: nn.Module, name: str = "forward"):
+        self._reference, self._name = weakref.ref(module), name
         self.original: Callable | None = None  # while this stands in its place
         self.had_its_own = False  # whether the original was the instance's
         self._users: set[int] = set()
@@ -36,12 +37,12 @@ class Substitute:
         namespace = vars(self.module)
         with _lock:
             if not self._users:
-                self.had_its_own, self.original = "forward" in namespace, self.module.forward
-                namespace["forward"] = self
+                self.had_its_own, self.original = self._name in namespace, getattr(self.module, self._name)
+                namespace[self._name] = self
             self._users.add(id(user))
 
     def leave(self, user: object) -> None:
-        """Undo the `enter` of a user, if there was one; the last one gives the module its own forward back."""
+        """Undo the `enter` of a user, if there was one; the last one gives the module its own method back."""
         namespace = vars(self.module)
         with _lock:
             is_used = bool(self._users)
@@ -49,9 +50,9 @@ class Substitute:
             if not is_used or self._users:
                 return
             if self.had_its_own:
-                namespace["forward"] = self.original
+                namespace[self._name] = self.original
             else:
-                del namespace["forward"]
+                del namespace[self._name]
             self.original = None
 
     @contextmanager

@@ -265,8 +265,10 @@ VARIANTS: dict[tuple[str, str, str], dict[str, Any]] = {
         (encoder, "causal", "is_decoder=False"): {"is_decoder": False}
         for encoder in ("big_bird", "megatron-bert", "roformer")
     },
+    ("falcon", "causal", "alibi"): {"alibi": True},
     ("gemma4_text", "causal", "shared keys"): {"layer_types": LOCAL_AND_GLOBAL, "num_kv_shared_layers": 2},
     ("llama", "causal", "dynamic NTK"): {"rope_parameters": DYNAMIC, "max_position_embeddings": 20},
+    ("mpt", "causal", "use_cache=True"): {"use_cache": True},
     ("paligemma", "image-text", "Gemma 2"): {"text_config": "gemma2"},
     ("phi3", "causal", "longrope"): {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
 }
@@ -373,10 +375,10 @@ STD_OF = {
 }
 
 
-def tiny_config(family: Family) -> PreTrainedConfig:
-    """The config of a family, tiny."""
+def tiny_config(family: Family, **fields: Any) -> PreTrainedConfig:
+    """The config of a family, tiny, with `fields` of one's own."""
     parts = VARIANTS.get((family.model_type, family.kind, family.variant), {})
-    overrides = {**OVERRIDES.get(family.model_type, {}), **parts}
+    overrides = {**OVERRIDES.get(family.model_type, {}), **parts, **fields}
     inner = {
         name: CONFIG_MAPPING[part]()
         for name, part in overrides.items()
@@ -386,9 +388,9 @@ def tiny_config(family: Family) -> PreTrainedConfig:
     return shrink(default, {name: part for name, part in overrides.items() if name not in inner})
 
 
-def build(family: Family) -> PreTrainedModel:
-    """A tiny random model in float32, the same one each time."""
-    config = tiny_config(family)
+def build(family: Family, **fields: Any) -> PreTrainedModel:
+    """A tiny random model in float32, the same one each time, with `fields` of the config of one's own."""
+    config = tiny_config(family, **fields)
     model_class = MAPPINGS[family.kind][1][type(config)]
     if not isinstance(config, model_class.config_class):  # a part of a larger model
         parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
@@ -551,10 +553,10 @@ def decode(target: PreTrainedModel, batch: dict[str, Tensor]) -> Outcome:
     return outcome._replace(verdict="alone" if is_alone else "wrong")
 
 
-def decode_alone(target: PreTrainedModel, prompt: list[int]) -> Tensor:
+def decode_alone(target: PreTrainedModel, prompt: list[int], num_new: int = NEW) -> Tensor:
     """The new tokens [n] after a row that is in no batch."""
     ids = torch.tensor([prompt], device=target.device)
-    return target.generate(ids, max_new_tokens=NEW)[0, len(prompt) :]
+    return target.generate(ids, max_new_tokens=num_new)[0, len(prompt) :]
 
 
 def first_differences(plain: Tensor, ours: Tensor) -> Iterable[tuple[int, int]]:

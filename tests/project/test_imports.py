@@ -112,7 +112,7 @@ LAYERS = {
         ["draft", "unroll"],
     ],
     "rows": [
-        ["attention_trial"],
+        ["attention_trial", "forwards"],
         ["attention", "recurrent"],
         ["cache"],
         ["layers"],

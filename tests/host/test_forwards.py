@@ -1,0 +1,186 @@
+"""Targets whose forward takes masks and positions in another way than most: each row says what plain decoding says."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from helpers import families
+from helpers.families import Family, make_batch, make_oracle
+from helpers.marks import slow_but
+from helpers.models import count_hooks, make_prompt
+from transformers import PreTrainedModel
+
+from hf_eagle3.compat import CACHE_NAME
+from hf_eagle3.decoding.captured import why_not_captured
+from hf_eagle3.host.loop_choice import why_not_target
+from hf_eagle3.rows.forwards import FORWARDS, find_special, narrow_mask, own_windows, why_not_handed
+
+NEW = 24
+VARIANTS = {"falcon (alibi)": Family("falcon", "causal", "alibi"), "mpt": Family("mpt", "causal", "use_cache=True")}
+ALL = {**{name: Family(name, "causal") for name in FORWARDS}, **VARIANTS}
+# One of each kind: usual, own attention, own positions, biases by distance, windows of its own.
+EVERYDAY = ["stablelm", "xglm", "bart", "falcon (alibi)", "gpt_neo"]
+BY_SLOT = ["bloom", "falcon (alibi)", "mpt"]
+BRANCHING = [name for name in ALL if name not in BY_SLOT]
+ONE_ROW, RAGGED, MANY_PADS = (20,), (9, 4, 13), (70, 3, 5)
+TREE = (0, 0, 1, 1, 2, 3, 3, 6)
+
+
+@functools.cache
+def make_target(name: str) -> PreTrainedModel:
+    return families.build(ALL[name])
+
+
+@functools.cache
+def plain_of(name: str, lengths: tuple[int, ...]):
+    options = {"max_new_tokens": NEW, "return_dict_in_generate": True}
+    return make_target(name).generate(**make_batch(lengths, "cpu"), **options)
+
+
+def assert_as_plain(name: str, lengths: tuple[int, ...], *, wrong_share: float = 0.4, **options):
+    """What is told of a batch with an oracle that says what it says without; and the output."""
+    target, plain, batch = make_target(name), plain_of(name, lengths), make_batch(lengths, "cpu")
+    oracle = make_oracle(target, plain.sequences, batch, wrong_share=wrong_share)
+    options = {"max_new_tokens": NEW, "return_dict_in_generate": True, **options}
+    out = target.generate(**batch, assistant_model=oracle, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == "own decode loop"
+    assert count_hooks(target) == 0
+    return plain, out
+
+
+@pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
+@pytest.mark.parametrize("depth", slow_but([3], [1, 2, 3, 5]))
+@pytest.mark.parametrize("name", slow_but(EVERYDAY, ALL))
+def test_text_is_plain_decodings(name, depth, lengths):
+    _, out = assert_as_plain(name, lengths, num_assistant_tokens=depth)
+    assert 1 < out.speculation.acceptance_length < depth + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong_share", [0.0, 1.0], ids=["all_kept", "all_refused"])
+@pytest.mark.parametrize("name", ALL)
+def test_text_is_plain_decodings_whatever_is_kept(name, wrong_share):
+    for lengths in (ONE_ROW, RAGGED):
+        assert_as_plain(name, lengths, num_assistant_tokens=3, wrong_share=wrong_share)
+
+
+@pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
+@pytest.mark.parametrize("name", slow_but(["bart", "gpt_neo"], BRANCHING))
+def test_trees_give_the_targets_text(name, lengths):
+    _, out = assert_as_plain(name, lengths, draft_shape=TREE)
+    assert out.speculation.acceptance_length > 1
+
+
+@pytest.mark.parametrize("name", BY_SLOT)
+def test_trees_are_refused_where_scores_depend_on_the_distance_of_slots(name):
+    target, batch = make_target(name), make_batch(ONE_ROW, "cpu")
+    oracle = make_oracle(target, plain_of(name, ONE_ROW).sequences, batch)
+    with pytest.raises(ValueError, match=r"draft_shape is a tree.*distance between slots.*num_assistant_tokens"):
+        target.generate(**batch, assistant_model=oracle, draft_shape=TREE, max_new_tokens=4)
+    out = target.generate(
+        **batch, assistant_model=oracle, draft_shape="auto", max_new_tokens=NEW, return_dict_in_generate=True
+    )
+    assert not any("tree" in shape for shape in out.speculation.shapes)
+
+
+@pytest.mark.parametrize("name", slow_but(["bart", "bloom"], ALL))
+def test_rows_with_many_pads_say_what_they_say_alone(name):
+    target, batch = make_target(name), make_batch(MANY_PADS, "cpu")
+    alone = [families.decode_alone(target, ids, NEW).tolist() for ids in families.prompts_of(batch)]
+    sequences = torch.cat([batch["input_ids"], torch.tensor(alone)], dim=1)
+    out = target.generate(
+        **batch, assistant_model=make_oracle(target, sequences, batch), max_new_tokens=NEW, num_assistant_tokens=3
+    )
+    assert out[:, max(MANY_PADS) :].tolist() == alone
+
+
+@pytest.mark.parametrize("lengths", slow_but([ONE_ROW], [ONE_ROW, RAGGED]), ids=str)
+@pytest.mark.parametrize("name", slow_but(["bart", "bloom"], ALL))
+def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
+    target = make_target(name)
+    plain, out = assert_as_plain(name, lengths, num_assistant_tokens=3)
+    for ours, theirs in zip(out[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
+        assert ours.keys.shape == theirs.keys.shape
+        if len(lengths) == 1:
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+    if len(lengths) == 1:
+        texts, more = [], torch.cat([plain.sequences, make_prompt(5)], dim=1)
+        for cache, assistant in ((plain[CACHE_NAME], {}), (out[CACHE_NAME], {"assistant_model": oracle_of(name)})):
+            options = {CACHE_NAME: copy.deepcopy(cache), "max_new_tokens": 8}
+            texts.append(target.generate(more, **options, **assistant).tolist())
+        assert texts[0] == texts[1]
+
+
+def oracle_of(name: str):
+    return make_oracle(make_target(name), plain_of(name, ONE_ROW).sequences, make_batch(ONE_ROW, "cpu"))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", slow_but(["falcon (alibi)"], ["falcon (alibi)", "falcon", "stablelm", "bart"]))
+def test_either_attention_of_the_host(name, implementation):
+    target = copy.deepcopy(make_target(name))
+    target.set_attn_implementation(implementation)
+    batch = make_batch(RAGGED, "cpu")
+    plain = target.generate(**batch, max_new_tokens=NEW)
+    oracle = make_oracle(target, plain, batch)
+    out = target.generate(**batch, assistant_model=oracle, max_new_tokens=NEW, return_dict_in_generate=True)
+    assert out.sequences.tolist() == plain.tolist()
+    assert out.speculation.loop == "own decode loop"
+
+
+@pytest.mark.parametrize("name", slow_but(["mpt"], ["mpt", "bart", "gpt_neo", "xglm"]))
+def test_texts_that_end_where_positions_do(name):
+    """A draft would go on behind the last position that the target has."""
+    target = families.build(ALL[name], **{"max_seq_len" if name == "mpt" else "max_position_embeddings": 44})
+    plain = target.generate(make_prompt(20), max_new_tokens=NEW)
+    oracle = make_oracle(target, plain, {"input_ids": make_prompt(20)}, wrong_share=0.2)
+    out = target.generate(make_prompt(20), assistant_model=oracle, max_new_tokens=NEW, num_assistant_tokens=5)
+    assert out.tolist() == plain.tolist()
+
+
+def test_pads_between_tokens_are_left_to_the_host_where_windows_count_them():
+    target, batch = make_target("gpt_neo"), make_batch(ONE_ROW, "cpu")
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"]).index_fill(1, torch.tensor([7, 8]), 0)
+    out = target.generate(
+        **batch, assistant_model=oracle_of("gpt_neo"), max_new_tokens=4, return_dict_in_generate=True
+    )
+    assert "pads between tokens" in out.speculation.why
+
+
+def test_forwards_of_others_keep_their_windows():
+    target = make_target("gpt_neo")
+    with torch.no_grad():
+        outside = target(make_prompt(20)).logits
+        with own_windows(target), own_windows(target):
+            assert torch.equal(target(make_prompt(20)).logits, outside)
+    assert not any("_attn" in vars(module) for module in target.modules())
+
+
+def test_attention_of_its_own_without_masks_is_left_to_the_host():
+    target = copy.deepcopy(make_target("falcon"))
+    target.config._attn_implementation_internal = "flash_attention_2"
+    assert "attends by flash_attention_2" in why_not_handed(target)
+    assert why_not_target(target) == why_not_handed(target)
+
+
+def test_positions_that_cannot_be_handed_over_are_left_to_the_host():
+    target = families.build(Family("trocr", "causal"), use_learned_position_embeddings=False)
+    assert "does not take masks and positions" in why_not_target(target)
+
+
+def test_rounds_are_not_captured_where_graphs_were_never_compared():
+    target = make_target("bloom")
+    assert find_special(target).narrows_masks
+    assert why_not_captured(target, None) == "the models are on cpu"
+
+
+def test_a_mask_is_narrowed_whatever_it_is_made_of():
+    mask = torch.tensor([[[[True, False, True]]]])
+    assert narrow_mask(None, mask) is mask
+    assert narrow_mask(torch.tensor([[[[True, True, False]]]]), mask).tolist() == [[[[True, False, False]]]]
+    bias = torch.tensor([[[[1.0, 2.0, 3.0]]]])
+    assert narrow_mask(bias, mask)[0, 0, 0].tolist() == [1.0, torch.finfo(torch.float32).min, 3.0]
+    assert torch.equal(narrow_mask(bias, torch.where(mask, 0.0, -1e30)), narrow_mask(bias, mask))
