@@ -25,6 +25,7 @@ from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
 from ..rows.forwards import FORWARDS
+from ..rows.layers import find_kinds
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -88,6 +89,8 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
         return "Triton is not installed"
     if any(model.training for model in models):
         return "a model is in training mode"
+    if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
+        return f"{type(target).__name__} {kind.why_eager}, which our kernels do not"
     if target.config.model_type in FORWARDS:
         return f"CUDA graphs of {type(target).__name__} were never compared with its own forwards"
     for module in (module for model in models for module in model.modules()):

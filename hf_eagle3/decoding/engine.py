@@ -19,7 +19,7 @@ from ..kernels.onednn import PackedLinears
 from ..recorder import StateRecorder
 from ..rows.attention import over_masks
 from ..rows.cache import RowCache, to_bucket
-from ..rows.forwards import find_special, own_windows
+from ..rows.forwards import attends_itself, own_windows
 from ..rows.layers import find_kinds, has_states
 from ..rows.recurrent import Stepping
 from ..rows.rotation import own_lengths
@@ -150,8 +150,7 @@ class Engine:
         )
         self.lock: LayerLock = lock_of(target)
         # Rounds that are not captured compute the same in other ways.
-        special = find_special(target)
-        exchanged = self._models[1:] if special is not None and special.attends_itself else self._models
+        exchanged = self._models[1:] if attends_itself(target) else self._models
         self.over_masks = over_masks(*exchanged, folds=not self.is_eager)
         self.stepping = Stepping(target)
         self._around: list[AbstractContextManager] = [self.over_masks, self.stepping]

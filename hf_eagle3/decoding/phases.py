@@ -56,7 +56,7 @@ def run_target(target: PreTrainedModel, state: RoundState, tokens: Tensor, block
     text_config = target.config.get_text_config(decoder=True)
     special = find_special(target)
     most = getattr(text_config, special.most_slots) if special is not None and special.most_slots else None
-    with cache.writing(block, most=most, like_hosts=special is not None):
+    with cache.writing(block, most=most, like_hosts=special is not None and special.attends_itself):
         masks = make_masks(text_config, block, cache.num_visible, target.dtype)
         with handing_over(target, special, masks, position_ids) as arguments, rotating(one_by_one):
             out = target(input_ids=tokens, **arguments, **{CACHE_NAME: cache}, use_cache=True, return_dict=True)
@@ -68,13 +68,12 @@ def handing_over(
     target: PreTrainedModel, special: Forward | None, masks: Masks | None, position_ids: Tensor
 ) -> Iterator[dict[str, Any]]:
     """What to give `target` as arguments so that its text decoder goes by `masks` and `position_ids` [B, T]."""
-    if special is not None:
-        assert isinstance(masks, Tensor)
+    with handing_to_decoder(masks, target) as masks:
+        if special is None:
+            yield {"attention_mask": masks, "position_ids": position_ids}
+            return
         with handing(target, special, masks, position_ids) as arguments:
             yield arguments
-        return
-    with handing_to_decoder(masks, target) as masks:
-        yield {"attention_mask": masks, "position_ids": position_ids}
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def why_not_target(target: PreTrainedModel) -> str | None:
         return f"{name} decodes in a way of its own"
     if (reason := why_not_layers(target)) is not None:
         return reason
-    if getattr(config, "attention_chunk_size", None) is not None:
+    if getattr(config, "attention_chunk_size", None) is not None and getattr(config, "layer_types", None) is None:
         return f"{name} attends in chunks"
     return why_not_handed(target) or why_not_rotated(target) or why_not_ours(target)
 

@@ -1,6 +1,7 @@
 """What the forward of a target takes in a round: most take masks and position ids as arguments, some do not."""
 
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ..compat import CACHE_NAME
 from ..recorder import find_layers
 from .attention import own_attention, weigh
 from .cache import WRITING
-from .layers import has_states
+from .layers import Masks, find_kinds, has_states
 from .masks import make_mask
 from .memory import KeyValues
 from .substitutes import Substitute
@@ -35,6 +36,7 @@ class Forward(NamedTuple):
         most_slots: The config field that says how many slots a forward can attend to; "" for any number.
         keeps_windows: Attention modules keep masks of their own, which take all rows to be equally long: `_attn` of
             those is ours.
+        tempers_queries: Layers without rotation scale queries by how many positions are cached, the same for all rows.
     """
 
     attends_itself: bool = False
@@ -43,11 +45,12 @@ class Forward(NamedTuple):
     is_by_slot: bool = False
     most_slots: str = ""
     keeps_windows: bool = False
+    tempers_queries: bool = False
 
 
 USUAL = Forward()
 ALIBI = Forward(attends_itself=True, narrows_masks=True, is_by_slot=True)
-# Families that the host does not mark as ones whose attention can be exchanged, by `model_type`.
+# By `model_type`. Those of the usual kind are not marked by the host as ones whose attention can be exchanged.
 FORWARDS: dict[str, Forward] = {
     **dict.fromkeys(("biogpt", "stablelm", "whisper"), USUAL),
     **dict.fromkeys(("falcon", "gpt_neox_japanese", "xglm"), Forward(attends_itself=True)),
@@ -58,12 +61,17 @@ FORWARDS: dict[str, Forward] = {
     **dict.fromkeys(("mvp", "trocr"), Forward(attends_itself=True, embeds_positions=True)),
     "bloom": ALIBI,
     "gpt_neo": Forward(attends_itself=True, keeps_windows=True),
+    **dict.fromkeys(("llama4", "llama4_text"), Forward(tempers_queries=True)),
     "mpt": Forward(attends_itself=True, is_by_slot=True, most_slots="max_seq_len"),
 }
 if Version(transformers.__version__).release >= (5, 24):  # before, they make masks that several tokens share
     FORWARDS |= dict.fromkeys(("big_bird", "megatron-bert"), Forward(attends_itself=True))
 # Families of the usual kind by their marks, whose layers make positions of their own all the same.
 OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
+# Classes of the host that choose, for each token, among the keys that `update_indexer` gives and a mask shows.
+INDEXERS = {
+    *("AXK2Indexer", "DeepseekV32Indexer", "Dots3NoteTextIndexer", "GlmMoeDsaIndexer", "MistralLarge4TextIndexer"),
+}
 MASKED = {"eager", "sdpa"}  # attentions that take a mask for each row, where layers attend by code of their own
 
 
@@ -90,8 +98,11 @@ def why_not_handed(target: PreTrainedModel) -> str | None:
     if forward is None or (forward.embeds_positions and find_embedder(target) is None):
         return f"{name} does not take masks and positions for each row"
     own = own_attention(target.config.get_text_config(decoder=True))
-    if forward.attends_itself and own not in MASKED:
+    if attends_itself(target) and own not in MASKED:
         return f"{name} attends by {own}, which takes no masks for each row"
+    for module in target.modules():
+        if type(module).__name__.endswith("Indexer") and type(module).__name__ not in INDEXERS:
+            return f"{name} chooses what it attends to in a way that our loop does not know ({type(module).__name__})"
     return None
 
 
@@ -108,6 +119,12 @@ def find_special(target: PreTrainedModel) -> Forward | None:
     return None if forward == USUAL else forward
 
 
+def attends_itself(target: PreTrainedModel) -> bool:
+    """Whether rounds must leave the name of the attention of `target` as it is. Its layers are known."""
+    special = find_special(target)
+    return (special is not None and special.attends_itself) or any(kind.attends_itself for kind in find_kinds(target))
+
+
 def why_no_trees(target: PreTrainedModel) -> str | None:
     """What about `target` keeps tokens of a draft from branching; None if nothing does."""
     forward = find_special(target)
@@ -118,21 +135,27 @@ def why_no_trees(target: PreTrainedModel) -> str | None:
 
 @contextmanager
 def handing(
-    target: PreTrainedModel, forward: Forward, mask: Tensor, position_ids: Tensor
-) -> Iterator[dict[str, Tensor]]:
-    """Let a forward go by the `mask` and `position_ids` [B, T] of the block being written; what to give it as arguments.
+    target: PreTrainedModel, forward: Forward, masks: Masks | None, position_ids: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Let a forward go by the `masks` and `position_ids` [B, T] of the block being written; what to give it as arguments.
 
     Args:
-        mask: [B, 1, T, S], as the attention of `target` takes it: bool, or added to scores.
+        target: What runs.
+        forward: What its forward takes.
+        masks: [B, 1, T, S], as the attention of `target` takes it: bool, or added to scores; or by kind of layer.
+        position_ids: Of the block.
     """
-    arguments = {}
+    arguments: dict[str, Any] = {}
     with ExitStack() as stack:
         if forward.narrows_masks:
+            assert isinstance(masks, Tensor)
             for layer in find_layers(target)[1]:
-                hook = layer.register_forward_pre_hook(_narrow_to(mask), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(_narrow_to(masks), with_kwargs=True)
                 stack.callback(hook.remove)
         else:
-            arguments["attention_mask"] = mask
+            arguments["attention_mask"] = masks
+        for module in find_tempered(target) if forward.tempers_queries else ():
+            stack.callback(module.q_proj.register_forward_hook(_temper(target)).remove)
         if forward.embeds_positions:
             embedder = find_embedder(target)
             assert embedder is not None
@@ -181,6 +204,41 @@ def _unflatten(position_ids: Tensor) -> Any:  # Any: a hook
         return output.reshape(*position_ids.shape, -1) if WRITING.get() is cache else output
 
     return unflatten
+
+
+# ---- queries that are scaled by position ----
+
+
+def find_tempered(target: PreTrainedModel) -> list[Any]:  # Any: attributes of the host's are no part of a Module
+    """The attention modules of Llama 4 that scale queries by how many positions are cached."""
+    modules = (layer.get_submodule("self_attn") for layer in find_layers(target)[1])
+    return [module for module in modules if module.attn_temperature_tuning and not module.use_rope]
+
+
+def find_tempered_from(target: PreTrainedModel) -> int | None:
+    """Positions in a row from which on a scale is not 1; None if all are."""
+    special = find_special(target)
+    tempered = find_tempered(target) if special is not None and special.tempers_queries else []
+    return min((math.ceil(module.floor_scale) - 1 for module in tempered), default=None)
+
+
+def temperatures(config: Any, positions: Tensor) -> Tensor:  # Any: the host's
+    """Scales of queries at `positions`. Transformers 5.24 models/llama4/modeling_llama4.py:Llama4TextAttention."""
+    return torch.log1p(torch.floor((positions.float() + 1) / config.floor_scale)) * config.attn_scale + 1
+
+
+def _temper(target: PreTrainedModel) -> Any:  # Any: a hook
+    cache, config = WRITING.get(), target.config.get_text_config(decoder=True)
+
+    def temper(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        if (now := WRITING.get()) is not cache or now is None or now.block is None:
+            return output
+        places = now.block.places.to(output.device)  # [B, T]
+        # The host scales by the positions from 0 on, as our cache says that it is empty.
+        theirs = temperatures(config, torch.arange(places.shape[1], device=output.device))
+        return (output * (temperatures(config, places) / theirs)[..., None]).to(output.dtype)
+
+    return temper
 
 
 # ---- windows that modules keep ----

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .block import Block
 from .masks import BY_ROWS, make_mask
-from .memory import KeyValues, KeyValuesAndStates, Nothing, States
+from .memory import IndexedKeyValues, KeyValues, KeyValuesAndStates, Nothing, States
 
 Masks = Tensor | dict[str, Tensor | None]
 # Which slots the tokens of a block see, [B, 1, T, num_slots] bool; the config is the text decoder's.
@@ -30,6 +30,11 @@ def see_window(config: PreTrainedConfig, block: Block, num_slots: int) -> Tensor
     return make_mask(block, num_slots, window=config.sliding_window)
 
 
+def see_chunk(config: PreTrainedConfig, block: Block, num_slots: int) -> Tensor:
+    """Those of the same chunk of the text."""
+    return make_mask(block, num_slots, window=None, chunk=config.attention_chunk_size)
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """What rounds do for one kind of layer.
@@ -39,12 +44,27 @@ class LayerKind:
         host_layers: What the host's cache may have for it.
         masks: What such layers look for in a dict of masks, and what makes it; None where they take none.
         takes_trees: Whether a block may be a tree.
+        attends_itself: Whether it looks at the name of its attention, which rounds then leave as it is.
+        why_eager: What it does that our kernels do not; "" if they do.
     """
 
     memory: type[Nothing]
     host_layers: tuple[str, ...]
     masks: Mapping[str, MakeMask | None] = field(default_factory=dict)
     takes_trees: bool = True
+    attends_itself: bool = False
+    why_eager: str = ""
+
+
+def indexed(name: str) -> LayerKind:
+    """The kind of layers whose indexer chooses, among what a mask shows, the positions that they attend to."""
+    return LayerKind(
+        IndexedKeyValues,
+        ("DynamicIndexedLayer", "DummyLayer"),
+        {name: see_all},
+        attends_itself=True,
+        why_eager="chooses the positions that it attends to by an indexer",
+    )
 
 
 ATTENTION = (
@@ -58,6 +78,11 @@ FEED_FORWARD = LayerKind(Nothing, ("DummyLayer", "LinearAttentionLayer"))
 KINDS: dict[str, LayerKind] = {
     "full_attention": LayerKind(KeyValues, ATTENTION, {"full_attention": see_all}),
     "sliding_attention": LayerKind(KeyValues, ATTENTION, {"sliding_attention": see_window}),
+    "chunked_attention": LayerKind(
+        KeyValues, ATTENTION, {"chunked_attention": see_chunk}, why_eager="attends in chunks"
+    ),
+    # The second name up to Transformers 5.23.
+    **{name: indexed(name) for name in ("indexed_attention", "deepseek_sparse_attention")},
     "linear_attention": RECURRENT,
     "conv": RECURRENT,
     "hybrid": LayerKind(

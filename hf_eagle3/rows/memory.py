@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from ..kernels.attention import keep_rows, keep_rows_eager, write_rows, write_rows_eager
 
@@ -88,7 +88,7 @@ class KeyValues(Nothing):
         """Memory for `num_rows` rows: of its own, or a part of what the cache is a view of."""
         if self.cache.whole is not None:
             whole, whole_rows, start = self.cache.whole
-            layer = whole.layers[self.cache.layers.index(self)]
+            layer = self.find_same(whole)
             if not layer.is_initialized:
                 layer.make_room(keys_like, values_like, whole_rows)
             self.keys, self.values = layer.keys[start : start + num_rows], layer.values[start : start + num_rows]
@@ -101,6 +101,10 @@ class KeyValues(Nothing):
                     for like in (keys_like, values_like)
                 )
         self.is_initialized = True
+
+    def find_same(self, whole: "RowCache") -> Any:  # Any: a layer of the same kind
+        """The layer of another cache that stands where this one does in its own."""
+        return whole.layers[self.cache.layers.index(self)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ARG002  the host's
         """Write T new positions; what to attend to, [B, H_kv, num_visible, D] and [.., D_v]."""
@@ -182,6 +186,78 @@ class KeyValues(Nothing):
         """Keep `rows` only."""
         for name, memory in self._each():
             setattr(self, name, memory[rows.to(memory.device)])
+
+
+class IndexerKeys(KeyValues):
+    """Keys of an indexer, [B, L, 1, D], with values of no width beside them."""
+
+    def __init__(self, owner: "IndexedKeyValues"):
+        super().__init__(owner.cache)
+        self.owner = owner
+
+    def find_same(self, whole: "RowCache") -> Any:
+        """The indexer's keys of the layer that stands where this one's owner does."""
+        return self.owner.find_same(whole).indexer
+
+
+class IndexedKeyValues(KeyValues):
+    """Keys and values, and the keys by which an indexer chooses among the positions; those are written and forgotten alike."""
+
+    def __init__(self, cache: "RowCache"):
+        super().__init__(cache)
+        self.indexer = IndexerKeys(self)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Write the indexer's keys [B, T, D] of T new positions; those to choose from, [B, num_visible, D]."""
+        keys = indexer_key_states[:, None]
+        return self.indexer.update(keys, keys[..., :0])[0][:, 0]
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` slots in each row."""
+        super().reserve(more)
+        self.indexer.reserve(more)
+
+    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
+        """Hold what the host's layer holds."""
+        super().from_host(theirs, columns, move=move)
+        if (given := getattr(theirs, "indexer_keys", None)) is None:  # another layer's choice counts
+            return
+        held = DynamicLayer()
+        held.update(given[:, None], given[:, None, :, :0])
+        self.indexer.from_host(held, columns, move=True)
+        if move:
+            theirs.indexer_keys, theirs.is_indexer_initialized = None, False
+
+    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
+        """Make layer `index` of the host's `cache` hold what this one holds."""
+        super().to_host(cache, index, slots)
+        if not self.indexer.is_initialized:
+            return
+        held = DynamicCache()
+        self.indexer.to_host(held, 0, slots)
+        theirs = cache.layers[index]
+        theirs.is_indexer_initialized = False
+        theirs.update_indexer(held.layers[0].keys[:, 0])
+
+    def keep(self, start: Tensor, path: Tensor) -> None:
+        """Move the tokens on a path together."""
+        super().keep(start, path)
+        self.indexer.keep(start, path)
+
+    def share(self, whole: Any, rows: slice) -> None:
+        """Be over the memory of `rows` of another layer."""
+        super().share(whole, rows)
+        self.indexer.share(whole.indexer, rows)
+
+    def take_rows(self, other: Any, rows: Tensor) -> None:
+        """Hold the `rows` of another layer, which may be over the same memory."""
+        super().take_rows(other, rows)
+        self.indexer.take_rows(other.indexer, rows)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` only."""
+        super().select(rows)
+        self.indexer.select(rows)
 
 
 class States(LinearAttentionLayer, Nothing):

@@ -80,7 +80,9 @@ SIZES = (
     (r"(swa_|index_)?num_key_value_heads|num_kv_heads|num_global_key_value_heads|num_query_groups", 2),
     (r"linear_num_key_heads", 2),
     (r"mamba_n(um)?_heads|n_mamba_heads", 8),
-    (r"\w*attention_heads|n_heads?|num_heads|linear_num_(value_)?heads|index_n_heads", HEADS),
+    (r"index_n_heads", 16),  # with few, many scores are zero, and which of those are chosen is chance
+    (r"index_topk", 6),
+    (r"\w*attention_heads|n_heads?|num_heads|linear_num_(value_)?heads", HEADS),
     (r"(swa_|global_|index_|linear_|mamba_|attention_)?(key_|value_)?head_dim|mamba_d_head|d_kv", HEAD_DIM),
     (r"d_head|dim_head|kv_channels|attention_head_size|qk_nope_head_dim", HEAD_DIM),
     (r"qk_rope_head_dim|rotary_dim", 8),
