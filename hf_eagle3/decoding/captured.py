@@ -89,13 +89,21 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
         return "Triton is not installed"
     if any(model.training for model in models):
         return "a model is in training mode"
-    if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
-        return f"{type(target).__name__} {kind.why_eager}, which our kernels do not"
-    if target.config.model_type in FORWARDS:
-        return f"CUDA graphs of {type(target).__name__} were never compared with its own forwards"
+    if (reason := why_kernels_do_not(target)) is not None:
+        return reason
     for module in (module for model in models for module in model.modules()):
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
+    return None
+
+
+def why_kernels_do_not(target: PreTrainedModel) -> str | None:
+    """What about the layers of `target` no captured round computes; None if nothing is known to be."""
+    name = type(target).__name__
+    if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
+        return f"{name} {kind.why_eager}, which our kernels do not"
+    if target.config.model_type in FORWARDS:
+        return f"CUDA graphs of {name} were never compared with its own forwards"
     return None
 
 

@@ -12,15 +12,24 @@ from helpers.models import count_hooks, make_prompt
 from transformers import PreTrainedModel
 
 from hf_eagle3.compat import CACHE_NAME
-from hf_eagle3.decoding.captured import why_not_captured
+from hf_eagle3.decoding.captured import why_kernels_do_not
 from hf_eagle3.host.loop_choice import why_not_target
-from hf_eagle3.rows.forwards import FORWARDS, find_special, narrow_mask, own_windows, why_not_handed
+from hf_eagle3.rows.block import Block
+from hf_eagle3.rows.forwards import FORWARDS, narrow_mask, own_windows, why_not_handed
+from hf_eagle3.rows.masks import make_mask
+from hf_eagle3.speculation.shape import DraftShape
 
 NEW = 24
 VARIANTS = {"falcon (alibi)": Family("falcon", "causal", "alibi"), "mpt": Family("mpt", "causal", "use_cache=True")}
-ALL = {**{name: Family(name, "causal") for name in FORWARDS}, **VARIANTS}
-# One of each kind: usual, own attention, own positions, biases by distance, windows of its own.
-EVERYDAY = ["stablelm", "xglm", "bart", "falcon (alibi)", "gpt_neo"]
+INDEXED = ["axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa"]  # and a vision-language model
+ALL = {
+    **{name: Family(name, "causal") for name in (*FORWARDS, *INDEXED)},
+    "mistral_large4": Family("mistral_large4", "image-text"),
+    **VARIANTS,
+}
+ALL = {name: family for name, family in ALL.items() if family.model_type in families.CONFIG_MAPPING}
+# One of each kind: usual, own attention, own positions, biases by distance, windows of its own, chunks, indexers.
+EVERYDAY = ["stablelm", "xglm", "bart", "falcon (alibi)", "gpt_neo", "llama4_text", "glm_moe_dsa"]
 BY_SLOT = ["bloom", "falcon (alibi)", "mpt"]
 BRANCHING = [name for name in ALL if name not in BY_SLOT]
 ONE_ROW, RAGGED, MANY_PADS = (20,), (9, 4, 13), (70, 3, 5)
@@ -67,7 +76,7 @@ def test_text_is_plain_decodings_whatever_is_kept(name, wrong_share):
 
 
 @pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
-@pytest.mark.parametrize("name", slow_but(["bart", "gpt_neo"], BRANCHING))
+@pytest.mark.parametrize("name", slow_but(["bart", "gpt_neo", "llama4_text", "glm_moe_dsa"], BRANCHING))
 def test_trees_give_the_targets_text(name, lengths):
     _, out = assert_as_plain(name, lengths, draft_shape=TREE)
     assert out.speculation.acceptance_length > 1
@@ -85,7 +94,7 @@ def test_trees_are_refused_where_scores_depend_on_the_distance_of_slots(name):
     assert not any("tree" in shape for shape in out.speculation.shapes)
 
 
-@pytest.mark.parametrize("name", slow_but(["bart", "bloom"], ALL))
+@pytest.mark.parametrize("name", slow_but(["bart", "glm_moe_dsa"], ALL))
 def test_rows_with_many_pads_say_what_they_say_alone(name):
     target, batch = make_target(name), make_batch(MANY_PADS, "cpu")
     alone = [families.decode_alone(target, ids, NEW).tolist() for ids in families.prompts_of(batch)]
@@ -97,7 +106,7 @@ def test_rows_with_many_pads_say_what_they_say_alone(name):
 
 
 @pytest.mark.parametrize("lengths", slow_but([ONE_ROW], [ONE_ROW, RAGGED]), ids=str)
-@pytest.mark.parametrize("name", slow_but(["bart", "bloom"], ALL))
+@pytest.mark.parametrize("name", slow_but(["bart", "llama4_text", "glm_moe_dsa"], ALL))
 def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
     target = make_target(name)
     plain, out = assert_as_plain(name, lengths, num_assistant_tokens=3)
@@ -106,6 +115,8 @@ def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
         if len(lengths) == 1:
             torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+            if getattr(theirs, "indexer_keys", None) is not None:
+                torch.testing.assert_close(ours.indexer_keys, theirs.indexer_keys, rtol=1e-4, atol=1e-4)
     if len(lengths) == 1:
         texts, more = [], torch.cat([plain.sequences, make_prompt(5)], dim=1)
         for cache, assistant in ((plain[CACHE_NAME], {}), (out[CACHE_NAME], {"assistant_model": oracle_of(name)})):
@@ -171,10 +182,91 @@ def test_positions_that_cannot_be_handed_over_are_left_to_the_host():
     assert "does not take masks and positions" in why_not_target(target)
 
 
-def test_rounds_are_not_captured_where_graphs_were_never_compared():
-    target = make_target("bloom")
-    assert find_special(target).narrows_masks
-    assert why_not_captured(target, None) == "the models are on cpu"
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("bloom", "were never compared"), ("llama4_text", "attends in chunks"), ("glm_moe_dsa", "by an indexer")],
+)
+def test_rounds_that_no_kernel_computes_are_not_captured(name, words):
+    assert words in why_kernels_do_not(make_target(name))
+
+
+# ---- chunks and indexers ----
+
+
+@pytest.mark.parametrize("parents", [None, TREE, (0, 0, 0, 1, 4)], ids=["chain", "tree", "wide"])
+@pytest.mark.parametrize("start", [0, 3, 6, 7, 8])
+def test_a_token_sees_its_ancestors_of_its_own_chunk(parents, start):
+    chunk, shape = 4, None if parents is None else DraftShape(parents)
+    T = 6 if shape is None else shape.num_verified
+    mask = make_mask(Block(torch.tensor([start, 1]), T, shape and shape.ancestry("cpu")), 24, window=None, chunk=chunk)
+    for b, first in enumerate((start, 1)):
+        above = [list(range(t)) for t in range(T)]
+        if parents is not None:
+            above = [[]]
+            for parent in parents:
+                above.append([*above[parent], parent])
+        for t in range(T):
+            position = first + len(above[t])
+            seen = {slot for slot in range(first) if slot // chunk == position // chunk} | {first + t}
+            seen |= {first + j for j in above[t] if (first + len(above[j])) // chunk == position // chunk}
+            assert set(mask[b, 0, t].nonzero().flatten().tolist()) == seen
+
+
+def build_tempered(floor_scale: int) -> PreTrainedModel:
+    fields = {"floor_scale": floor_scale, "attn_scale": 0.8, "no_rope_layers": [1, 0, 1, 0]}
+    return families.build(Family("llama4_text", "causal"), **fields)
+
+
+@pytest.mark.parametrize("lengths", [ONE_ROW, RAGGED], ids=["one_row", "ragged"])
+@pytest.mark.parametrize("floor_scale", slow_but([5], [3, 5, 17, 30]))
+def test_scales_by_position_are_those_of_each_row(floor_scale, lengths):
+    """Where plain decoding of a padded batch counts pads, each row says what it says alone."""
+    target, batch = build_tempered(floor_scale), make_batch(lengths, "cpu")
+    alone = [families.decode_alone(target, ids, NEW).tolist() for ids in families.prompts_of(batch)]
+    assert alone[0] != families.decode_alone(build_tempered(8192), families.prompts_of(batch)[0], NEW).tolist()
+    sequences = torch.cat([batch["input_ids"], torch.tensor(alone)], dim=1)
+    oracle = make_oracle(target, sequences, batch)
+    for shape in ({"num_assistant_tokens": 3}, {"draft_shape": TREE}):
+        out = target.generate(**batch, assistant_model=oracle, max_new_tokens=NEW, **shape)
+        assert out[:, max(lengths) :].tolist() == alone
+
+
+def test_pads_that_count_behind_a_cache_are_refused():
+    target, batch = build_tempered(5), make_batch(RAGGED, "cpu")
+    first = target.generate(**batch, max_new_tokens=4, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, make_prompt(3).expand(3, 3)], dim=1)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 7), value=1)
+    oracle = make_oracle(target, more, {"input_ids": more, "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"scales queries by how many positions.*without pads"):
+        target.generate(
+            more, attention_mask=mask, **{CACHE_NAME: first[CACHE_NAME]}, assistant_model=oracle, max_new_tokens=4
+        )
+
+
+@pytest.mark.parametrize("name", slow_but(["glm_moe_dsa"], ["glm_moe_dsa", "deepseek_v32", "llama4_text", "bloom"]))
+def test_rows_leave_and_caches_grow(name):
+    """Past the slots that memory is made for at first, over rows that end at different lengths."""
+    target, batch = make_target(name), make_batch(RAGGED, "cpu")
+    plain = target.generate(**batch, max_new_tokens=90)
+    eos = [int(plain[0, 20]), int(plain[1, 40])]
+    plain = target.generate(**batch, max_new_tokens=90, eos_token_id=eos, pad_token_id=0)
+    oracle = make_oracle(target, plain, batch, wrong_share=0.2)
+    options = {"max_new_tokens": 90, "eos_token_id": eos, "pad_token_id": 0, "num_assistant_tokens": 5}
+    assert target.generate(**batch, assistant_model=oracle, **options).tolist() == plain.tolist()
+
+
+UNKNOWN = {
+    "deepseek_v4": {},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "qwen4_exp_text": {},
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_chooses_in_ways_that_are_not_known_is_refused_by_name(name):
+    if name not in families.MAPPINGS["causal"][0]:
+        pytest.skip("not of this host")
+    assert "our loop does not know" in why_not_target(families.build(Family(name, "causal"), **UNKNOWN[name]))
 
 
 def test_a_mask_is_narrowed_whatever_it_is_made_of():
