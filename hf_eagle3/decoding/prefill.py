@@ -17,7 +17,7 @@ from ..compat import CACHE_NAME, count_cached
 from ..recorder import StateRecorder
 from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
-from ..rows.forwards import find_tempered_from
+from ..rows.forwards import pads_count_from
 from ..rows.layers import has_states
 from ..rows.rotation import at_once, find_switch, rotating
 from .columns import counts_from_zero, is_text_only, real_first
@@ -173,14 +173,13 @@ def prefill(call: PromptCall) -> Prompt:
     # recurrent states is nothing in some families and something in others.
     must_part = asked_by is not None or (in_chunks and find_switch(target) is not None)
     must_part = must_part or (call.is_padded and has_states(target))
-    tempered_from = find_tempered_from(target) if call.is_padded else None
-    if tempered_from is not None and tempered_from < S:
+    start = pads_count_from(target) if call.is_padded else None
+    if start is not None and start <= S:
         must_part = True
         if not can_part:
             raise ValueError(
-                f"{type(target).__name__} scales queries by how many positions are cached, pads included, from "
-                f"{tempered_from + 1} on, and this prompt has {S}, pads included: call generate() once for each row, "
-                "without pads."
+                f"{type(target).__name__} counts pads as positions, which changes what it computes from {start} positions on, "
+                f"and this batch has {S}, pads included: call generate() once for each row, without pads."
             )
     keeps = keeps_what_rows_keep(target, call.model_kwargs[CACHE_NAME])
     should_part = is_by_rows(mask.sum(-1), S) and not in_chunks and keeps

@@ -8,7 +8,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..decoding.choosing import read_rates
 from ..rows.forwards import why_no_trees
-from ..rows.layers import takes_trees
 from ..speculation.rates import MAX_RANKS, Rates
 from ..speculation.shape import NONE, DraftShape, Shapes, chain
 
@@ -50,10 +49,7 @@ def keep_taken(target: PreTrainedModel, shapes: Shapes) -> Shapes:
     Raises:
         ValueError: What was asked for is a tree.
     """
-    why_chains = (
-        why_no_trees(target) if takes_trees(target) else "keeps recurrent states, which follow one line of tokens"
-    )
-    if why_chains is None:
+    if (why_chains := why_no_trees(target)) is None:
         return shapes
     chains = tuple(shape for shape in shapes.shapes if shape.is_chain)
     if not chains:

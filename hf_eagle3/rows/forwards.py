@@ -18,7 +18,7 @@ from ..compat import CACHE_NAME
 from ..recorder import find_layers
 from .attention import own_attention, weigh
 from .cache import WRITING
-from .layers import Masks, find_kinds, has_states
+from .layers import Masks, find_kinds, has_states, takes_trees
 from .masks import make_mask
 from .memory import KeyValues
 from .substitutes import Substitute
@@ -68,9 +68,10 @@ if Version(transformers.__version__).release >= (5, 24):  # before, they make ma
     FORWARDS |= dict.fromkeys(("big_bird", "megatron-bert"), Forward(attends_itself=True))
 # Families of the usual kind by their marks, whose layers make positions of their own all the same.
 OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
-# Classes of the host that choose, for each token, among the keys that `update_indexer` gives and a mask shows.
+# Classes of the host that choose for each token among its row's slots, by keys that the cache keeps.
 INDEXERS = {
     *("AXK2Indexer", "DeepseekV32Indexer", "Dots3NoteTextIndexer", "GlmMoeDsaIndexer", "MistralLarge4TextIndexer"),
+    "MiniMaxM3VLIndexer",
 }
 MASKED = {"eager", "sdpa"}  # attentions that take a mask for each row, where layers attend by code of their own
 
@@ -130,7 +131,9 @@ def why_no_trees(target: PreTrainedModel) -> str | None:
     forward = find_special(target)
     if forward is not None and forward.is_by_slot:
         return "attends by the distance between slots, which in a tree is not that of its tokens"
-    return None
+    if has_states(target):
+        return "keeps recurrent states, which follow one line of tokens"
+    return None if takes_trees(target) else "chooses blocks of slots, which in a tree are not those of its positions"
 
 
 @contextmanager
@@ -215,11 +218,16 @@ def find_tempered(target: PreTrainedModel) -> list[Any]:  # Any: attributes of t
     return [module for module in modules if module.attn_temperature_tuning and not module.use_rope]
 
 
-def find_tempered_from(target: PreTrainedModel) -> int | None:
-    """Positions in a row from which on a scale is not 1; None if all are."""
+def pads_count_from(target: PreTrainedModel) -> int | None:
+    """Columns of a padded prompt from which on plain decoding computes something else for pads; None if it never does.
+
+    A row alone has none of them, and rounds have rows as if they were alone.
+    """
     special = find_special(target)
     tempered = find_tempered(target) if special is not None and special.tempers_queries else []
-    return min((math.ceil(module.floor_scale) - 1 for module in tempered), default=None)
+    starts = [math.ceil(module.floor_scale) for module in tempered]
+    starts += [1 for kind in find_kinds(target) if kind.counts_pads]
+    return min(starts, default=None)
 
 
 def temperatures(config: Any, positions: Tensor) -> Tensor:  # Any: the host's

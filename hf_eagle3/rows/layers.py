@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .block import Block
 from .masks import BY_ROWS, make_mask
-from .memory import IndexedKeyValues, KeyValues, KeyValuesAndStates, Nothing, States
+from .memory import BlockKeyValues, IndexedKeyValues, KeyValues, KeyValuesAndStates, Nothing, States
 
 Masks = Tensor | dict[str, Tensor | None]
 # Which slots the tokens of a block see, [B, 1, T, num_slots] bool; the config is the text decoder's.
@@ -46,6 +46,7 @@ class LayerKind:
         takes_trees: Whether a block may be a tree.
         attends_itself: Whether it looks at the name of its attention, which rounds then leave as it is.
         why_eager: What it does that our kernels do not; "" if they do.
+        counts_pads: Whether it sees other positions behind pads, as plain decoding of a padded batch does.
     """
 
     memory: type[Nothing]
@@ -54,6 +55,7 @@ class LayerKind:
     takes_trees: bool = True
     attends_itself: bool = False
     why_eager: str = ""
+    counts_pads: bool = False
 
 
 def indexed(name: str) -> LayerKind:
@@ -83,6 +85,15 @@ KINDS: dict[str, LayerKind] = {
     ),
     # The second name up to Transformers 5.23.
     **{name: indexed(name) for name in ("indexed_attention", "deepseek_sparse_attention")},
+    "minimax_m3_sparse": LayerKind(
+        BlockKeyValues,
+        ("MiniMaxM3VLSparseCacheLayer",),
+        {"minimax_m3_sparse": see_all},
+        takes_trees=False,
+        attends_itself=True,
+        why_eager="chooses the blocks that it attends to by an indexer",
+        counts_pads=True,
+    ),
     "linear_attention": RECURRENT,
     "conv": RECURRENT,
     "hybrid": LayerKind(

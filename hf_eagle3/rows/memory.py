@@ -217,27 +217,34 @@ class IndexedKeyValues(KeyValues):
         super().reserve(more)
         self.indexer.reserve(more)
 
+    def take_from(self, theirs: Any, *, move: bool) -> Tensor | None:  # Any: a layer of the host's cache
+        """The indexer's keys [B, 1, S, D] of the host's layer, which forgets them if they are to `move`."""
+        given = getattr(theirs, "indexer_keys", None)
+        if move and given is not None:
+            theirs.indexer_keys, theirs.is_indexer_initialized = None, False
+        return None if given is None else given[:, None]
+
+    def give_to(self, theirs: Any, keys: Tensor) -> None:  # Any: likewise
+        """Let the host's layer have the indexer's keys [B, 1, S, D]."""
+        theirs.is_indexer_initialized = False
+        theirs.update_indexer(keys[:, 0])
+
     def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
         """Hold what the host's layer holds."""
         super().from_host(theirs, columns, move=move)
-        if (given := getattr(theirs, "indexer_keys", None)) is None:  # another layer's choice counts
-            return
-        held = DynamicLayer()
-        held.update(given[:, None], given[:, None, :, :0])
-        self.indexer.from_host(held, columns, move=True)
-        if move:
-            theirs.indexer_keys, theirs.is_indexer_initialized = None, False
+        keys = self.take_from(theirs, move=move)
+        if keys is not None:  # else another layer's choice counts
+            held = DynamicLayer()
+            held.update(keys, keys[..., :0])
+            self.indexer.from_host(held, columns, move=True)
 
     def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
         """Make layer `index` of the host's `cache` hold what this one holds."""
         super().to_host(cache, index, slots)
-        if not self.indexer.is_initialized:
-            return
-        held = DynamicCache()
-        self.indexer.to_host(held, 0, slots)
-        theirs = cache.layers[index]
-        theirs.is_indexer_initialized = False
-        theirs.update_indexer(held.layers[0].keys[:, 0])
+        if self.indexer.is_initialized:
+            held = DynamicCache()
+            self.indexer.to_host(held, 0, slots)
+            self.give_to(cache.layers[index], held.layers[0].keys)
 
     def keep(self, start: Tensor, path: Tensor) -> None:
         """Move the tokens on a path together."""
@@ -258,6 +265,25 @@ class IndexedKeyValues(KeyValues):
         """Keep `rows` only."""
         super().select(rows)
         self.indexer.select(rows)
+
+
+class BlockKeyValues(IndexedKeyValues):
+    """The same where an indexer chooses blocks of slots, as MiniMax M3's does."""
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """Write the indexer's keys [B, 1, T, D] of T new positions; those to choose from, [B, 1, num_visible, D]."""
+        return self.indexer.update(idx_k, idx_k[..., :0])[0]
+
+    def take_from(self, theirs: Any, *, move: bool) -> Tensor | None:
+        """The indexer's keys of the host's layer."""
+        given = theirs.idx_keys
+        if move:
+            theirs.idx_keys = None
+        return given
+
+    def give_to(self, theirs: Any, keys: Tensor) -> None:
+        """Let the host's layer have the indexer's keys."""
+        theirs.idx_keys = keys
 
 
 class States(LinearAttentionLayer, Nothing):

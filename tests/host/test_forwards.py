@@ -213,7 +213,7 @@ def test_a_token_sees_its_ancestors_of_its_own_chunk(parents, start):
 
 
 def build_tempered(floor_scale: int) -> PreTrainedModel:
-    fields = {"floor_scale": floor_scale, "attn_scale": 0.8, "no_rope_layers": [1, 0, 1, 0]}
+    fields = {"floor_scale": floor_scale, "attn_scale": 8.0, "no_rope_layers": [1, 0, 1, 0]}
     return families.build(Family("llama4_text", "causal"), **fields)
 
 
@@ -237,10 +237,39 @@ def test_pads_that_count_behind_a_cache_are_refused():
     more = torch.cat([first.sequences, make_prompt(3).expand(3, 3)], dim=1)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, 7), value=1)
     oracle = make_oracle(target, more, {"input_ids": more, "attention_mask": mask})
-    with pytest.raises(ValueError, match=r"scales queries by how many positions.*without pads"):
+    with pytest.raises(ValueError, match=r"counts pads as positions.*without pads"):
         target.generate(
             more, attention_mask=mask, **{CACHE_NAME: first[CACHE_NAME]}, assistant_model=oracle, max_new_tokens=4
         )
+
+
+def build_blocks() -> PreTrainedModel:
+    fields = {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+    }
+    return families.build(Family("minimax_m3_vl_text", "causal"), **fields, index_n_heads=2, index_head_dim=16)
+
+
+@pytest.mark.parametrize("depth", slow_but([3], [1, 3, 5]))
+@pytest.mark.parametrize("lengths", [ONE_ROW, RAGGED], ids=["one_row", "ragged"])
+def test_blocks_that_an_indexer_chooses_are_those_of_each_row(lengths, depth):
+    """Pads move them in plain decoding of a padded batch."""
+    target, batch = build_blocks(), make_batch(lengths, "cpu")
+    alone = [families.decode_alone(target, ids, NEW).tolist() for ids in families.prompts_of(batch)]
+    sequences = torch.cat([batch["input_ids"], torch.tensor(alone)], dim=1)
+    oracle = make_oracle(target, sequences, batch)
+    options = {"assistant_model": oracle, "max_new_tokens": NEW, "return_dict_in_generate": True}
+    out = target.generate(**batch, num_assistant_tokens=depth, **options)
+    assert out.sequences[:, max(lengths) :].tolist() == alone
+    assert out.speculation.loop == "own decode loop"
+    with pytest.raises(ValueError, match=r"draft_shape is a tree.*chooses blocks of slots"):
+        target.generate(**batch, draft_shape=TREE, **options)
+    if lengths == ONE_ROW:
+        plain = target.generate(**batch, max_new_tokens=NEW, return_dict_in_generate=True)
+        for ours, theirs in zip(out[CACHE_NAME].layers[1::2], plain[CACHE_NAME].layers[1::2], strict=True):
+            torch.testing.assert_close(ours.idx_keys, theirs.idx_keys, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", slow_but(["glm_moe_dsa"], ["glm_moe_dsa", "deepseek_v32", "llama4_text", "bloom"]))
@@ -257,7 +286,6 @@ def test_rows_leave_and_caches_grow(name):
 
 UNKNOWN = {
     "deepseek_v4": {},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "qwen4_exp_text": {},
 }
 
