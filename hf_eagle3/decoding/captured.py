@@ -24,7 +24,7 @@ from ..kernels.temperature import divide_rows
 from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
-from ..rows.forwards import FORWARDS
+from ..rows.forwards import find_listed
 from ..rows.layers import find_kinds
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
@@ -102,7 +102,7 @@ def why_kernels_do_not(target: PreTrainedModel) -> str | None:
     name = type(target).__name__
     if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
         return f"{name} {kind.why_eager}, which our kernels do not"
-    if target.config.model_type in FORWARDS:
+    if find_listed(target) is not None:
         return f"CUDA graphs of {name} were never compared with its own forwards"
     return None
 

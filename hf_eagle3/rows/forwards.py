@@ -50,7 +50,8 @@ class Forward(NamedTuple):
 
 USUAL = Forward()
 ALIBI = Forward(attends_itself=True, narrows_masks=True, is_by_slot=True)
-# By `model_type`. Those of the usual kind are not marked by the host as ones whose attention can be exchanged.
+# By the `model_type` of the text decoder. Those of the usual kind are not marked by the host as ones whose attention can
+# be exchanged.
 FORWARDS: dict[str, Forward] = {
     **dict.fromkeys(("biogpt", "stablelm", "whisper"), USUAL),
     **dict.fromkeys(("falcon", "gpt_neox_japanese", "xglm"), Forward(attends_itself=True)),
@@ -61,7 +62,7 @@ FORWARDS: dict[str, Forward] = {
     **dict.fromkeys(("mvp", "trocr"), Forward(attends_itself=True, embeds_positions=True)),
     "bloom": ALIBI,
     "gpt_neo": Forward(attends_itself=True, keeps_windows=True),
-    **dict.fromkeys(("llama4", "llama4_text"), Forward(tempers_queries=True)),
+    "llama4_text": Forward(tempers_queries=True),
     "mpt": Forward(attends_itself=True, is_by_slot=True, most_slots="max_seq_len"),
 }
 if Version(transformers.__version__).release >= (5, 24):  # before, they make masks that several tokens share
@@ -78,15 +79,24 @@ MASKED = {"eager", "sdpa"}  # attentions that take a mask for each row, where la
 
 def find_forward(target: PreTrainedModel) -> Forward | None:
     """What the forward of `target` takes; None if that is not known."""
-    config = target.config
-    if config.model_type in OWN_POSITIONS:
+    if target.config.model_type in OWN_POSITIONS:
         return None
-    if config.model_type in FORWARDS:
-        return ALIBI if config.model_type == "falcon" and config.alibi else FORWARDS[config.model_type]
-    parts = (target, target.get_decoder())
+    if (listed := find_listed(target)) is not None:
+        return listed
+    decoder = target.get_decoder()
+    part = decoder if isinstance(decoder, PreTrainedModel) else target
     # All families with recurrent layers attend in the host's way.
-    is_marked = any(getattr(part, "_supports_attention_backend", False) for part in parts) or has_states(target)
+    is_marked = getattr(part, "_supports_attention_backend", False) or has_states(target)
     return USUAL if is_marked and "position_ids" in inspect.signature(target.forward).parameters else None
+
+
+def find_listed(target: PreTrainedModel) -> Forward | None:
+    """What the table says of the host's code that runs in `target`; None if it does not have it."""
+    config = target.config.get_text_config(decoder=True)
+    listed = FORWARDS.get(config.model_type)
+    if listed is None or not type(find_layers(target)[0]).__module__.startswith("transformers.models."):
+        return None
+    return ALIBI if config.model_type == "falcon" and config.alibi else listed
 
 
 def why_not_handed(target: PreTrainedModel) -> str | None:
@@ -116,8 +126,8 @@ def find_embedder(target: PreTrainedModel) -> nn.Module | None:
 
 def find_special(target: PreTrainedModel) -> Forward | None:
     """What the forward of `target` takes where that is not the usual; None if it is."""
-    forward = find_forward(target) if target.config.model_type in FORWARDS else USUAL
-    return None if forward == USUAL else forward
+    listed = find_listed(target)
+    return None if listed == USUAL else listed
 
 
 def attends_itself(target: PreTrainedModel) -> bool:
@@ -285,7 +295,7 @@ def find_windows(target: PreTrainedModel) -> list[OwnWindow]:
     forward = find_special(target)
     if forward is None or not forward.keeps_windows:
         return []
-    config, found = target.config, []
+    config, found = target.config.get_text_config(decoder=True), []
     for layer, kind in zip(find_layers(target)[1], config.attention_layers, strict=True):
         module = layer.get_submodule("attn.attention")
         with _lock:

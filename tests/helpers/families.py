@@ -29,7 +29,9 @@ from transformers.models.auto.modeling_auto import (
 
 from helpers.models import drafter_config, make_prompt
 from helpers.models import randomize as randomize_drafter
+from helpers.published import KNOWN_DRAFTERS
 from hf_eagle3.bench.equality import Text, measure_gap
+from hf_eagle3.decoding.captured import why_kernels_do_not
 from hf_eagle3.modeling import Eagle3DrafterModel, Eagle3DrafterOutput
 
 NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, VOCAB, WINDOW = 4, 64, 4, 16, 128, 8
@@ -262,6 +264,13 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # Configs of a family that decode in another way than its default.
 VARIANTS: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("minimax_m3_vl_text", "causal", "sparse"): {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+        "index_n_heads": 2,
+        "index_head_dim": HEAD_DIM,
+    },
     # What loading an encoder as a causal model gives.
     **{
         (encoder, "causal", "is_decoder=False"): {"is_decoder": False}
@@ -449,7 +458,7 @@ class Outcome(NamedTuple):
     verdict: str
     loop: str = ""  # which loop ran, or who refused
     why: str = ""  # the reason for the loop, the words of a refusal, or what went wrong
-    graphs: str = ""
+    graphs: str = ""  # how rounds ran on a GPU, or on a CPU how they would
     num_distinct: int = 0  # tokens in the least varied plain text
     acceptance_length: float = 0.0
 
@@ -540,7 +549,8 @@ def decode(target: PreTrainedModel, batch: dict[str, Tensor]) -> Outcome:
         return Outcome("ignored", why=f"{type(target).__name__}.generate never looks at the drafter")
     num_distinct = min(len(set(row.tolist())) for row in plain.sequences[:, T:])
     told = out.speculation
-    outcome = Outcome("same", told.loop, told.why, told.graphs, num_distinct, told.acceptance_length)
+    graphs = told.graphs if target.device.type == "cuda" else expect_graphs(target, told.loop)
+    outcome = Outcome("same", told.loop, told.why, graphs, num_distinct, told.acceptance_length)
     differences = list(first_differences(plain.sequences, out.sequences))
     if not differences:
         return outcome
@@ -553,6 +563,14 @@ def decode(target: PreTrainedModel, batch: dict[str, Tensor]) -> Outcome:
         return outcome._replace(verdict="tie")
     is_alone = all(torch.equal(ours, decode_alone(target, prompt)) for _, prompt, ours, _ in rows)
     return outcome._replace(verdict="alone" if is_alone else "wrong")
+
+
+def expect_graphs(target: PreTrainedModel, loop: str) -> str:
+    """How rounds of a target would run on a GPU, as far as the code knows without one."""
+    if loop != "own decode loop":
+        return ""
+    reason = why_kernels_do_not(target)
+    return "captured" if reason is None else f"eager: {reason}"
 
 
 def decode_alone(target: PreTrainedModel, prompt: list[int], num_new: int = NEW) -> Tensor:
@@ -613,7 +631,7 @@ def sweep(
 # ---- tables ----
 
 MARKS = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-HEADER = "| family | class | one row | three rows |\n|---|---|---|---|\n"
+HEADER = "| family | class | one row | three rows | on a GPU | public drafters |\n|---|---|---|---|---|---|\n"
 LOOPS = {
     "own decode loop": "our loop",
     "host assisted decoding": "host's loop",
@@ -643,8 +661,6 @@ def say(outcome: Outcome, class_name: str) -> str:
         why = re.sub(rf"\b{class_name}\b", "it", outcome.why.replace("\n", " ").replace("|", "/"))
         why = re.split(r", got a batch|: (?=call |leave )|\. (?=Call|Leave)|, or assistant_model", why)[0]
         parts.append(why.replace("An EAGLE-3 drafter can assist only one row at a time here", "one row at a time"))
-    if "cpu" not in outcome.graphs:
-        parts.append(outcome.graphs)
     if 0 < outcome.num_distinct < FEW_TOKENS:
         parts.append("text repeats itself")
     return "; ".join(filter(None, parts))
@@ -653,7 +669,10 @@ def say(outcome: Outcome, class_name: str) -> str:
 def row_of(name: str, class_name: str, outcomes: dict[str, Outcome]) -> str:
     """A line of the table."""
     *single, batch = (say(outcome, class_name) for outcome in outcomes.values())
-    return f"| {name} | `{class_name}` | {' / '.join(dict.fromkeys(single))} | {batch} |"
+    graphs = dict.fromkeys(re.sub(rf"\b{class_name}\b", "it", o.graphs) for o in outcomes.values() if o.graphs)
+    drafters = ", ".join(f"`{name}`" for name in KNOWN_DRAFTERS.get(name, ()))
+    cells = (name, f"`{class_name}`", " / ".join(dict.fromkeys(single)), batch, " / ".join(graphs), drafters)
+    return f"| {' | '.join(cells)} |"
 
 
 def table(lines: list[dict[str, Any]]) -> str:

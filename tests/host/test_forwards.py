@@ -112,11 +112,12 @@ def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
     plain, out = assert_as_plain(name, lengths, num_assistant_tokens=3)
     for ours, theirs in zip(out[CACHE_NAME].layers, plain[CACHE_NAME].layers, strict=True):
         assert ours.keys.shape == theirs.keys.shape
-        if len(lengths) == 1:
-            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
-            if getattr(theirs, "indexer_keys", None) is not None:
-                torch.testing.assert_close(ours.indexer_keys, theirs.indexer_keys, rtol=1e-4, atol=1e-4)
+        for held in ("keys", "values", "indexer_keys"):
+            mine, plains = (getattr(layer, held, None) for layer in (ours, theirs))
+            for b, length in enumerate(lengths if plains is not None else ()):
+                # A window or a chunk has the last ones; before the text, plain decoding computes pads and we do not.
+                real = slice(max(mine.shape[-2] - length - NEW + 1, 0), None)
+                torch.testing.assert_close(mine[b, ..., real, :], plains[b, ..., real, :], rtol=1e-4, atol=1e-4)
     if len(lengths) == 1:
         texts, more = [], torch.cat([plain.sequences, make_prompt(5)], dim=1)
         for cache, assistant in ((plain[CACHE_NAME], {}), (out[CACHE_NAME], {"assistant_model": oracle_of(name)})):
@@ -177,6 +178,12 @@ def test_attention_of_its_own_without_masks_is_left_to_the_host():
     assert why_not_target(target) == why_not_handed(target)
 
 
+def test_code_that_is_not_the_hosts_is_not_taken_for_it():
+    target = copy.deepcopy(make_target("bloom"))
+    target.transformer.__class__ = type("Mine", (type(target.transformer),), {"__module__": "mine"})
+    assert "does not take masks and positions" in why_not_target(target)
+
+
 def test_positions_that_cannot_be_handed_over_are_left_to_the_host():
     target = families.build(Family("trocr", "causal"), use_learned_position_embeddings=False)
     assert "does not take masks and positions" in why_not_target(target)
@@ -223,7 +230,8 @@ def test_scales_by_position_are_those_of_each_row(floor_scale, lengths):
     """Where plain decoding of a padded batch counts pads, each row says what it says alone."""
     target, batch = build_tempered(floor_scale), make_batch(lengths, "cpu")
     alone = [families.decode_alone(target, ids, NEW).tolist() for ids in families.prompts_of(batch)]
-    assert alone[0] != families.decode_alone(build_tempered(8192), families.prompts_of(batch)[0], NEW).tolist()
+    if floor_scale <= 5:  # else the scale may be too late to change a token
+        assert alone[0] != families.decode_alone(build_tempered(8192), families.prompts_of(batch)[0], NEW).tolist()
     sequences = torch.cat([batch["input_ids"], torch.tensor(alone)], dim=1)
     oracle = make_oracle(target, sequences, batch)
     for shape in ({"num_assistant_tokens": 3}, {"draft_shape": TREE}):
