@@ -25,7 +25,7 @@ from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
 from ..rows.forwards import find_listed
-from ..rows.layers import find_kinds
+from ..rows.layers import find_kinds, has_states
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -102,6 +102,8 @@ def why_kernels_do_not(target: PreTrainedModel) -> str | None:
     name = type(target).__name__
     if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
         return f"{name} {kind.why_eager}, which our kernels do not"
+    if has_states(target):
+        return f"{name} has recurrent layers, which are not captured yet"
     if find_listed(target) is not None:
         return f"CUDA graphs of {name} were never compared with its own forwards"
     return None

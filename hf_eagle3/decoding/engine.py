@@ -20,7 +20,7 @@ from ..recorder import StateRecorder
 from ..rows.attention import over_masks
 from ..rows.cache import RowCache, to_bucket
 from ..rows.forwards import attends_itself, own_windows
-from ..rows.layers import find_kinds, has_states
+from ..rows.layers import find_kinds
 from ..rows.recurrent import Stepping
 from ..rows.rotation import own_lengths
 from ..speculation.accept import RULES
@@ -163,8 +163,6 @@ class Engine:
         """What keeps rounds from being captured, logged once; None if nothing does."""
         target, name = self.target, type(self.target).__name__
         why = self.capturer.why_not(target, self.drafter)
-        if why is None and has_states(target):
-            why = f"{name} has recurrent layers, which are not captured yet"
         if why is None and (last := self.config.starts_anew) is not None:
             why = f"{name} computes its cache anew where a text passes {last} tokens"
         if why is None and (asked := find_asked(target)) is not None:
