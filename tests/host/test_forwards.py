@@ -18,6 +18,7 @@ from hf_eagle3.rows.block import Block
 from hf_eagle3.rows.forwards import FORWARDS, narrow_mask, own_windows, why_not_handed
 from hf_eagle3.rows.masks import make_mask
 from hf_eagle3.speculation.shape import DraftShape
+from hf_eagle3.training.states.packed import attends_by_interface
 
 NEW = 24
 VARIANTS = {"falcon (alibi)": Family("falcon", "causal", "alibi"), "mpt": Family("mpt", "causal", "use_cache=True")}
@@ -195,6 +196,11 @@ def test_positions_that_cannot_be_handed_over_are_left_to_the_host():
 )
 def test_rounds_that_no_kernel_computes_are_not_captured(name, words):
     assert words in why_kernels_do_not(make_target(name))
+
+
+@pytest.mark.parametrize("name", ["xglm", "llama4_text", "glm_moe_dsa", "stablelm"])
+def test_documents_of_targets_that_attend_in_other_ways_are_not_packed(name):
+    assert attends_by_interface(make_target(name)) == (name == "stablelm")
 
 
 # ---- chunks and indexers ----

@@ -18,7 +18,7 @@ from ...rows.attention import UnfitError
 from ...tensor_parallel import is_spread
 from ..step.batch import Batch, States
 from ..step.target_head import TargetHead
-from .packed import attending_by_documents
+from .packed import attending_by_documents, attends_by_interface
 
 logger = logging.get_logger(__name__)
 
@@ -158,6 +158,9 @@ class OnlineStates:
         """Whether documents end to end give the states of documents side by side: tried on the first three."""
         device, dtype = self._target.device, self._target.dtype
         if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+            return False
+        if not attends_by_interface(self._target):
+            logger.info("Documents run side by side: the target has layers that attend in other ways.")
             return False
         few = [document[:256] for document in documents[:3]]
         try:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from ...rows.attention import UnfitError
+from ...rows.forwards import attends_itself
+from ...rows.layers import name_layers
 
 BY_DOCUMENTS = "eagle3_documents"
 
@@ -82,6 +84,15 @@ def _attend_one_by_one(
 
 
 AttentionInterface.register(BY_DOCUMENTS, attend_documents)
+
+
+def attends_by_interface(target: PreTrainedModel) -> bool:
+    """Whether all layers of `target` attend fully or within windows, by whatever the host's interface gives them.
+
+    A trial over a few hundred tokens would not find out that a layer attends in longer chunks.
+    """
+    names = {name for name, _ in name_layers(target.config.get_text_config(decoder=True))}
+    return names <= {"full_attention", "sliding_attention"} and not attends_itself(target)
 
 
 @contextmanager
