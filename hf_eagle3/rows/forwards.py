@@ -30,6 +30,7 @@ class Forward(NamedTuple):
     Attributes:
         attends_itself: Layers attend by code of their own, which `AttentionInterface` does not reach.
         embeds_positions: Position ids go to the module `embed_positions`: the forward counts its own.
+        rotates_in_layers: What that module gives goes to each layer as its third argument [1, 1, T, D], for all rows.
         narrows_masks: The forward makes its masks together with a bias, and takes none that is ready-made: layers get
             its masks, in which what the block's mask hides is hidden, too.
         is_by_slot: Scores depend on the distance between slots, so a token's slot must be its position: chains only.
@@ -41,6 +42,7 @@ class Forward(NamedTuple):
 
     attends_itself: bool = False
     embeds_positions: bool = False
+    rotates_in_layers: bool = False
     narrows_masks: bool = False
     is_by_slot: bool = False
     most_slots: str = ""
@@ -67,6 +69,7 @@ FORWARDS: dict[str, Forward] = {
 }
 if Version(transformers.__version__).release >= (5, 24):  # before, they make masks that several tokens share
     FORWARDS |= dict.fromkeys(("big_bird", "megatron-bert"), Forward(attends_itself=True))
+    FORWARDS["roformer"] = Forward(attends_itself=True, embeds_positions=True, rotates_in_layers=True)
 # Families of the usual kind by their marks, whose layers make positions of their own all the same.
 OWN_POSITIONS = {"kosmos-2", "kosmos_2_text_model", "kosmos-2.5"}
 # Classes of the host that choose for each token among its row's slots, by keys that the cache keeps.
@@ -173,7 +176,11 @@ def handing(
             embedder = find_embedder(target)
             assert embedder is not None
             stack.callback(embedder.register_forward_pre_hook(_give(position_ids), with_kwargs=True).remove)
-            stack.callback(embedder.register_forward_hook(_unflatten(position_ids)).remove)
+            if forward.rotates_in_layers:
+                for layer in find_layers(target)[1]:
+                    stack.callback(layer.register_forward_pre_hook(_rotate_rows(position_ids)).remove)
+            else:
+                stack.callback(embedder.register_forward_hook(_unflatten(position_ids)).remove)
         else:
             arguments["position_ids"] = position_ids
         yield arguments
@@ -217,6 +224,15 @@ def _unflatten(position_ids: Tensor) -> Any:  # Any: a hook
         return output.reshape(*position_ids.shape, -1) if WRITING.get() is cache else output
 
     return unflatten
+
+
+def _rotate_rows(position_ids: Tensor) -> Any:  # Any: a hook
+    cache, (B, T) = WRITING.get(), position_ids.shape
+
+    def rotate_rows(_module: nn.Module, args: tuple) -> tuple:
+        return (*args[:2], args[2].reshape(B, 1, T, -1), *args[3:]) if WRITING.get() is cache else args
+
+    return rotate_rows
 
 
 # ---- queries that are scaled by position ----

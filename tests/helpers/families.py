@@ -83,7 +83,8 @@ SIZES = (
     (r"linear_num_key_heads", 2),
     (r"mamba_n(um)?_heads|n_mamba_heads", 8),
     (r"index_n_heads", 16),  # with few, many scores are zero, and which of those are chosen is chance
-    (r"index_topk", 6),
+    (r"index_topk", 8),
+    (r"index_kpool", 4),
     (r"\w*attention_heads|n_heads?|num_heads|linear_num_(value_)?heads", HEADS),
     (r"(swa_|global_|index_|linear_|mamba_|attention_)?(key_|value_)?head_dim|mamba_d_head|d_kv", HEAD_DIM),
     (r"d_head|dim_head|kv_channels|attention_head_size|qk_nope_head_dim", HEAD_DIM),

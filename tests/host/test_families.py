@@ -23,7 +23,10 @@ PART = os.environ.get("FAMILIES_PART", "1/1")
 ALL = families.families()
 SAMPLE = [
     *(Family(name, "causal") for name in ("llama", "gpt_oss", "gemma2", "cohere2", "deepseek_v3", "gpt2", "bert")),
-    *(Family(name, "causal") for name in ("bloom", "opt", "longcat_flash", "openai-gpt", "mamba", "qwen3_next")),
+    *(
+        Family(name, "causal")
+        for name in ("bloom", "opt", "longcat_flash", "openai-gpt", "mamba", "qwen3_next", "llama4")
+    ),
     *(Family(name, "image-text") for name in ("qwen2_5_vl", "exaone4_5", "mllama", "kosmos-2.5", "paligemma")),
     Family("paligemma", "image-text", "Gemma 2"),
     Family("phi3", "causal", "longrope"),
