@@ -25,7 +25,7 @@ from ..kernels.top import top_rows
 from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
 from ..rows.forwards import find_listed
-from ..rows.layers import find_kinds, has_states
+from ..rows.layers import has_states, known_kinds
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -100,7 +100,7 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
 def why_kernels_do_not(target: PreTrainedModel) -> str | None:
     """What about the layers of `target` no captured round computes; None if nothing is known to be."""
     name = type(target).__name__
-    if (kind := next((kind for kind in find_kinds(target) if kind.why_eager), None)) is not None:
+    if (kind := next((kind for kind in known_kinds(target) if kind.why_eager), None)) is not None:
         return f"{name} {kind.why_eager}, which our kernels do not"
     if has_states(target):
         return f"{name} has recurrent layers, which are not captured yet"

@@ -18,7 +18,7 @@ from ..compat import CACHE_NAME
 from ..recorder import find_layers
 from .attention import own_attention, weigh
 from .cache import WRITING
-from .layers import Masks, find_kinds, has_states, takes_trees
+from .layers import Masks, has_states, known_kinds, takes_trees
 from .masks import make_mask
 from .memory import KeyValues
 from .substitutes import Substitute
@@ -105,7 +105,7 @@ def find_listed(target: PreTrainedModel) -> Forward | None:
 def why_not_handed(target: PreTrainedModel) -> str | None:
     """What keeps a round from giving `target` masks and positions for each row; None if nothing does."""
     name = type(target).__name__
-    if not any(issubclass(kind.memory, KeyValues) for kind in find_kinds(target)):  # nothing looks at either
+    if not any(issubclass(kind.memory, KeyValues) for kind in known_kinds(target)):  # nothing looks at either
         takes_cache = CACHE_NAME in inspect.signature(target.forward).parameters
         return None if takes_cache else f"up to Transformers 5.23 {name} has another name for its cache"
     forward = find_forward(target)
@@ -134,9 +134,9 @@ def find_special(target: PreTrainedModel) -> Forward | None:
 
 
 def attends_itself(target: PreTrainedModel) -> bool:
-    """Whether rounds must leave the name of the attention of `target` as it is. Its layers are known."""
+    """Whether rounds must leave the name of the attention of `target` as it is."""
     special = find_special(target)
-    return (special is not None and special.attends_itself) or any(kind.attends_itself for kind in find_kinds(target))
+    return (special is not None and special.attends_itself) or any(kind.attends_itself for kind in known_kinds(target))
 
 
 def why_no_trees(target: PreTrainedModel) -> str | None:
@@ -252,7 +252,7 @@ def pads_count_from(target: PreTrainedModel) -> int | None:
     special = find_special(target)
     tempered = find_tempered(target) if special is not None and special.tempers_queries else []
     starts = [math.ceil(module.floor_scale) for module in tempered]
-    starts += [1 for kind in find_kinds(target) if kind.counts_pads]
+    starts += [1 for kind in known_kinds(target) if kind.counts_pads]
     return min(starts, default=None)
 
 

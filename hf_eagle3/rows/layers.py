@@ -138,15 +138,20 @@ def find_unknown(config: PreTrainedConfig) -> str | None:
     return next(unknown, None)
 
 
+def known_kinds(model: PreTrainedModel) -> list[LayerKind]:
+    """Those kinds of layers of `model` that are in the table, each once."""
+    names = dict.fromkeys(name for name, _ in name_layers(model.config.get_text_config(decoder=True)))
+    return [KINDS[name] for name in names if name in KINDS]
+
+
 def takes_trees(model: PreTrainedModel) -> bool:
     """Whether blocks of `model` may be trees, as far as its layers are known."""
-    names = dict.fromkeys(name for name, _ in name_layers(model.config.get_text_config(decoder=True)))
-    return all(KINDS[name].takes_trees for name in names if name in KINDS)
+    return all(kind.takes_trees for kind in known_kinds(model))
 
 
 def has_states(model: PreTrainedModel) -> bool:
-    """Whether some layer of `model` keeps states."""
-    return any(issubclass(kind.memory, States) for kind in find_kinds(model))
+    """Whether some layer of `model` keeps states, as far as they are known."""
+    return any(issubclass(kind.memory, States) for kind in known_kinds(model))
 
 
 def make_masks(config: PreTrainedConfig, block: Block, num_slots: int, dtype: torch.dtype) -> Masks | None:
