@@ -89,12 +89,10 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
         return "Triton is not installed"
     if any(model.training for model in models):
         return "a model is in training mode"
-    if (reason := why_kernels_do_not(target)) is not None:
-        return reason
     for module in (module for model in models for module in model.modules()):
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
-    return None
+    return why_kernels_do_not(target)
 
 
 def why_kernels_do_not(target: PreTrainedModel) -> str | None:

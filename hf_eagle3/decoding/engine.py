@@ -32,7 +32,7 @@ from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena
-from .captured import CapturedPhases, CudaGraphs
+from .captured import CapturedPhases, CudaGraphs, why_kernels_do_not
 from .choosing import Pace, make_chooser
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
@@ -162,7 +162,7 @@ class Engine:
     def _find_why_eager(self) -> str | None:
         """What keeps rounds from being captured, logged once; None if nothing does."""
         target, name = self.target, type(self.target).__name__
-        why = self.capturer.why_not(target, self.drafter)
+        why = self.capturer.why_not(target, self.drafter) or why_kernels_do_not(target)
         if why is None and (last := self.config.starts_anew) is not None:
             why = f"{name} computes its cache anew where a text passes {last} tokens"
         if why is None and (asked := find_asked(target)) is not None:
