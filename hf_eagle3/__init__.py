@@ -17,6 +17,8 @@ MODULES = {
     "Eagle3Trainer": "training",
     "Eagle3TrainingArguments": "training",
     "Speculation": "speculation.stats",
+    "attach": "host.attaching",
+    "detach": "host.attaching",
     "doctor": "diagnosis.readings",
     "install": "host.install",
     "join_projections": "kernels.qkv",
@@ -30,6 +32,8 @@ __all__ = [
     "Eagle3Trainer",
     "Eagle3TrainingArguments",
     "Speculation",
+    "attach",
+    "detach",
     "doctor",
     "install",
     "join_projections",
@@ -39,6 +43,7 @@ __all__ = [
 
 if not is_command_line():  # whose commands install when they need a model: `--help` does not
     from .decoding.arena import release_graphs
+    from .host.attaching import attach, detach
     from .host.install import install, uninstall
     from .kernels.qkv import join_projections
     from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel

@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..speculation.accept import describe_rules
 from ..speculation.shape import NONE, Shapes
 from ..speculation.stats import Speculation
 from .assisted import choosing
+from .attaching import SETTINGS, find_attached, say_plain
 from .loop_choice import ASKED, OWN_LOOP, LoopChoice, choose_loop
 from .output import fill_cache, make_output
 from .refusals import (
@@ -81,6 +83,14 @@ def wrap_generate(original: Callable) -> Callable:
             drafter = signature.bind(self, *args, **kwargs).arguments.get("assistant_model")
         refuse_names(drafter)
         refuse_mistaken_llama(drafter)
+        if drafter is None and (attached := find_attached(self, kwargs)) is not None:
+            call = signature.bind(self, *args, **attached.settings, **kwargs)
+            if "assistant_model" in call.arguments:  # None, given on purpose
+                pass
+            elif kwargs.keys() & set(SETTINGS):  # of drafts, so there must be some
+                drafter, kwargs = attached.drafter, {**attached.settings, **kwargs}
+            elif draft_if_possible(self, attached.drafter, call):
+                return original(*call.args, **call.kwargs)
         if drafter is None and not is_asked_for(kwargs):
             kwargs.pop("decode_loop", None)  # None
             return original(self, *args, **kwargs)
@@ -88,17 +98,38 @@ def wrap_generate(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
 
         call = signature.bind(self, *args, **kwargs)
-        arguments, further = call.arguments, call.arguments.setdefault("kwargs", {})
-        settings, choice = settle(self, drafter, arguments, further)
-        if choice.loop != OWN_LOOP:
-            with choosing(choice):
-                return original(*call.args, **call.kwargs)
-        arguments["assistant_model"] = None  # to the host, a plain call with a loop of its own
-        arguments["custom_generate"] = functools.partial(decode, choice, arguments.get("streamer"))
-        use_tokenizer(self, arguments, further, settings)
-        return original(*call.args, **call.kwargs)
+        choice = draft(self, drafter, call)
+        with choosing(choice) if choice.loop != OWN_LOOP else nullcontext():
+            return original(*call.args, **call.kwargs)
 
     return generate
+
+
+def draft(target: PreTrainedModel, drafter: PreTrainedModel | None, call: inspect.BoundArguments) -> LoopChoice:
+    """Make of a call what the host is to be called with, and say which loop takes it.
+
+    Raises:
+        ValueError: A drafter cannot help with this call.
+    """
+    arguments, further = call.arguments, call.arguments.setdefault("kwargs", {})
+    settings, choice = settle(target, drafter, arguments, further)
+    if choice.loop == OWN_LOOP:
+        arguments["assistant_model"] = None  # to the host, a plain call with a loop of its own
+        arguments["custom_generate"] = functools.partial(decode, choice, arguments.get("streamer"))
+        use_tokenizer(target, arguments, further, settings)
+    return choice
+
+
+def draft_if_possible(target: PreTrainedModel, drafter: PreTrainedModel, call: inspect.BoundArguments) -> bool:
+    """The same for a drafter that is attached, whose calls are plain where our loop cannot take them; whether it does."""
+    try:
+        choice = draft(target, drafter, call)
+    except ValueError as error:
+        say_plain(target, str(error))
+        return False
+    if choice.loop != OWN_LOOP:
+        say_plain(target, choice.why)
+    return choice.loop == OWN_LOOP
 
 
 def is_asked_for(kwargs: dict[str, Any]) -> bool:

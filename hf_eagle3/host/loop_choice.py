@@ -124,6 +124,12 @@ def why_not_call(
     return "synced_gpus is set" if has_synced_gpus else None
 
 
+def refuse_unknown_loop(asked: Any) -> None:  # Any: whatever was given
+    """Raise if `decode_loop` names no loop."""
+    if asked is not None and not (isinstance(asked, str) and asked in ASKED):
+        raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
+
+
 def choose_loop(
     target: PreTrainedModel,
     drafter: PreTrainedModel | None,
@@ -148,8 +154,7 @@ def choose_loop(
     Raises:
         ValueError: What was asked for is unknown, or impossible.
     """
-    if asked is not None and not (isinstance(asked, str) and asked in ASKED):
-        raise ValueError(f'decode_loop is {asked!r}, expected "own", "eager", "host" or None for the best that fits.')
+    refuse_unknown_loop(asked)
     why_not = why_not_call(settings, inputs, has_synced_gpus=has_synced_gpus) or why_not_target(target)
     if why_not is None:
         why_not = why_not_cache(target, find_cache(inputs))

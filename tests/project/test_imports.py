@@ -91,7 +91,7 @@ LAYERS = {
     "host": [
         ["install"],
         ["generate"],
-        ["assisted", "output"],
+        ["assisted", "attaching", "output"],
         ["candidates", "request", "undrafted"],
         ["auto_config", "batching", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
         ["refusals", "seeds"],
