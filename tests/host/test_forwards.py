@@ -76,6 +76,34 @@ def test_text_is_plain_decodings_whatever_is_kept(name, wrong_share):
         assert_as_plain(name, lengths, num_assistant_tokens=3, wrong_share=wrong_share)
 
 
+OPTIONS = {
+    "chunks": {"prefill_chunk_size": 5},
+    "penalty": {"repetition_penalty": 1.3},
+    "eager": {"decode_loop": "eager"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ALL)
+def test_text_is_plain_decodings_in_calls_of_other_kinds(name, option):
+    target, batch = make_target(name), make_batch(RAGGED, "cpu")
+    options = {"max_new_tokens": NEW, **OPTIONS[option]}
+    plain = target.generate(**batch, **{k: v for k, v in options.items() if k != "decode_loop"})
+    oracle = make_oracle(target, plain, batch)
+    out = target.generate(**batch, assistant_model=oracle, num_assistant_tokens=3, **options)
+    assert out.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("name", slow_but(["llama4_text"], ALL))
+def test_a_seed_gives_one_text_with_and_without_a_draft(name):
+    target, batch = make_target(name), make_batch(RAGGED, "cpu")
+    oracle = make_oracle(target, plain_of(name, RAGGED).sequences, batch)
+    options = {"assistant_model": oracle, "max_new_tokens": NEW, "do_sample": True, "seed": 7}
+    texts = [target.generate(**batch, num_assistant_tokens=depth, **options).tolist() for depth in (0, 3)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
 @pytest.mark.parametrize("name", slow_but(["bart", "gpt_neo", "llama4_text", "glm_moe_dsa"], BRANCHING))
 def test_trees_give_the_targets_text(name, lengths):
