@@ -327,7 +327,7 @@ def test_stop_strings_and_streamers(name):
     assert streamer.tokens == out[0].tolist()
 
 
-@pytest.mark.parametrize("name", slow_but(EVERYDAY, FAMILIES))
+@pytest.mark.parametrize("name", slow_but(["lfm2_moe"], FAMILIES))
 def test_a_seed_gives_one_text_with_and_without_a_draft(name):
     target, batch, drafter = make_target(name), make_batch(RAGGED, "cpu"), make_drafter(name, RAGGED)
     options = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 16, "seed": 5}
@@ -363,6 +363,50 @@ def test_sampled_texts_are_distributed_as_plain_decodings(name):
             kept = logits.topk(3)
             p *= float(kept.values.softmax(-1)[kept.indices == token].sum())
         assert abs(count / len(rows) - p) < 5 * (p * (1 - p) / len(rows)) ** 0.5
+
+
+@pytest.mark.parametrize("name", slow_but(["lfm2_moe"], EVERYDAY))
+def test_pads_on_the_right(name):
+    drafter, prompts = make_drafter(name, RAGGED), prompts_of(make_batch(RAGGED, "cpu"))
+    ids = torch.stack([torch.tensor([*prompt, *[0] * (max(RAGGED) - len(prompt))]) for prompt in prompts])
+    out = make_target(name).generate(
+        ids, attention_mask=(ids != 0).long(), assistant_model=drafter, max_new_tokens=16, **GREEDY
+    )
+    assert out[:, max(RAGGED) :].tolist() == say_alone(name, RAGGED, 16).tolist()
+
+
+def test_embeddings_as_a_prompt():
+    target, drafter = make_target("qwen3_5_text"), make_drafter("qwen3_5_text", (11,))
+    embeds = target.get_input_embeddings()(make_batch((11,), "cpu")["input_ids"]).detach()
+    out = target.generate(inputs_embeds=embeds, assistant_model=drafter, max_new_tokens=16, **GREEDY)
+    assert out.tolist() == say_alone("qwen3_5_text", (11,), 16).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_images_before_a_hybrids_text(name, num_rows):
+    target = build(Family(name, "image-text"))
+    config, vision = target.config, target.config.vision_config
+    side = 2 * vision.spatial_merge_size
+    image = [config.vision_start_token_id, *[config.image_token_id] * 4, config.vision_end_token_id]
+    ids = torch.tensor([[5, 6, *image, 9, 10, 11], [0] * 6 + [5, 6, 7, 8, 9]][:num_rows])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "mm_token_type_ids": (ids == config.image_token_id).long(),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+        "pixel_values": torch.randn(
+            side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        ),
+    }
+    options = {"max_new_tokens": 14, "return_dict_in_generate": True, **GREEDY}
+    plain = target.generate(**batch, **options)
+    oracle = make_oracle(target, plain.sequences, batch)
+    out = target.generate(**batch, assistant_model=oracle, num_assistant_tokens=3, **options)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert out.speculation.loop == OWN
+    assert_same_cache(out[CACHE_NAME], plain[CACHE_NAME])
 
 
 # ---- failures and refusals ----
