@@ -88,8 +88,9 @@ class RowCache(Cache):
     def settle(self) -> None:
         """Let layers go on from what is kept of the last block."""
         if self._kept is not None:
+            kept = self._kept.cpu()  # a wait: rounds over states are not captured
             for layer in self.layers:
-                layer.settle(self._kept)
+                layer.settle(kept)
             self._kept = None
 
     def reserve(self, num_slots: int) -> None:

@@ -296,22 +296,50 @@ class States(LinearAttentionLayer, Nothing):
     def __init__(self, cache: "RowCache"):
         Nothing.__init__(self, cache)
         LinearAttentionLayer.__init__(self)
-        # [T+1, B, ...] by name and number of a state: before the block, and after each of its tokens. The host's layers see one.
-        self.trails: dict[tuple[str, int], Tensor] = {}
+        # [n, B, ...] by name and number of a state: a ring, where the states before a block are at `first`, and those
+        # after each of its tokens at the places that follow. The host's layers see one of them.
+        self.rings: dict[tuple[str, int], Tensor] = {}
+        self.first = 0
+        self._next = 0  # where the states after the token at hand come
 
     def begin(self, num_tokens: int) -> None:
-        """Make room for the states after each token of a block; before it, the first of them count."""
-        for key, trail in self.trails.items():
-            if len(trail) <= num_tokens:
-                longer = trail.new_empty(num_tokens + 1, *trail.shape[1:])
-                longer[0] = trail[0]
-                self.trails[key] = longer
+        """Make room for the states after each token of a block."""
+        if all(len(ring) > num_tokens for ring in self.rings.values()):
+            return
+        for key, ring in self.rings.items():
+            self.rings[key] = ring.new_empty(num_tokens + 1, *ring.shape[1:])
+            self.rings[key][0] = ring[self.first]
+        self.first = 0
 
-    def advance(self, token: int) -> None:
-        """Let the next token of the block write the states after it, which begin as those before it."""
-        for key, trail in self.trails.items():
-            trail[token + 1] = trail[token]
-            self._show(key, trail[token + 1])
+    def _place(self, num_tokens: int) -> int:
+        """Where the states after so many tokens of the block are."""
+        return (self.first + num_tokens) % len(next(iter(self.rings.values())))
+
+    def advance(self, token: int, *, is_in_place: bool) -> None:
+        """Let the next token of the block write the states after it.
+
+        Args:
+            token: Of the block, in their order.
+            is_in_place: Whether the host's layer changes recurrent states where they are, and not by
+                `update_recurrent_state`. It does so with those of convolutions.
+        """
+        self._next = self._place(token + 1)
+        for key, ring in self.rings.items():
+            before = ring[self._place(token)]
+            if is_in_place or key[0] == "conv_states":
+                ring[self._next] = before
+                self._show(key, ring[self._next])
+            else:
+                self._show(key, before)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's
+        """Write the states after the token that `advance` began."""
+        key = ("recurrent_states", state_idx)
+        state = self.rings[key][self._next]
+        if state.data_ptr() != recurrent_states.data_ptr():
+            state.copy_(recurrent_states)
+        self._show(key, state)
+        return state
 
     def _show(self, key: tuple[str, int], state: Tensor) -> None:
         """Let layers of the host see that state."""
@@ -319,11 +347,19 @@ class States(LinearAttentionLayer, Nothing):
         getattr(self, name)[number] = state
 
     def settle(self, kept: Tensor) -> None:
-        """Go on from the states behind `kept` [B] tokens of the last block."""
-        for key, trail in self.trails.items():
-            index = kept.to(trail.device)
-            trail[0] = trail[index, torch.arange(len(index), device=trail.device)]
-            self._show(key, trail[0])
+        """Go on from the states behind `kept` [B] tokens of the last block, on a CPU."""
+        counts = set(kept.tolist())
+        if len(counts) == 1:
+            self.first = self._place(*counts) if self.rings else 0
+        else:
+            for ring in self.rings.values():
+                places = ((kept + self.first) % len(ring)).to(ring.device)
+                ring[self.first] = ring[places, torch.arange(len(kept), device=ring.device)]
+        self._show_first()
+
+    def _show_first(self) -> None:
+        for key, ring in self.rings.items():
+            self._show(key, ring[self.first])
 
     def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
         """Hold the states of the host's layer."""
@@ -333,39 +369,38 @@ class States(LinearAttentionLayer, Nothing):
             for number, state in getattr(theirs, name).items():
                 if state is None:
                     continue
-                if (name, number) not in layer.trails:
-                    layer.trails[name, number] = state.new_zeros(1, num_rows, *state.shape[1:])
-                layer.trails[name, number][0, start : start + len(columns)] = state
+                if (name, number) not in layer.rings:
+                    layer.rings[name, number] = state.new_zeros(1, num_rows, *state.shape[1:])
+                layer.rings[name, number][0, start : start + len(columns)] = state
                 if move:
                     getattr(theirs, name)[number] = None
         copy_marks(theirs, layer)
-        for key, trail in layer.trails.items():
-            layer._show(key, trail[0])
+        layer._show_first()
 
     def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:  # noqa: ARG002  states have no slots
         """Make layer `index` of the host's `cache` hold these states."""
         theirs = cache.layers[index]
-        for (name, number), trail in self.trails.items():
-            getattr(theirs, name)[number] = trail[0].clone()
+        for (name, number), ring in self.rings.items():
+            getattr(theirs, name)[number] = ring[self.first].clone()
         copy_marks(self, theirs)
 
     def share(self, whole: Any, rows: slice) -> None:
         """Be over the memory of `rows` of another layer."""
-        self.trails = {key: trail[:, rows] for key, trail in whole.trails.items()}
+        self.rings, self.first = {key: ring[:, rows] for key, ring in whole.rings.items()}, whole.first
         copy_marks(whole, self)
-        for key, trail in self.trails.items():
-            self._show(key, trail[0])
+        self._show_first()
 
     def take_rows(self, other: Any, rows: Tensor) -> None:
         """Hold the `rows` of another layer, which may be over the same memory."""
-        for key, trail in self.trails.items():
-            trail[0] = other.trails[key][0, rows.to(trail.device)]
+        for key, ring in self.rings.items():
+            ring[self.first] = other.rings[key][other.first, rows.to(ring.device)]
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""
-        for key, trail in self.trails.items():
-            self.trails[key] = trail[:1, rows.to(trail.device)]
-            self._show(key, self.trails[key][0])
+        for key, ring in self.rings.items():
+            self.rings[key] = ring[self.first : self.first + 1, rows.to(ring.device)]
+        self.first = 0
+        self._show_first()
 
 
 # What a layer of the host knows of its states, beside them.

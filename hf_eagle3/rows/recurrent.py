@@ -33,19 +33,22 @@ class Mixer:
         kind: In words.
         entries: Its parts that see nothing but the layer's input, token by token, and
         exit: the last one, whose output is the layer's. Both may run over a whole block at once.
+        is_in_place: Whether recurrent states are changed where they are, and not handed to the cache anew.
         continues: Whether the host's path over several tokens begins with the states that it is given.
     """
 
     kind: str
     entries: tuple[str, ...]
     exit: str | None = "out_proj"
+    is_in_place: bool = False
     continues: bool = True
 
 
 DELTA_NET = Mixer("gated delta net", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 DELTA = ("q_proj", "k_proj", "v_proj", "b_proj")
-MAMBA = Mixer("Mamba", ("in_proj",), continues=False)  # to 5.24 at least, whose scan takes no state to begin with
-MAMBA2, CONVOLUTION = Mixer("Mamba-2", ("in_proj",)), Mixer("short convolution", ("in_proj",))
+# To 5.24 at least, the scan of Mamba takes no state to begin with.
+MAMBA = Mixer("Mamba", ("in_proj",), is_in_place=True, continues=False)
+MAMBA2, CONVOLUTION = Mixer("Mamba-2", ("in_proj",), is_in_place=True), Mixer("short convolution", ("in_proj",))
 # By class of the host: those whose forward over one token reads and writes the states of the cache's layer `layer_idx`, and
 # keeps nothing elsewhere.
 MIXERS = {
@@ -54,7 +57,7 @@ MIXERS = {
     "OlmoHybridGatedDeltaNet": Mixer("gated delta net", (*DELTA, "a_proj", "g_proj"), "o_proj"),
     "BailingHybridDeltaAttention": Mixer("delta attention", (*DELTA, "g_proj"), "o_proj"),
     "KimiLinearDeltaAttention": Mixer("delta attention", (*DELTA, "g_a_proj", "forget_gate"), "o_proj"),
-    "FalconH1Mixer": Mixer("Mamba-2", ()),  # it scales its input before
+    "FalconH1Mixer": Mixer("Mamba-2", (), is_in_place=True),  # it scales its input before
     **dict.fromkeys(
         ("BambaMixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"), MAMBA2
     ),
@@ -139,9 +142,9 @@ class Stepper(Substitute):
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
         T = hidden_states.shape[1]
         layer.begin(T)
+        mixer, parts = MIXERS[type(module).__name__], dict(module._modules)
         if T == 1 or cache.is_stock or self.had_its_own:
             return self._step(self.original, layer, hidden_states, *args[1:], **kwargs)
-        mixer, parts = MIXERS[type(module).__name__], dict(module._modules)
         for name in mixer.entries:
             parts[name] = Slices(getattr(module, name)(hidden_states))
         collects = None if mixer.exit is None else Collects()
@@ -157,9 +160,9 @@ class Stepper(Substitute):
 
     def _step(self, forward: Callable, layer: States, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What `forward` gives for each token of a block, one after the other."""
-        outputs = []
+        outputs, is_in_place = [], MIXERS[type(self.module).__name__].is_in_place
         for token in range(hidden_states.shape[1]):
-            layer.advance(token)
+            layer.advance(token, is_in_place=is_in_place)
             outputs.append(forward(hidden_states[:, token : token + 1], *args, **kwargs))
         if isinstance(outputs[0], Tensor):
             return torch.cat(outputs, dim=1)
