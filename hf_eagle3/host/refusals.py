@@ -19,7 +19,7 @@ from ..decoding.preparation import find_switch as find_cache_switch
 from ..modeling import Eagle3DrafterConfig
 from ..modeling.text_eagle3 import one_line
 from ..recorder import find_layers, find_skippable
-from ..rows.recurrent import why_not_layers
+from ..rows.recurrent import find_mixers, why_not_layers
 from ..rows.rotation import find_switch as find_rotation_switch
 
 
@@ -173,12 +173,13 @@ class Compiled(NamedTuple):
 
 
 def find_compiled(target: PreTrainedModel) -> Compiled | None:
-    """The first part of `target` that is compiled and holds a layer whose states are read, or an attention, if there is one.
+    """The first part of `target` that is compiled and holds a layer whose states are read, an attention or a recurrence.
 
-    Compiled code calls no hooks of such layers, and each attention, length of text and hook has it compiled again.
+    Compiled code calls no hooks of such layers, each attention, length of text and hook has it compiled again, and it
+    would take no block token by token. None if there is none.
     """
     undone = {path: undo for path, module in target.named_modules() if (undo := how_compiled(module)) is not None}
-    hooked = set(map(id, find_layers(target)[1])) if undone else set()
+    hooked = set(map(id, (*find_layers(target)[1], *find_mixers(target).values()))) if undone else set()
     for path, undo in undone.items():
         children = target.get_submodule(path).modules()
         if any(id(child) in hooked or hasattr(child, "is_causal") for child in children):

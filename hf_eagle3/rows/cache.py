@@ -74,6 +74,8 @@ class RowCache(Cache):
         token = WRITING.set(self)
         try:
             yield self
+            for layer in self.layers if self.has_states else ():
+                layer.end(block.num_tokens)
         finally:
             WRITING.reset(token)
             self.block, self.is_first, self.is_dense, self.num_before = None, False, False, 0

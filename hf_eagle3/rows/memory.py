@@ -40,6 +40,9 @@ class Nothing(CacheLayerMixin):
     def keep(self, start: Tensor, path: Tensor) -> None:
         """Keep a path of the last block; arguments as of `RowCache.keep`."""
 
+    def end(self, num_tokens: int) -> None:
+        """Look at what a forward over a block of so many tokens has left."""
+
     def settle(self, kept: Tensor) -> None:
         """Forget the last block behind its first `kept` [B] tokens."""
 
@@ -300,6 +303,7 @@ class States(LinearAttentionLayer, Nothing):
         # after each of its tokens at the places that follow. The host's layers see one of them.
         self.rings: dict[tuple[str, int], Tensor] = {}
         self.first = 0
+        self.num_stepped = 0  # tokens of the last block that came through
         self._next = 0  # where the states after the token at hand come
 
     def begin(self, num_tokens: int) -> None:
@@ -323,7 +327,7 @@ class States(LinearAttentionLayer, Nothing):
             is_in_place: Whether the host's layer changes recurrent states where they are, and not by
                 `update_recurrent_state`. It does so with those of convolutions.
         """
-        self._next = self._place(token + 1)
+        self._next, self.num_stepped = self._place(token + 1), token + 1
         for key, ring in self.rings.items():
             before = ring[self._place(token)]
             if is_in_place or key[0] == "conv_states":
@@ -356,6 +360,11 @@ class States(LinearAttentionLayer, Nothing):
                 places = ((kept + self.first) % len(ring)).to(ring.device)
                 ring[self.first] = ring[places, torch.arange(len(kept), device=ring.device)]
         self._show_first()
+
+    def end(self, num_tokens: int) -> None:
+        """Be sure that each token of a block came through by itself."""
+        assert self.num_stepped == num_tokens, "a recurrent layer ran over a block by itself"
+        self.num_stepped = 0
 
     def _show_first(self) -> None:
         for key, ring in self.rings.items():

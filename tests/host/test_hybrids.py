@@ -533,6 +533,16 @@ def test_a_recurrence_that_is_not_known_is_refused_by_name():
     refuse(target, "does not run in our decode loop", decode_loop="own")
 
 
+def test_a_compiled_recurrence_is_refused_with_the_line_that_undoes_it():
+    target, drafter = copy.deepcopy(make_target("qwen3_5_text")), make_drafter("qwen3_5_text", (11,))
+    target.model.layers[1].linear_attn.compile(backend="eager")
+    refuse(
+        target,
+        r"compiled at target.model.layers\[1\].linear_attn.*_compiled_call_impl = None",
+        assistant_model=drafter,
+    )
+
+
 def test_the_host_still_assists_where_nothing_but_convolutions_is_kept():
     name, lengths = "lfm2_moe", (11,)
     out = decode(name, lengths, decode_loop="host", num_assistant_tokens=3)
