@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from .attention_eagle3 import make_attention
 from .configuration_eagle3 import Eagle3DrafterConfig
+from .fields_eagle3 import FIELD_NAMES
 from .text_eagle3 import escape_record
 from .weights_eagle3 import (
     HUB_KEYS,
@@ -494,7 +495,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         """The config that the host will load with, from the same arguments."""
         if isinstance(config := kwargs.get("config"), PreTrainedConfig):
             return config  # of this class, at times imported a second time
-        fields = Eagle3DrafterConfig.__annotations__.keys() | set(HUB_KEYS)
+        fields = FIELD_NAMES | set(HUB_KEYS)
         asked = {key: value for key, value in kwargs.items() if key in fields}
         return cls.config_class.from_pretrained(config or name_or_path, **asked)
 

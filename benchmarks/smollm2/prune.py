@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel
 
 from hf_eagle3 import Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.modeling.fields_eagle3 import FIELD_NAMES
 from hf_eagle3.training import choose_draft_vocabulary
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     keep = choose_draft_vocabulary(
         counts[ids], args.draft_vocab_size, always=(ids == config.eos_token_id).nonzero().flatten().tolist()
     )
-    fields = {name: getattr(config, name) for name in Eagle3DrafterConfig.__annotations__}
+    fields = {name: getattr(config, name) for name in FIELD_NAMES}
     fields["draft_vocab_size"] = args.draft_vocab_size
     pruned = Eagle3DrafterModel(Eagle3DrafterConfig(**fields)).to(torch.bfloat16)
     weights = drafter.state_dict() | {"lm_head.weight": drafter.lm_head.weight[keep], "d2t": pruned.d2t}

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..speculation.costs import Chooser, Costs
 from ..speculation.rates import Rates
-from .loop import DeviceRead
+from .loop import DeviceRead, HostTime
 from .state import RoundConfig
 
 LEAST_STEP = 0.02  # of a round: what a draft step costs however small the drafter is
@@ -45,7 +45,7 @@ def make_chooser(
     if drafter is None or config.shapes.is_fixed:
         return Chooser(config.shapes, Costs(0.0, is_slow=False), Rates(), config.shape)
     known = _known.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter, Known({}, {}))
-    where = (target.device, target.dtype, is_captured)
+    where = (target.device, target.dtype, is_captured, config.in_order)  # processors in Python take their time
     is_slow = target.device.type == "cpu"
     if (costs := known.costs.get(where)) is None:
         costs = known.costs[where] = Costs(find_step(target, drafter), is_slow=is_slow)
@@ -74,9 +74,9 @@ class Pace:
     """Times rounds by when each ends, where nothing else ran between two of a kind."""
 
     def __init__(self) -> None:
-        self._last: DeviceRead | None = None
+        self._last: DeviceRead | HostTime | None = None
 
-    def measure(self, read: DeviceRead, *, is_steady: bool) -> float | None:
-        """Seconds since the round before; None if that says nothing. `read` has been waited for."""
-        last, self._last = self._last, read
-        return read.seconds_since(last) if last is not None and is_steady else None
+    def measure(self, end: DeviceRead | HostTime, *, is_steady: bool) -> float | None:
+        """Seconds since the round before; None if that says nothing. A call has ends of one kind, waited for."""
+        last, self._last = self._last, end
+        return end.seconds_since(last) if last is not None and is_steady else None  # type: ignore[arg-type]

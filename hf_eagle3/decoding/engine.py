@@ -26,6 +26,7 @@ from ..rows.rotation import own_lengths
 from ..speculation.accept import RULES
 from ..speculation.costs import Chooser
 from ..speculation.numbers import has_nan, raise_if_nan
+from ..speculation.shape import DraftShape
 from ..speculation.shared_noise import draw_seed
 from ..speculation.stats import Stopwatch
 from ..speculation.verdict import Proposal, Verdict
@@ -36,7 +37,7 @@ from .captured import CapturedPhases, CudaGraphs, why_kernels_do_not
 from .choosing import Pace, make_chooser
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
-from .loop import DeviceRead, Launched
+from .loop import DeviceRead, HostTime, Launched
 from .phases import Models, Phases, Verified, list_models
 from .prefill import Prompt, PromptCall, prefill
 from .preparation import find_asked, name_of
@@ -336,9 +337,10 @@ class Engine:
             self._starts = self._count_texts()
         if self.config.in_order:
             rows, starts = self.rows, [len(row.text) for row in self.rows]
-            self._accept_in_python(proposal, verified)
+            verdict = self._accept_in_python(proposal, verified)
+            seconds = self._pace.measure(HostTime(), is_steady=is_steady)
             if shape is not None:
-                self.chooser.note(len(rows), shape, (), None)
+                self._teach(rows, shape, verdict.ends.tolist(), seconds)
         else:
             with self.clocks.accept:
                 report, scores, path = self.phases.accept(proposal, verified)
@@ -359,19 +361,22 @@ class Engine:
         raise_if_nan(report.is_nan)
         seconds = self._pace.measure(launched.device_read, is_steady=launched.is_steady)
         if launched.shape is not None:
-            least = self._mean_left()
-            pairs = zip(launched.rows, report.ends, strict=True)
-            ends = [end for row, end in pairs if row.is_live and row.num_left >= least]
-            self.chooser.note(len(launched.rows), launched.shape, ends, seconds)
+            self._teach(launched.rows, launched.shape, report.ends, seconds)
         with self.clocks.host:
             launched.append(report)
+
+    def _teach(self, rows: list[Row], shape: DraftShape, ends: list[int], seconds: float | None) -> None:
+        """Tell the chooser of a round: at which nodes rows ended, and how long it took, if that says something."""
+        least = self._mean_left()
+        counted = [end for row, end in zip(rows, ends, strict=True) if row.is_live and row.num_left >= least]
+        self.chooser.note(len(rows), shape, counted, seconds)
 
     def _mean_left(self) -> float:
         """Tokens that rows have yet to say: a batch waits for those with more, so their verdicts say what drafting brings."""
         left = [row.num_left for row in self.rows if row.is_live]
         return sum(left) / len(left) if left else 0.0
 
-    def _accept_in_python(self, proposal: Proposal, verified: Verified) -> None:
+    def _accept_in_python(self, proposal: Proposal, verified: Verified) -> Verdict:
         """Accept where processors look at the text, and commit."""
         phases, config = self.phases, self.config
         with self.clocks.host:
@@ -391,6 +396,7 @@ class Engine:
                 limits=limits,
             )
         phases.commit(proposal, verdict, verified.states)
+        return verdict
 
 
 def warn_once(target: PreTrainedModel, why_eager: str) -> None:

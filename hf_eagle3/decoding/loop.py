@@ -34,6 +34,17 @@ class DeviceRead:
         return earlier._event.elapsed_time(self._event) / 1000
 
 
+class HostTime:
+    """When a round ended that the host waited for."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def seconds_since(self, earlier: "HostTime") -> float:
+        """Seconds between two of them."""
+        return self._time - earlier._time
+
+
 class Report(NamedTuple):
     """What a round gave, on the host."""
 

@@ -151,7 +151,7 @@ def make_round_config(
         coverage = getattr(choice.drafter.generation_config, "simulated_coverage", None)
     stateless = stateless_warpers(processors)
     in_order = transcript.in_step or len(stateless) < len(processors)
-    is_plain = simulated is None and not in_order and switch is None and find_peers(target) is None
+    is_plain = simulated is None and not transcript.in_step and switch is None and find_peers(target) is None
     shape, *others = choice.shapes.shapes
     return RoundConfig(
         shape=shape,

@@ -27,6 +27,7 @@ from helpers.layouts import (
     make_weights,
     write,
 )
+from helpers.models import drafter_config
 from helpers.reference_drafter import ReferenceDrafter, in_float64
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -1003,3 +1004,17 @@ def test_no_file_stays_open_for_writing(tmp_path):
 
 def test_public_names():
     assert hf_eagle3.CheckpointError is CheckpointError
+
+
+@pytest.mark.parametrize("field", ["intermediate_size", "num_key_value_heads"])
+def test_a_field_given_to_from_pretrained_mends_a_wrong_config(field, tmp_path):
+    """What is loaded is checked against what was given, not against the file."""
+    drafter = Eagle3DrafterModel(drafter_config())
+    drafter.save_pretrained(tmp_path)
+    right = getattr(drafter.config, field)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: 2 * right}))
+    with pytest.raises(CheckpointError, match="expected"):
+        AutoModel.from_pretrained(tmp_path)
+    loaded = Eagle3DrafterModel.from_pretrained(tmp_path, **{field: right})
+    assert torch.equal(loaded.fc.weight, drafter.fc.weight)

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hf_eagle3.checkpoints.exporter import borrowing, sample_drafts
 from hf_eagle3.checkpoints.flavours import FLAVOURS
 from hf_eagle3.checkpoints.load import is_drafters
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.modeling.fields_eagle3 import Eagle3Fields
 from hf_eagle3.training import StoredStates, StoredStatesError, TokenDataset, store_states
 from hf_eagle3.training.data.files import DataError, read_rows
 from hf_eagle3.training.data.prompts import read_prompts
@@ -283,7 +285,7 @@ def damage_drafter(rng: random.Random, ours: Path, folder: Path) -> Damaged:
     return Damaged(folder, what, left, key)
 
 
-FIELDS = [name for name in Eagle3DrafterConfig.__annotations__ if name != "model_type"]
+FIELDS = [field.name for field in fields(Eagle3Fields)]
 
 
 def spellings(key: str) -> list[str]:

@@ -101,6 +101,34 @@ def test_the_text_is_plain_decodings(family, kind, captured, graphs, at_random):
 
 
 @pytest.mark.parametrize(
+    ("family", "captured", "sampled"),
+    slow_rows_but(
+        [("llama", False, False), ("gemma3", True, True)], itertools.product(FAMILIES, [False, True], [False, True])
+    ),
+)
+def test_processors_that_look_at_the_text_see_plain_decodings(family, captured, sampled, graphs, at_random):
+    target, batch = make_target(family), pad(prompts_of(9, 4, 14))
+    options = {**GREEDY, "repetition_penalty": 1.1, **({"do_sample": True, "seed": 3} if sampled else {})}
+    plain = target.generate(**batch, max_new_tokens=70, **options, **({"decode_loop": "own"} if sampled else {}))
+    oracle = make_oracle(target, plain, batch, wrong_share=0.2)
+    out = decode(target, oracle, batch, draft_shape="auto", **options)
+    assert out.sequences.tolist() == plain.tolist()
+    assert len(out.speculation.shapes) > 3
+    assert out.speculation.num_accepted > 20
+
+
+def test_what_rounds_accept_is_known_where_processors_look_at_the_text():
+    target, batch = make_target("llama"), pad(prompts_of(9, 4))
+    options = {"max_new_tokens": 100, "repetition_penalty": 1.1}
+    plain = target.generate(**batch, **GREEDY, **options)
+    for wrong_share, low, high in ((0.0, 0.9, 1.0), (1.0, 0.0, 0.2)):
+        oracle = make_oracle(target, plain, batch, wrong_share=wrong_share)
+        told = decode(target, oracle, batch, draft_shape="auto", **options).speculation
+        assert low <= told.acceptance_by_rank[0][0] <= high
+        assert len(told.shapes) > 1 or list(told.shapes) != ["chain of 3"]
+
+
+@pytest.mark.parametrize(
     ("family", "captured"),
     slow_rows_but([("gemma3", True)], itertools.product(FAMILIES, [False, True])),
 )

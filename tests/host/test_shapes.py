@@ -112,11 +112,6 @@ def test_the_hosts_loop_takes_chains_and_says_so_once(target, caplog):
     ]
 
 
-def test_what_looks_at_the_text_drafts_a_chain_where_nothing_is_asked_for(target):
-    out = decode(target, make_drafter(target), draft_shape="auto", repetition_penalty=1.3)
-    assert list(out.speculation.shapes) == ["chain of 3"]
-
-
 def test_ranks_of_a_call_are_told(target):
     told = decode(make_target("llama"), make_drafter(target), draft_shape=TREE).speculation
     assert [len(row) for row in told.acceptance_by_rank][:1] == [2]
