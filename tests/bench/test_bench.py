@@ -685,6 +685,7 @@ def test_dflash_drafters_of_the_hosts_own(tmp_path, drafter):
         made[ways.DFLASH](both, 10)
 
 
+@pytest.mark.slow
 def test_the_hosts_own_assisted_decoding_is_a_row_where_it_runs(real, tmp_path):
     further = ["--batch-sizes", "1", "2", "--kinds", "stock", "lookup", "drafted", "--out", str(tmp_path / "out")]
     assert cli.main([*real, *further]) == 0

@@ -123,6 +123,7 @@ def host_says(caplog):
     logger.setLevel(level)
 
 
+@pytest.mark.sampled(2)
 @layouts
 def test_layout_loads_through_auto_model(layout, tmp_path, host_says):
     published, weights, expected = LAYOUTS[layout]
@@ -184,6 +185,7 @@ def test_all_draft_tokens_come_from_one_forward(layout, tmp_path):
     assert int(memory.start) == T - 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("files", ["safetensors", "sharded", "bin", "old_bin", "sharded_bin"])
 @pytest.mark.parametrize(
     "layout",
@@ -783,6 +785,7 @@ def test_refused(case, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case", ["no_final_norm", "o_shape", "extra", "d2t_float", "nan", "t2d_disagrees", "ints", "no_fc"]
 )

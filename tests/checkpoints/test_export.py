@@ -194,6 +194,7 @@ def read_by_sglang(config: dict, model_type: str, num_layers: int) -> list[int]:
     return plus_one
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "deepseek_v3", "glm4_moe_lite"])
 @pytest.mark.parametrize(
     "ids", [None, [2, 18, 33], [1, 5, 9], [3, 7, 30], [2, 30, 36], [24, 30, 36], [4, 5, 6]], ids=str

@@ -119,6 +119,7 @@ def test_simulated_acceptance_is_as_long_as_asked(target, length):
     assert all(abs(row.acceptance_length - length) < 0.4 for row in out.speculation.rows)
 
 
+@pytest.mark.slow
 def test_rows_that_are_done_run_on_inside_the_caches(target):
     """One row ends at once and stays, for the cache; its drafts are all kept, those of the other all refused."""
     batch = pad(prompts_of(40, 2))

@@ -74,6 +74,7 @@ def test_taking_twice_says_what_is_missing(target):
             recorder.take("cpu")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize(
     "aux_layer_ids", slow_but([[0, 5, NUM_LAYERS]], [None, [0, 5, NUM_LAYERS]]), ids=["default", "ends"]

@@ -143,6 +143,7 @@ def test_batches_shrink_as_rows_end(target, monkeypatch, eos):
     assert counts.captured > before
 
 
+@pytest.mark.slow
 def test_calls_that_would_have_gained_by_a_smaller_batch_add_up(target, monkeypatch):
     counts = capture_on_cpus(monkeypatch, worth_capture=20)
     batch = pad(prompts_of(9, 4, 6, 12))
@@ -341,6 +342,7 @@ def test_cpu_runs_eagerly_and_says_so(target):
     assert out.speculation.graphs == "none (the models are on cpu)"
 
 
+@pytest.mark.slow
 def test_threads_take_turns_with_what_records(target, monkeypatch):
     """One has the graphs, the others run eagerly; while layers are changed, nobody runs them."""
 

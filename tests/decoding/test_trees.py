@@ -269,6 +269,7 @@ def remember(drafter, target, prompts, shape):
     return memory
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("attention", ["masks", "rows"])
 @pytest.mark.parametrize("seed", slow_but([1, 2], range(8)))
 @pytest.mark.parametrize("kind", ["eagle", "window", "mla"])

@@ -192,6 +192,7 @@ def test_criteria_see_the_scores_of_plain_decoding(target, make, eos):
     assert_as_plain(target, pad(prompts_of(*LENGTHS)), make, eos_token_id=eos, output_scores=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scores", [{}, {"output_scores": True}], ids=["", "scores"])
 @pytest.mark.parametrize("make", [FirstRow, Steps, EachRow, OneTensor, List, Raises], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("loop", slow_but(["own"], ASKED))
@@ -273,6 +274,7 @@ class WritesInPlace(CountsInDict):
 PROCESSORS = [CountsInDict, CountsInList, CountsInTensor, CountsCalls, LooksAtOthers, WritesInPlace]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("eos", slow_but([[5, 17, 23, 31, 44]], [None, [5, 17, 23, 31, 44]]), ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", PROCESSORS, ids=lambda c: c.__name__)
 def test_processors_are_called_as_in_plain_decoding(make, eos):
@@ -326,6 +328,7 @@ def test_prompts_of_embeddings_are_asked_about(target, make):
 # ---- captured rounds, read late ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lateness", slow_but([2], [0, 2]))
 @pytest.mark.parametrize("eos", [None, [5, 17, 23]], ids=["no_eos", "eos"])
 @pytest.mark.parametrize("make", [RemembersRows, EachRow, CountsInTensor], ids=lambda c: c.__name__)

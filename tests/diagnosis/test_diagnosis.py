@@ -155,6 +155,7 @@ def test_overrides_can_be_given_at_loading(trained, target, prompts, tmp_path):
     assert any("cosine of" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_agreement_is_what_generation_accepts(trained, target, prompts):
     """The unrolled measurement against the decode loop: each slot that starts a round accepts so many."""
     found = doctor(target, trained, prompts, max_new_tokens=NEW_TOKENS, depth=3)
@@ -201,6 +202,7 @@ EXAMINED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "variant"), slow_rows_but(EXAMINED[::3], EXAMINED))
 def test_every_target_and_variant_can_be_examined(family, variant, prompts):
     target = make_target(family)

@@ -164,6 +164,7 @@ def of_another(drafter):
     return drafter
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [

@@ -71,6 +71,7 @@ def test_no_prompt_at_all_begins_as_without(target, loop):
     assert out.tolist() == plain.tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("token", [V, V + 1000, -1])
 def test_token_out_of_the_vocabulary_fails_as_without(target, loop, token):
     prompt = make_prompt(4).index_fill(1, torch.tensor([2]), token)
@@ -178,6 +179,7 @@ def test_tokenizer_of_another_model_changes_nothing(target, loop):
     assert out.tolist() == plain.tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "drafter_dtype",
     slow_but([torch.float32, torch.bfloat16], [torch.float64, torch.float32, torch.bfloat16, torch.float16]),
@@ -222,6 +224,7 @@ def test_target_with_absolute_positions_works_or_is_refused(loop):
 # ---- logits ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("after", slow_but([1], [0, 1, 3]), ids=["at_once", "first_round", "later"])
 @pytest.mark.parametrize("further", [GREEDY, {"do_sample": True}, {"repetition_penalty": 1.2}], ids=str)
 def test_logits_that_are_not_numbers_are_named(target, loop, after, further):

@@ -60,6 +60,7 @@ def assert_as_plain(name: str, lengths: tuple[int, ...], *, wrong_share: float =
     return plain, out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
 @pytest.mark.parametrize("depth", slow_but([3], [1, 2, 3, 5]))
 @pytest.mark.parametrize("name", slow_but(EVERYDAY, ALL))
@@ -68,6 +69,7 @@ def test_text_is_plain_decodings(name, depth, lengths):
     assert 1 < out.speculation.acceptance_length < depth + 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong_share", [0.0, 1.0], ids=["all_kept", "all_refused"])
 @pytest.mark.parametrize("name", ALL)
@@ -83,6 +85,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", ALL)
@@ -95,6 +98,7 @@ def test_text_is_plain_decodings_in_calls_of_other_kinds(name, option):
     assert out.tolist() == plain.tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["llama4_text"], ALL))
 def test_a_seed_gives_one_text_with_and_without_a_draft(name):
     target, batch = make_target(name), make_batch(RAGGED, "cpu")
@@ -104,6 +108,7 @@ def test_a_seed_gives_one_text_with_and_without_a_draft(name):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([RAGGED], [ONE_ROW, RAGGED]), ids=str)
 @pytest.mark.parametrize("name", slow_but(["bart", "gpt_neo", "llama4_text", "glm_moe_dsa"], BRANCHING))
 def test_trees_give_the_targets_text(name, lengths):
@@ -111,6 +116,7 @@ def test_trees_give_the_targets_text(name, lengths):
     assert out.speculation.acceptance_length > 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BY_SLOT)
 def test_trees_are_refused_where_scores_depend_on_the_distance_of_slots(name):
     target, batch = make_target(name), make_batch(ONE_ROW, "cpu")
@@ -123,6 +129,7 @@ def test_trees_are_refused_where_scores_depend_on_the_distance_of_slots(name):
     assert not any("tree" in shape for shape in out.speculation.shapes)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["bart", "glm_moe_dsa"], ALL))
 def test_rows_with_many_pads_say_what_they_say_alone(name):
     target, batch = make_target(name), make_batch(MANY_PADS, "cpu")
@@ -134,6 +141,7 @@ def test_rows_with_many_pads_say_what_they_say_alone(name):
     assert out[:, max(MANY_PADS) :].tolist() == alone
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([ONE_ROW], [ONE_ROW, RAGGED]), ids=str)
 @pytest.mark.parametrize("name", slow_but(["bart", "llama4_text", "glm_moe_dsa"], ALL))
 def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
@@ -160,6 +168,7 @@ def oracle_of(name: str):
     return make_oracle(make_target(name), plain_of(name, ONE_ROW).sequences, make_batch(ONE_ROW, "cpu"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", slow_but(["falcon (alibi)"], ["falcon (alibi)", "falcon", "stablelm", "bart"]))
 def test_either_attention_of_the_host(name, implementation):
@@ -173,6 +182,7 @@ def test_either_attention_of_the_host(name, implementation):
     assert out.speculation.loop == "own decode loop"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["mpt"], ["mpt", "bart", "gpt_neo", "xglm"]))
 def test_texts_that_end_where_positions_do(name):
     """A draft would go on behind the last position that the target has."""
@@ -219,6 +229,7 @@ def test_positions_that_cannot_be_handed_over_are_left_to_the_host():
     assert "does not take masks and positions" in why_not_target(target)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "words"),
     [("bloom", "were never compared"), ("llama4_text", "attends in chunks"), ("glm_moe_dsa", "by an indexer")],
@@ -227,6 +238,7 @@ def test_rounds_that_no_kernel_computes_are_not_captured(name, words):
     assert words in why_kernels_do_not(make_target(name))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["xglm", "llama4_text", "glm_moe_dsa", "stablelm"])
 def test_documents_of_targets_that_attend_in_other_ways_are_not_packed(name):
     assert attends_by_interface(make_target(name)) == (name == "stablelm")
@@ -235,6 +247,7 @@ def test_documents_of_targets_that_attend_in_other_ways_are_not_packed(name):
 # ---- chunks and indexers ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("parents", [None, TREE, (0, 0, 0, 1, 4)], ids=["chain", "tree", "wide"])
 @pytest.mark.parametrize("start", [0, 3, 6, 7, 8])
 def test_a_token_sees_its_ancestors_of_its_own_chunk(parents, start):
@@ -259,6 +272,7 @@ def build_tempered(floor_scale: int) -> PreTrainedModel:
     return families.build(Family("llama4_text", "causal"), **fields)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [ONE_ROW, RAGGED], ids=["one_row", "ragged"])
 @pytest.mark.parametrize("floor_scale", slow_but([5], [3, 5, 17, 30]))
 def test_scales_by_position_are_those_of_each_row(floor_scale, lengths):
@@ -295,6 +309,7 @@ def build_blocks() -> PreTrainedModel:
     return families.build(Family("minimax_m3_vl_text", "causal"), **fields, index_n_heads=2, index_head_dim=16)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("depth", slow_but([3], [1, 3, 5]))
 @pytest.mark.parametrize("lengths", [ONE_ROW, RAGGED], ids=["one_row", "ragged"])
 def test_blocks_that_an_indexer_chooses_are_those_of_each_row(lengths, depth):
@@ -315,6 +330,7 @@ def test_blocks_that_an_indexer_chooses_are_those_of_each_row(lengths, depth):
             torch.testing.assert_close(ours.idx_keys, theirs.idx_keys, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["glm_moe_dsa"], ["glm_moe_dsa", "deepseek_v32", "llama4_text", "bloom"]))
 def test_rows_leave_and_caches_grow(name):
     """Past the slots that memory is made for at first, over rows that end at different lengths."""
@@ -333,6 +349,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_chooses_in_ways_that_are_not_known_is_refused_by_name(name):
     if name not in families.MAPPINGS["causal"][0]:

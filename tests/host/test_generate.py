@@ -72,6 +72,7 @@ def test_greedy_text_is_the_targets(family, depth, length):
     assert 1 < out.speculation.acceptance_length < depth + 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("variant", DRAFTERS)
 @pytest.mark.parametrize("family", slow_but(["llama", "gemma3_vlm"], TARGETS))
 def test_every_drafter_keeps_its_cache_in_step(family, variant):
@@ -79,6 +80,7 @@ def test_every_drafter_keeps_its_cache_in_step(family, variant):
     assert_same_with_oracle(make_target(family), make_prompt(20), **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variant", slow_but(list(DRAFTERS)[::2], DRAFTERS))
 @pytest.mark.parametrize("family", slow_but(["gpt_oss"], TARGETS))
 def test_random_drafter_changes_nothing(family, variant):
@@ -118,6 +120,7 @@ def test_length_limit_is_kept(target, max_new_tokens):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("offset", range(7))
 def test_end_of_sequence_inside_a_block_ends_there(target, offset):
     prompt = make_prompt(6)
@@ -150,6 +153,7 @@ def test_processors_see_what_they_see_without_a_drafter(target, settings):
     assert_same_with_oracle(target, make_prompt(9), max_new_tokens=24, **settings)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("pads", slow_but([6], [1, 6, 19]))
 def test_left_padding_of_one_row_changes_nothing(family, pads):
@@ -375,6 +379,7 @@ def test_speculation_tells_the_story(target):
 # ---- refusals ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -87,6 +87,7 @@ def assert_says_what_rows_say_alone(name: str, lengths: tuple[int, ...], *, max_
     return out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [(11,), RAGGED], ids=["one_row", "ragged"])
 @pytest.mark.parametrize(
     ("name", "depth"),
@@ -99,6 +100,7 @@ def test_each_row_is_that_row_alone(name, lengths, depth):
     assert_says_what_rows_say_alone(name, lengths, num_assistant_tokens=depth)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loop", ["own", "eager"])
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text", "falcon_h1"], FAMILIES))
 def test_projections_run_over_whole_blocks_but_in_stock_layers(name, loop):
@@ -162,6 +164,7 @@ def assert_same_cache(ours, theirs) -> None:
             torch.testing.assert_close(mine[part], plain[part].masked_fill(is_pad, 0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("max_new", [1, 9])
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
@@ -200,6 +203,7 @@ def find_early_end(name: str, batch: dict[str, Tensor], max_new: int) -> int:
     return max(firsts, key=lambda token: max(firsts[token]) - min(firsts[token]) - (min(firsts[token]) < 2) * max_new)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
 def test_states_of_rows_that_end_early_go_on_over_their_pads(name, depth):
@@ -219,6 +223,7 @@ class Ends:
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("has_eos", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
@@ -229,6 +234,7 @@ def test_a_criterion_over_the_batch_cuts_states_back(name, has_eos, num_rows):
         compare(name, batch, max_new_tokens=20, stopping_criteria=[Ends(length)], wrong_share=0.2, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], FAMILIES))
 def test_a_second_turn_goes_on_from_either_cache(name, num_rows):
@@ -252,6 +258,7 @@ def test_a_second_turn_goes_on_from_either_cache(name, num_rows):
         assert_same_cache(cache, second[CACHE_NAME])
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text", "jamba"], FAMILIES))
 def test_which_families_go_on_from_states_with_several_tokens(name):
@@ -266,6 +273,7 @@ def test_which_families_go_on_from_states_with_several_tokens(name):
     assert continues(target) == is_same
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], sorted(set(FAMILIES) - ALONE)))
 def test_a_prompt_in_chunks(name):
     batch = make_even_batch(1, 21)
@@ -293,6 +301,7 @@ class LooksAtBatch(LogitsProcessor):
         return scores.index_fill(1, input_ids[:1, -1], -torch.inf)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("kind", slow_but([LooksAtBatch], [LooksAtText, LooksAtBatch]))
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
@@ -319,6 +328,7 @@ class Collects(BaseStreamer):
         pass
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
 def test_stop_strings_and_streamers(name):
     batch, words = make_even_batch(3), tokenizer(VOCAB)
@@ -333,6 +343,7 @@ def test_stop_strings_and_streamers(name):
     assert streamer.tokens == out[0].tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["lfm2_moe"], FAMILIES))
 def test_a_seed_gives_one_text_with_and_without_a_draft(name):
     target, batch, drafter = make_target(name), make_batch(RAGGED, "cpu"), make_drafter(name, RAGGED)
@@ -344,6 +355,7 @@ def test_a_seed_gives_one_text_with_and_without_a_draft(name):
     assert target.generate(**batch, decode_loop="own", **{**options, "seed": 6}).tolist() != plain.tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", EVERYDAY)
@@ -371,6 +383,7 @@ def test_sampled_texts_are_distributed_as_plain_decodings(name):
         assert abs(count / len(rows) - p) < 5 * (p * (1 - p) / len(rows)) ** 0.5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["lfm2_moe"], EVERYDAY))
 def test_pads_on_the_right(name):
     drafter, prompts = make_drafter(name, RAGGED), prompts_of(make_batch(RAGGED, "cpu"))
@@ -388,6 +401,7 @@ def test_embeddings_as_a_prompt():
     assert out.tolist() == say_alone("qwen3_5_text", (11,), 16).tolist()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 2])
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
@@ -434,6 +448,7 @@ class FailsAt(LogitsProcessor):
         return scores
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", slow_but(["qwen3_5_text"], EVERYDAY))
 def test_what_callbacks_raise_leaves_nothing_behind(name):
     target, batch, drafter = make_target(name), make_batch(RAGGED, "cpu"), make_drafter(name, RAGGED)
@@ -495,6 +510,7 @@ def refuse(target, match: str, **options) -> None:
         target.generate(**make_batch((11,), "cpu"), max_new_tokens=4, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shape", [(0, 0, 1), {"steps": 2, "topk": 2, "draft_tokens": 4}], ids=["parents", "triple"])
 def test_trees_are_refused(shape):
     drafter = make_drafter("qwen3_5_text", (11,))
@@ -515,6 +531,7 @@ def test_trees_are_not_chosen():
     assert all(shape == "none" or shape.startswith("chain") for shape in out.speculation.shapes)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "why"),
     [

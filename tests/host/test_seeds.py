@@ -115,6 +115,7 @@ def test_without_a_seed_pytorchs_generator_decides(target):
         assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "rule"),
     [

@@ -160,6 +160,7 @@ def test_own_preparation_is_followed(kind, lengths):
     assert told.acceptance_length > 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["doubling", "striding", "reading", "measuring", "instance"])
 def test_own_preparation_matters(kind):
     assert say_alone(FOLLOWED[kind](), (25,), max_new=12) != say_alone(make_target("llama"), (25,), max_new=12)
@@ -302,6 +303,7 @@ def peft_config(kind: str):
     }[kind]()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [(9,), RAGGED], ids=["one_row", "ragged"])
 @pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix"])
 def test_virtual_tokens_are_followed_or_refused(kind, lengths):
@@ -436,6 +438,7 @@ def rotated(request, monkeypatch) -> PreTrainedModel:
 LENGTHS = {"starts_short": (26,), "at_the_switch": (32,), "behind_it": (40,), "ragged": (30, 27, 38)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", slow_but([LENGTHS["ragged"]], LENGTHS.values()), ids=LENGTHS)
 @pytest.mark.parametrize("rotated", ROPES, indirect=True)
 def test_each_position_is_rotated_by_its_own_length(rotated, lengths):
@@ -499,6 +502,7 @@ def test_the_hosts_loop_is_refused_for_texts_that_pass_the_switch(rotated):
         rotated.generate(make_prompt(9), max_new_tokens=40, assistant_model=drafter, decode_loop="host", **GREEDY)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rotated", ROPES, indirect=True)
 def test_rotation_is_known_in_half_precision(rotated, dtype):
@@ -532,6 +536,7 @@ def test_rotation_by_length_is_captured(rotated, lengths):
             assert out.speculation.graphs.startswith(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_in_order", [False, True], ids=["at_once", "in_order"])
 def test_sampling_across_the_switch_has_the_targets_law(is_in_order):
     """Tokens of one round on both sides of it: the first two are of a short text, the third of a long one."""
@@ -702,6 +707,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loop", ["own", "host"])
 @pytest.mark.parametrize("kind", COMPILED)
 def test_a_compiled_target_is_refused_with_the_line_that_undoes_it(kind, loop):

@@ -312,6 +312,7 @@ def test_weights_may_change_between_calls(write):
     assert texts[0] != texts[1]  # it does matter
 
 
+@pytest.mark.slow
 def test_adapters_may_be_switched_between_calls(products):
     peft = pytest.importorskip("peft")
     base = LlamaForCausalLM(make_target("llama").config).eval()

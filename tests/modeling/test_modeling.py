@@ -196,6 +196,7 @@ def test_positions_are_the_states_not_the_tokens():
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.sampled(3)
 @variants
 def test_stepping_over_the_cache_equals_one_shot(variant):
     drafter = bind(to_double(make_drafter(**variant)))

@@ -51,6 +51,7 @@ def test_it_is_an_eagle_3_1_drafter_for_smollm2(drafter):
     assert all(p.isfinite().all() and p.abs().max() > 0 for p in drafter.parameters())
 
 
+@pytest.mark.slow
 def test_it_binds_to_a_target_of_smollm2s_shape_and_drafts(drafter):
     torch.manual_seed(0)
     config = LlamaConfig(

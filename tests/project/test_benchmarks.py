@@ -73,6 +73,7 @@ def test_every_way_has_a_row(script, run):
         assert fusion["2", "torch.compile, layer by layer"]["runs as"] == "needs a GPU"
 
 
+@pytest.mark.slow
 def test_ways_that_fail_say_so_and_the_others_go_on(script, run, monkeypatch):
     def make_broken(start, T, L, scaling):
         raise RuntimeError("of some | kernel\nor other")

@@ -26,6 +26,7 @@ def saved(drafter) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("when", ["bound", "used"])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_holds_nothing_of_the_target_and_borrows_again(target, way, when):

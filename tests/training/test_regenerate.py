@@ -714,6 +714,7 @@ def test_a_target_that_repeats_itself_is_said(tmp_path, said):
     assert "only 1 are new and complete (3 were asked for)" in said.text
 
 
+@pytest.mark.slow
 def test_the_end_of_the_users_turn_may_be_plain_text(tmp_path):
     tokenizer = make_tokenizer("[Q]{{ messages[0].content }}[A]")
     target = make_chain(tokenizer, "Qx", "]z[A]")

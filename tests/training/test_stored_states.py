@@ -230,6 +230,7 @@ def test_rows_may_be_cut_and_packed(target, folder):
     torch.testing.assert_close(step_of(drafter, batch, stored)[0], loss, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_long_documents_train_from_stored_states(target, tmp_path):
     """Nothing of T x T: a document of 4096 tokens whose answer has 64."""
     rng = np.random.default_rng(0)
@@ -701,6 +702,7 @@ def test_states_that_are_not_finite_are_named(tmp_path, monkeypatch):
     StoredStates(store_states(target, ROWS, tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_a_few_documents_that_are_not_finite_are_left_out(tmp_path):
     """T-30: of 240 documents the two that read token 63 overflow; the run goes on without them, and says so."""
     target = make_target()

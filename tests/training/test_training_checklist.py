@@ -189,6 +189,7 @@ def test_rows_are_learnt_by_heart(target, rows, tmp_path):
     assert 0.95 * best < metrics["eval_simulated_acceptance_length"] <= best
 
 
+@pytest.mark.slow
 def test_pushing_uploads_the_drafter_and_its_card(target, rows, tmp_path, monkeypatch):
     """T-44: a dry run; the Hub's calls are answered here."""
     created, uploaded = [], {}

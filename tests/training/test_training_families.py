@@ -232,6 +232,7 @@ def check(family, tmp_path, engines=ENGINES):
         check_family(family, tmp_path, engines)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", slow_but(EVERYDAY, SAMPLE))
 def test_a_family_trains_and_its_drafter_can_leave(family, tmp_path):
     check(family, tmp_path)

@@ -134,6 +134,7 @@ def live_of(batch, steps):
     return batch.depth > torch.arange(steps)[:, None]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("every_slot", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flat_rows_are_what_the_twin_computes(target, exact_norms, variant, every_slot):
@@ -269,6 +270,7 @@ def reference(drafter, target, rows, loss, steps=K):
     return total, sums
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variant", slow_but(["3.1"], ["3", "3.1"]))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, loss, variant):
