@@ -166,6 +166,7 @@ def generate_and_count(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            use_cache=True,  # whatever the target's config says, as MPT's does
             assistant_model=drafter,
             num_assistant_tokens=depth,
             return_dict_in_generate=True,
