@@ -71,7 +71,7 @@ class Check:
 
     @property
     def drafted(self) -> str:
-        """What rounds drafted, in words."""
+        """The drafts of the rounds, in words."""
         shapes = Counter[str]()
         for runs in self.found.drafted:
             shapes.update({} if runs[0].speculation is None else runs[0].speculation.shapes)

@@ -141,9 +141,8 @@ def account_for(results: Sequence[Measured], account: Account, *, depth: int, nu
     """The cost of reading weights in a round of each kind; plain kinds have one token a row, drafts K+1."""
     reads = []
     for r in results:
-        if r.kind in OF_OTHERS or (
-            is_drafting(r.kind) and r.kind != DRAFTED
-        ):  # their number of verified tokens is not known here
+        # Where it is not known here how many tokens a round verifies.
+        if r.kind in OF_OTHERS or (is_drafting(r.kind) and r.kind != DRAFTED):
             continue
         is_drafted = r.kind == DRAFTED
         gained = r.acceptance_length if is_drafted and r.acceptance_length is not None else 1.0

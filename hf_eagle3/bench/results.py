@@ -1,5 +1,6 @@
 """What was measured of a kind of decoding: speed, acceptance, and where the time of rounds went."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -73,11 +74,8 @@ def add_acceptance(
     add_lengths(result, [counts for counts_of_one in team.gather(share) for counts in counts_of_one])
     counts = [(speculation.rounds_reaching, speculation.rounds_accepting) for speculation in speculations]
     result.acceptance_rate_by_depth = rates_by_depth([c for share in team.gather(counts) for c in share])
-    for share_of_one in team.gather([speculation.shapes for speculation in speculations]):
-        for shapes in share_of_one:
-            result.shapes = {
-                name: result.shapes.get(name, 0) + shapes.get(name, 0) for name in {**result.shapes, **shapes}
-            }
+    rounds = sum((Counter(speculation.shapes) for speculation in speculations), Counter[str]())
+    result.shapes = dict(sum(team.gather(rounds), Counter[str]()))
     first = firsts[0].speculation
     result.graphs = first.graphs if first is not None else ""
 

@@ -232,10 +232,10 @@ Fields = TypeVar("Fields", bound=Eagle3Fields)
 
 
 def make_checked(file: Path, make: Callable[[], Fields]) -> Fields:
-    """What `make` makes.
+    """The fields or the config that `make` returns, with every error named by `file`.
 
     Raises:
-        CheckpointError: It, or the rotary table, cannot be made.
+        CheckpointError: A value is of the wrong type or out of range, or gives no rotary table.
     """
     try:
         made = make()

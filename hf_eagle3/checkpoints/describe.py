@@ -29,7 +29,7 @@ from .load import read_published
 from .target_name import CARD, NamedTarget, find_target
 
 FIELDS = tuple(field.name for field in fields(Eagle3Fields))
-# What else a config.json that we saved may hold; with any other key it is read by the host, which takes seconds to import.
+# Further keys of a config.json that we saved. The host reads one with any other key, and takes seconds to import.
 BESIDE = frozenset({"architectures", "auto_map", "dtype", "model_type", "transformers_version"})
 
 

@@ -93,7 +93,11 @@ def add_run_options(parser: Parser) -> None:
 
 
 def shape_name(text: str) -> str:
-    """What --draft-shapes takes."""
+    """A value of --draft-shapes.
+
+    Raises:
+        ArgumentTypeError: It names no shape.
+    """
     if not (text in ("auto", *TREES) or (text.isascii() and text.isdigit() and len(text) < 3 and 0 < int(text) <= 64)):
         raise argparse.ArgumentTypeError(f"expected auto, 1 to 64, or {', '.join(TREES)}, got {show(text)}")
     return text

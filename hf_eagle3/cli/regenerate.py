@@ -100,7 +100,7 @@ def has_prompts(args: argparse.Namespace) -> bool:
 
 
 def say_kept(output_file: Path) -> str:
-    """What is kept of an interrupted run, and how to go on."""
+    """Which files an interrupted run leaves, and how to go on."""
     return (
         f"Answers are kept as they come, in {output_file} and beside it, so at most those of one batch are lost: run the same "
         "command again to go on."

@@ -96,7 +96,7 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
 
 
 def why_kernels_do_not(target: PreTrainedModel) -> str | None:
-    """What about the layers of `target` no captured round computes; None if nothing is known to be."""
+    """Why rounds of `target` are not captured, by its layers; None if they may be."""
     name = type(target).__name__
     if (kind := next((kind for kind in known_kinds(target) if kind.why_eager), None)) is not None:
         return f"{name} {kind.why_eager}, which our kernels do not"

@@ -79,4 +79,4 @@ class Pace:
     def measure(self, end: DeviceRead | HostTime, *, is_steady: bool) -> float | None:
         """Seconds since the round before; None if that says nothing. A call has ends of one kind, waited for."""
         last, self._last = self._last, end
-        return end.seconds_since(last) if last is not None and is_steady else None  # type: ignore[arg-type]
+        return end.seconds_since(last) if last is not None and is_steady else None  # type: ignore[arg-type]  # one kind

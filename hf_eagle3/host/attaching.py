@@ -14,12 +14,12 @@ from transformers.generation import GenerationMixin
 from .loop_choice import refuse_unknown_loop
 from .refusals import is_drafter, refuse_mistaken_llama, refuse_names, refuse_target
 from .seeds import resolve_seeds
+from .shapes import SETTINGS as SHAPES
 from .shapes import resolve_shapes
 
 logger = logging.getLogger(__name__)
 
-SHAPES = ("num_assistant_tokens", "draft_shape")  # two ways to say one thing
-SETTINGS = (*SHAPES, "decode_loop", "seed")  # of a call, which `attach` takes too
+SETTINGS = (*SHAPES, "decode_loop", "seed")  # of a call, which `attach` takes too; those of shapes say one thing
 
 
 class Attached(NamedTuple):

@@ -169,7 +169,7 @@ def settle(
     shapes = Shapes((NONE,)) if drafter is None else resolve_shapes(target, drafter, given, further)
     asked = find_saved_setting("decode_loop", target, drafter, given, further)
     seeds = resolve_seeds(find_saved_setting("seed", target, drafter, given, further))
-    for name in ("num_assistant_tokens", "draft_shape", "decode_loop", "seed"):
+    for name in SETTINGS:
         further.pop(name, None)
     settings, inputs = target._prepare_generation_config(given, **further)  # copies
     if drafter is not None:

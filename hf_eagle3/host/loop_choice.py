@@ -81,7 +81,7 @@ def why_not_cache(target: PreTrainedModel, cache: DynamicCache | None) -> str | 
     places = [type(layer).__name__ for layer in cache.layers]
     if len(places) < len(kinds) and has_states(target):
         return "the cache given has no place for recurrent states"
-    if any(place not in kind.host_layers for kind, place in zip(kinds, places, strict=False)):
+    if any(place not in kind.host_layers for kind, place in zip(kinds, places, strict=False)):  # some share keys
         return f"the cache given has layers of other kinds than {type(target).__name__}"
     return None
 

@@ -39,9 +39,8 @@ class RowCache(Cache):
         self.block: Block | None = None  # while a forward runs: what it adds
         self.is_first = False  # while the first forward runs, over nothing but its own positions
         self.num_visible = capacity  # while a forward runs: how many of the L slots it attends to
-        self.num_before = (
-            0  # while a forward runs that asks: how many of those are before the block, in the longest row
-        )
+        # While a forward runs that asks: how many of those are before the block, in the longest row.
+        self.num_before = 0
         self.is_dense = False  # while a forward runs: whether it takes keys and values to be contiguous
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         self.is_stock = False  # whether recurrent layers run whole, token by token

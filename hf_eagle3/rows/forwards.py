@@ -18,7 +18,7 @@ from ..compat import CACHE_NAME
 from ..recorder import find_layers
 from .attention import own_attention, weigh
 from .cache import WRITING
-from .layers import Masks, has_states, known_kinds, takes_trees
+from .layers import Masks, has_states, known_kinds
 from .masks import make_mask
 from .memory import KeyValues
 from .substitutes import Substitute
@@ -144,9 +144,7 @@ def why_no_trees(target: PreTrainedModel) -> str | None:
     forward = find_special(target)
     if forward is not None and forward.is_by_slot:
         return "attends by the distance between slots, which in a tree is not that of its tokens"
-    if has_states(target):
-        return "keeps recurrent states, which follow one line of tokens"
-    return None if takes_trees(target) else "chooses blocks of slots, which in a tree are not those of its positions"
+    return next((kind.why_no_trees for kind in known_kinds(target) if kind.why_no_trees), None)
 
 
 @contextmanager

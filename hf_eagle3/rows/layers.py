@@ -43,7 +43,7 @@ class LayerKind:
         memory: What is kept of it, how a block writes that, and how a rejected tail is forgotten.
         host_layers: What the host's cache may have for it.
         masks: What such layers look for in a dict of masks, and what makes it; None where they take none.
-        takes_trees: Whether a block may be a tree.
+        why_no_trees: Why a block must be a chain; "" if it may be a tree.
         attends_itself: Whether it looks at the name of its attention, which rounds then leave as it is.
         why_eager: What it does that our kernels do not; "" if they do.
         counts_pads: Whether it sees other positions behind pads, as plain decoding of a padded batch does.
@@ -52,7 +52,7 @@ class LayerKind:
     memory: type[Nothing]
     host_layers: tuple[str, ...]
     masks: Mapping[str, MakeMask | None] = field(default_factory=dict)
-    takes_trees: bool = True
+    why_no_trees: str = ""
     attends_itself: bool = False
     why_eager: str = ""
     counts_pads: bool = False
@@ -74,7 +74,8 @@ ATTENTION = (
     "DynamicSlidingWindowLayer",
     "DummyLayer",
 )  # the last where another layer's keys are shared
-RECURRENT = LayerKind(States, ("LinearAttentionLayer",), takes_trees=False)
+ONE_LINE = "keeps recurrent states, which follow one line of tokens"
+RECURRENT = LayerKind(States, ("LinearAttentionLayer",), why_no_trees=ONE_LINE)
 # Up to Transformers 5.23 the host has an empty layer of states for what caches nothing.
 FEED_FORWARD = LayerKind(Nothing, ("DummyLayer", "LinearAttentionLayer"))
 KINDS: dict[str, LayerKind] = {
@@ -89,7 +90,7 @@ KINDS: dict[str, LayerKind] = {
         BlockKeyValues,
         ("MiniMaxM3VLSparseCacheLayer",),
         {"minimax_m3_sparse": see_all},
-        takes_trees=False,
+        why_no_trees="chooses blocks of slots, which in a tree are not those of its positions",
         attends_itself=True,
         why_eager="chooses the blocks that it attends to by an indexer",
         counts_pads=True,
@@ -100,13 +101,13 @@ KINDS: dict[str, LayerKind] = {
         KeyValuesAndStates,
         ("LinearAttentionAndFullAttentionLayer",),
         {"hybrid": see_all, "full_attention": see_all, "linear_attention": None},
-        takes_trees=False,
+        why_no_trees=ONE_LINE,
     ),
     "hybrid_sliding": LayerKind(
         KeyValuesAndStates,
         ("LinearAttentionAndSlidingWindowAttentionLayer",),
         {"hybrid_sliding": see_window, "sliding_attention": see_window, "linear_attention": None},
-        takes_trees=False,
+        why_no_trees=ONE_LINE,
     ),
     "moe": FEED_FORWARD,
     "mlp": FEED_FORWARD,
@@ -122,7 +123,7 @@ def name_layers(config: PreTrainedConfig) -> list[tuple[str, str]]:
     """
     places = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     names = getattr(config, "layer_types", None) or [BY_HOST_LAYER.get(place, place) for place in places]
-    return list(zip(names, places, strict=False))
+    return list(zip(names, places, strict=False))  # those without a place are left out
 
 
 def find_kinds(model: PreTrainedModel) -> list[LayerKind]:
@@ -142,11 +143,6 @@ def known_kinds(model: PreTrainedModel) -> list[LayerKind]:
     """Those kinds of layers of `model` that are in the table, each once."""
     names = dict.fromkeys(name for name, _ in name_layers(model.config.get_text_config(decoder=True)))
     return [KINDS[name] for name in names if name in KINDS]
-
-
-def takes_trees(model: PreTrainedModel) -> bool:
-    """Whether blocks of `model` may be trees, as far as its layers are known."""
-    return all(kind.takes_trees for kind in known_kinds(model))
 
 
 def has_states(model: PreTrainedModel) -> bool:

@@ -378,7 +378,7 @@ def find_stored_rows(script: ScriptArguments, states: StoredStates) -> tuple[Any
 
 
 def say_kept(output_dir: Path) -> str:
-    """What is kept of interrupted training, and how to go on."""
+    """Which checkpoints interrupted training leaves, and how to go on."""
     if not find_checkpoints(output_dir):
         return "No checkpoint was written yet, so training begins anew; --save_steps says how often one is."
     return f"Checkpoints stay in {output_dir}: run the same command with --resume_from_checkpoint true to go on."
