@@ -9,6 +9,7 @@ token has each rank among a drafter's, by depth; `--lengths` scales it so that a
 """
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -31,13 +32,16 @@ WIDE = {"steps": 8, "topk": 8, "draft_tokens": 61}  # the tree that a coverage i
 
 
 def scale(coverage: list[list[float]], length: float) -> list[list[float]]:
-    """A coverage like `coverage` of which a chain of 3 accepts `length` tokens on average."""
+    """A coverage like `coverage` of which a chain of 3 accepts `length` tokens on average.
+
+    Of a better drafter the other ranks get their share of fewer misses, of a worse one all ranks get less.
+    """
     low, high = 0.0, 1 / max(row[0] for row in coverage)
     for _ in range(50):
         factor = (low + high) / 2
         first = [min(factor * row[0], 0.999) for row in coverage]
         scaled = [
-            [rate, *(r * (1 - rate) / max(1 - row[0], 1e-9) for r in row[1:])]
+            [rate, *(r * min(factor, (1 - rate) / max(1 - row[0], 1e-9)) for r in row[1:])]
             for rate, row in zip(first, coverage, strict=True)
         ]
         if Rates(tuple(map(tuple, scaled))).expect(chain(3)) < length:
@@ -205,6 +209,7 @@ def main() -> None:
     coverage = None if args.coverage is None else json.loads(args.coverage.read_text())["acceptance_by_rank"]
     results: list[dict[str, Any]] = []
     for length, temperature, num_rows in itertools.product(args.lengths, args.temperatures, args.batch_sizes):
+        drafter = copy.deepcopy(drafter)  # nothing is known of it
         if coverage is not None:
             drafter.generation_config.simulated_coverage = scale(coverage, length) if length else coverage
         cell = {"length": length, "temperature": temperature, "rows": num_rows}

@@ -15,7 +15,7 @@ from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
 
 WARM_UP_TOKENS = 8
-PASSES, AT_MOST = 3, 6.0  # over all prompts, and the seconds after which none begins
+PASSES, AT_MOST = 3, 7.0  # over all prompts, and the seconds after which none begins
 POOR = 1.2  # acceptance length under which drafts are hardly ever right
 LEAST_GAIN = 1.05  # of rounds that choose what they draft, to be worth advice
 
@@ -185,6 +185,7 @@ def check(
     prompts: Sequence[str],
     *,
     load: float,
+    least: int | None = None,
     max_new_tokens: int = 32,
     depth: int | None = None,
     on_step: Callable[..., object] = lambda *_: None,
@@ -197,6 +198,7 @@ def check(
         tokenizer: The target's.
         prompts: Turns of a user.
         load: As `read_load` gave it before anything ran.
+        least: Of the prompts that are answered on a slow machine; by default all.
         max_new_tokens: Longest answer, in tokens.
         depth: K; by default the drafter's own, or as rounds choose.
         on_step: Called with what comes next, and where it is counted, how many are done and of how many.
@@ -211,6 +213,7 @@ def check(
         max_new_tokens=max_new_tokens,
         passes=PASSES,
         at_most=AT_MOST,
+        least=least,
         load=load,
         on_run=lambda done, total: on_step("Answering without and with the drafter, by turns", done, total),
     )
@@ -221,7 +224,7 @@ def check(
         return checked
     on_step("Letting rounds choose what they draft")
     seconds = 0.0
-    for prompt in prompts:
+    for prompt in found.prompts:
         inputs = encode(tokenizer, prompt, target)
         seconds += answer(target, inputs, drafter, max_new_tokens, draft_shape="auto").seconds
     return replace(checked, chosen=found.seconds[1] / seconds)

@@ -212,7 +212,7 @@ def find_swept(drafter: PreTrainedModel, names: list[str]) -> dict[str, Any]:  #
     Raises:
         ValueError: The drafter has no such tree.
     """
-    trees = {f"tree-{shape.num_nodes}": shape for shape in list_candidates(drafter) if not shape.is_chain}
+    trees = {f"tree-{shape.num_verified}": shape for shape in list_candidates(drafter) if not shape.is_chain}
     swept: dict[str, Any] = {}
     for name in names:
         if name == "auto":

@@ -158,6 +158,7 @@ def compare(
     max_new_tokens: int,
     passes: int,
     at_most: float = float("inf"),
+    least: int | None = None,
     load: float = 0.0,
     on_run: Callable[[int, int], object] = lambda *_: None,
 ) -> Comparison:
@@ -170,7 +171,8 @@ def compare(
         prompts: Turns of a user.
         max_new_tokens: Longest answer, in tokens.
         passes: Over all prompts.
-        at_most: Seconds; a pass that would end later does not begin.
+        at_most: Seconds; a pass that would end later does not begin, nor in the first pass a prompt after the `least`.
+        least: Prompts that are answered however long that takes; by default all.
         load: As `read_load` gave it before anything ran.
         on_run: Called before each run, with how many are done, and of how many.
     """
@@ -183,6 +185,10 @@ def compare(
         if number and elapsed * (number + 1) / number > at_most:
             break
         for i, given in enumerate(inputs):
+            elapsed = time.monotonic() - start
+            if not number and i >= (len(inputs) if least is None else least) and elapsed * (i + 1) / i > at_most:
+                found, inputs = Comparison(prompts[:i], found.plain[:i], found.drafted[:i], load), inputs[:i]
+                break
             for runs, assistant in ((found.plain[i], None), (found.drafted[i], drafter)):
                 on_run(done, 2 * passes * len(inputs))
                 runs.append(answer(target, given, assistant, max_new_tokens))

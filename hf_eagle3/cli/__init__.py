@@ -19,7 +19,7 @@ from .arguments import Parser
 COMMANDS = {
     "demo": "let a small model answer without and with its drafter, and compare",
     "chat": "talk to a target, with its drafter or without",
-    "check": "say in half a minute whether texts are equal, how fast they come, and what would help",
+    "check": "say in twenty seconds whether texts are equal, how fast they come, and what would help",
     "inspect": "say what a drafter is: flavour, fields and where they come from, sizes, engines",
     "doctor": "measure which reading of a drafter's config agrees best with its target",
     "export": "write a drafter as SGLang or vLLM serves it, or for the Hub",

@@ -14,13 +14,13 @@ NUM_PROMPTS = 3  # of the doctor's
 def add_options(parser: Parser) -> None:
     """The options of `hf-eagle3 check`."""
     parser.description = (
-        "The target answers a few prompts greedily without and with the drafter, by turns: half a minute for a small one. "
+        "The target answers a few prompts greedily without and with the drafter, by turns: twenty seconds for a small one. "
         "Says whether the texts are equal, how fast both are, and in a sentence what would help. Exit status 1 if texts "
         "differ, other than at a tie in 16 bits."
     )
     add_target(parser, in_order=True, required=True)
     add_drafter(parser, in_order=True, required=True)
-    add_prompts(parser, "three of ours")
+    add_prompts(parser, "up to three of ours, as they fit in a few seconds")
     parser.add("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer, in tokens")
     add_depth(parser)
     add_device(parser, has_map=True)
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             *pair,
             args.prompt or PROMPTS[:NUM_PROMPTS],
             load=load,
+            least=None if args.prompt else 1,
             max_new_tokens=args.max_new_tokens,
             depth=args.num_draft_tokens,
             on_step=step,

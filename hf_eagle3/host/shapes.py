@@ -14,7 +14,9 @@ from ..speculation.shape import NONE, DraftShape, Shapes, chain
 DEFAULT_DEPTH = 3
 MAX_DEPTH = 64  # no drafter is right that often, and a round's kernels and caches are made for few tokens
 CHAINS = (1, 2, 3, 5)
-TREES = {8: 5, 16: 5, 32: 6}  # nodes, and most levels: each is a forward of the drafter
+# Tokens verified, the root's too, and most levels, of which each is a forward of the drafter. Powers of two fill the tiles
+# of a matrix product: at eight rows, 8 more of them cost a seventh of a round (docs/log.md).
+TREES = {8: 4, 16: 4, 32: 5}
 TRIPLE = ("steps", "topk", "draft_tokens")  # as SGLang's speculative settings are called
 SETTINGS = ("draft_shape", "num_assistant_tokens")
 
@@ -134,5 +136,5 @@ def list_candidates(drafter: PreTrainedModel) -> tuple[DraftShape, ...]:
     """What is chosen from where nothing was asked for. The drafter's own rates say which trees."""
     rates = Rates(read_rates(drafter))
     size = drafter.config.draft_vocab_size or drafter.config.vocab_size
-    trees = (rates.fit(nodes, max_depth=depth, max_rank=min(size, MAX_RANKS)) for nodes, depth in TREES.items())
+    trees = (rates.fit(most - 1, max_depth=depth, max_rank=min(size, MAX_RANKS)) for most, depth in TREES.items())
     return (chain(DEFAULT_DEPTH), NONE, *(chain(k) for k in CHAINS if k != DEFAULT_DEPTH), *trees)

@@ -14,6 +14,7 @@ CHECK_EVERY = 8  # rounds between choices
 HYSTERESIS = 1.03  # how much more a shape must promise to be taken
 DOUBT = 0.6  # of the current shape's speed: where not drafting may reach that, it is measured
 CURIOSITY = 1.05  # how much more one must promise that was never measured here
+GROWTH = 2  # times as many tokens as were ever verified here that a shape may have which is to be measured
 LOOK_EVERY = 64  # rounds without a draft after which drafting is looked at again; doubles each time that does not pay
 LOOK_AT_MOST = 512
 LEAST_TOKEN = 0.0005  # of a round; noise can make further tokens look free
@@ -47,7 +48,7 @@ class Costs:
     def seconds(self, num_rows: int, shape: DraftShape) -> float:
         """What a round takes: measured, else from what was, else as a share of a round without a draft."""
         if self.is_known(num_rows, shape):
-            return statistics.median(tuple(self.samples[num_rows, shape]))
+            return statistics.median_low(tuple(self.samples[num_rows, shape]))  # noise only adds
         known = self.measured(num_rows)
         if not known:
             return self._predict(num_rows, shape)
@@ -109,7 +110,8 @@ class Chooser:
     def begin(self, num_rows: int) -> DraftShape:
         """The shape of the first round."""
         self.rates.fade(OLD)
-        self.current = self._best(num_rows, self.shapes.shapes)
+        known = [shape for shape in self.shapes.shapes if self.costs.is_known(num_rows, shape)]
+        self.current = self._best(num_rows, known or self._near(num_rows))
         return self.current
 
     def note(self, num_rows: int, shape: DraftShape, ends: Iterable[int], seconds: float | None) -> None:
@@ -151,8 +153,10 @@ class Chooser:
             if NONE in unknown and self._gain(num_rows, NONE) > DOUBT:
                 return self._take(num_rows, NONE, "to measure it")
             best = self._best(num_rows, unknown) if unknown else self.current
-            if self._gain(num_rows, best) > CURIOSITY:
-                return self._take(num_rows, best, "to measure it")
+            if self._gain(num_rows, best) > CURIOSITY and (near := self._near(num_rows, unknown)):
+                # What much larger ones would cost is a guess: step by step.
+                step = best if best in near else max(near, key=lambda shape: shape.num_nodes)
+                return self._take(num_rows, step, "to measure it")
         return self.current
 
     def _decide(self, num_rows: int, why: str) -> DraftShape:
@@ -166,6 +170,12 @@ class Chooser:
     def _known(self, num_rows: int) -> list[DraftShape]:
         known = {*self.costs.measured(num_rows), self.current}
         return [shape for shape in self.shapes.shapes if shape in known]
+
+    def _near(self, num_rows: int, shapes: Iterable[DraftShape] | None = None) -> list[DraftShape]:
+        """Those of `shapes`, by default all, that are not much larger than what was measured with so many rows."""
+        known = self.costs.measured(num_rows) or self.shapes.shapes[:1]
+        most = GROWTH * max(shape.num_verified for shape in known)
+        return [shape for shape in shapes or self.shapes.shapes if shape.num_verified <= most]
 
     def _cheapest(self, num_rows: int) -> DraftShape:
         """The shape that tells about drafting at the least price."""

@@ -105,7 +105,7 @@ def test_shapes_are_swept_beside_drafting(tmp_path):
     assert cli.main([*TINY, *shapes, "--batch-sizes", "2", "--max-new-tokens", "17", "--out", str(out)]) == 0
     text, data = read(out)
     found = {r["kind"]: r for r in data["results"]}
-    swept = ["our loop, chain of 1", "our loop, chain of 5", "our loop, tree of 8, depth 5", names.CHOSEN]
+    swept = ["our loop, chain of 1", "our loop, chain of 5", "our loop, tree of 7, depth 4", names.CHOSEN]
     assert list(found) == [*KINDS, *swept]
     lengths = [found[kind]["acceptance_length"] for kind in (KINDS[2], *swept[:2])]
     assert lengths == [2, 2, 2]

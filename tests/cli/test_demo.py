@@ -146,6 +146,14 @@ def test_pass_that_would_end_too_late_does_not_begin(target, drafter, tokenizer)
     assert [len(runs) for runs in (*found.plain, *found.drafted)] == [1, 1]
 
 
+@pytest.mark.parametrize(("least", "number"), [(1, 1), (2, 2), (None, 3)])
+def test_a_prompt_that_would_end_too_late_is_left_out(target, drafter, tokenizer, least, number):
+    prompts = ["abc", "x", "yz"]
+    found = compare(target, drafter, tokenizer, prompts, max_new_tokens=2, passes=2, at_most=0.0, least=least)
+    assert found.prompts == prompts[:number]
+    assert [len(runs) for runs in (*found.plain, *found.drafted)] == [1] * 2 * number
+
+
 def test_short_answers_do_not_swing_the_verdict(capsys):
     found = Comparison(
         ["a" * 60, "b\nc"],

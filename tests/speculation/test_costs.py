@@ -117,6 +117,25 @@ def test_nothing_is_tried_near_the_end():
     assert len(set(machine.run(chooser, 60))) > 1
 
 
+def test_what_is_much_larger_is_tried_step_by_step():
+    """A CPU takes as long for four tokens as for three, and further ones then look free."""
+    machine = Machine(MEASURED, 0.02, 0.0)
+    machine.cost = lambda shape: 1 + 0.02 * shape.depth + 0.25 * max(shape.num_nodes - 5, 0)
+    chooser = make_chooser()
+    shapes = machine.run(chooser, 200)
+    assert TREES[0] in shapes
+    assert TREES[1] not in shapes
+    assert TREES[1] not in machine.run(make_chooser(chooser.costs), 200)
+
+
+def test_a_call_begins_with_what_was_measured():
+    costs = Costs(0.1, is_slow=True)
+    for shape, seconds in ((NONE, 1.0), (chain(2), 0.9)):
+        for _ in range(3):
+            costs.add(1, shape, seconds)
+    assert make_chooser(costs, Rates(MEASURED)).current == chain(2)
+
+
 def test_a_fixed_shape_stays():
     chooser, machine = make_chooser(shapes=Shapes((chain(3),))), Machine(NOTHING, 1.0, 1.0)
     assert set(machine.run(chooser, 60)) == {chain(3)}
