@@ -10,6 +10,8 @@ features, values D_v: fewer in multi-head latent attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -518,8 +520,8 @@ def keep_rows_eager(keys: Tensor, values: Tensor, start: Tensor, path: Tensor) -
 
 @jit()
 def _keep_rows(
-    keys,
-    values,
+    first,
+    offsets,  # [layers, 2] int64, elements from `first` to a layer's keys, and to its values
     start,
     path,
     n,
@@ -533,10 +535,12 @@ def _keep_rows(
     BLOCK_X: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
+    keys = first + tl.load(offsets + 2 * tl.program_id(2))
+    values = first + tl.load(offsets + 2 * tl.program_id(2) + 1)
     i = tl.arange(0, BLOCK_N)
-    first = tl.load(start + b)
-    kept = (first + tl.load(path + b * n + i, mask=i < n, other=0))[:, None]
-    to = (first + i)[:, None]
+    slot = tl.load(start + b)
+    kept = (slot + tl.load(path + b * n + i, mask=i < n, other=0))[:, None]
+    to = (slot + i)[:, None]
     x = (tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X))[None, :]
     mask_k = (i < n)[:, None] & (x < width_k)
     mask_v = (i < n)[:, None] & (x < width_v)
@@ -547,19 +551,46 @@ def _keep_rows(
     tl.store(values + b * stride_vb + to * stride_vl + x, value, mask=mask_v)
 
 
-def keep_rows(keys: Tensor, values: Tensor, start: Tensor, path: Tensor) -> None:
-    """The kernel of `keep_rows_eager`: one for both, where the twin needs a dozen. Same arguments."""
+def keep_rows(
+    held: Sequence[tuple[Tensor, Tensor]], start: Tensor, path: Tensor, found: dict[tuple[int, ...], Tensor]
+) -> None:
+    """The kernel of `keep_rows_eager`, over layers that are alike at once.
+
+    Args:
+        held: Keys and values of each layer.
+        start: As of the twin.
+        path: As of the twin.
+        found: Where layers lie, from earlier calls; for as long as their memory is used. What is not in it yet is copied to
+            the device.
+    """
+    alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    for keys, values in held:
+        is_plain = keys.dtype == values.dtype and all(x.stride()[2:] == (x.shape[3], 1) for x in (keys, values))
+        if not is_plain:  # heads that are not side by side
+            keep_rows_eager(keys, values, start, path)
+            continue
+        kind = (keys.device, keys.dtype, keys.shape, values.shape, keys.stride(), values.stride())
+        alike.setdefault(kind, []).append((keys, values))
+    for pairs in alike.values():
+        _keep_alike(pairs, start, path, found)
+
+
+def _keep_alike(
+    held: Sequence[tuple[Tensor, Tensor]], start: Tensor, path: Tensor, found: dict[tuple[int, ...], Tensor]
+) -> None:
+    keys, values = held[0]
     require(keys.device)
+    where = tuple(x.data_ptr() for pair in held for x in pair)
+    if where not in found:
+        offsets = [(place - where[0]) // keys.element_size() for place in where]
+        found[where] = torch.tensor(offsets, device=keys.device)
     B, n = path.shape
     widths = [x.shape[2] * x.shape[3] for x in (keys, values)]
-    if any(x.stride()[2:] != (x.shape[3], 1) for x in (keys, values)):  # heads that are not side by side
-        keep_rows_eager(keys, values, start, path)
-        return
     block_n = round_up_to_power(n)
     block_x = max(32, 2048 // block_n)
     with torch.cuda.device_of(keys):
-        _keep_rows[B, -(-max(widths) // block_x)](
-            *(keys, values, start.to(keys.device).contiguous(), path.to(keys.device).contiguous(), n, *widths),
+        _keep_rows[B, -(-max(widths) // block_x), len(held)](
+            *(keys, found[where], start.to(keys.device).contiguous(), path.to(keys.device).contiguous(), n, *widths),
             *(*keys.stride()[:2], *values.stride()[:2]),
             BLOCK_N=block_n,
             BLOCK_X=block_x,

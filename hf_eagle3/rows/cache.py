@@ -11,9 +11,10 @@ from contextvars import ContextVar
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..kernels.attention import keep_rows, keep_rows_eager
 from .block import Block
 from .layers import KINDS, LayerKind
-from .memory import States
+from .memory import BY_KERNELS, States
 
 # The cache that the current forward writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
@@ -45,6 +46,7 @@ class RowCache(Cache):
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
         self.is_stock = False  # whether recurrent layers run whole, token by token
         self._kept: Tensor | None = None  # [B] int64: what `settle` is to keep
+        self._places: dict[tuple[int, ...], Tensor] = {}  # of layers in memory, for the kernel that keeps paths
         super().__init__(layers=[kind.memory(self) for kind in self.kinds])
         # Whether some layer keeps states: there is no way back to those before the last block.
         self.has_states = any(isinstance(layer, States) for layer in self.layers)
@@ -128,8 +130,12 @@ class RowCache(Cache):
             start: [B] int64, the block's.
             path: [B, n] int64, ascending.
         """
-        for layer in self.layers:
-            layer.keep(start, path)
+        held = [pair for layer in self.layers for pair in layer.held()]
+        if BY_KERNELS.get():
+            keep_rows(held, start, path, self._places)
+            return
+        for keys, values in held:
+            keep_rows_eager(keys, values, start, path)
 
     def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
         """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""

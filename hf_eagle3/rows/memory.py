@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from ..kernels.attention import keep_rows, keep_rows_eager, write_rows, write_rows_eager
+from ..kernels.attention import write_rows, write_rows_eager
 
 if TYPE_CHECKING:
     from .cache import RowCache
@@ -37,8 +37,9 @@ class Nothing(CacheLayerMixin):
     def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
         """Make layer `index` of the host's `cache` hold what this one holds; `slots` as of `RowCache.to_host`."""
 
-    def keep(self, start: Tensor, path: Tensor) -> None:
-        """Keep a path of the last block; arguments as of `RowCache.keep`."""
+    def held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [B, L, H_kv, D] by slots, of which a path of the last block may be kept."""
+        return iter(())
 
     def end(self, num_tokens: int) -> None:
         """Look at what a forward over a block of so many tokens has left."""
@@ -168,11 +169,12 @@ class KeyValues(Nothing):
         )  # [B, S, H_kv, D]
         cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
 
-    def keep(self, start: Tensor, path: Tensor) -> None:
-        """Move the tokens on a path together."""
+    def held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its own, where there are any yet."""
         if self.is_initialized:
-            keep = keep_rows if BY_KERNELS.get() else keep_rows_eager
-            keep(self.keys, self.values, start, path)
+            assert self.keys is not None
+            assert self.values is not None
+            yield self.keys, self.values
 
     def share(self, whole: Any, rows: slice) -> None:
         """Be over the memory of `rows` of another layer."""
@@ -249,10 +251,10 @@ class IndexedKeyValues(KeyValues):
             self.indexer.to_host(held, 0, slots)
             self.give_to(cache.layers[index], held.layers[0].keys)
 
-    def keep(self, start: Tensor, path: Tensor) -> None:
-        """Move the tokens on a path together."""
-        super().keep(start, path)
-        self.indexer.keep(start, path)
+    def held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its own, and the indexer's."""
+        yield from super().held()
+        yield from self.indexer.held()
 
     def share(self, whole: Any, rows: slice) -> None:
         """Be over the memory of `rows` of another layer."""
