@@ -71,18 +71,23 @@ class Eagle3Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        writes_only: bool = False,
         **kwargs,
-    ) -> Tensor:  # [B, T, H]
+    ) -> Tensor:  # [B, T, H]; nothing to go on with, [B, 0, H], if it only writes to the cache
         B, T, _ = hidden_states.shape
         heads = (B, T, -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        query = None if writes_only else self.q_proj(hidden_states).view(heads)
+        key = self.k_proj(hidden_states).view(heads)
         if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, heads, T, head_dim]
+            query, key = query if query is None else self.q_norm(query), self.k_norm(key)
+        key = key.transpose(1, 2)  # [B, kv_heads, T, head_dim]
+        query = key if query is None else query.transpose(1, 2)  # [B, heads, T, head_dim]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
+        if writes_only:
+            return hidden_states.new_empty(B, 0, self.config.hidden_size)
         out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.reshape(B, T, -1))
 
@@ -130,10 +135,13 @@ class Eagle3LatentAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        writes_only: bool = False,
         **kwargs,
-    ) -> Tensor:  # [B, T, H]
+    ) -> Tensor:  # [B, T, H]; nothing to go on with, [B, 0, H], if it only writes to the cache
         B, T, _ = hidden_states.shape
-        if self.config.q_lora_rank is None:
+        if writes_only:
+            query = hidden_states.new_empty(B, T, self.qk_size)
+        elif self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
@@ -150,5 +158,7 @@ class Eagle3LatentAttention(nn.Module):
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if writes_only:
+            return hidden_states.new_empty(B, 0, self.config.hidden_size)
         out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out[..., : self.v_size].reshape(B, T, -1))

@@ -87,7 +87,10 @@ class Eagle3Layer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor, **kwargs) -> Tensor:  # noqa: ARG002  one signature
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        if kwargs.get("writes_only"):
+            return attended
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -111,7 +114,10 @@ class Eagle3FirstLayer(GradientCheckpointingLayer):
         normed = self.hidden_norm(hidden_states)
         residual = normed if self.norm_before_residual else hidden_states
         pair = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)  # [B, T, 2H]
-        hidden_states = residual + self.self_attn(pair, **kwargs)
+        attended = self.self_attn(pair, **kwargs)
+        if kwargs.get("writes_only"):
+            return attended
+        hidden_states = residual + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -337,6 +343,7 @@ class Eagle3DrafterModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        writes_only: bool = False,
         **kwargs,
     ) -> Eagle3DrafterOutput:
         """One draft step over T positions (arXiv:2503.01840, section 3).
@@ -352,6 +359,8 @@ class Eagle3DrafterModel(PreTrainedModel):
             use_cache: Make a cache when none is given.
             logits_to_keep: Logits of the last so many positions only, or of these positions: [n] the same in every row,
                 [B, n] each row's own; 0 means all.
+            writes_only: Write to the cache what later positions attend to, and stop there: of the last layer that is its
+                keys and values. There are no logits then, and no feedback: [B, 0, ...].
 
         Returns:
             `logits` [B, T, V_d], `feedback` [B, T, H] and `past_key_values`. Logits at t propose the token two after
@@ -385,15 +394,20 @@ class Eagle3DrafterModel(PreTrainedModel):
             position_ids = torch.arange(past, past + input_ids.shape[1], device=hidden_states.device)[None]
 
         make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        attention_mask = make_mask(
-            config,
-            embeddings,
-            attention_mask,
-            past_key_values,  # by position: the host calls it cache from Transformers 5.24 on
-            position_ids=position_ids,
-        )
+        if writes_only and len(self.layers) == 1:  # attends to nothing
+            attention_mask = None
+        else:
+            attention_mask = make_mask(
+                config,
+                embeddings,
+                attention_mask,
+                past_key_values,  # by position: the host calls it cache from Transformers 5.24 on
+                position_ids=position_ids,
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
+            if writes_only and layer is self.layers[-1]:
+                kwargs["writes_only"] = True
             hidden_states = layer(
                 hidden_states,
                 embeddings,
@@ -402,6 +416,9 @@ class Eagle3DrafterModel(PreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        if writes_only:
+            no_logits = hidden_states.new_empty(len(hidden_states), 0, config.draft_vocab_size)
+            return Eagle3DrafterOutput(no_logits, hidden_states, past_key_values)
         normed = self.norm(hidden_states)
         if isinstance(logits_to_keep, int):
             kept = normed[:, slice(-logits_to_keep, None)]

@@ -35,7 +35,7 @@ def begin(
                 aux_hidden_states=prompted.states[part, :num_slots],
                 position_ids=block.places + first[part, None],
                 past_key_values=view,
-                logits_to_keep=1,
+                writes_only=True,
             )
     states = prompted.states.new_zeros(B, shapes.num_pending, width)
     rows = torch.arange(B, device=states.device)
@@ -90,7 +90,7 @@ def read_pending(drafter: PreTrainedModel, memory: DrafterMemory) -> None:
             attention_mask=make_masks(drafter.config, block, cache.num_visible, drafter.dtype),
             position_ids=block.places + memory.first[:, None],
             past_key_values=cache,
-            logits_to_keep=memory.num_pending[:, None] - 1,
+            writes_only=True,
         )
     last = memory.num_pending[:, None] - 1  # [B, 1]
     memory.tokens[:, :1].copy_(memory.tokens.gather(1, last))

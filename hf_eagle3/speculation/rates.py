@@ -119,10 +119,11 @@ class Rates:
         if not rank:
             return self.rate(depth - 1, 0)
         missed = 1 - self.rate(depth, 0)
+        likelier = self.rate(depth, rank - 1)  # a drafter that is never right is not right at a second try either
         if not depth:
-            return SHARES[rank - 1] * missed
+            return min(SHARES[rank - 1] * missed, likelier)
         before = 1 - self.rate(depth - 1, 0)
-        return self.rate(depth - 1, rank) / before * missed if before else 0.0
+        return min(self.rate(depth - 1, rank) / before * missed, likelier) if before else 0.0
 
     def expect(self, shape: DraftShape) -> float:
         """Tokens that a round of `shape` may bring, the target's own included."""

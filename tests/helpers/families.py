@@ -481,6 +481,8 @@ class Oracle(Eagle3DrafterModel):
 
     def forward(self, input_ids, *args, position_ids=None, logits_to_keep=0, **kwargs):
         out = super().forward(input_ids, *args, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
+        if kwargs.get("writes_only"):
+            return out
         position_ids = position_ids.expand_as(input_ids)
         if isinstance(logits_to_keep, Tensor):
             input_ids, position_ids = input_ids.gather(1, logits_to_keep), position_ids.gather(1, logits_to_keep)

@@ -215,6 +215,9 @@ class OracleDrafter(Eagle3DrafterModel):
         assert not torch.is_grad_enabled()
         options = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, **kwargs}
         out = super().forward(input_ids, aux_hidden_states, hidden_states, **options)
+        if kwargs.get("writes_only"):  # the next draft step tells whether what was written is right
+            self.seen.append((input_ids.clone(), aux_hidden_states.clone(), position_ids))
+            return out
         is_each = isinstance(logits_to_keep, Tensor)  # the positions themselves; from the first on comes no text
         kept = logits_to_keep[0] if is_each else torch.arange(input_ids.shape[1])[-out.logits.shape[1] :]
         if aux_hidden_states is not None:

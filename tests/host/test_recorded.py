@@ -107,6 +107,8 @@ class Oracle(Eagle3DrafterModel):
     def forward(self, input_ids, *args, position_ids=None, logits_to_keep=0, **kwargs):
         """As the network's, with other logits."""
         out = super().forward(input_ids, *args, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
+        if kwargs.get("writes_only"):
+            return out
         at = (position_ids + 1).clamp(0, NUM_POSITIONS - 1).expand_as(input_ids)  # [B, T], of the tokens
         known = input_ids.clone()
         for t in range(1, known.shape[1] if self.config.is_parallel else 1):  # a mask stands for a draft token

@@ -580,3 +580,18 @@ def test_shapes_are_those_of_the_network(variant, biases):
     config = drafter_config(**{**overrides, **further})
     found = {name: tuple(tensor.shape) for name, tensor in Eagle3DrafterModel(config).state_dict().items()}
     assert tensor_shapes(config) == found
+
+
+@pytest.mark.parametrize("overrides", [{}, {"qk_norm": True}, MLA, {**MLA, "q_lora_rank": 12}], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_writes_only_leaves_the_cache_of_a_whole_forward(overrides, num_layers):
+    drafter = bind(make_drafter(num_hidden_layers=num_layers, **overrides))
+    ids, states = make_inputs(drafter.config)
+    with torch.no_grad():
+        whole = drafter(ids, aux_hidden_states=states, use_cache=True)
+        part = drafter(ids, aux_hidden_states=states, use_cache=True, writes_only=True)
+    assert part.logits.shape == (1, 0, drafter.config.draft_vocab_size)
+    assert part.feedback.shape[1] == 0
+    for ours, theirs in zip(part.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)

@@ -657,6 +657,8 @@ def test_a_target_whose_head_is_more_than_a_layer_is_refused(tmp_path):
     class Shouting(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
+            if kwargs.get("writes_only"):
+                return out
             out.logits = out.logits.roll(1, dims=-1)
             return out
 
@@ -676,6 +678,8 @@ def test_states_on_which_the_head_gives_other_logits_are_refused(tmp_path):
     class Fickle(LlamaForCausalLM):
         def forward(self, *args, logits_to_keep=0, **kwargs):
             out = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+            if kwargs.get("writes_only"):
+                return out
             if isinstance(logits_to_keep, torch.Tensor):
                 out.logits = out.logits.roll(1, dims=-1)
             return out
