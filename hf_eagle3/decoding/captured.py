@@ -210,6 +210,15 @@ class CapturedPhases(Phases):
             self.recorded = self._record_or_not()
         return places
 
+    def adapt(self, config: RoundConfig, warper: RowWarper) -> None:
+        """As of the eager phases; other settings have graphs of their own, and so has a larger batch."""
+        super().adapt(config, warper)
+        self.recorded = self._record_or_not()
+
+    def _choose_size(self, num_rows: int) -> int:
+        """Few sizes, few graphs."""
+        return min(1 << (num_rows - 1).bit_length(), self.arena.num_rows)
+
     def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:
         """All until half of the batch is done, and then those of a smaller one if that is worth its graphs.
 

@@ -5,6 +5,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena
 from .captured import CapturedPhases, CudaGraphs, why_kernels_do_not
 from .choosing import Pace, make_chooser
+from .chunks import ChunkedPrompt
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
 from .loop import DeviceRead, HostTime, Launched
@@ -71,6 +73,7 @@ class Room(NamedTuple):
     num_rows: int
     prompt_length: int  # of the longest
     max_new: int | None  # tokens that a row may get, if there is a limit
+    is_open: bool = False  # rows may come while others run, with settings of their own
 
 
 class Engine:
@@ -107,10 +110,13 @@ class Engine:
         )
         self._stack = ExitStack()
         self._launched: deque[Launched] = deque()
-        self._num_tokens = 0  # most new tokens of a row that was ever admitted
+        # [n] int64, the tokens of each row's prompt, where its cache starts anew.
+        self._prompts: "weakref.WeakKeyDictionary[Row, Tensor]" = weakref.WeakKeyDictionary()
         self._starts: list[int] = []  # new tokens in each row before the last round; none before the first
         self._num_pending = 1  # most states that the drafter has not read in a row
         self._is_steady = False  # whether the next round follows one like it
+        self.is_torn = False  # whether rows that were to join others failed midway, so that none can go on
+        self._is_stale = False  # whether phases have yet to adapt to rows that came
         self._pace = Pace()
 
     def __enter__(self) -> "Engine":
@@ -141,11 +147,6 @@ class Engine:
             num_new = first if room.max_new is None else min(room.max_new, first)
             sizes = {"num_rows": room.num_rows, "num_new": num_new, "prompt_length": room.prompt_length}
             self.arena = stack.enter_context(open_arena(target, drafter, shapes=shapes, **sizes))
-            self._target_cache, self._drafter_cache = self.arena.first_rows(room.num_rows)
-        else:
-            capacity = to_bucket(room.prompt_length + shapes.first_slots)
-            self._target_cache = RowCache(find_kinds(target), capacity)
-            self._target_cache.is_stock = self.is_eager
         self.recorder = stack.enter_context(
             StateRecorder(target, None if self._proposer is None else self._proposer.bound_aux_layer_ids)
         )
@@ -185,36 +186,117 @@ class Engine:
         """The target's forward over the prompts; arguments as of `prefill.PromptCall`."""
         given = (self.target, self.recorder, input_ids, mask, model_kwargs, generation_config)
         with self.lock:
-            return prefill(PromptCall(*given, self._models[-1].device, self._target_cache, move, is_whole))
+            cache = self._make_room(len(mask), int(mask.sum(-1).max()))
+            return prefill(PromptCall(*given, self._models[-1].device, cache, move, is_whole))
+
+    def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
+        """The same over one prompt [1, T], piece by piece: see `prefill.why_not_in_chunks`."""
+        cache = self._make_room(1, input_ids.shape[1])
+        around = [self.lock, self.over_masks]
+        return ChunkedPrompt(self.target, self.recorder, input_ids, self._models[-1].device, cache, around)
+
+    def _make_room(self, num_rows: int, prompt_length: int) -> RowCache:
+        """Memory for prompts; in an open engine, that from which rows are copied to their places."""
+        num_slots = prompt_length + self.config.shapes.first_slots
+        if self.arena is None or self.room.is_open:
+            cache = RowCache(find_kinds(self.target), to_bucket(num_slots))
+            cache.is_stock, self._drafter_cache = self.is_eager, None
+            return cache
+        cache, self._drafter_cache = self.arena.first_rows(num_rows)
+        return cache
+
+    @property
+    def is_running(self) -> bool:
+        """Whether some row goes on."""
+        return any(row.is_live for row in self.rows)
 
     def admit(self, rows: Sequence[Row], prompt: Prompt, transcript: Transcript | None = None) -> None:
-        """Begin with rows behind their prompts, and choose their first tokens. The engine must have none.
+        """Take in rows behind their prompts, and choose their first tokens.
+
+        Where others run, which an open engine alone allows, they take the places of rows that have ended, and further ones.
 
         Args:
             rows: One for each row of the prompt.
             prompt: What `prefill` returned.
             transcript: Of these rows, where they are in step.
         """
-        assert not self.rows, "rows are admitted to an engine that has none"
-        target, drafter, config = self.target, self.drafter, self.config
-        if len(rows) * config.shape.num_verified <= FEW_TOKENS:
-            # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
-            self._stack.enter_context(target._optimize_model_for_decode())
-        self.rows, self._prompt, self._transcript = list(rows), prompt, transcript
-        self._numbers = {id(row): number for number, row in enumerate(rows)}
+        assert self.room.is_open or not self.rows, "rows come to an engine that has none"
+        config = self._fit(rows) if self.room.is_open else self.config
+        for b, row in enumerate(rows):
+            row.start = prompt.extra + prompt.columns.shape[1]
+            if config.starts_anew is not None:
+                self._prompts[row] = prompt.tokens[b, : int(prompt.num_states[b])]
         seeds = [draw_seed() if row.seed is None and config.needs_seeds else row.seed or 0 for row in rows]
         state = RoundState.behind(prompt, max_length=config.max_length, seeds=seeds)
         kind = find_kind(None if self._proposer is None else self._proposer.config)
-        models = Models(target, self._proposer, kind, self.recorder, make_agree(target))
+        models = Models(self.target, self._proposer, kind, self.recorder, make_agree(self.target))
         first = prompt.lengths - prompt.num_states
         prompted = Prompted(prompt.tokens, prompt.states, prompt.num_states, first)
         with self.lock, self.clocks.draft:
-            memory = models.kind.begin(drafter, prompted, config.shapes, cache=self._drafter_cache)
-        warper = RowWarper([row.settings for row in rows], config.further_warpers, state.length.device)
-        temperature = rows[0].settings.temperature or 1.0
-        self.chooser = self._make_chooser(target, drafter, config, temperature, is_captured=self.arena is not None)
-        self.phases = self._make_phases(models, state, memory, warper)
-        self._accept(Proposal(state.root.new_zeros(len(rows), 0), None), Verified(prompt.logits, None))
+            memory = models.kind.begin(self.drafter, prompted, config.shapes, cache=self._drafter_cache)
+        nothing = Proposal(state.root.new_zeros(len(rows), 0), None)
+        if self.is_running:
+            newcomers = Phases(models, state, memory, self._make_warper(rows), config)
+            self.is_torn = self.phases.rounds_in_flight > 0  # whose reports are read meanwhile
+            self._accept(newcomers, list(rows), nothing, Verified(prompt.logits, None))
+            self._join(rows, newcomers)
+            return
+        self.rows, self._transcript, self.config = list(rows), transcript, config
+        self._begin(models, state, memory)
+        self._accept(self.phases, self.rows, nothing, Verified(prompt.logits, None))
+
+    def _fit(self, rows: Sequence[Row]) -> RoundConfig:
+        """What rounds of these rows do, where each has settings of its own."""
+        return replace(
+            self.config,
+            do_sample=any(not row.settings.is_greedy for row in rows),
+            in_order=any(row.looks_at_text for row in rows),
+        )
+
+    def _make_warper(self, rows: Sequence[Row]) -> RowWarper:
+        return RowWarper([row.settings for row in rows], self.config.further_warpers, self.target.device)
+
+    def _begin(self, models: Models, state: RoundState, memory: DrafterMemory) -> None:
+        """Let rounds run over rows where none did."""
+        config = self.config
+        self._launched.clear()
+        if len(self.rows) * config.shape.num_verified <= FEW_TOKENS and not self.room.is_open:
+            # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
+            self._stack.enter_context(self.target._optimize_model_for_decode())
+        if self.arena is not None and self.room.is_open:
+            self._move_in(self.arena, state, memory)
+        temperature, is_captured = self.rows[0].settings.temperature or 1.0, self.arena is not None
+        self.chooser = self._make_chooser(self.target, self.drafter, config, temperature, is_captured=is_captured)
+        self.phases = self._make_phases(models, state, memory, self._make_warper(self.rows))
+
+    def _move_in(self, arena: Arena, state: RoundState, memory: DrafterMemory) -> None:
+        """Let rows be where graphs look for them."""
+        num_slots = max(row.start for row in self.rows) + self.config.shapes.first_slots
+        if num_slots > arena.capacity:
+            arena.reserve(num_slots)
+        caches, places = arena.first_rows(len(self.rows)), range(len(self.rows))
+        for cache, own in zip(caches, (state.cache, memory.cache), strict=True):
+            cache.put(own, places, of=len(self.rows))
+        state.cache, memory.cache = caches
+
+    def _join(self, rows: Sequence[Row], newcomers: Phases) -> None:
+        """Let rows that have their first tokens run beside others."""
+        self.is_torn = True
+        self.phases.reserve(max(row.start for row in rows) + self.config.shapes.first_slots)
+        ended = [place for place, row in enumerate(self.rows) if not row.is_live]
+        places = [*ended, *range(len(self.rows), len(self.rows) + len(rows))][: len(rows)]
+        num_rows = self.phases.seat(newcomers.state, newcomers.memory, places)
+        seated = [*self.rows, *(make_ended(rows[0]) for _ in range(num_rows - len(self.rows)))]
+        for place, row in zip(places, rows, strict=True):
+            seated[place] = row
+        self.rows, self._is_stale, self._is_steady, self.is_torn = seated, True, False, False
+
+    def _adapt(self) -> None:
+        """Let rounds do what the rows need that are left."""
+        config = self._fit([row for row in self.rows if row.is_live])
+        if self._is_stale or config != self.config:
+            self.config, self._is_stale, self._is_steady = config, False, False
+            self.phases.adapt(config, self._make_warper(self.rows))
 
     def _make_phases(self, models: Models, state: RoundState, memory: DrafterMemory, warper: RowWarper) -> Phases:
         """Captured if that works, else eager."""
@@ -254,8 +336,9 @@ class Engine:
         if config.keeps_rows:
             self.hold_states()
         self._drop_rows()
-        self._num_tokens = max(self._num_tokens, *(len(row.text) for row in self.rows))
-        known = self._prompt.extra + self._prompt.columns.shape[1] + self._num_tokens
+        if self.room.is_open:
+            self._adapt()
+        known = max(row.start + len(row.text) for row in self.rows)
         has_moved = phases.reserve(known + config.shapes.slots_ahead(len(self._launched)))
         self._is_steady = self._is_steady and not has_moved
         self._start_anew()
@@ -267,7 +350,7 @@ class Engine:
             if self._transcript is not None:
                 put_pads(proposal.tokens, self._transcript)
             verified = phases.verify(proposal)
-        self._accept(proposal, verified)
+        self._accept(phases, self.rows, proposal, verified)
 
     def release(self, row: Row) -> None:
         """Let a row end here; it leaves the batch with the next round."""
@@ -323,37 +406,39 @@ class Engine:
         """Let rows have a cache of their whole text where the target computes its own anew."""
         for b, row in enumerate(self.rows):
             if self.config.starts_anew is not None and row.is_live:
-                number = self._numbers[id(row)]
-                new = self._prompt.tokens.new_tensor(row.text)
-                text = torch.cat([self._prompt.tokens[number, : self._prompt.num_states[number]], new])
+                prompt = self._prompts[row]
+                text = torch.cat([prompt, prompt.new_tensor(row.text)])
                 if len(text) == self.config.starts_anew + 1:
                     self.phases.start_anew(b, text)
 
-    def _accept(self, proposal: Proposal, verified: Verified) -> None:
+    def _accept(self, phases: Phases, rows: list[Row], proposal: Proposal, verified: Verified) -> None:
         """Accept and commit; texts grow by what is read, which is this round's report or an earlier one's."""
-        shape, is_steady = self.phases.shape if verified.states is not None else None, self._is_steady
+        shape, is_steady = phases.shape if verified.states is not None else None, self._is_steady
         self._is_steady = True
         if shape is not None:
             self._starts = self._count_texts()
-        if self.config.in_order:
-            rows, starts = self.rows, [len(row.text) for row in self.rows]
-            verdict = self._accept_in_python(proposal, verified)
+        if phases.config.in_order:
+            self._read_launched(0)  # of rounds before a row came whose text is looked at
+            starts = [len(row.text) for row in rows]
+            verdict = self._accept_in_python(phases, rows, proposal, verified)
             seconds = self._pace.measure(HostTime(), is_steady=is_steady)
             if shape is not None:
                 self._teach(rows, shape, verdict.ends.tolist(), seconds)
-        else:
-            with self.clocks.accept:
-                report, scores, path = self.phases.accept(proposal, verified)
-            read = DeviceRead(report)
-            self._launched.append(Launched(self.rows, shape, is_steady, read, scores, verified.logits, path))
-            if len(self._launched) <= self.phases.rounds_in_flight:
-                return
+            note_parts(rows, starts, shape)
+            return
+        with self.clocks.accept:
+            report, scores, path = phases.accept(proposal, verified)
+        read = DeviceRead(report)
+        self._launched.append(Launched(rows, shape, is_steady, read, scores, verified.logits, path))
+        self._read_launched(phases.rounds_in_flight)
+
+    def _read_launched(self, most: int) -> None:
+        """Read rounds until `most` are in flight."""
+        while len(self._launched) > most:
             launched = self._launched.popleft()
-            rows, shape = launched.rows, launched.shape
-            starts = [len(row.text) for row in rows]
+            starts = [len(row.text) for row in launched.rows]
             self._take_in(launched)
-        for row, start in zip(rows, starts, strict=True):
-            row.took_part(shape.depth if shape is not None else 0, start)
+            note_parts(launched.rows, starts, launched.shape)
 
     def _take_in(self, launched: Launched) -> None:
         """Read a round's report: the round's wait."""
@@ -376,15 +461,15 @@ class Engine:
         left = [row.num_left for row in self.rows if row.is_live]
         return sum(left) / len(left) if left else 0.0
 
-    def _accept_in_python(self, proposal: Proposal, verified: Verified) -> Verdict:
+    def _accept_in_python(self, phases: Phases, rows: list[Row], proposal: Proposal, verified: Verified) -> Verdict:
         """Accept where processors look at the text, and commit."""
-        phases, config = self.phases, self.config
+        config = phases.config
         with self.clocks.host:
             raise_if_nan(bool(has_nan(verified.logits[:, 0])))
-            limits = [phases.shape.depth] * len(self.rows)
+            limits = [phases.shape.depth] * len(rows)
             if (last := config.starts_anew) is not None:
                 limits = [last - n if n <= last else limits[0] for n in phases.state.length.tolist()]
-            decide: Callable[..., Verdict] = partial(accept_in_order, rows=self.rows)
+            decide: Callable[..., Verdict] = partial(accept_in_order, rows=rows)
             if self._transcript is not None:
                 decide = partial(accept_in_step, transcript=self._transcript)
             verdict = decide(
@@ -397,6 +482,19 @@ class Engine:
             )
         phases.commit(proposal, verdict, verified.states)
         return verdict
+
+
+def note_parts(rows: list[Row], starts: list[int], shape: DraftShape | None) -> None:
+    """Note a round of that shape in its rows, which had `starts` new tokens before it."""
+    for row, start in zip(rows, starts, strict=True):
+        row.took_part(shape.depth if shape is not None else 0, start)
+
+
+def make_ended(like: Row) -> Row:
+    """A row that has ended before its first token, for a place that nobody has."""
+    row = Row(like.prompt)
+    row.end(0, cuts=False)
+    return row
 
 
 def warn_once(target: PreTrainedModel, why_eager: str) -> None:

@@ -27,7 +27,7 @@ from ..rows.block import Block, whole_rows
 from ..rows.cache import WRITING, RowCache
 from ..rows.forwards import Forward, find_special, handing
 from ..rows.layers import Masks, make_masks
-from ..rows.rotation import at_once, one_by_one, rotating
+from ..rows.rotation import ToLengths, at_once, one_by_one, rotating
 from ..speculation.accept import RULES, SHARED, Judging, stop_before
 from ..speculation.coverage import accept_covered
 from ..speculation.noise import GlobalNoise, SeededNoise
@@ -50,17 +50,30 @@ def verify(target: PreTrainedModel, state: RoundState, draft_tokens: Tensor, sha
 
 def run_target(target: PreTrainedModel, state: RoundState, tokens: Tensor, block: Block) -> Tensor:
     """Logits [B, T, V] of the `tokens` [B, T] of a block."""
-    cache = state.cache
     places = torch.minimum(block.places, state.last_position)
     position_ids = places + state.shift if state.asked is None else state.asked(places, tokens, block.ancestry)
+    return run_block(target, state.cache, tokens, block, position_ids)
+
+
+def run_block(
+    target: PreTrainedModel,
+    cache: RowCache,
+    tokens: Tensor,
+    block: Block,
+    position_ids: Tensor,
+    *,
+    to_lengths: ToLengths = one_by_one,
+    **options: Any,  # of the target's forward
+) -> Tensor:
+    """Logits [B, T, V] of the `tokens` [B, T] of a block, which `cache` then holds."""
     text_config = target.config.get_text_config(decoder=True)
     special = find_special(target)
     most = getattr(text_config, special.most_slots) if special is not None and special.most_slots else None
     with cache.writing(block, most=most, like_hosts=special is not None and special.attends_itself):
         masks = make_masks(text_config, block, cache.num_visible, target.dtype)
-        with handing_over(target, special, masks, position_ids) as arguments, rotating(one_by_one):
-            out = target(input_ids=tokens, **arguments, **{CACHE_NAME: cache}, use_cache=True, return_dict=True)
-    return out.logits
+        with handing_over(target, special, masks, position_ids) as arguments, rotating(to_lengths):
+            arguments = {**arguments, CACHE_NAME: cache, "use_cache": True, "return_dict": True, **options}
+            return target(input_ids=tokens, **arguments).logits
 
 
 @contextmanager
@@ -314,11 +327,39 @@ class Phases:
         """
         places = self._choose_places(rows, num_left=num_left)
         if len(places) < len(self.state.length):
-            index = torch.tensor(places, dtype=torch.long, device=self.state.length.device)
-            target_cache, drafter_cache = self._take_rows(index)
-            self.state, self.memory = self.state.over(target_cache, index), self.memory.over(drafter_cache, index)
-            self.warper.select(index)
+            self._select(places)
         return places
+
+    def seat(self, state: RoundState, memory: DrafterMemory, places: list[int]) -> int:
+        """Let the rows of another batch be in these places, behind the last one too; how many rows there are then.
+
+        `adapt` must follow before the next round.
+        """
+        num_rows, needed = len(self.state.length), max(places) + 1
+        if needed > num_rows:  # what stands in new places is written over, or has ended
+            self._select([*range(num_rows), *[0] * (self._choose_size(needed) - num_rows)])
+            num_rows = len(self.state.length)
+        for cache, theirs in ((self.state.cache, state.cache), (self.memory.cache, memory.cache)):
+            cache.put(theirs, places, of=num_rows)
+        self.state.put(state, places)
+        self.memory.put(memory, places)
+        return num_rows
+
+    def adapt(self, config: RoundConfig, warper: RowWarper) -> None:
+        """Go on with other settings of the rows."""
+        self.config, self.warper = config, warper
+
+    def _choose_size(self, num_rows: int) -> int:
+        """How many rows a batch is made for that has so many."""
+        return num_rows
+
+    def _select(self, rows: list[int]) -> None:
+        """Be the batch of these rows of this one, as often as they are among them."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.state.length.device)
+        target_cache, drafter_cache = self._take_rows(index)
+        self.state, self.memory = self.state.over(target_cache, index), self.memory.over(drafter_cache, index)
+        self.warper = self.warper.clone()  # the other one may be that of graphs
+        self.warper.select(index)
 
     def _choose_places(self, rows: list[int], *, num_left: float) -> list[int]:  # noqa: ARG002  captured rounds look at it
         """Which places are worth keeping."""

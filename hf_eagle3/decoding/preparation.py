@@ -167,6 +167,11 @@ class AskedPositions:
         """Those of these rows alone."""
         return AskedPositions(self._target, [self._rows[b] for b in rows])
 
+    def put(self, other: "AskedPositions", places: list[int]) -> None:
+        """Let the rows of another be in these places."""
+        for place, row in zip(places, other._rows, strict=True):
+            self._rows[place] = row
+
     def commit(self, length: Tensor, tokens: Tensor, num_new: Tensor) -> None:
         """Let the first `num_new` [B] of `tokens` [B, n] be the text behind `length` [B] positions."""
         for row, place, new, n in zip(self._rows, length.tolist(), tokens.tolist(), num_new.tolist(), strict=True):

@@ -42,6 +42,7 @@ class Row:
         criteria: Those that decide by the row's own tokens.
         processors: The call's, as they see this row alone; they are asked if some of them look at the text.
         settings: What tokens are sampled by, if none does.
+        looks_at_text: Whether some of them does, beside rows whose processors do not.
         seed: What they are drawn by; None: PyTorch's generator, which all rows of a batch share.
         keep_scores: Keep what each token was chosen by.
         keep_logits: Keep the target's logits for each token.
@@ -57,6 +58,7 @@ class Row:
         criteria: Sequence[StoppingCriteria] = (),
         processors: LogitsProcessorList | None = None,
         settings: RowSettings | None = None,
+        looks_at_text: bool = False,
         seed: int | None = None,
         keep_scores: bool = False,
         keep_logits: bool = False,
@@ -65,6 +67,8 @@ class Row:
         self.prompt, self.max_new, self.eos, self.criteria = prompt, max_new, frozenset(eos), criteria
         self.processors = LogitsProcessorList() if processors is None else processors
         self.settings, self.seed, self.agree = settings or RowSettings(), seed, agree
+        self.looks_at_text = looks_at_text
+        self.start = 0  # slots up to which its text begins, at most; the engine says so
         self.text: list[int] = []
         self.finish: int | None = None  # new tokens at which the criteria first agreed
         self.scores: list[Tensor] | None = [] if keep_scores else None  # [V] each

@@ -58,7 +58,7 @@ class RoundConfig:
 
 @dataclass(slots=True)
 class RoundState:
-    """What a batch carries from round to round. Only `commit` and `copy_from` write to it.
+    """What a batch carries from round to round. Only `commit`, `put` and `copy_from` write to it.
 
     Between rounds the target's cache holds, row by row, the slots 0..length-2: all verified tokens but the root.
     """
@@ -126,6 +126,15 @@ class RoundState:
                 values["shift"] = values["shift"][..., rows, :]
             asked = self.asked if rows is None or self.asked is None else self.asked.of_rows(rows.tolist())
             return RoundState(**{name: x.clone() for name, x in values.items()}, cache=cache, asked=asked)
+
+    def put(self, other: "RoundState", places: list[int]) -> None:
+        """Let the rows of another state be in these places."""
+        index = torch.tensor(places, device=self.length.device)
+        for name in ("length", "root", "seeds"):
+            getattr(self, name)[index] = getattr(other, name)
+        self.shift[..., index, :] = other.shift
+        if self.asked is not None and other.asked is not None:
+            self.asked.put(other.asked, places)
 
     def copy_from(self, other: "RoundState") -> None:
         """Take the values of another state of the same sizes, in place."""

@@ -106,7 +106,7 @@ class Committed(NamedTuple):
 
 @dataclass(slots=True)
 class DrafterMemory:
-    """What a drafter knows of B rows. Its kind writes to it, and `copy_from` does.
+    """What a drafter knows of B rows. Its kind writes to it, and `put` and `copy_from` do.
 
     The cache holds the slots before the pending states, each computed from the target's own states. Slots count from the
     first position that the drafter has seen.
@@ -132,6 +132,13 @@ class DrafterMemory:
             values = {name: getattr(self, name) for name in self.TENSORS}
             values = {name: x if rows is None else x[rows.to(x.device)] for name, x in values.items()}
             return DrafterMemory(**{name: x.clone() for name, x in values.items()}, room=self.room, cache=cache)
+
+    def put(self, other: "DrafterMemory", places: list[int]) -> None:
+        """Let the rows of another memory be in these places."""
+        index = torch.tensor(places, device=self.tokens.device)
+        for name in self.TENSORS:
+            mine = getattr(self, name)
+            mine[index.to(mine.device)] = getattr(other, name)
 
     def copy_from(self, other: "DrafterMemory") -> None:
         """Take the values of another memory of the same sizes, in place."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -151,8 +152,14 @@ class RowCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.take_rows(theirs, rows)
 
+    def put(self, other: "RowCache", places: Sequence[int], *, of: int) -> None:
+        """Hold the rows of `other` in these places; `of` is how many rows there are in all."""
+        self.settle()
+        for row, place in enumerate(places):
+            self.view(place, 1, of=of).take_rows(other, torch.tensor([row]))
+
     def select(self, rows: Tensor) -> None:
-        """Keep `rows` [B'] int64 only."""
+        """Keep `rows` [B'] int64 only, as often as they are among them."""
         self.settle()
         for layer in self.layers:
             layer.select(rows)

@@ -184,8 +184,15 @@ class KeyValues(Nothing):
 
     def take_rows(self, other: Any, rows: Tensor) -> None:
         """Hold the `rows` of another layer, which may be over the same memory."""
-        for name, memory in self._each() if other.is_initialized else ():
-            memory.copy_(getattr(other, name)[rows])
+        if not other.is_initialized:
+            return
+        if not self.is_initialized:
+            self.make_room(other.keys.transpose(1, 2), other.values.transpose(1, 2), len(rows))
+        for name, memory in self._each():
+            given = getattr(other, name)[
+                rows, : memory.shape[1]
+            ]  # slots behind its rows' lengths may be fewer, or more
+            memory[:, : given.shape[1]].copy_(given)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""

@@ -29,6 +29,7 @@ class RowSettings(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    is_greedy: bool = False  # takes the likeliest token, beside rows that draw theirs
 
 
 def read_settings(warpers: Sequence[LogitsProcessor]) -> tuple[RowSettings, list[LogitsProcessor]]:
@@ -72,13 +73,16 @@ class RowWarper:
             "top_k": [row.top_k for row in rows],
             "rest": [None if row.top_p is None else 1 - row.top_p for row in rows],
             "min_p": [row.min_p for row in rows],
+            "is_greedy": [1 if row.is_greedy else None for row in rows],
         }
-        nothing = {"temperature": 1.0, "top_k": 0, "rest": -1.0, "min_p": -1.0}
+        if all(row.is_greedy for row in rows):  # then their rounds are greedy
+            del columns["is_greedy"]
+        nothing = {"temperature": 1.0, "top_k": 0, "rest": -1.0, "min_p": -1.0, "is_greedy": 0}
         with torch.inference_mode(False):
             self.values = {
                 name: torch.tensor(
                     [nothing[name] if value is None else value for value in column],
-                    dtype=torch.long if name == "top_k" else torch.float32,
+                    dtype=torch.long if name in WHOLE_NUMBERS else torch.float32,
                     device=device,
                 )
                 for name, column in columns.items()
@@ -157,8 +161,16 @@ def keep_min_p(scores: Tensor, min_p: Tensor, _: int) -> Tensor:
     return scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
 
 
+def keep_likeliest(scores: Tensor, is_greedy: Tensor, _: int) -> Tensor:
+    """The first of the likeliest where `is_greedy` [B, 1, 1] is 1; -inf for others. Whatever is drawn there is that token."""
+    best = scores.argmax(-1, keepdim=True)
+    others = torch.ones_like(scores, dtype=torch.bool).scatter(-1, best, False)
+    return scores.masked_fill(others & (is_greedy > 0), -torch.inf)
+
+
+WHOLE_NUMBERS = ("top_k", "is_greedy")
 # By the tensor that each reads, in the order in which the host warps; before all comes the temperature.
-STEPS = {"top_k": keep_top_k, "rest": keep_top_p, "min_p": keep_min_p}
+STEPS = {"top_k": keep_top_k, "rest": keep_top_p, "min_p": keep_min_p, "is_greedy": keep_likeliest}
 
 
 def describe_warper(warper: Any) -> tuple:  # Any: one of the host's

@@ -97,8 +97,9 @@ LAYERS = {
         ["refusals", "seeds"],
     ],
     "decoding": [
+        ["in_flight"],
         ["engine"],
-        ["captured", "choosing"],
+        ["captured", "choosing", "chunks"],
         ["arena", "in_order", "loop"],
         ["phases", "transcript"],
         ["cuda_graphs", "lock", "row", "state"],
