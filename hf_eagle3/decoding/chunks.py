@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,16 @@ class ChunkedPrompt:
         tokens = self._ids[:, self.num_done : self.num_done + num_tokens]
         block = Block(torch.full((1,), self.num_done, device=tokens.device), tokens.shape[1])
         length = self._ids.shape[1]
-        options = {"logits_to_keep": 1} if self._target._supports_logits_to_keep() else {}
+        options: dict[str, Any] = {"logits_to_keep": 1} if self._target._supports_logits_to_keep() else {}
         with ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
             logits = run_block(
-                *(self._target, self._cache, tokens, block, block.places),
+                self._target,
+                self._cache,
+                tokens,
+                block,
+                block.places,
                 to_lengths=lambda position_ids: torch.full_like(position_ids[..., :1], length),  # as at once
                 **options,
             )

@@ -39,7 +39,7 @@ from .choosing import Pace, make_chooser
 from .chunks import ChunkedPrompt
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
-from .loop import DeviceRead, HostTime, Launched
+from .loop import DeviceRead, HostTime, Launched, note_parts
 from .phases import Models, Phases, Verified, list_models
 from .prefill import Prompt, PromptCall, prefill
 from .preparation import find_asked, name_of
@@ -111,7 +111,7 @@ class Engine:
         self._stack = ExitStack()
         self._launched: deque[Launched] = deque()
         # [n] int64, the tokens of each row's prompt, where its cache starts anew.
-        self._prompts: "weakref.WeakKeyDictionary[Row, Tensor]" = weakref.WeakKeyDictionary()
+        self._prompts: weakref.WeakKeyDictionary[Row, Tensor] = weakref.WeakKeyDictionary()
         self._starts: list[int] = []  # new tokens in each row before the last round; none before the first
         self._num_pending = 1  # most states that the drafter has not read in a row
         self._is_steady = False  # whether the next round follows one like it
@@ -192,7 +192,7 @@ class Engine:
     def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
         """The same over one prompt [1, T], piece by piece: see `prefill.why_not_in_chunks`."""
         cache = self._make_room(1, input_ids.shape[1])
-        around = [self.lock, self.over_masks]
+        around: list[AbstractContextManager] = [self.lock, self.over_masks]
         return ChunkedPrompt(self.target, self.recorder, input_ids, self._models[-1].device, cache, around)
 
     def _make_room(self, num_rows: int, prompt_length: int) -> RowCache:
@@ -286,7 +286,7 @@ class Engine:
         ended = [place for place, row in enumerate(self.rows) if not row.is_live]
         places = [*ended, *range(len(self.rows), len(self.rows) + len(rows))][: len(rows)]
         num_rows = self.phases.seat(newcomers.state, newcomers.memory, places)
-        seated = [*self.rows, *(make_ended(rows[0]) for _ in range(num_rows - len(self.rows)))]
+        seated = [*self.rows, *(Row.make_ended(rows[0].prompt) for _ in range(num_rows - len(self.rows)))]
         for place, row in zip(places, rows, strict=True):
             seated[place] = row
         self.rows, self._is_stale, self._is_steady, self.is_torn = seated, True, False, False
@@ -482,19 +482,6 @@ class Engine:
             )
         phases.commit(proposal, verdict, verified.states)
         return verdict
-
-
-def note_parts(rows: list[Row], starts: list[int], shape: DraftShape | None) -> None:
-    """Note a round of that shape in its rows, which had `starts` new tokens before it."""
-    for row, start in zip(rows, starts, strict=True):
-        row.took_part(shape.depth if shape is not None else 0, start)
-
-
-def make_ended(like: Row) -> Row:
-    """A row that has ended before its first token, for a place that nobody has."""
-    row = Row(like.prompt)
-    row.end(0, cuts=False)
-    return row
 
 
 def warn_once(target: PreTrainedModel, why_eager: str) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..speculation.accept import AcceptRule, Judging
+from ..speculation.accept import GREEDY, RULES, AcceptRule, Judging
 from ..speculation.tree import ROOT, find_children, find_heights
 from ..speculation.verdict import Proposal, Verdict
 from ..tensor_parallel import Agree
@@ -87,7 +87,8 @@ def accept_in_order(
     for b, (row, walk) in enumerate(zip(rows, walks, strict=True)):
         own = Proposal(proposal.tokens[b : b + 1], None if proposal.q is None else proposal.q[b : b + 1])
         try:
-            last.append(accept_row(own, logits[b], row, walk, rule=rule, judging=judging.of_row(b), agree=agree))
+            its = RULES[GREEDY] if row.settings.is_greedy else rule  # beside rows that draw
+            last.append(accept_row(own, logits[b], row, walk, rule=its, judging=judging.of_row(b), agree=agree))
         except Exception as error:  # noqa: BLE001  the row's own, raised where it is asked for
             row.fail(error)
             last.append(0)

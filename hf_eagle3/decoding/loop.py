@@ -87,3 +87,9 @@ class Launched(NamedTuple):
                         break
             except Exception as error:  # noqa: BLE001  raised where the row is asked for
                 row.fail(error)
+
+
+def note_parts(rows: list[Row], starts: list[int], shape: DraftShape | None) -> None:
+    """Note a round of that shape in its rows, which had `starts` new tokens before it."""
+    for row, start in zip(rows, starts, strict=True):
+        row.took_part(shape.depth if shape is not None else 0, start)

@@ -40,9 +40,10 @@ class Row:
         max_new: Tokens that it may get, if there is a limit.
         eos: Tokens that end it.
         criteria: Those that decide by the row's own tokens.
-        processors: The call's, as they see this row alone; they are asked if some of them look at the text.
+        processors: The call's, as they see this row alone; they are asked if some of them look at the text, its own or
+            another row's.
         settings: What tokens are sampled by, if none does.
-        looks_at_text: Whether some of them does, beside rows whose processors do not.
+        looks_at_text: Whether some of its own do, beside rows whose processors do not.
         seed: What they are drawn by; None: PyTorch's generator, which all rows of a batch share.
         keep_scores: Keep what each token was chosen by.
         keep_logits: Keep the target's logits for each token.
@@ -76,6 +77,13 @@ class Row:
         self.error: Exception | None = None
         self.batch: Batch | None = None  # if it is one of several
         self._taken: list[Taken] = []
+
+    @classmethod
+    def make_ended(cls, prompt: Tensor) -> "Row":
+        """A row that has ended before its first token, for a place in a batch that nobody has."""
+        row = cls(prompt)
+        row.end(0, cuts=False)
+        return row
 
     @property
     def is_live(self) -> bool:
