@@ -83,6 +83,12 @@ class Arena:
             cache.reserve(num_slots)
         self.capacity = self.caches[0].capacity
 
+    def renew(self, fingerprint: tuple) -> None:
+        """Drop all graphs, since what they rest on is another."""
+        self.forget()
+        self.fingerprint = fingerprint
+        self.unfit.clear()
+
     def forget(self) -> None:
         """Drop all graphs, and what a failed capture left."""
         synchronize(self.device)  # one may be running
@@ -143,9 +149,7 @@ def open_arena(
         del _arenas[target]
         arena = None
     if arena is not None and arena.fingerprint != fingerprint:
-        arena.forget()
-        arena.fingerprint = fingerprint
-        arena.unfit.clear()
+        arena.renew(fingerprint)
     if arena is None:
         layers = find_kinds(target), 0 if drafter is None else drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)

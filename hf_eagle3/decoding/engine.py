@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from ..speculation.stats import Stopwatch
 from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import is_true_for_any, make_agree
-from .arena import Arena, KnownUnfitError, open_arena
+from .arena import Arena, KnownUnfitError, open_arena, take_fingerprint
 from .captured import CapturedPhases, CudaGraphs, why_kernels_do_not
 from .choosing import Pace, make_chooser
 from .chunks import ChunkedPrompt
@@ -43,6 +43,7 @@ from .loop import DeviceRead, HostTime, Launched, note_parts
 from .phases import Models, Phases, Verified, list_models
 from .prefill import Prompt, PromptCall, prefill
 from .preparation import find_asked, name_of
+from .room import Clocks, Room
 from .row import Row
 from .state import RoundConfig, RoundState
 from .transcript import Transcript
@@ -57,23 +58,6 @@ CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
 ASKED_FOR = "asked for"
 # Reasons for eager rounds that were logged, by target.
 _logged: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
-
-
-class Clocks(NamedTuple):
-    """Where the time of a call goes; the rest is verification."""
-
-    draft: Stopwatch
-    accept: Stopwatch
-    host: Stopwatch
-
-
-class Room(NamedTuple):
-    """How much an engine's memory holds at first."""
-
-    num_rows: int
-    prompt_length: int  # of the longest
-    max_new: int | None  # tokens that a row may get, if there is a limit
-    is_open: bool = False  # rows may come while others run, with settings of their own
 
 
 class Engine:
@@ -351,6 +335,14 @@ class Engine:
                 put_pads(proposal.tokens, self._transcript)
             verified = phases.verify(proposal)
         self._accept(phases, self.rows, proposal, verified)
+
+    def look_again(self) -> None:
+        """Go on after others had the target: with weights and graphs as they are now."""
+        for context in self._around:
+            leave(context, self.lock)
+        if self.arena is not None and (now := take_fingerprint(self.target, self.drafter)) != self.arena.fingerprint:
+            self.arena.renew(now)
+            self._is_stale = True
 
     def release(self, row: Row) -> None:
         """Let a row end here; it leaves the batch with the next round."""

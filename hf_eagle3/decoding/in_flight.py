@@ -95,6 +95,11 @@ class InFlight:
         """Let a row end where it is; its place is free from the next step on."""
         row.end(len(row.text), cuts=False)
 
+    def look_again(self) -> None:
+        """Go on after others had the target, and may have changed it."""
+        if self._engine is not None:
+            self._engine.look_again()
+
     def step(self) -> None:
         """Admit what there is room for, and run a round. What fails ends those rows that it concerns (`Row.error`)."""
         self._admit()

@@ -23,7 +23,7 @@ from ..checkpoints.load import register_weight_names
 from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
 from .assisted import wrap_assisted_decoding, wrap_get_candidate_generator, wrap_speculative_sampling
 from .auto_config import wrap_from_pretrained
-from .batching import wrap_continuous_batching
+from .batching import wrap_context_manager, wrap_generate_batch, wrap_init_continuous_batching
 from .generate import wrap_generate
 from .pipelines import wrap_load_assistant_model
 
@@ -39,9 +39,9 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
     (generation_utils, "_speculative_sampling", wrap_speculative_sampling),
     (pipelines, "load_assistant_model", wrap_load_assistant_model),
-    (ContinuousMixin, "generate_batch", wrap_continuous_batching),
-    (ContinuousMixin, "init_continuous_batching", wrap_continuous_batching),
-    (ContinuousMixin, "continuous_batching_context_manager", wrap_continuous_batching),
+    (ContinuousMixin, "generate_batch", wrap_generate_batch),
+    (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
+    (ContinuousMixin, "continuous_batching_context_manager", wrap_context_manager),
 )
 _originals: dict[tuple[Any, str], Any] = {}  # as they stand in the namespace of the class or module
 

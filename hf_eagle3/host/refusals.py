@@ -138,17 +138,6 @@ def refuse_cache(cache: Any) -> None:  # Any: a user may pass anything
         )
 
 
-def refuse_continuous_batching(model: Any) -> None:  # Any: whatever was passed as assistant_model
-    """Raise if a drafter was given to the host's continuous batching, which would leave it out without a word."""
-    refuse_names(model)
-    refuse_mistaken_llama(model)
-    if is_drafter(model):
-        raise ValueError(
-            "The host's continuous batching does not draft: call generate(assistant_model=drafter) for batches of "
-            "prompts padded on the left, or leave out assistant_model."
-        )
-
-
 def advise(why: str) -> str:
     """What to leave out of a call that our own loop cannot take, if that is all; `why` is what rules it out."""
     return f"leave out {why.removesuffix(' is set')}, " if why.endswith(" is set") else ""

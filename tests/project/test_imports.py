@@ -90,10 +90,13 @@ LAYERS = {
     ],
     "host": [
         ["install"],
-        ["generate"],
+        ["batching"],
+        ["generate", "manager"],
+        ["request_rows"],
+        ["desk"],
         ["assisted", "attaching", "output"],
         ["candidates", "request", "undrafted"],
-        ["auto_config", "batching", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
+        ["auto_config", "loop_choice", "pipelines", "processors", "shapes", "stopping"],
         ["refusals", "seeds"],
     ],
     "decoding": [
@@ -104,7 +107,7 @@ LAYERS = {
         ["phases", "transcript"],
         ["cuda_graphs", "lock", "row", "state"],
         ["prefill"],
-        ["columns", "preparation"],
+        ["columns", "preparation", "room"],
     ],
     "drafters": [
         ["kinds"],
