@@ -131,7 +131,9 @@ class RowMaker:
         processors = self._make_processors(prompt, own, asked.brings)
         stateless = stateless_warpers(processors)
         settings, further = read_settings(stateless)
-        is_greedy = not own.do_sample
+        is_greedy, looks_at_text = not own.do_sample, len(stateless) < len(processors) or bool(further)
+        # Beside rows that draw, scores of a greedy row say nothing but its token.
+        is_plain = is_greedy and not looks_at_text
         return Row(
             prompt,
             max_new=max_new,
@@ -139,11 +141,10 @@ class RowMaker:
             criteria=self._make_criteria(own, asked.brings),
             processors=processors,
             settings=RowSettings(is_greedy=True) if is_greedy else settings,
-            looks_at_text=len(stateless) < len(processors) or bool(further),
+            looks_at_text=looks_at_text,
             seed=seed,
-            # Where others draw, what a greedy row is chosen by is nothing but its token.
-            keep_scores=self.keeps_logprobs and not is_greedy,
-            keep_logits=self.keeps_logprobs and is_greedy,
+            keep_scores=self.keeps_logprobs and not is_plain,
+            keep_logits=self.keeps_logprobs and is_plain,
         )
 
     def _find_limit(self, length: int, max_new: Any) -> int | None:  # Any: whatever was given
@@ -197,7 +198,7 @@ class RowMaker:
         if settings.max_time is not None:
             criteria.append(MaxTimeCriteria(max_time=settings.max_time))
         if settings.stop_strings is not None:
-            criteria.append(StopStringCriteria(settings.stop_strings, brings["tokenizer"]))
+            criteria.append(StopStringCriteria(stop_strings=settings.stop_strings, tokenizer=brings["tokenizer"]))
         return criteria
 
 
@@ -243,8 +244,11 @@ class Asking:
             try:
                 request.prompt = read_tokens(input_ids)
                 request.row = self.maker.make(request.prompt, asked, seed=seed)
-            except Exception as error:  # noqa: BLE001  told of as the request's own
+            except BadRequestError as error:
                 request.error = error
+            except Exception:
+                self.forget(own)
+                raise
             requests.append(request)
         return requests
 

@@ -140,20 +140,19 @@ def test_cache_grows_beyond_its_first_bucket(target):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_between_rounds_caches_hold_what_was_verified(family, monkeypatch):
     target = make_target(family)
-    original, rounds = generate.show, []
+    original, rounds, prompts = generate.show, [], prompts_of(3, 17, 9)
 
     def checked(transcript, engine):
         rounds.append(engine.rows)
-        prompt = engine._prompt
         for b, row in enumerate(engine.rows):
             if row.is_live:
                 number = transcript.rows.index(row)
-                text = torch.tensor([*prompt.tokens[number, : prompt.lengths[number]].tolist(), *row.text])
+                text = torch.tensor([*prompts[number][0].tolist(), *row.text])
                 assert_in_step(target, engine.drafter, engine.phases, b, text)
         return original(transcript, engine)
 
     monkeypatch.setattr(generate, "show", checked)
-    assert_same(target, pad(prompts_of(3, 17, 9)), max_new_tokens=20)
+    assert_same(target, pad(prompts), max_new_tokens=20)
     assert len(rounds) > 5
 
 
