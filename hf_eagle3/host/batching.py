@@ -142,9 +142,14 @@ def open_desk(
         drafter.bind(target)
         refuse_target(target)
         shapes = keep_taken(target, shapes)
-    why = "decode_loop is host" if asked == "host" else why_not_open(target)
+    if asked == "host":
+        raise ValueError(
+            'decode_loop is "host", which does not draft for batches that requests join: leave out decode_loop, or '
+            "assistant_model."
+        )
+    why = why_not_open(target)
     if why is None and drafter is None and why_not_drafted(target) is not None:
-        why = f"{type(target).__name__} does not run in it"
+        why = f"{type(target).__name__} does not run there"
     if why is not None:
         out = "assistant_model" if drafter is not None else "decode_loop"
         raise ValueError(f"Batches that requests join need our own decode loop, and {why}: leave out {out}.")

@@ -895,11 +895,11 @@ ERRORS: dict[str, Callable[[], Any]] = {
         drafter=like_llama(model_type="qwen3", architectures=["Qwen3Eagle3"], _name_or_path="someone/drafter")
     ),
     "a name in continuous batching": lambda: make_target("llama").generate_batch([[5]], assistant_model="a/b"),
-    "a drafter in continuous batching": lambda: make_target("llama").generate_batch(
-        [[5]], assistant_model=make_drafter(make_target("llama"))
+    "a setting that nobody knows in continuous batching": lambda: make_target("llama").generate_batch(
+        [[5]], assistant_model=make_drafter(make_target("llama")), tempreture=0.7
     ),
-    "a drafter in a batching manager": lambda: make_target("llama").init_continuous_batching(
-        assistant_model=make_drafter(make_target("llama"))
+    "the host's loop in a batching manager": lambda: make_target("llama").init_continuous_batching(
+        assistant_model=make_drafter(make_target("llama")), decode_loop="host"
     ),
     "a decode loop of the caller": lambda: fail(custom_generate=lambda *_, **__: None),
     # drafters that do not fit
