@@ -57,12 +57,14 @@ class Arena:
         self,
         num_rows: int,
         capacity: int,
+        num_tokens: int,
         target_layers: Sequence[LayerKind],
         drafter_layers: int,
         fingerprint: tuple,
         device: torch.device,
     ):
         self.num_rows, self.capacity, self.fingerprint, self.device = num_rows, capacity, fingerprint, device
+        self.num_tokens = num_tokens  # most of a block, where what a block does to states is kept
         self.autocast = describe_autocast(device)  # on which the dtype of keys and values depends
         self.caches = (RowCache(target_layers, capacity), RowCache(drafter_layers, capacity))
         self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
@@ -107,10 +109,10 @@ def release_graphs() -> None:
 
 
 def count_cache_bytes(target: PreTrainedModel) -> int:
-    """Bytes of keys and values, the drafter's too, that are kept for `target` between calls."""
+    """Bytes of keys, values and states, the drafter's too, that are kept for `target` between calls."""
     arena = _arenas.get(target)
     layers = [layer for cache in arena.caches for layer in cache.layers] if arena is not None else []
-    return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+    return sum(x.nbytes for layer in layers for x in layer.list_memory())
 
 
 def take_fingerprint(target: PreTrainedModel, drafter: PreTrainedModel | None) -> tuple:
@@ -143,7 +145,10 @@ def open_arena(
     num_slots = to_bucket(prompt_length + num_new + shapes.slack)
     fingerprint = take_fingerprint(target, drafter)
     arena = _arenas.get(target)
+    num_tokens = shapes.num_verified
     is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)
+    if arena is not None and arena.caches[0].has_states:
+        is_too_small = is_too_small or arena.num_tokens < num_tokens
     if arena is not None and (is_too_small or arena.autocast != describe_autocast(target.device)):
         arena.forget()
         del _arenas[target]
@@ -152,7 +157,7 @@ def open_arena(
         arena.renew(fingerprint)
     if arena is None:
         layers = find_kinds(target), 0 if drafter is None else drafter.config.num_hidden_layers
-        arena = Arena(num_rows, num_slots, *layers, fingerprint, target.device)
+        arena = Arena(num_rows, num_slots, num_tokens, *layers, fingerprint, target.device)
         _arenas[target] = arena
     try:
         yield arena

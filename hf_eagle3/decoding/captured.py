@@ -22,10 +22,11 @@ from ..kernels.language import is_available
 from ..kernels.noise import add_noise_rows
 from ..kernels.temperature import divide_rows
 from ..kernels.top import top_rows
-from ..rows.attention import attending_by_rows
 from ..rows.cache import RowCache
 from ..rows.forwards import find_listed
-from ..rows.layers import has_states, known_kinds
+from ..rows.layers import known_kinds
+from ..rows.recurrent import running_by_rows, why_not_replayed
+from ..rows.recurrent_trial import refuse_unequal
 from ..speculation.shape import DraftShape
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -100,8 +101,8 @@ def why_kernels_do_not(target: PreTrainedModel) -> str | None:
     name = type(target).__name__
     if (kind := next((kind for kind in known_kinds(target) if kind.why_eager), None)) is not None:
         return f"{name} {kind.why_eager}, which our kernels do not"
-    if has_states(target):
-        return f"{name} has recurrent layers, which are not captured yet"
+    if (why := why_not_replayed(target)) is not None:
+        return why
     if find_listed(target) is not None:
         return f"CUDA graphs of {name} were never compared with its own forwards"
     return None
@@ -197,6 +198,7 @@ class CapturedPhases(Phases):
         if num_slots <= self.arena.capacity:
             return False
         num_rows = len(self.state.length)
+        self.state.cache.begin_replay(self.arena.num_tokens)  # states are in the arena then
         self.arena.reserve(num_slots + min(num_slots, 4 * self.capturer.first_room))
         self.state.cache, self.memory.cache = self.arena.first_rows(num_rows)
         self.recorded = self._record_or_not()
@@ -258,6 +260,8 @@ class CapturedPhases(Phases):
         """The graphs for this batch: found, or captured. State, memory and settings go over to their tensors."""
         num_rows = len(self.state.length)
         key = self._key(num_rows)
+        refuse_unequal(self.models.target)
+        self.state.cache.begin_replay(self.arena.num_tokens)
         recorded = self.arena.recorded.pop(key, None)
         if recorded is None:
             if (reason := self.arena.unfit.get(key)) is not None:
@@ -266,8 +270,11 @@ class CapturedPhases(Phases):
             # Capturing empties the allocator anyway. Before measuring: the difference then is the graphs' memory.
             torch.cuda.empty_cache()
             start, before = time.perf_counter(), memory_in_use(device)
-            with lock_of(self.models.target).alone():
-                recorded = self._capture()
+            try:
+                with lock_of(self.models.target).alone():
+                    recorded = self._capture()
+            finally:
+                self.state.cache.forget_block()  # of a warm-up
             self._seconds += time.perf_counter() - start
             self._bytes += memory_in_use(device) - before
             self.how = f"captured in {self._seconds:.2f} s, {max(self._bytes, 0) / 2**20:.0f} MiB"
@@ -276,6 +283,7 @@ class CapturedPhases(Phases):
         while len(self.arena.recorded) > self.capturer.max_graphs:
             synchronize(self.arena.device)
             self.arena.recorded.popitem(last=False)
+        recorded.state.cache.join_replay()  # that of an earlier call, over the same memory
         recorded.state.copy_from(self.state)
         recorded.memory.copy_from(self.memory)
         recorded.warper.copy_from(self.warper)
@@ -319,6 +327,7 @@ class CapturedPhases(Phases):
         is_fixed = self.config.shapes.is_fixed
 
         def run_all() -> None:
+            state.cache.forget_block()  # so that states stay what they are
             if not is_fixed:
                 phases.read_pending()
             proposal = phases.draft()
@@ -328,10 +337,11 @@ class CapturedPhases(Phases):
 
         options = {"pool": self.arena.pool}
         with ExitStack() as stack:
-            stack.enter_context(attending_by_rows(*models))
+            stack.enter_context(running_by_rows(*models))
             stack.enter_context(fused(*models))
             stack.enter_context(casting_within(self.arena.device))
             self.capturer.warm_up(run_all, state.length.device)
+            state.cache.forget_block()
             read_pending = do_nothing
             if not is_fixed:
                 read_pending, _ = self.capturer.capture(phases.read_pending, **options)

@@ -294,9 +294,11 @@ class Phases:
     def rounds_in_flight(self) -> int:
         """How many rounds may be launched before one is read: on a GPU it then need not wait for the host.
 
-        States of rows that have ended are kept from going on (`hold`), which is decided before the next round.
+        States of rows that have ended are kept from going on (`Engine.hold_states`) where somebody is to have them, which is
+        decided before the next round.
         """
-        is_read_first = self.config.starts_anew is not None or self.state.cache.has_states
+        holds_states = self.state.cache.has_states and (self.config.keeps_rows or self.config.keeps_cache)
+        is_read_first = self.config.starts_anew is not None or holds_states
         return int(self.state.length.is_cuda and not is_read_first)
 
     def start_anew(self, place: int, text: Tensor) -> None:

@@ -31,6 +31,7 @@ class RoundConfig:
     simulated_length: float | None = None  # accept as if drafts were that good, to measure speed
     coverage: Coverage | None = None  # likewise, by depth and rank; what the accept rule says is computed and dropped
     keeps_rows: bool = False  # rows that are done stay: their cache is returned, or hooks of others count on them
+    keeps_cache: bool = False  # the target's cache is returned
     keeps_scores: bool = False  # what tokens were chosen by is handed out, so it must not be overwritten
     is_seeded: bool = False  # the ratio test draws by each row's own seed
     starts_anew: int | None = None  # after so many tokens of a text the target computes its cache anew

@@ -252,6 +252,7 @@ def decode(
     config = make_round_config(
         *(target, choice, prompts, transcript, logits_processor, generation_config, model_kwargs),
         keeps_rows=keeps_cache or is_whole,
+        keeps_cache=keeps_cache,
     )
     rows = transcript.rows
     room = Room(len(rows), max(prompts.lengths), rows[0].max_new)

@@ -131,8 +131,9 @@ def make_round_config(
     model_kwargs: dict[str, Any],
     *,
     keeps_rows: bool,
+    keeps_cache: bool,
 ) -> RoundConfig:
-    """What the rounds of a call do. `keeps_rows`: rows that are done stay.
+    """What the rounds of a call do. `keeps_rows`: rows that are done stay; `keeps_cache`: the target's cache is returned.
 
     Raises:
         ValueError: The target computes its cache anew on the way, where no drafter can follow.
@@ -162,6 +163,7 @@ def make_round_config(
         simulated_length=simulated,
         coverage=None if coverage is None or in_order else read_coverage(coverage),
         keeps_rows=(keeps_rows or transcript.in_step) and len(transcript.rows) > 1,
+        keeps_cache=keeps_cache,
         keeps_scores=row.scores is not None or row.logits is not None,
         starts_anew=None if switch is None else switch.after,
         max_length=None if row.max_new is None else prompts.mask.shape[1] + row.max_new,

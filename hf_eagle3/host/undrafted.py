@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from ..decoding.captured import CudaGraphs
 from ..decoding.preparation import find_asked, find_switch
-from ..rows.layers import has_states
 from .loop_choice import why_not_target
 from .refusals import why_not_drafted
 
@@ -23,7 +22,5 @@ def decode_plainly(target: PreTrainedModel) -> dict[str, Any]:
     switch = find_switch(target)
     is_lost = switch is not None and not switch.computes_anew  # which our loop refuses to follow
     if is_slow or is_lost or find_asked(target) is not None or why_not_target(target) is not None:
-        return {}
-    if target.device.type != "cpu" and has_states(target):  # not captured yet
         return {}
     return {"decode_loop": "own"}

@@ -15,6 +15,7 @@ from torch import Tensor
 from .language import jit, require, round_up_to_power, tl
 
 VARIANTS = ("llama", "wide", "shifted")
+GATED_VARIANTS = ("llama", "wide")
 SUM = "sum"  # the kind of a sum that is deferred, for `add_rms_norm` to take
 
 
@@ -117,4 +118,52 @@ def _launch(x: Tensor, y: Tensor | None, weight: Tensor, total: Tensor, eps: flo
             HAS_SUM=y is not None,
             num_warps=8 if block_d > 2048 else 4,
         )
+    return out
+
+
+def gated_rms_norm_eager(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -> Tensor:
+    """`rms_norm_eager` of `x` [..., D] times SiLU(`gate`) [..., D], which is multiplied in float32 and rounded once.
+
+    As "wide" nothing is rounded before.
+    """
+    activated = torch.nn.functional.silu(gate.float())
+    if variant == "llama":
+        return (rms_norm_eager(x, weight, eps=eps) * activated).to(x.dtype)
+    return (rms_norm_eager(x.float(), weight, eps=eps, variant=variant) * activated).to(x.dtype)
+
+
+@jit("num_rows")
+def _gated_rms_norm(
+    x, gate, weight, out, num_rows, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    mask = (row < num_rows)[:, None] & (d < D)[None, :]
+    wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
+    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+    if VARIANT == "llama":
+        scaled = (scaled.to(out.dtype.element_ty).to(tl.float32) * w).to(out.dtype.element_ty).to(tl.float32)
+    else:
+        scaled = scaled * w
+    tl.store(out + at, (scaled * (g / (1.0 + tl.exp(-g)))).to(out.dtype.element_ty), mask=mask)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, variant: str = "llama") -> Tensor:
+    """The kernel of `gated_rms_norm_eager`, for tensors of one dtype; sums are taken in another order."""
+    require(x.device)
+    x, gate = x.contiguous(), gate.contiguous()
+    D = x.shape[-1]
+    out = torch.empty_like(x)
+    num_rows = x.numel() // D
+    block_d = round_up_to_power(D)
+    block_r = max(1, 512 // block_d)
+    with torch.cuda.device_of(x):
+        _gated_rms_norm[(-(-num_rows // block_r),)](
+            x, gate, weight, out, num_rows, eps,
+            D=D, BLOCK_D=block_d, BLOCK_R=block_r, VARIANT=variant,
+        )  # fmt: skip
     return out

@@ -15,10 +15,13 @@ from transformers.cache_utils import Cache
 from ..kernels.attention import keep_rows, keep_rows_eager
 from .block import Block
 from .layers import KINDS, LayerKind
-from .memory import BY_KERNELS, States
+from .memory import BY_KERNELS
+from .states import States
 
 # The cache that the current forward writes to.
 WRITING: ContextVar["RowCache | None"] = ContextVar("writing", default=None)
+# Whether recurrent layers take whole blocks, and first replay what counts of the last one: captured rounds.
+REPLAYING: ContextVar[bool] = ContextVar("replaying", default=False)
 
 
 def to_bucket(num_slots: int) -> int:
@@ -45,9 +48,13 @@ class RowCache(Cache):
         self.num_before = 0
         self.is_dense = False  # while a forward runs: whether it takes keys and values to be contiguous
         self.whole: tuple[RowCache, int, int] | None = None  # whose rows these are, of how many, and from which on
+        self.part = slice(None)  # which rows of that
         self.is_stock = False  # whether recurrent layers run whole, token by token
         self._kept: Tensor | None = None  # [B] int64: what `settle` is to keep
         self._places: dict[tuple[int, ...], Tensor] = {}  # of layers in memory, for the kernel that keeps paths
+        # [B] int64, where captured rounds read what counts of the last block; theirs is the word while `is_replaying`.
+        self.replayed: Tensor | None = None
+        self.is_replaying = False
         super().__init__(layers=[kind.memory(self) for kind in self.kinds])
         # Whether some layer keeps states: there is no way back to those before the last block.
         self.has_states = any(isinstance(layer, States) for layer in self.layers)
@@ -66,7 +73,8 @@ class RowCache(Cache):
             most: Slots that it can attend to, if there is a limit.
             like_hosts: It asks how many positions are cached, and takes keys and values to be contiguous.
         """
-        self.settle()
+        if not REPLAYING.get():
+            self.settle()
         self.is_first = is_first
         self.num_visible = self.capacity if most is None else min(most, self.capacity)
         if block.start.device.type == "cpu":
@@ -87,21 +95,62 @@ class RowCache(Cache):
 
         Nothing moves until something goes on from there, so the newest word counts.
         """
-        self._kept = num_kept
+        if self.is_replaying:
+            assert self.replayed is not None
+            self.replayed.copy_(num_kept)
+        else:
+            self._kept = num_kept
 
     def settle(self) -> None:
-        """Let layers go on from what is kept of the last block."""
-        if self._kept is not None:
-            kept = self._kept.cpu()  # a wait: rounds over states are not captured
+        """Let layers go on from what is kept of the last block, token by token if it was a captured one."""
+        if self.is_replaying:
+            assert self.replayed is not None
+            for layer in self.layers:
+                layer.end_replay(self.replayed)
+            self.is_replaying = False
+        elif self._kept is not None:
+            kept = self._kept.cpu()  # a wait, which captured rounds do without
             for layer in self.layers:
                 layer.settle(kept)
             self._kept = None
 
+    def begin_replay(self, num_tokens: int) -> None:
+        """Let captured rounds go on from here, over blocks of up to `num_tokens`, in memory that stays where it is."""
+        if not self.has_states:
+            return
+        self.settle()
+        assert self.whole is not None
+        whole, num_rows, _ = self.whole
+        for mine, theirs in zip(self.layers, whole.layers, strict=True):
+            mine.begin_replay(theirs, self.part, num_tokens)
+        if whole.replayed is None:
+            device = next(layer.device for layer in self.layers if isinstance(layer, States))
+            with torch.inference_mode(False):
+                whole.replayed = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.join_replay()
+        self.forget_block()
+
+    def join_replay(self) -> None:
+        """Be over the memory that another cache of the same rows has begun to replay from."""
+        if self.whole is None or not self.has_states:
+            return
+        whole = self.whole[0]
+        for mine, theirs in zip(self.layers, whole.layers, strict=True):
+            mine.share(theirs, self.part)
+        assert whole.replayed is not None
+        self.replayed, self._kept, self.is_replaying = whole.replayed[self.part], None, True
+
+    def forget_block(self) -> None:
+        """Keep nothing of the last captured block."""
+        if self.is_replaying:
+            assert self.replayed is not None
+            self.replayed.zero_()
+
     def reserve(self, num_slots: int) -> None:
-        """Make room for `num_slots` in each row."""
+        """Make room for `num_slots` in each row; what was a view has memory of its own then."""
         if num_slots <= self.capacity:
             return
-        assert self.whole is None
+        self.whole = None
         more = to_bucket(num_slots) - self.capacity
         self.capacity += more
         for layer in self.layers:
@@ -141,9 +190,9 @@ class RowCache(Cache):
     def view(self, start: int, num_rows: int, *, of: int) -> "RowCache":
         """A cache over the same memory, of `num_rows` of its rows; `of` is how many it has or will have in all."""
         view = RowCache(self.kinds, self.capacity)
-        view.whole = (self, of, start)
+        view.whole, view.part = (self, of, start), slice(start, start + num_rows)
         for mine, theirs in zip(view.layers, self.layers, strict=True):
-            mine.share(theirs, slice(start, start + num_rows))
+            mine.share(theirs, view.part)
         return view
 
     def take_rows(self, other: "RowCache", rows: Tensor) -> None:

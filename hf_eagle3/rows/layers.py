@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .block import Block
 from .masks import BY_ROWS, make_mask
-from .memory import BlockKeyValues, IndexedKeyValues, KeyValues, KeyValuesAndStates, Nothing, States
+from .memory import BlockKeyValues, IndexedKeyValues, KeyValues, Nothing
+from .states import KeyValuesAndStates, States
 
 Masks = Tensor | dict[str, Tensor | None]
 # Which slots the tokens of a block see, [B, 1, T, num_slots] bool; the config is the text decoder's.

@@ -1,4 +1,4 @@
-"""What a cache of rows keeps of one layer: keys and values by slot, states after each token of a block, or nothing.
+"""What a cache of rows keeps of one layer: keys and values by slot, or nothing; states are in `states.py`.
 
 Each kind says how a block writes it and how a rejected tail is forgotten. `RowCache` has one of them for each layer.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..kernels.attention import write_rows, write_rows_eager
 
@@ -47,11 +47,21 @@ class Nothing(CacheLayerMixin):
     def settle(self, kept: Tensor) -> None:
         """Forget the last block behind its first `kept` [B] tokens."""
 
-    def share(self, whole: Any, rows: slice) -> None:  # Any: a layer of the same kind
+    def begin_replay(self, whole: Any, rows: slice, num_tokens: int) -> None:  # Any: a layer of the same kind
+        """Let what captured rounds go on from be in the memory of `rows` of another layer, for blocks of `num_tokens`."""
+
+    def end_replay(self, kept: Tensor) -> None:
+        """Forget the last captured block behind its first `kept` [B] tokens."""
+
+    def share(self, whole: Any, rows: slice) -> None:  # Any: likewise
         """Be over the memory of `rows` of another layer."""
 
     def take_rows(self, other: Any, rows: Tensor) -> None:  # Any: likewise
         """Hold the `rows` [B'] int64 of another layer."""
+
+    def list_memory(self) -> list[Tensor]:
+        """The tensors that it keeps."""
+        return [x for pair in self.held() for x in pair]
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64 only."""
@@ -296,173 +306,3 @@ class BlockKeyValues(IndexedKeyValues):
     def give_to(self, theirs: Any, keys: Tensor) -> None:
         """Let the host's layer have the indexer's keys."""
         theirs.idx_keys = keys
-
-
-class States(LinearAttentionLayer, Nothing):
-    """Convolution and recurrent states of one layer, kept after each token of a block.
-
-    A layer of the host's reads and writes them as those of a `LinearAttentionLayer`, one token at a time (`advance`). A
-    rejected tail is forgotten by going on from the state before it (`settle`).
-    """
-
-    def __init__(self, cache: "RowCache"):
-        Nothing.__init__(self, cache)
-        LinearAttentionLayer.__init__(self)
-        # [n, B, ...] by name and number of a state: a ring, where the states before a block are at `first`, and those
-        # after each of its tokens at the places that follow. The host's layers see one of them.
-        self.rings: dict[tuple[str, int], Tensor] = {}
-        self.first = 0
-        self.num_stepped = 0  # tokens of the last block that came through
-        self._next = 0  # where the states after the token at hand come
-
-    def begin(self, num_tokens: int) -> None:
-        """Make room for the states after each token of a block."""
-        if all(len(ring) > num_tokens for ring in self.rings.values()):
-            return
-        for key, ring in self.rings.items():
-            self.rings[key] = ring.new_empty(num_tokens + 1, *ring.shape[1:])
-            self.rings[key][0] = ring[self.first]
-        self.first = 0
-
-    def _place(self, num_tokens: int) -> int:
-        """Where the states after so many tokens of the block are."""
-        return (self.first + num_tokens) % len(next(iter(self.rings.values())))
-
-    def advance(self, token: int, *, is_in_place: bool) -> None:
-        """Let the next token of the block write the states after it.
-
-        Args:
-            token: Of the block, in their order.
-            is_in_place: Whether the host's layer changes recurrent states where they are, and not by
-                `update_recurrent_state`. It does so with those of convolutions.
-        """
-        self._next, self.num_stepped = self._place(token + 1), token + 1
-        for key, ring in self.rings.items():
-            before = ring[self._place(token)]
-            if is_in_place or key[0] == "conv_states":
-                ring[self._next] = before
-                self._show(key, ring[self._next])
-            else:
-                self._show(key, before)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:  # noqa: ARG002  the host's
-        """Write the states after the token that `advance` began."""
-        key = ("recurrent_states", state_idx)
-        state = self.rings[key][self._next]
-        if state.data_ptr() != recurrent_states.data_ptr():
-            state.copy_(recurrent_states)
-        self._show(key, state)
-        return state
-
-    def _show(self, key: tuple[str, int], state: Tensor) -> None:
-        """Let layers of the host see that state."""
-        name, number = key
-        getattr(self, name)[number] = state
-
-    def settle(self, kept: Tensor) -> None:
-        """Go on from the states behind `kept` [B] tokens of the last block, on a CPU."""
-        counts = set(kept.tolist())
-        if len(counts) == 1:
-            self.first = self._place(*counts) if self.rings else 0
-        else:
-            for ring in self.rings.values():
-                places = ((kept + self.first) % len(ring)).to(ring.device)
-                ring[self.first] = ring[places, torch.arange(len(kept), device=ring.device)]
-        self._show_first()
-
-    def end(self, num_tokens: int) -> None:
-        """Be sure that each token of a block came through by itself."""
-        assert self.num_stepped == num_tokens, "a recurrent layer ran over a block by itself"
-        self.num_stepped = 0
-
-    def _show_first(self) -> None:
-        for key, ring in self.rings.items():
-            self._show(key, ring[self.first])
-
-    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
-        """Hold the states of the host's layer."""
-        whole, num_rows, start = self.cache.whole or (self.cache, len(columns), 0)
-        layer = whole.layers[self.cache.layers.index(self)]
-        for name in ("conv_states", "recurrent_states"):
-            for number, state in getattr(theirs, name).items():
-                if state is None:
-                    continue
-                if (name, number) not in layer.rings:
-                    layer.rings[name, number] = state.new_zeros(1, num_rows, *state.shape[1:])
-                layer.rings[name, number][0, start : start + len(columns)] = state
-                if move:
-                    getattr(theirs, name)[number] = None
-        copy_marks(theirs, layer)
-        layer._show_first()
-
-    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:  # noqa: ARG002  states have no slots
-        """Make layer `index` of the host's `cache` hold these states."""
-        theirs = cache.layers[index]
-        for (name, number), ring in self.rings.items():
-            getattr(theirs, name)[number] = ring[self.first].clone()
-        copy_marks(self, theirs)
-
-    def share(self, whole: Any, rows: slice) -> None:
-        """Be over the memory of `rows` of another layer."""
-        self.rings, self.first = {key: ring[:, rows] for key, ring in whole.rings.items()}, whole.first
-        copy_marks(whole, self)
-        self._show_first()
-
-    def take_rows(self, other: Any, rows: Tensor) -> None:
-        """Hold the `rows` of another layer, which may be over the same memory."""
-        for key, ring in self.rings.items():
-            ring[self.first] = other.rings[key][other.first, rows.to(ring.device)]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` only."""
-        for key, ring in self.rings.items():
-            self.rings[key] = ring[self.first : self.first + 1, rows.to(ring.device)]
-        self.first = 0
-        self._show_first()
-
-
-# What a layer of the host knows of its states, beside them.
-MARKS = (
-    *("number_of_states", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"),
-    *("conv_kernel_size", "device", "dtype"),
-)
-
-
-def copy_marks(source: Any, to: Any) -> None:  # Any: layers of the host's, or ours
-    """Let the layer `to` know of its states what `source` knows of the same ones."""
-    for name in MARKS:
-        value = getattr(source, name)
-        setattr(to, name, dict(value) if isinstance(value, dict) else value)
-
-
-class KeyValuesAndStates(States, KeyValues):
-    """Both, of a layer that attends and has a recurrence beside it."""
-
-    def lazy_initialization(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]  # the host's
-        """As the host's layer of this kind: keys and values come by place, states by name."""
-        (KeyValues if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
-
-    def from_host(self, theirs: Any, columns: Tensor, *, move: bool) -> None:
-        """Hold what the host's layer holds."""
-        for kind in (KeyValues, States):
-            kind.from_host(self, theirs, columns, move=move)
-
-    def to_host(self, cache: Cache, index: int, slots: Tensor) -> None:
-        """Make layer `index` of the host's `cache` hold what this one holds."""
-        for kind in (KeyValues, States):
-            kind.to_host(self, cache, index, slots)
-
-    def share(self, whole: Any, rows: slice) -> None:
-        """Be over the memory of `rows` of another layer."""
-        for kind in (KeyValues, States):
-            kind.share(self, whole, rows)
-
-    def take_rows(self, other: Any, rows: Tensor) -> None:
-        """Hold the `rows` of another layer."""
-        for kind in (KeyValues, States):
-            kind.take_rows(self, other, rows)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` only."""
-        for kind in (KeyValues, States):
-            kind.select(self, rows)

@@ -8,7 +8,8 @@ them (`memory.States`). Everything else in a layer runs over the whole block at 
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..recorder import find_layers
-from .cache import WRITING
+from .attention import UnfitError, attending_by_rows
+from .cache import REPLAYING, WRITING, RowCache
+from .delta_nets import DELTA_NETS, run_block
 from .layers import KINDS, find_unknown, has_states, name_layers
-from .memory import States
+from .states import States
 from .substitutes import Substitute
 
 
@@ -141,6 +144,8 @@ class Stepper(Substitute):
         assert isinstance(layer, States)
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
         T = hidden_states.shape[1]
+        if REPLAYING.get():
+            return self._replay(cache, layer, hidden_states, kwargs.get("attention_mask"))
         layer.begin(T)
         mixer, parts = MIXERS[type(module).__name__], dict(module._modules)
         if T == 1 or cache.is_stock or self.had_its_own:
@@ -157,6 +162,18 @@ class Stepper(Substitute):
         if mixer.exit is None or collects is None:
             return output
         return getattr(module, mixer.exit)(torch.cat(collects.parts, dim=1))
+
+    def _replay(self, cache: RowCache, layer: States, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """What the mixer gives for a block [B, T, H] behind what counts of the last one."""
+        name = type(self.module).__name__
+        if mask is not None:
+            raise UnfitError(f"{name} brings a mask of its own")
+        if self.had_its_own:
+            raise UnfitError(f"{name} has a forward of its own")
+        assert layer.replay is not None
+        assert cache.replayed is not None
+        layer.num_stepped = hidden_states.shape[1]
+        return run_block(self.module, hidden_states, layer.replay, cache.replayed)
 
     def _step(self, forward: Callable, layer: States, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What `forward` gives for each token of a block, one after the other."""
@@ -186,3 +203,30 @@ class Stepping:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for stepper in self._steppers:
             stepper.leave(self)
+
+
+@contextmanager
+def running_by_rows(*models: PreTrainedModel) -> Iterator[None]:
+    """Let layers of `models` attend by rows, and take blocks at once where they keep states: what captured rounds do."""
+    token = REPLAYING.set(True)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(attending_by_rows(*models))
+            for model in models:
+                stack.enter_context(Stepping(model))
+            yield
+    finally:
+        REPLAYING.reset(token)
+
+
+def why_not_replayed(target: PreTrainedModel) -> str | None:
+    """What keeps the recurrent layers of `target` from taking blocks at once, in words; None if they can."""
+    if not has_states(target):
+        return None
+    name = type(target).__name__
+    kinds = {MIXERS[type(m).__name__].kind for m in find_mixers(target).values() if type(m).__name__ not in DELTA_NETS}
+    if kinds or not find_mixers(target):
+        return (
+            f"{name} has recurrent layers of a kind that is not captured yet ({', '.join(sorted(kinds)) or 'unknown'})"
+        )
+    return None

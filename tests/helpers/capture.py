@@ -12,7 +12,7 @@ from hf_eagle3.decoding.lock import why_busy
 from hf_eagle3.decoding.phases import Phases
 from hf_eagle3.host import generate
 from hf_eagle3.recorder import StateRecorder
-from hf_eagle3.rows.attention import attending_by_rows
+from hf_eagle3.rows.recurrent import running_by_rows
 
 
 @dataclass
@@ -66,7 +66,7 @@ class GraphsOnCpus(CudaGraphs):
             self.counts.replayed += 1
             models = phases.models
             with (
-                attending_by_rows(*models.present),
+                running_by_rows(*models.present),
                 StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
             ):
                 phases.models = models._replace(recorder=recorder)  # that of the recording is closed by now

@@ -264,7 +264,10 @@ def test_without_kernels_nothing_is_replaced_and_they_say_why():
 @pytest.mark.parametrize("which", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)])
 def test_kernels_in_the_interpreter(which):
     pytest.importorskip("triton")
-    files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernel_shapes", "noise"))]
+    files = [
+        __file__,
+        *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernel_shapes", "noise", "delta_rule")),
+    ]
     command = [sys.executable, "-m", "pytest", *files, "-m", which, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False

@@ -73,7 +73,7 @@ LAYERS = {
     "kernels": [
         ["fusion"],
         ["attention"],
-        ["argmax", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature", "top"],
+        ["argmax", "delta_rule", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature", "top"],
         ["deferred", "mlp", "onednn", "qkv"],
         ["language"],
     ],
@@ -116,10 +116,12 @@ LAYERS = {
         ["draft", "unroll"],
     ],
     "rows": [
-        ["attention_trial", "forwards"],
-        ["attention", "recurrent"],
+        ["attention_trial", "forwards", "recurrent_trial"],
+        ["recurrent"],
+        ["attention", "delta_nets"],
         ["cache"],
         ["layers"],
+        ["states"],
         ["masks", "memory", "rotation"],
         ["block", "substitutes"],
     ],

@@ -13,7 +13,7 @@ from torch import nn
 from .. import language
 from .experts import swap_experts
 from .functions import FunctionSwaps
-from .modules import swap_angles, swap_mlps, swap_norms, swap_rotaries
+from .modules import swap_angles, swap_gated_norms, swap_mlps, swap_norms, swap_rotaries
 from .projections import group_projections
 from .trials import Swap, SwapLog, Swaps, swap_in
 
@@ -37,6 +37,7 @@ def fused(*models: nn.Module) -> Iterator[Swaps]:
                 continue
             with torch.no_grad():
                 widths |= swap_norms(model, swaps, stack)
+                swap_gated_norms(model, swaps, stack)
                 swap_rotaries(model, swaps, stack)
                 swap_angles(model, swaps, stack)
                 swap_mlps(model, swaps, stack)

@@ -19,11 +19,11 @@ from ..deferred import DEFERRED, take
 from ..linear import MAX_ROWS, linear_gated
 from ..mlp import ACTIVATIONS
 from ..mlp import gate as gate_kernel
-from ..norms import SUM, VARIANTS, add_rms_norm, rms_norm
+from ..norms import GATED_VARIANTS, SUM, VARIANTS, add_rms_norm, gated_rms_norm, rms_norm
 from ..rotary import ROTATION, Rotation, apply_rotary, rotary_angles
 from .trials import DTYPES, UNFIT, ByThread, Swaps, agree, can_run, is_plain, random_like, swap_in, takes_one
 
-NORM_SUFFIX = "RMSNorm"
+NORM_SUFFIX, GATED_SUFFIX = "RMSNorm", "RMSNormGated"
 ROTARY_NAME = "apply_rotary_pos_emb"
 ANGLES_SUFFIX = "RotaryEmbedding"
 LONGEST = 2**17  # positions up to which angles are compared
@@ -79,6 +79,52 @@ def _make_norm(module: nn.Module, variant: str, eps: float) -> Callable[[Tensor]
         if parts is not None:
             torch.add(*parts, out=x)
         return original(x)
+
+    return forward
+
+
+def swap_gated_norms(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
+    """Replace norms behind which a gate is multiplied, as those of recurrent layers."""
+    known: dict[tuple, str | None] = {}
+    for module in model.modules():
+        name, weight = type(module).__name__, getattr(module, "weight", None)
+        eps = next((getattr(module, key) for key in EPS_NAMES if hasattr(module, key)), None)
+        if not name.endswith(GATED_SUFFIX) or not isinstance(weight, Tensor) or not isinstance(eps, float):
+            continue
+        if weight.dim() != 1 or not is_plain(module) or not can_run(weight):
+            continue
+        key = (type(module), len(weight), eps, weight.dtype, weight.device)
+        if key not in known:
+            known[key] = _find_gated_variant(module, weight, eps)
+        if (variant := known[key]) is not None:
+            swaps.norms[name] = variant
+            swap_in(stack, vars(module), "forward", _make_gated_norm(module, variant, eps), module.forward)
+
+
+def _find_gated_variant(module: nn.Module, weight: Tensor, eps: float) -> str | None:
+    """The variant of gated RMSNorm that `module` computes; None for another layer."""
+    x, gate = (random_like(16, len(weight), like=weight, seed=seed) for seed in (0, 2))
+    probe = random_like(len(weight), like=weight, seed=1)
+    try:
+        theirs = functional_call(module, {"weight": probe}, (x, gate))
+    except UNFIT:  # its forward takes something else
+        return None
+    for variant in GATED_VARIANTS:
+        if agree(gated_rms_norm(x, gate, probe, eps=eps, variant=variant), theirs):
+            return variant
+    return None
+
+
+def _make_gated_norm(module: nn.Module, variant: str, eps: float) -> Callable[..., Tensor]:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        weight: Any = module.weight
+        fits = not kwargs and len(args) == 2 and all(isinstance(x, Tensor) for x in args)
+        if not fits or args[0].shape != args[1].shape or not can_run(*args, weight):
+            return original(*args, **kwargs)
+        x, gate = args
+        return gated_rms_norm(x, gate, weight, eps=eps, variant=variant)
 
     return forward
 

@@ -1,9 +1,10 @@
-"""Query, key and value projections of one input as one kernel."""
+"""Projections of one input as one kernel: queries, keys and values; those into a gated delta net."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from ..linear import MAX_ROWS, linear_group
 from ..qkv import PROJECTIONS, view_as_one
 from .trials import Swaps, can_run, is_plain, swap_in
 
+# Names of projections that modules call in turn with one input. The kernel takes three.
+GROUPS = (PROJECTIONS, ("in_proj_qkv", "in_proj_z", "in_proj_b"))
+
 
 def group_projections(model: nn.Module, swaps: Swaps, stack: ExitStack) -> None:
-    """Replace query, key and value projections of one module by one launch."""
-    for module in model.modules():
-        parts: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
+    """Replace projections of one module, and of one input, by one launch."""
+    for module, names in product(model.modules(), GROUPS):
+        parts: list[Any] = [getattr(module, name, None) for name in names]
         if not all(type(part) is nn.Linear and is_plain(part) and can_run(part.weight) for part in parts):
             continue
         group = _Group(parts)
