@@ -13,6 +13,7 @@ from ..decoding.prefill import Prompt
 from ..decoding.state import RoundState
 from ..decoding.transcript import Transcript
 from ..rows.block import Block
+from ..rows.cache import RowCache
 from ..speculation.rates import tabulate
 from ..speculation.stats import Speculation
 from .request import Prompts
@@ -57,24 +58,26 @@ def fill_cache(engine: Engine, prompt: Prompt, transcript: Transcript, prompts: 
     """The host's cache, holding what plain decoding leaves there."""
     engine.hold_states()
     with engine.lock, engine.over_masks, engine.stepping:
-        fill_pads(engine.target, prompt, engine.phases.state, transcript)
+        cache = fill_pads(engine.target, prompt, engine.phases.state, transcript)
     assert transcript.length is not None
     slots = slots_of_output(prompt, transcript.length, prompts.mask.shape[1], prompts.order)
-    engine.phases.state.cache.to_host(prompt.host_cache, slots)
+    cache.to_host(prompt.host_cache, slots)
     return prompt.host_cache
 
 
-def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transcript: Transcript) -> None:
-    """Let the target's cache hold what plain decoding leaves there behind rows that end early: its own pads."""
+def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transcript: Transcript) -> RowCache:
+    """The target's cache, holding what plain decoding leaves there behind rows that end early: its own pads."""
     assert transcript.length is not None
     num_known = torch.tensor([min(len(row.text), transcript.length) for row in transcript.rows])  # [B]
     width = transcript.length - int(num_known.min())
     if not width or transcript.in_step:  # rows in step have gone on over their pads
-        return
+        return state.cache
     new = transcript.sequences(prompt.lengths.new_zeros(len(num_known), 0))  # [B, n]
     # Feed each row from its last token, or from one before it where the cache ends; surplus positions lie past its end.
     lengths = prompt.lengths + num_known.to(prompt.lengths.device)
-    if state.cache.whole is None:  # else the arena's, which graphs are recorded over
+    if state.cache.has_states:  # which would see tokens twice: they get the room, beside the arena's memory
+        state = state.over(state.cache.beside())
+    if state.cache.whole is None or state.cache.has_states:  # else the arena's, which graphs are recorded over
         state.cache.reserve(int(lengths.max()) + width)
     start = (lengths - 1).clamp(max=state.cache.capacity - width)  # [B]
     at = (start - prompt.lengths)[:, None] + torch.arange(width, device=start.device)  # [B, width]
@@ -86,6 +89,7 @@ def fill_pads(target: PreTrainedModel, prompt: Prompt, state: RoundState, transc
         run_target(target, state, part, Block(start + first, part.shape[1]))
         if state.cache.has_states:
             state.cache.keep_first((num_missing - first).clamp(0, part.shape[1]))
+    return state.cache
 
 
 def slots_of_output(prompt: Prompt, num_new: int, S: int, order: Tensor | None) -> Tensor:

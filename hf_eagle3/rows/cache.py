@@ -195,6 +195,17 @@ class RowCache(Cache):
             mine.share(theirs, view.part)
         return view
 
+    def beside(self) -> "RowCache":
+        """Another view of what this one is a view of, or itself: `reserve` takes it away from there, and leaves this one."""
+        if self.whole is None:
+            return self
+        whole, of, start = self.whole
+        view = whole.view(start, self.part.stop - start, of=of)
+        view._kept = self._kept
+        if self.is_replaying:
+            view.join_replay()
+        return view
+
     def take_rows(self, other: "RowCache", rows: Tensor) -> None:
         """Hold the `rows` [B'] int64 of `other`, which may be over the same memory."""
         other.settle()

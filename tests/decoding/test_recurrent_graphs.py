@@ -68,11 +68,12 @@ def test_whatever_is_accepted(depth, wrong_share, counts):
     assert_says_what_rows_say_alone(NAME, RAGGED, max_new=40, num_assistant_tokens=depth, wrong_share=wrong_share)
 
 
-@pytest.mark.parametrize("depth", [0, 3])
-def test_rows_that_end_early_and_their_cache(depth, counts):
-    batch = make_even_batch()
-    eos = find_early_end(NAME, batch, 20)
-    plain, out = compare(NAME, batch, depth=depth, max_new_tokens=20, eos_token_id=eos, pad_token_id=0)
+@pytest.mark.parametrize(("depth", "num_rows", "num_new"), [(0, 3, 20), (3, 3, 20), (0, 5, 40), (1, 5, 50)])
+def test_rows_that_end_early_and_their_cache(depth, num_rows, num_new, counts):
+    """Also where pads behind them are more than there is room for behind the longest."""
+    batch = make_even_batch(num_rows)
+    eos = find_early_end(NAME, batch, num_new)
+    plain, out = compare(NAME, batch, depth=depth, max_new_tokens=num_new, eos_token_id=eos, pad_token_id=0)
     assert (plain.sequences[:, -1] == 0).any()
     assert out.speculation.graphs.startswith("captured in")
 
