@@ -305,6 +305,8 @@ class Engine:
         if self.why_eager is None:
             return captured
         captured.give_up(self.why_eager)
+        for cache in (state.cache, memory.cache):  # which are to grow as texts do
+            cache.part(len(self.rows))
         return eager
 
     @property
@@ -405,8 +407,8 @@ class Engine:
 
     def _accept(self, phases: Phases, rows: list[Row], proposal: Proposal, verified: Verified) -> None:
         """Accept and commit; texts grow by what is read, which is this round's report or an earlier one's."""
-        shape, is_steady = phases.shape if verified.states is not None else None, self._is_steady
-        self._is_steady = True
+        shape = phases.shape if verified.states is not None else None
+        is_steady, self._is_steady = self._is_steady and shape is not None, True
         if shape is not None:
             self._starts = self._count_texts()
         if phases.config.in_order:

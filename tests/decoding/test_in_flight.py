@@ -35,6 +35,9 @@ SHAPES = {
 }
 
 
+CHAIN_OF_3 = RoundConfig(shape=chain(3))
+
+
 class Looks(LogitsProcessor):
     """Bans what was said three tokens before."""
 
@@ -278,6 +281,24 @@ def test_a_smaller_batch_leaves_the_graphs_of_the_larger_one_whole(target):
         ]
         how = run_rows(target, drafter, prompts, rows, config, capturer=graphs)
     assert how == "replayed"
+    release_graphs()
+
+
+def refuse(*_args, **_options):
+    raise RuntimeError("this card captures nothing")
+
+
+def test_rows_go_on_where_rounds_cannot_be_captured(target):
+    """In memory of their own, which grows with their texts and with those who come."""
+    release_graphs()
+    graphs = GraphsOnCpus(first_room=8, around=refuse)
+    in_flight = open_in_flight(target, find_drafter("llama"), Limits(3, 16), capturer=graphs)
+    assert_as_alone("llama", MIXED, serve(in_flight, MIXED))
+    release_graphs()
+    row = Row(make_prompt(5), max_new=90)
+    how = run_rows(target, find_drafter("llama"), [make_prompt(5)], [row], CHAIN_OF_3, capturer=graphs)
+    assert "captures nothing" in how
+    assert row.text == say_alone("llama", 5, max_new=90)
     release_graphs()
 
 
