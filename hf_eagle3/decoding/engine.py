@@ -305,8 +305,6 @@ class Engine:
         if self.why_eager is None:
             return captured
         captured.give_up(self.why_eager)
-        for cache in (state.cache, memory.cache):  # which are to grow as texts do
-            cache.part(len(self.rows))
         return eager
 
     @property

@@ -212,11 +212,6 @@ class RowCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.take_rows(theirs, rows)
 
-    def part(self, num_rows: int) -> None:
-        """Have memory of its own for its `num_rows` rows, that of another cache no more."""
-        self.select(torch.arange(num_rows))
-        self.whole = None
-
     def put(self, other: "RowCache", places: Sequence[int], *, of: int) -> None:
         """Hold the rows of `other` in these places; `of` is how many rows there are in all."""
         self.settle()

@@ -128,9 +128,13 @@ class States(LinearAttentionLayer, Nothing):
                 self.rings[name, number][self.first] = state
                 if move:
                     getattr(theirs, name)[number] = None
+        self._mark(theirs)
+
+    def _mark(self, source: Any) -> None:  # Any: a layer that keeps such states
+        """Know of the states what `source` knows, wherever their memory is."""
         layer = self
         while layer is not None:
-            copy_marks(theirs, layer)
+            copy_marks(source, layer)
             layer._show_first()
             layer = layer._above()
 
@@ -179,8 +183,11 @@ class States(LinearAttentionLayer, Nothing):
 
     def take_rows(self, other: Any, rows: Tensor) -> None:
         """Hold the `rows` of another layer, which may be over the same memory."""
-        for key, ring in self.rings.items():
-            ring[self.first] = other.rings[key][other.first, rows.to(ring.device)]
+        for key, ring in other.rings.items():
+            if key not in self.rings:
+                self.make_room(key, ring[other.first], len(rows))
+                self._mark(other)
+            self.rings[key][self.first] = ring[other.first, rows.to(ring.device)]
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""

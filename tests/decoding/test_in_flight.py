@@ -269,6 +269,16 @@ def test_rows_join_captured_rounds(target, in_flight_rounds):
     release_graphs()
 
 
+def test_recurrent_states_move_into_captured_rounds():
+    release_graphs()
+    graphs, family = GraphsOnCpus(rounds_in_flight=1, first_room=8), HYBRIDS[0]
+    for _ in range(2):
+        in_flight = open_in_flight(find_target(family), find_drafter(family), Limits(3, 16), capturer=graphs)
+        assert_as_alone(family, FEW, serve(in_flight, FEW))
+    assert graphs.counts.replayed > 10
+    release_graphs()
+
+
 def test_a_smaller_batch_leaves_the_graphs_of_the_larger_one_whole(target):
     """What rows are sampled by is in tensors that a recording owns."""
     release_graphs()
