@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Largest distance between two products, relative to their norm. Other dtypes stay PyTorch's.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LEAST_TOKENS = {torch.float32: 2, torch.bfloat16: 1}  # of a product; PyTorch's own of one float32 row reads as fast
 
 
 def is_available() -> bool:
@@ -68,7 +69,8 @@ class PackedLinears:
     """Runs the linear layers of `models` by oneDNN while it is entered: around the forwards of each round.
 
     Small layers, and those that are more than an `nn.Linear` with plain weights (quantised, sharded, hooked by
-    accelerate), are left alone, and so are all of a compiled model. Weights are packed in round `pack_after` of a call.
+    accelerate), are left alone, and so are all of a compiled model. Weights are packed once `pack_after` rounds of a call
+    had products for oneDNN.
     Modules carry another `forward` while it is entered; on leaving, each call removes its own alone, so that two threads
     may enter at once.
     """
@@ -86,10 +88,12 @@ class PackedLinears:
         self._num_rounds = 0
 
     def __enter__(self) -> None:
-        if self._num_rounds == self._onednn.pack_after:
+        took = [layer.took for layer in self._layers]
+        self._num_rounds += any(took)
+        if any(took) and self._num_rounds == self._onednn.pack_after:
             self._pack()
-        self._num_rounds += 1
         for layer in self._layers:
+            layer.took = False
             vars(layer.module).setdefault("forward", layer)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -123,12 +127,14 @@ class _Layer:
         self.module, self.weight, self.onednn = module, module.weight, onednn
         self.packed: Tensor | None = None
         self.mark: tuple | None = None  # of the weight when it was packed
+        self.took = False  # whether it had a product for oneDNN in this round
 
     def __call__(self, input: Tensor) -> Tensor:
         parameters: dict[str, Any] = self.module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if weight is not self.weight or not _fits(input, weight, self.onednn.max_tokens):
             return F.linear(input, weight, bias)
+        self.took = True
         packed = self.packed if self.packed is not None and self.mark == _mark(weight) else None
         # With an unpacked weight, PyTorch's own product in 16 bits is oneDNN's already.
         if packed is None and weight.dtype != torch.float32:
@@ -150,7 +156,7 @@ def _fits(x: Tensor, weight: Tensor, max_tokens: int) -> bool:
         and weight.is_cpu
         and x.dim() > 1
         and x.shape[-1] == weight.shape[-1]
-        and 0 < x.numel() <= max_tokens * x.shape[-1]
+        and LEAST_TOKENS[x.dtype] * x.shape[-1] <= x.numel() <= max_tokens * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -71,7 +71,7 @@ def test_packed_products_are_stock_ones(N, K, bias, dtype, products):
     module = nn.Linear(K, N, bias=bias, dtype=dtype)
     linears = packed.PackedLinears(nn.Sequential(module))
     with torch.no_grad():
-        for num_tokens in (1, 2, 3, 5, 8, 16, 31, 64):
+        for num_tokens in (2, 3, 5, 8, 16, 31, 64, 1):
             x = torch.randn(num_tokens, K, dtype=dtype)
             for shaped in (x, x[:, None], x[None]):
                 with linears:
@@ -82,6 +82,17 @@ def test_packed_products_are_stock_ones(N, K, bias, dtype, products):
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert products[-1]
     assert products.count(False) == (1 if dtype == torch.float32 else 0)  # before the second round
+
+
+def test_single_rows_of_float32_are_pytorchs_and_pack_nothing(products):
+    module, x = nn.Linear(16, 24), torch.randn(1, 16)
+    linears = packed.PackedLinears(nn.Sequential(module))
+    with torch.no_grad():
+        for _ in range(4):
+            with linears:
+                assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+    assert not products
+    assert linears._layers[0].packed is None
 
 
 @pytest.mark.parametrize("error", [1.0, 1e-3])
@@ -197,9 +208,10 @@ def test_tied_weights_are_packed_once(onednn):
     one, other = nn.Linear(16, 24), nn.Linear(16, 24)
     other.weight = one.weight
     linears = packed.PackedLinears(nn.Sequential(one), nn.Sequential(other))
-    for _ in range(3):
-        with linears:
-            pass
+    with torch.no_grad():
+        for _ in range(3):
+            with linears:
+                one(torch.randn(3, 16))
     assert len(made) == 1
 
 
@@ -249,7 +261,8 @@ def test_text_is_the_targets(family, depth, products):
             options = {"decode_loop": loop, "num_assistant_tokens": depth, "max_new_tokens": 14}
             out = generate(target, prompt, drafter, **options)
             assert torch.equal(out, plain)
-            assert any(products) == (loop == "own")
+            has_blocks = depth > 0 or len(prompt) > 1  # a row that drafts nothing has single tokens alone
+            assert any(products) == (loop == "own" and has_blocks)
             assert are_as_they_were(target)
 
 
