@@ -34,7 +34,7 @@ _told: set[str] = set()  # why calls were not drafted
 
 
 def attach(target: PreTrainedModel, drafter: PreTrainedModel, **settings: Any) -> None:
-    """Let every `target.generate` draft from now on: pipelines, evaluation harnesses and trainers that hold it, too.
+    """Let every `target.generate` and `generate_batch` draft from now on: pipelines, harnesses and trainers that hold it, too.
 
     A call that says `assistant_model=None` decodes plainly, and so does one that a drafter cannot help, which is said once
     for each reason. Neither copies of the target nor what it saves have the drafter. Attaching again replaces it.
