@@ -53,6 +53,7 @@ class InFlight:
         self._waiting: deque[Row] = deque()
         self._chunked: tuple[Row, ChunkedPrompt] | None = None  # whose prompt is on its way, piece by piece
         self._engine: Engine | None = None
+        self.graphs = ""  # how the newest rounds ran, in words
         self._takes_chunks = takes_chunks(target)
 
     def __enter__(self) -> "InFlight":
@@ -65,13 +66,16 @@ class InFlight:
 
     @property
     def running(self) -> list[Row]:
-        """Rows that have their first token, or are about to."""
-        return [] if self._engine is None else [row for row in self._engine.rows if row.is_live]
+        """Rows that have their first token, or are about to. Other threads may ask."""
+        engine = self._engine
+        return [] if engine is None else [row for row in engine.rows if row.is_live]
 
     @property
     def num_waiting(self) -> int:
-        """Rows that have not begun."""
-        return sum(row.is_live for row in self._waiting) + (self._chunked is not None and self._chunked[0].is_live)
+        """Rows that have not begun. Other threads may ask."""
+        chunked = self._chunked
+        waiting = [*tuple(self._waiting), *([] if chunked is None else [chunked[0]])]
+        return sum(row.is_live for row in waiting)
 
     @property
     def is_idle(self) -> bool:
@@ -86,7 +90,7 @@ class InFlight:
         """
         if self.limits.num_slots is not None and (needed := self._count_slots([row])) > self.limits.num_slots:
             raise NoRoomError(
-                f"A prompt of {row.prompt.shape[1]} tokens and up to {row.num_left:.0f} new ones need {needed} slots, and "
+                f"A prompt of {row.prompt.shape[1]} tokens and up to {row.max_new} new ones need {needed} slots, and "
                 f"memory holds {self.limits.num_slots}."
             )
         self._waiting.append(row)
@@ -106,6 +110,7 @@ class InFlight:
         if self._engine is not None and self.running:
             try:
                 self._engine.round()
+                self.graphs = self._engine.graphs
             except Exception as error:  # noqa: BLE001  raised where the rows are asked for
                 self._fail(self._engine.rows, error)
                 self._close(error)
@@ -146,7 +151,8 @@ class InFlight:
 
     def _count_slots(self, rows: list[Row]) -> int:
         """Slots for these rows at the end: each gets as many as the longest."""
-        return len(rows) * int(max(row.prompt.shape[1] + len(row.text) + row.num_left for row in rows))
+        lefts = [0 if row.max_new is None else row.max_new for row in rows]  # without a limit nobody can say
+        return len(rows) * max(row.prompt.shape[1] + left for row, left in zip(rows, lefts, strict=True))
 
     def _advance(self, budget: int | None) -> int | None:
         """Run a piece of the prompt that is on its way; what is left of the budget."""

@@ -263,7 +263,8 @@ def wrap_generate_batch(original: Callable) -> Callable:
         given, inputs = call.arguments.get("generation_config"), call.arguments["inputs"]
         config = find_config(given, call.arguments.get("continuous_batching_config"))
         num_texts = (given or self.generation_config).num_return_sequences or 1
-        opened = open_or_not(self, ours, given, config, len(inputs) * num_texts)
+        num_requests = len(inputs) * num_texts if hasattr(inputs, "__len__") else None
+        opened = open_or_not(self, ours, given, config, num_requests)
         if opened is None:
             with as_the_hosts():
                 return original(self, *args, **others)

@@ -107,6 +107,7 @@ class RowMaker:
         refuse_settings(own)
         places = (eos_token_id, own.eos_token_id, self.target.config.get_text_config(decoder=True).eos_token_id)
         eos = next((given for given in places if given is not None), ())
+        eos = eos.tolist() if hasattr(eos, "tolist") else eos
         eos = [int(token) for token in (eos if isinstance(eos, Sequence) else [eos]) if int(token) >= 0]
         own.eos_token_id = eos or None
         if own.stop_strings is not None and "tokenizer" not in brings:
@@ -234,8 +235,7 @@ class Asking:
             ValueError: A setting means nothing, or the id is another request's.
         """
         asked = self.maker.ask(settings, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
-        own = self._take_id(request_id)
-        ids = [*(f"{own}__child#{number}" for number in range(self._num_texts - 1)), own]
+        ids = self._take_ids(request_id)
         seeds = self._take_seeds(asked.brings.get("seed"))
         requests = []
         for name, seed in zip(ids, seeds, strict=True):
@@ -247,7 +247,8 @@ class Asking:
             except BadRequestError as error:
                 request.error = error
             except Exception:
-                self.forget(own)
+                for taken in ids:
+                    self.forget(taken)
                 raise
             requests.append(request)
         return requests
@@ -257,16 +258,18 @@ class Asking:
         with self._lock:
             self._ids.discard(request_id)
 
-    def _take_id(self, wanted: str | None) -> str:
+    def _take_ids(self, wanted: str | None) -> list[str]:
+        """An id for each text of a prompt, the one that was wanted last."""
         with self._lock:
-            request_id = wanted
-            while request_id is None or (wanted is None and request_id in self._ids):
-                request_id = f"req_{self._num_ids}"
-                self._num_ids += 1
-            if request_id in self._ids:
-                raise ValueError(f"request_id {request_id!r} is that of another request under way.")
-            self._ids.add(request_id)
-        return request_id
+            while True:
+                own = f"req_{self._num_ids}" if wanted is None else wanted
+                self._num_ids += wanted is None
+                ids = [*(f"{own}__child#{number}" for number in range(self._num_texts - 1)), own]
+                if not self._ids & set(ids):
+                    self._ids |= set(ids)
+                    return ids
+                if wanted is not None:
+                    raise ValueError(f"request_id {wanted!r} is that of another request under way.")
 
     def _take_seeds(self, own: int | None) -> list[int | None]:
         """What each text of a prompt draws by."""

@@ -369,6 +369,7 @@ def test_requests_come_and_go(open_manager):
         assert 0 < stats.time_to_first_token <= stats.time_to_first_token_p95
         assert stats.tokens_per_second > 0
         assert stats.acceptance_length > 1
+        assert stats.graphs == "none (the models are on cpu)"
     assert not manager.is_running()
     assert manager.background_thread_status.fatal_error is None
 
