@@ -3,15 +3,18 @@
 Each call's options come from its number, so that any of them can be repeated by itself.
 """
 
+import copy
 import gc
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import hybrids
 from helpers.models import count_hooks, drafter_config, randomize
 from torch import Tensor
 from transformers import (
@@ -86,10 +89,25 @@ def make_models() -> tuple[PreTrainedModel, Eagle3DrafterModel]:
     return target, randomize(Eagle3DrafterModel(drafter_config(**{**sizes, **shape}))).bind(target)
 
 
-def make_call(number: int) -> tuple[dict[str, Any], type[BaseException] | None, str]:
+def make_hybrid(name: str) -> tuple[PreTrainedModel, Eagle3DrafterModel]:
+    """A target with recurrent layers, which the host's own assisted decoding refuses."""
+    target = copy.deepcopy(hybrids.make_target(name))
+    target.generation_config.eos_token_id = None
+    sizes = {"hidden_size": target.config.hidden_size, "vocab_size": target.config.vocab_size, "draft_vocab_size": 20}
+    shape = {"num_hidden_layers": 1, "num_aux_hidden_states": 1, "aux_layer_ids": [1]}
+    return target, randomize(Eagle3DrafterModel(drafter_config(**{**sizes, **shape}))).bind(target)
+
+
+LOOPS = {
+    "llama": tuple(ASKED),
+    **dict.fromkeys(("qwen3_5_text", "falcon_h1", "lfm2_moe"), tuple(loop for loop in ASKED if loop != "host")),
+}
+
+
+def make_call(number: int, loops: Sequence[str]) -> tuple[dict[str, Any], type[BaseException] | None, str]:
     """Arguments of `generate`, what it will raise if it runs long enough, and from where."""
     draw = random.Random(number)
-    loop = draw.choice(list(ASKED))
+    loop = draw.choice(loops)
     lengths = [draw.randint(1, 12) for _ in range(1 if loop == "host" else draw.randint(1, 4))]
     T = max(lengths)
     ids = torch.tensor([[0] * (T - n) + [draw.randrange(3, V) for _ in range(n)] for n in lengths])
@@ -114,9 +132,11 @@ def make_call(number: int) -> tuple[dict[str, Any], type[BaseException] | None, 
     return call, error if where else None, where
 
 
-def make_call_or_fail(target: PreTrainedModel, drafter: Eagle3DrafterModel, number: int) -> str:
+def make_call_or_fail(
+    target: PreTrainedModel, drafter: Eagle3DrafterModel, number: int, loops: Sequence[str]
+) -> str:
     """One call; "done", or where it broke off."""
-    call, error, where = make_call(number)
+    call, error, where = make_call(number, loops)
     hook, handle = call.pop("hook", None), None
     if hook is not None:
         broken = {"target": target.model.layers[0], "drafter": drafter.lm_head}[where]
@@ -154,9 +174,15 @@ def traced():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_calls", "warm_up", "least"), [(600, 150, 12)], ids=["600"])
-def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up, least):
-    target, drafter = make_models()
+@pytest.mark.parametrize(
+    ("name", "num_calls", "warm_up"),
+    [("llama", 600, 150), ("qwen3_5_text", 1000, 250), ("falcon_h1", 300, 150), ("lfm2_moe", 300, 150)],
+)
+def test_many_calls_leave_nothing_behind(name, num_calls, warm_up, request):
+    if name == "llama":
+        request.getfixturevalue("traced")  # takes most of the time of a call with more layers
+    target, drafter = make_models() if name == "llama" else make_hybrid(name)
+    loops = LOOPS[name]
     prompts = {n: torch.tensor([[(5 * n + 3 * i) % 28 + 3 for i in range(n)]]) for n in (1, 5, 9)}
     options = {"max_new_tokens": 4, "do_sample": False}
     right = {n: target.generate(ids, **options).tolist() for n, ids in prompts.items()}
@@ -168,8 +194,8 @@ def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up, least):
     for number in range(num_calls):
         if number == warm_up:
             before = look()
-        outcome = make_call_or_fail(target, drafter, number)
-        loop = make_call(number)[0]["decode_loop"]
+        outcome = make_call_or_fail(target, drafter, number, loops)
+        loop = make_call(number, loops)[0]["decode_loop"]
         seen[loop, outcome] += 1
         if outcome != "done" or number % 10 == 0:  # the next call is right
             n = (1, 5, 9)[number % 3]
@@ -182,6 +208,6 @@ def test_many_calls_leave_nothing_behind(traced, num_calls, warm_up, least):
     assert after["bytes"] <= before["bytes"] + BYTES
     assert after["resident pages"] <= 1.2 * before["resident pages"]  # torch's own; what is freed need not come back
     assert [sorted(vars(module)) for module in modules] == places
-    for loop in ASKED:  # each kind of failure did happen, many times
+    for loop in loops:  # each kind of failure did happen, many times
         for outcome in ("done", "processor", "criterion", "streamer", "target", "drafter"):
-            assert seen[loop, outcome] >= least, seen
+            assert seen[loop, outcome] >= num_calls // 50, seen
