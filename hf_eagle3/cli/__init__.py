@@ -19,6 +19,7 @@ from .arguments import Parser
 COMMANDS = {
     "demo": "let a small model answer without and with its drafter, and compare",
     "chat": "talk to a target, with its drafter or without",
+    "serve": "answer over HTTP as `transformers serve` does, with a drafter",
     "check": "say in twenty seconds whether texts are equal, how fast they come, and what would help",
     "inspect": "say what a drafter is: flavour, fields and where they come from, sizes, engines",
     "doctor": "measure which reading of a drafter's config agrees best with its target",
@@ -30,6 +31,7 @@ COMMANDS = {
     "states": "store a target's hidden states, to train drafters without it",
     "env": "print versions, for bug reports",
 }
+PASSED_ON = ("serve", "train")  # whose options are the host's and ours; the host's take seconds to import
 # Errors that a user can mend, beside those of modules that may not be imported.
 ERRORS = (ValueError, FloatingPointError, OSError, ImportError)
 ERRORS_OF = (("torch", "OutOfMemoryError"), ("hf_eagle3.smollm2", "TargetUnavailableError"))
@@ -73,10 +75,9 @@ def guard(command: Callable[[], int]) -> int:
 
 def run(given: list[str]) -> int:
     """Parse and run one command."""
-    if given[:1] == ["train"]:  # its options are the host's and ours, which take seconds to import
-        from .train import run as train
-
-        args, command = argparse.Namespace(arguments=given[1:]), train
+    if given and given[0] in PASSED_ON:
+        command = import_module(f".{given[0]}", __name__).run
+        args = argparse.Namespace(arguments=given[1:])
     else:
         args = make_parser(given).parse_args(given)
         command = args.run

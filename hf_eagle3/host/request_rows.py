@@ -102,8 +102,7 @@ class RowMaker:
         own.update(**{name: value for name, value in settings.items() if name in FIELDS})
         given = (max_new_tokens, own.max_new_tokens)
         own.max_new_tokens = next((n for n in given if n is not None), None)
-        if own.use_cache is None:
-            own.use_cache = True
+        own.use_cache = True  # the host's engine has one whatever this says, and its server says False
         refuse_settings(own)
         places = (eos_token_id, own.eos_token_id, self.target.config.get_text_config(decoder=True).eos_token_id)
         eos = next((given for given in places if given is not None), ())

@@ -163,6 +163,7 @@ def correct(folders, tmp_path) -> dict[str, list[str]]:
         "doctor": pair,
         "chat": pair,
         "check": pair,
+        "serve": pair,
         "export": ["--drafter", drafter, "--to", "hf", "--out", out],
         "bench": pair,
         "data preview": ["--target", target, "--train-file", rows],

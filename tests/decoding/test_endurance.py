@@ -132,9 +132,7 @@ def make_call(number: int, loops: Sequence[str]) -> tuple[dict[str, Any], type[B
     return call, error if where else None, where
 
 
-def make_call_or_fail(
-    target: PreTrainedModel, drafter: Eagle3DrafterModel, number: int, loops: Sequence[str]
-) -> str:
+def make_call_or_fail(target: PreTrainedModel, drafter: Eagle3DrafterModel, number: int, loops: Sequence[str]) -> str:
     """One call; "done", or where it broke off."""
     call, error, where = make_call(number, loops)
     hook, handle = call.pop("hook", None), None

@@ -43,6 +43,7 @@ LAYERS = {
             "export",
             "inspect",
             "regenerate",
+            "serve",
             "states",
             "train",
         ],
@@ -89,7 +90,7 @@ LAYERS = {
         ["installed", "paths"],
     ],
     "host": [
-        ["install"],
+        ["install", "serving"],
         ["batching"],
         ["generate", "manager"],
         ["request_rows"],
