@@ -192,7 +192,14 @@ def make_open_config(
 
 
 def find_limits(target: PreTrainedModel, config: Any, num_requests: int | None) -> Limits:  # Any: the host's
-    """What requests may take together, by the host's settings or by what there is."""
+    """What requests may take together, by the host's settings or by what there is.
+
+    Raises:
+        ValueError: A setting leaves nothing.
+    """
+    for name in ("max_requests_per_batch", "max_batch_tokens", "num_blocks", "max_memory_percent"):
+        if (value := getattr(config, name, None)) is not None and not value > 0:
+            raise ValueError(f"{name} of the continuous batching config is above 0, or None; got {value!r}.")
     device = target.device
     places = getattr(config, "max_requests_per_batch", None) or PLACES.get(device.type, ELSEWHERE[0])
     tokens = getattr(config, "max_batch_tokens", None) or PROMPT_TOKENS.get(device.type, ELSEWHERE[1])

@@ -286,6 +286,8 @@ def test_a_request_longer_than_memory_fails_alone(target):
         ({"num_assistant_tokens": 99}, "num_assistant_tokens"),
         ({"request_kwargs": [{}]}, "1 mappings for 5 prompts"),
         ({"request_kwargs": [{"who": 1}, {}, {}, {}, {}]}, "given who"),
+        ({"continuous_batching_config": limit(max_requests_per_batch=-1)}, "max_requests_per_batch"),
+        ({"continuous_batching_config": limit(max_batch_tokens=0)}, "max_batch_tokens"),
         ({"assistant_model": "someone/eagle3"}, r'AutoModel\.from_pretrained\("someone/eagle3"\)'),
     ],
 )
