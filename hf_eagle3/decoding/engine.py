@@ -20,7 +20,7 @@ from ..kernels.onednn import PackedLinears
 from ..recorder import StateRecorder
 from ..rows.attention import over_masks
 from ..rows.cache import RowCache, to_bucket
-from ..rows.forwards import attends_itself, own_windows
+from ..rows.forwards import attends_itself, find_listed, own_windows
 from ..rows.layers import find_kinds
 from ..rows.recurrent import Stepping
 from ..rows.rotation import own_lengths
@@ -171,7 +171,9 @@ class Engine:
         given = (self.target, self.recorder, input_ids, mask, model_kwargs, generation_config)
         with self.lock:
             cache = self._make_room(len(mask), int(mask.sum(-1).max()))
-            return prefill(PromptCall(*given, self._models[-1].device, cache, move, is_whole))
+            # Some forwards count pads as positions; a CPU computes them like tokens.
+            is_apart = self.room.is_open and (self.target.device.type == "cpu" or find_listed(self.target) is not None)
+            return prefill(PromptCall(*given, self._models[-1].device, cache, move, is_whole, is_apart))
 
     def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
         """The same over one prompt [1, T], piece by piece: see `prefill.why_not_in_chunks`."""

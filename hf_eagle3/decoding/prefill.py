@@ -53,6 +53,7 @@ class PromptCall(NamedTuple):
     cache: RowCache  # to hold what the target has seen of each row, with room for the longest
     move: bool  # leave nothing in the host's cache
     is_whole: bool  # run the batch as it is given, since hooks of others count on its rows
+    is_apart: bool = False  # run each row by itself: the batch is no call's, so its pads are nobody's
 
     @property
     def is_padded(self) -> bool:
@@ -172,7 +173,7 @@ def prefill(call: PromptCall) -> Prompt:
     # rows end elsewhere than those of rows alone, which matters where rotation depends on the length. What pads leave in
     # recurrent states is nothing in some families and something in others.
     must_part = asked_by is not None or (in_chunks and find_switch(target) is not None)
-    must_part = must_part or (call.is_padded and has_states(target))
+    must_part = must_part or (call.is_padded and has_states(target)) or call.is_apart
     start = pads_count_from(target) if call.is_padded else None
     if start is not None and start <= S:
         must_part = True

@@ -365,9 +365,9 @@ def fail_at(target, times):
     return target.register_forward_pre_hook(fail)
 
 
-@pytest.mark.parametrize(("at", "failed"), [(3, {0, 1}), (4, {2})], ids=["round", "prompt"])
+@pytest.mark.parametrize(("at", "failed"), [(3, {0, 1}), (5, {2})], ids=["round", "prompt"])
 def test_a_forward_fails_the_rows_in_it_and_others_go_on(target, at, failed):
-    """Prompts of rows that come together run together here: forwards are prompts, round, ..."""
+    """Forwards are the prompts of the first two rows, a round a step, and before the third one the next row's prompt."""
     requests = [Request(9, 18), Request(9, 18), Request(4, 18, 3), Request(7, 6, 4)]
     if failed == {2}:
         requests[2] = Request(4, 18, 2)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers import families
 from helpers.batches import GREEDY, make_oracle, pad
 from helpers.marks import slow_but
 from helpers.models import count_hooks, make_drafter, make_prompt, make_target
@@ -669,6 +670,16 @@ def test_targets_of_other_families(family):
     target = make_target(family)
     outputs = decode(target, assistant_model=make_drafter(target))
     assert texts_of(outputs) == [say_alone(n, family) for n in LENGTHS]
+
+
+def test_pads_of_prompts_that_come_together_are_nobodys():
+    """TrOCR counts them as positions, and prompts alone have none."""
+    target = families.build(families.Family("trocr", "causal"))
+    config = GenerationConfig(max_new_tokens=NEW, eos_token_id=-1, **GREEDY)
+    outputs = target.generate_batch(PROMPTS, generation_config=config, decode_loop="own")
+    options = {"max_new_tokens": NEW, "eos_token_id": None, **GREEDY}
+    alone = [target.generate(make_prompt(n), **options)[0, n:].tolist() for n in LENGTHS]
+    assert texts_of(outputs) == alone
 
 
 def test_encoders_are_the_hosts():
