@@ -15,7 +15,7 @@ from .results import rates_by_depth
 from .side_by_side import Comparison, answer, compare, encode
 
 WARM_UP_TOKENS = 8
-PASSES, AT_MOST = 3, 7.0  # over all prompts, and the seconds after which none begins
+PASSES, AT_MOST = 3, 11.0  # over all prompts, and the seconds after which none begins
 POOR = 1.2  # acceptance length under which drafts are hardly ever right
 LEAST_GAIN = 1.05  # of rounds that choose what they draft, to be worth advice
 
