@@ -60,7 +60,7 @@ ASKS = (
 
 
 class Request(NamedTuple):
-    """What is asked for."""
+    """A prompt, and how many tokens its answer may have."""
 
     prompt: list[int]
     max_new: int
@@ -145,12 +145,12 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, way in ways.items():
             start = time.perf_counter()
-            said = way(target, drafter, requests, args.places)
+            answers = way(target, drafter, requests, args.places)
             seconds = time.perf_counter() - start
-            texts = texts or said
-            if said != texts:
+            texts = texts or answers
+            if answers != texts:
                 raise SystemExit(f"{name}: texts differ")
-            speeds[name].append(round(sum(map(len, said)) / seconds, 1))
+            speeds[name].append(round(sum(map(len, answers)) / seconds, 1))
             print(f"{name}: {speeds[name][-1]} tokens/s", flush=True)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {

@@ -81,7 +81,7 @@ class ChunkedPrompt:
         return tokens.shape[1]
 
     def finish(self) -> Prompt:
-        """What there is behind the whole prompt."""
+        """What `prefill` returns for the whole prompt."""
         assert self._logits is not None
         lengths = torch.tensor([self._ids.shape[1]], device=self._ids.device)
         columns = torch.arange(self._ids.shape[1], device=self._ids.device)[None]

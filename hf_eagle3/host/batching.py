@@ -345,6 +345,14 @@ def make_manager(target: PreTrainedModel, opened: Opened, config: Any) -> Manage
     return Manager(target, opened.desk, opened.asking, max_queue_size=getattr(config, "max_queue_size", 0) or 0)
 
 
+def manage_or_not(target: PreTrainedModel, call: Mapping[str, Any], ours: dict[str, Any]) -> Manager | None:
+    """Our manager for a call with these arguments; None if the host's is meant."""
+    given = call.get("generation_config")
+    config = find_config(given, call.get("continuous_batching_config"))
+    opened = open_or_not(target, ours, given, config, None)
+    return None if opened is None else make_manager(target, opened, config)
+
+
 # Transformers 5.24 generation/continuous_batching/continuous_api.py:ContinuousMixin.init_continuous_batching
 def wrap_init_continuous_batching(original: Callable) -> Callable:
     """Give our manager where there is a drafter, or `decode_loop` asks for it."""
@@ -356,10 +364,8 @@ def wrap_init_continuous_batching(original: Callable) -> Callable:
         if is_foreign(ours):
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **others).arguments
-        given = call.get("generation_config")
-        config = find_config(given, call.get("continuous_batching_config"))
-        opened = open_or_not(self, ours, given, config, None)
-        return original(self, *args, **others) if opened is None else make_manager(self, opened, config)
+        manager = manage_or_not(self, call, ours)
+        return original(self, *args, **others) if manager is None else manager
 
     return init_continuous_batching
 
@@ -377,12 +383,10 @@ def wrap_context_manager(original: Callable) -> Callable:
         if is_foreign(ours):
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **others).arguments
-        given = call.get("generation_config")
-        config = find_config(given, call.get("continuous_batching_config"))
-        opened = open_or_not(self, ours, given, config, None)
-        if opened is None:
+        manager = manage_or_not(self, call, ours)
+        if manager is None:
             return entered_as_the_hosts(original(self, *args, **others))
-        return started(make_manager(self, opened, config), call.get("block", True), call.get("timeout"))
+        return started(manager, call.get("block", True), call.get("timeout"))
 
     return continuous_batching_context_manager
 

@@ -23,7 +23,7 @@ from helpers.batches import (
     plain_of,
     prompts_of,
 )
-from helpers.capture import capture_on_cpus, move
+from helpers.capture import PhasesOnGpus, capture_on_cpus
 from helpers.marks import slow_but
 from helpers.models import FAMILIES, OLD, count_hooks, make_drafter, make_prompt, make_target
 from transformers import LogitsProcessorList
@@ -33,13 +33,11 @@ import hf_eagle3.decoding.arena as arena
 from hf_eagle3 import release_graphs
 from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.decoding import cuda_graphs, lock
-from hf_eagle3.decoding.captured import CudaGraphs
 from hf_eagle3.decoding.engine import warn_once
 from hf_eagle3.host import generate
 from hf_eagle3.kernels import fusion
-from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.rows import block
-from hf_eagle3.rows.attention import UnfitError, attending_by_rows
+from hf_eagle3.rows.attention import UnfitError
 
 
 @pytest.mark.parametrize(
@@ -629,28 +627,7 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     captured = target.generate(**batch, **options).tolist()
     release_graphs()
 
-    class Eagerly(CudaGraphs):
-        """Replays by running the same phases, kernels and all."""
-
-        def capture(self, function, *args, pool):
-            phases = function.__self__
-            models = phases.models
-            random_state = torch.cuda.get_rng_state()
-            results = function(*args)
-            torch.cuda.set_rng_state(random_state)
-
-            def replay():
-                with (
-                    attending_by_rows(*models.present),
-                    fusion.fused(*models.present),
-                    StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
-                ):
-                    phases.models = models._replace(recorder=recorder)
-                    move(function(*args), results)
-
-            return replay, results
-
-    monkeypatch.setattr(generate, "CAPTURER", Eagerly())
+    monkeypatch.setattr(generate, "CAPTURER", PhasesOnGpus())
     torch.manual_seed(5)
     assert target.generate(**batch, **options).tolist() == captured
     release_graphs()

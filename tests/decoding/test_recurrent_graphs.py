@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers.batches import assert_same_up_to_ties
-from helpers.capture import capture_on_cpus, move
+from helpers.capture import PhasesOnGpus, capture_on_cpus
 from helpers.families import cast, make_batch, make_oracle
 from helpers.hybrids import (
     GREEDY,
@@ -32,11 +32,7 @@ from helpers.marks import slow_but, slow_rows_but
 from hf_eagle3 import release_graphs
 from hf_eagle3.compat import CACHE_NAME
 from hf_eagle3.decoding import arena
-from hf_eagle3.decoding.captured import CudaGraphs
 from hf_eagle3.host import generate
-from hf_eagle3.kernels import fusion
-from hf_eagle3.recorder import StateRecorder
-from hf_eagle3.rows.recurrent import running_by_rows
 
 NETS = ("lara_mini", "olmo_hybrid", "qwen3_5_moe", "qwen3_5_text", "qwen3_next")
 NAME = "qwen3_5_text"
@@ -270,28 +266,7 @@ def test_captured_rounds_equal_the_same_phases_run_eagerly(dtype, options, monke
     captured = target.generate(**batch, **options).tolist()
     release_graphs()
 
-    class Eagerly(CudaGraphs):
-        """Replays by running the same phases, kernels and all."""
-
-        def capture(self, function, *args, pool):
-            phases = function.__self__
-            models = phases.models
-            random_state = torch.cuda.get_rng_state()
-            results = function(*args)
-            torch.cuda.set_rng_state(random_state)
-
-            def replay():
-                with (
-                    running_by_rows(*models.present),
-                    fusion.fused(*models.present),
-                    StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
-                ):
-                    phases.models = models._replace(recorder=recorder)
-                    move(function(*args), results)
-
-            return replay, results
-
-    monkeypatch.setattr(generate, "CAPTURER", Eagerly())
+    monkeypatch.setattr(generate, "CAPTURER", PhasesOnGpus())
     torch.manual_seed(5)
     assert target.generate(**batch, **options).tolist() == captured
     release_graphs()

@@ -11,6 +11,7 @@ from hf_eagle3.decoding.captured import CudaGraphs
 from hf_eagle3.decoding.lock import why_busy
 from hf_eagle3.decoding.phases import Phases
 from hf_eagle3.host import generate
+from hf_eagle3.kernels import fusion
 from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.rows.recurrent import running_by_rows
 
@@ -83,3 +84,25 @@ def capture_on_cpus(monkeypatch, **options):
     graphs = GraphsOnCpus(**options)
     monkeypatch.setattr(generate, "CAPTURER", graphs)
     return graphs.counts
+
+
+class PhasesOnGpus(CudaGraphs):
+    """Captures nothing: replays by running the same phases on the GPU, kernels and all."""
+
+    def capture(self, function, *args, pool):
+        phases = function.__self__
+        models = phases.models
+        random_state = torch.cuda.get_rng_state()
+        results = function(*args)
+        torch.cuda.set_rng_state(random_state)
+
+        def replay():
+            with (
+                running_by_rows(*models.present),
+                fusion.fused(*models.present),
+                StateRecorder(models.target, models.recorder.aux_layer_ids) as recorder,
+            ):
+                phases.models = models._replace(recorder=recorder)
+                move(function(*args), results)
+
+        return replay, results
