@@ -9,7 +9,6 @@ token has each rank among a drafter's, by depth; `--lengths` scales it so that a
 """
 
 import argparse
-import copy
 import itertools
 import json
 import statistics
@@ -23,10 +22,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 import hf_eagle3
 from hf_eagle3.bench.report import describe_machine
 from hf_eagle3.bench.shapes import make_random_drafter, make_target
+from hf_eagle3.decoding.choosing import forget
 from hf_eagle3.decoding.cuda_graphs import synchronize
 from hf_eagle3.host.shapes import list_candidates
 from hf_eagle3.speculation.rates import Rates
-from hf_eagle3.speculation.shape import chain
+from hf_eagle3.speculation.shape import DraftShape, chain
 
 WIDE = {"steps": 8, "topk": 8, "draft_tokens": 61}  # the tree that a coverage is read from
 
@@ -83,10 +83,75 @@ def run(target: PreTrainedModel, batch: dict[str, torch.Tensor], **options: Any)
     return time.perf_counter() - start, out
 
 
+class Way:
+    """Not drafting, a fixed shape, or shapes by cost, in one cell of the grid."""
+
+    def __init__(self, name: str, shape: Any):
+        self.name, self.shape = name, shape
+        self.speeds: list[float] = []  # tokens a second
+        self.lengths: list[float] = []  # tokens a row and round, drafted or not
+        self.rounds: list[float] = []  # milliseconds
+        self.out: Any = None  # of the last call
+        self.broken: str | None = None
+
+    def add(self, seconds: float, num_rows: int, rates: Rates | None) -> None:
+        """Note a call that took so long without its prompt; by rates, what its rounds promise counts, and luck does not."""
+        speculation = self.out.speculation
+        num_rounds = sum(speculation.shapes.values())
+        if rates is None:
+            length = (sum(row.num_tokens for row in speculation.rows) / num_rows - 1) / num_rounds
+        else:
+            length = sum(number * expect(rates, name) for name, number in speculation.shapes.items()) / num_rounds
+        self.rounds.append(1000 * seconds / num_rounds)
+        self.lengths.append(length)
+        self.speeds.append(length * num_rows * num_rounds / seconds)
+
+    def summary(self, plain: torch.Tensor | None) -> dict[str, Any]:
+        """For the JSON file; `plain` is the text without a draft, where it is the same."""
+        if self.broken is not None:
+            return {"way": self.name, "broken": self.broken}
+        speculation = self.out.speculation
+        num_rounds = sum(speculation.shapes.values())
+        phases = ("draft", "verify", "accept", "host")
+        return {
+            "way": self.name,
+            "tokens_per_second": statistics.median(self.speeds),
+            "slowest": min(self.speeds),
+            "fastest": max(self.speeds),
+            "tokens_a_round": statistics.mean(self.lengths),
+            "milliseconds_a_round": statistics.median(self.rounds),
+            "acceptance_length": None if speculation.rounds == 0 else speculation.acceptance_length,
+            "shapes": speculation.shapes,
+            "changes": speculation.changes[-4:],
+            "graphs": speculation.graphs,
+            "milliseconds": {
+                name: round(1000 * getattr(speculation, f"{name}_seconds") / max(num_rounds, 1), 3) for name in phases
+            },
+            "rule": speculation.rule,
+            "same_text": None if plain is None else torch.equal(self.out.sequences, plain),
+        }
+
+
+NAMES: dict[str, DraftShape] = {}  # of the candidates
+
+
+def expect(rates: Rates, name: str) -> float:
+    """Tokens of a row and round of that shape."""
+    return rates.expect(NAMES[name])
+
+
 def measure(
-    args: argparse.Namespace, target: PreTrainedModel, drafter: PreTrainedModel, num_rows: int, temperature: float
+    args: argparse.Namespace,
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    cell: tuple[float, float, int],
+    known: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """One row of results a way, at one batch size and temperature."""
+    """One row of results a way, in one cell of the grid: acceptance length, temperature, rows.
+
+    `known` holds the milliseconds of rounds of fixed shapes: with a coverage they are measured once for all lengths.
+    """
+    _, temperature, num_rows = cell
     batch = read_prompts(args, target, num_rows)
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
@@ -95,60 +160,48 @@ def measure(
     }
     if temperature:
         options |= {"temperature": temperature, "top_k": 0}
-    ways: dict[str, Any] = {"none": "off", "auto": "auto"}
-    names = {shape.name: shape for shape in list_candidates(drafter)}
-    ways |= {name: names[name] for name in names if name != "none" and (not args.fixed or name in args.fixed)}
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    lengths: dict[str, list[float]] = {name: [] for name in ways}  # tokens a row and round, drafted or not
-    rounds: dict[str, list[float]] = {name: [] for name in ways}  # milliseconds
-    outs: dict[str, Any] = {}
-    broken: dict[str, str] = {}
+    coverage = getattr(drafter.generation_config, "simulated_coverage", None)
+    rates = None if coverage is None else Rates(tuple(map(tuple, coverage)))
+    NAMES.update({shape.name: shape for shape in list_candidates(drafter)})
+    fixed = [name for name in NAMES if name != "none" and (not args.fixed or name in args.fixed)]
+    ways = [Way("none", "off"), Way("auto", "auto")]
+    ways += [Way(name, NAMES[name]) for name in fixed if rates is None or name not in known]
     before = min(run(target, batch, **{**options, "max_new_tokens": 1, "draft_shape": "off"})[0] for _ in range(3))
     for turn in range(args.warm_up + args.repeats):
-        for name, shape in ways.items():
-            if name in broken:
+        for way in ways:
+            if way.broken is not None:
                 continue
             try:
-                seconds, outs[name] = run(target, batch, **options, draft_shape=shape)
+                seconds, way.out = run(target, batch, **options, draft_shape=way.shape)
             except (torch.OutOfMemoryError, ValueError) as error:
-                broken[name] = str(error)
+                way.broken = str(error)
                 continue
-            num_tokens = sum(row.num_tokens for row in outs[name].speculation.rows) - num_rows
             if turn >= args.warm_up:
-                speeds[name].append(num_tokens / (seconds - before))
-                num_rounds = sum(outs[name].speculation.shapes.values())
-                rounds[name].append(1000 * (seconds - before) / num_rounds)
-                lengths[name].append(num_tokens / num_rows / num_rounds)
-    plain = outs["none"].sequences
-    found = []
-    for name in ways:
-        if name in broken:
-            found.append({"way": name, "broken": broken[name]})
-            continue
-        speculation = outs[name].speculation
-        found.append(
-            {
-                "way": name,
-                "tokens_per_second": statistics.median(speeds[name]),
-                "slowest": min(speeds[name]),
-                "fastest": max(speeds[name]),
-                "tokens_a_round": statistics.mean(lengths[name]),
-                "milliseconds_a_round": statistics.median(rounds[name]),
-                "acceptance_length": None if speculation.rounds == 0 else speculation.acceptance_length,
-                "shapes": speculation.shapes,
-                "changes": speculation.changes[-4:],
-                "graphs": speculation.graphs,
-                "milliseconds": {
-                    name: round(
-                        1000 * getattr(speculation, f"{name}_seconds") / max(sum(speculation.shapes.values()), 1), 3
-                    )
-                    for name in ("draft", "verify", "accept", "host")
-                },
-                "rule": speculation.rule,
-                "same_text": None if temperature else torch.equal(outs[name].sequences, plain),
-            }
-        )
+                way.add(seconds - before, num_rows, rates)
+    plain = None if temperature else ways[0].out.sequences
+    found = [way.summary(plain) for way in ways]
+    if rates is not None:
+        known |= {
+            one["way"]: one["milliseconds_a_round"] for one in found if one["way"] in fixed and "broken" not in one
+        }
+        found = found[:2]
+        for name, milliseconds in known.items():
+            length = expect(rates, name)
+            speed = 1000 * num_rows * length / milliseconds
+            found.append({"way": name, "tokens_per_second": speed, "tokens_a_round": length})
+            found[-1]["milliseconds_a_round"] = milliseconds
     return found
+
+
+def describe(cell: tuple[float, float, int], found: list[dict[str, Any]]) -> str:
+    """A line: what is chosen against not drafting, and against the best fixed shape."""
+    none, auto, *others = (one for one in found if "broken" not in one)
+    best = max([none, *others], key=lambda one: one["tokens_per_second"])
+    speed = auto["tokens_per_second"]
+    return (
+        f"AL {cell[0]} T {cell[1]} BS {cell[2]:3d}: none {none['tokens_per_second']:.1f} auto {speed:.1f} "
+        f"({speed / none['tokens_per_second']:.3f}), best {best['way']} ({speed / best['tokens_per_second']:.3f})"
+    )
 
 
 def write_coverage(args: argparse.Namespace, target: PreTrainedModel, drafter: PreTrainedModel) -> None:
@@ -190,6 +243,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--verbose", action="store_true", help="a line for each way")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -208,24 +262,20 @@ def main() -> None:
         return
     coverage = None if args.coverage is None else json.loads(args.coverage.read_text())["acceptance_by_rank"]
     results: list[dict[str, Any]] = []
-    for length, temperature, num_rows in itertools.product(args.lengths, args.temperatures, args.batch_sizes):
-        drafter = copy.deepcopy(drafter)  # nothing is known of it
-        if coverage is not None:
-            drafter.generation_config.simulated_coverage = scale(coverage, length) if length else coverage
-        cell = {"length": length, "temperature": temperature, "rows": num_rows}
-        for found in measure(args, target, drafter, num_rows, temperature):
-            results.append({**cell, **found})
-            if "broken" in found:
-                print(cell, found, flush=True)
-                continue
-            al = found["acceptance_length"]
-            print(
-                f"AL {length} T {temperature} BS {num_rows:3d} {found['way']:24s} {found['tokens_per_second']:9.1f} "
-                f"({found['slowest']:.1f} to {found['fastest']:.1f}) {'' if al is None else f'{al:.2f}'} "
-                f"{found['tokens_a_round']:.2f} / {found['milliseconds_a_round']:.2f} ms {found['shapes']}",
-                flush=True,
-            )
-        args.out.write_text(json.dumps({"machine": describe_machine(target), "results": results}, indent=1) + "\n")
+    for temperature, num_rows in itertools.product(args.temperatures, args.batch_sizes):
+        known: dict[str, float] = {}
+        for length in args.lengths:
+            forget(target)
+            if coverage is not None:
+                drafter.generation_config.simulated_coverage = scale(coverage, length) if length else coverage
+            cell = (length, temperature, num_rows)
+            found = measure(args, target, drafter, cell, known)
+            results += [{"length": length, "temperature": temperature, "rows": num_rows, **one} for one in found]
+            for one in found:
+                if args.verbose or "broken" in one:
+                    print("   ", one)
+            print(describe(cell, found), found[1].get("shapes"), flush=True)
+            args.out.write_text(json.dumps({"machine": describe_machine(target), "results": results}, indent=1) + "\n")
         hf_eagle3.release_graphs()
 
 

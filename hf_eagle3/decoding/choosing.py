@@ -55,6 +55,11 @@ def make_chooser(
     return Chooser(config.shapes, costs, rates, config.shape)
 
 
+def forget(target: PreTrainedModel) -> None:
+    """Know nothing of the drafters of `target`."""
+    _known.pop(target, None)
+
+
 def read_rates(drafter: PreTrainedModel) -> tuple[tuple[float, ...], ...]:
     """How often the true token has each rank, by depth, as a drafter's generation config may say."""
     return tuple(map(tuple, getattr(drafter.generation_config, "acceptance_by_rank", None) or ()))

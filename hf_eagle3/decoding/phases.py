@@ -255,8 +255,11 @@ class Phases:
         config, shape = self.config, self.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
         scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
-        verdict = RULES[self.rule].judge(proposal, scores, self.judging._replace(shape=shape))
-        if config.coverage is not None:
+        if config.coverage is None or config.do_sample:
+            verdict = RULES[self.rule].judge(proposal, scores, self.judging._replace(shape=shape))
+        if (
+            config.coverage is not None
+        ):  # after the work of a sampling rule, whose result is dropped; greedy is no more work
             verdict = accept_covered(verified.logits, shape, config.coverage)
         verdict = agree_on(verdict, self.models.agree)
         if (last := config.starts_anew) is not None:

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .block_verification import accept_block
 from .noise import Noise
 from .sampling import likeliest
 from .shape import DraftShape
 from .shared_noise import SharedNoise
-from .verdict import Proposal, Verdict
+from .verdict import Proposal, Verdict, keep_matches
 
 
 class Judging(NamedTuple):
@@ -43,20 +42,9 @@ def accept_matching(draft_tokens: Tensor, target_tokens: Tensor, shape: DraftSha
         shape: Theirs.
     """
     if shape is None or shape.is_chain:
-        matches = draft_tokens == target_tokens[:, :-1]  # [B, K]
-        num_accepted = matches.long().cumprod(-1).sum(-1)  # [B]
-        return Verdict(num_accepted, target_tokens.gather(-1, num_accepted[:, None]).squeeze(-1))
-
-    ancestry, paths = shape.ancestry(draft_tokens.device), shape.paths(draft_tokens.device)
-    assert ancestry is not None
-    parents = paths.gather(1, (ancestry.depths - 1).clamp(min=0)[:, None])[1:, 0]  # [N]
-    matches = draft_tokens == target_tokens[:, parents]  # [B, N]
-    matches = functional.pad(matches, (1, 0), value=True)  # [B, N+1], the root's too
-    nodes = torch.arange(len(paths), device=paths.device)
-    sees = (ancestry.bits[:, None] >> nodes & 1).bool()  # [N+1, N+1]
-    is_kept = (matches[:, None] | ~sees).all(-1)  # [B, N+1], with all that it follows
-    num_accepted, end = torch.where(is_kept, ancestry.depths, -1).max(-1)  # [B]; the first of the deepest
-    return Verdict(num_accepted, target_tokens.gather(-1, end[:, None]).squeeze(-1), paths[end])
+        return keep_matches(draft_tokens == target_tokens[:, :-1], target_tokens, shape)
+    said = target_tokens.index_select(1, shape.descent(draft_tokens.device).parents)  # [B, N], before each of them
+    return keep_matches(draft_tokens == said, target_tokens, shape)
 
 
 def accept_greedy(draft_tokens: Tensor, target_logits: Tensor, shape: DraftShape | None = None) -> Verdict:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,20 +10,24 @@ from torch import Tensor
 from .rates import rank_nodes
 from .sampling import likeliest
 from .shape import DraftShape
-from .verdict import Verdict
+from .verdict import Verdict, keep_matches
 
 Coverage = tuple[tuple[float, ...], ...]  # [D][R], rates by depth and rank, as `rates.tabulate` finds them
 
 
+class Places(NamedTuple):
+    """Where each draft token is among those that could follow a path."""
+
+    levels: Tensor  # [N] int64, the level before it, from 0 on
+    ranks: Tensor  # [N] int64, among its siblings
+
+
 @functools.cache  # graphs read these tensors for as long as they live
-def make_children(parents: tuple[int, ...], device: torch.device) -> Tensor:
-    """[N+1, R+1] int64: the child of each node of each rank, itself where it has none; the last column likewise."""
-    ranks = [rank for _, rank in rank_nodes(parents)]
-    children = torch.arange(len(parents) + 1)[:, None].repeat(1, max(ranks, default=-1) + 2)
-    for node, (parent, rank) in enumerate(zip(parents, ranks, strict=True), start=1):
-        children[parent, rank] = node
+def make_places(parents: tuple[int, ...], device: torch.device) -> Places:
+    """The tensors of a shape."""
+    pairs = rank_nodes(parents)
     with torch.inference_mode(False):
-        return children.to(device)
+        return Places(*(torch.tensor([pair[i] for pair in pairs], dtype=torch.long, device=device) for i in (0, 1)))
 
 
 @functools.cache
@@ -43,19 +48,14 @@ def accept_covered(target_logits: Tensor, shape: DraftShape, coverage: Coverage)
         shape: Of the proposal.
         coverage: How often the target's token has each rank, by depth.
     """
-    device = target_logits.device
-    children = make_children(shape.parents, device)
-    node = torch.zeros(len(target_logits), dtype=torch.long, device=device)  # [B]
-    num_accepted, is_over = node.clone(), node.bool()
-    for bounds in make_bounds(coverage, shape.depth, device):
-        drawn = torch.rand(len(node), 1, device=device)
-        rank = (drawn >= bounds).sum(-1).clamp(max=children.shape[1] - 1)  # [B]; the last: none of them
-        child = children[node, rank]
-        is_over = is_over | (child == node)
-        node = torch.where(is_over, node, child)
-        num_accepted = num_accepted + (~is_over).long()
-    next_token = likeliest(target_logits).gather(-1, node[:, None])[:, 0]
-    return Verdict(num_accepted, next_token, None if shape.is_chain else shape.paths(device)[node])
+    device, (B, num_verified) = target_logits.device, target_logits.shape[:2]
+    matches = torch.zeros(B, 0, dtype=torch.bool, device=device)
+    if num_verified > 1:
+        drawn = torch.rand(B, shape.depth, 1, device=device)
+        ranks = (drawn >= make_bounds(coverage, shape.depth, device)).sum(-1)  # [B, D], of the target's token
+        places = make_places(shape.parents, device)
+        matches = ranks.index_select(1, places.levels) == places.ranks
+    return keep_matches(matches, likeliest(target_logits), shape)
 
 
 def read_coverage(values: Sequence[Sequence[float]]) -> Coverage:

@@ -8,10 +8,12 @@ from torch import Tensor
 from .tree import (
     MAX_NODES,
     Ancestry,
+    Descent,
     Level,
     find_children,
     find_depths,
     make_ancestry,
+    make_descent,
     make_levels,
     make_node_order,
     make_paths,
@@ -96,6 +98,10 @@ class DraftShape:
     def paths(self, device: torch.device) -> Tensor:
         """[N+1, D+1] int64, the way from the root to each node; its end repeats."""
         return make_paths(self.parents, device)
+
+    def descent(self, device: torch.device) -> Descent:
+        """What finds the end of a path."""
+        return make_descent(self.parents, device)
 
     def levels(self, device: torch.device) -> tuple[Level, ...]:
         """The draft steps that grow it level by level."""

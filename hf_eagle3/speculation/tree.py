@@ -86,6 +86,27 @@ def make_paths(parents: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(find_paths(parents), device=device)
 
 
+class Descent(NamedTuple):
+    """What finds the end of a path in a tree, by whether each draft token matches what the target says before it."""
+
+    parents: Tensor  # [N] int64, the node before each draft token
+    is_no_ancestor: Tensor  # [N+1, N] bool, whether node t does not follow draft token j, nor is it
+    depths: Tensor  # [N+1] int64
+
+
+@functools.cache  # graphs read these tensors for as long as they live
+def make_descent(parents: tuple[int, ...], device: torch.device) -> Descent:
+    """The tensors of a tree, once for each device."""
+    N = len(parents)
+    sees = [[bool(bits >> node & 1) for node in range(1, N + 1)] for bits in find_ancestors(parents)]
+    with torch.inference_mode(False):
+        return Descent(
+            torch.tensor(parents, dtype=torch.long, device=device),
+            ~torch.tensor(sees, device=device),
+            torch.tensor(find_depths(parents), device=device),
+        )
+
+
 def find_children(parents: Sequence[int]) -> list[list[int]]:
     """[N+1] the children of the root and of each node; the first of them is the likeliest."""
     children: list[list[int]] = [[] for _ in range(len(parents) + 1)]

@@ -131,8 +131,9 @@ LAYERS = {
         ["accept"],
         ["block_verification", "shared_noise"],
         ["noise", "numbers", "rates"],
-        ["sampling", "shape", "stats", "warpers"],
-        ["tree", "verdict"],
+        ["sampling", "stats", "verdict", "warpers"],
+        ["shape"],
+        ["tree"],
     ],
     "training": [
         ["__init__"],
