@@ -3,12 +3,18 @@
     python benchmarks/bench_engines.py speed --out OUT
     python benchmarks/bench_engines.py acceptance --target TARGET --drafter DRAFTER --prompts questions.jsonl --out OUT
     python benchmarks/bench_engines.py acceptance --engine sglang --target TARGET ...
+    python benchmarks/bench_engines.py speed --coverage COVERAGE.json --draft-shapes auto tree-8 --out OUT
+    python benchmarks/bench_engines.py requests --target TARGET --drafter DRAFTER --prompts questions.jsonl --out OUT
     python benchmarks/bench_engines.py speed --tiny --without-engine    # a CPU: does it run? Times mean nothing
 
 `speed`: the 8B shape with random weights; both sides keep drafts by a schedule, so that the acceptance length is what
 `--simulate-acceptance-length` says; speed of decoding alone, from two lengths. `acceptance`: a real target and its
 drafter, exported for the engine; what both accept, their speed over whole calls, and how many texts are the same.
-Written for vLLM 0.25 and SGLang 0.5.17.
+`requests`: the same models, and more sampled requests than places, all asked for at once; tokens a second until the last
+answer is there. Written for vLLM 0.26 and SGLang 0.5.17.
+
+With `--coverage`, `speed` accepts as often as a real drafter's ranks do, scaled so that a chain of 3 has the acceptance
+length: ours by rank, the engine by the same rates for its chain. Without it rounds of ours follow a schedule.
 
 Ours, the engine without drafting and the engine with it are processes of their own with models of their own, all there
 at once, one at work at a time. One that fails or does not answer in time says so in the tables, and the others go on.
@@ -18,6 +24,7 @@ at once, one at work at a time. One that fails or does not answer in time says s
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,7 +37,10 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from multiprocessing.connection import Connection
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +94,8 @@ class Series:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a round by the side's own counters."""
-        return 1 + sum(self.num_accepted) / self.num_rounds
+        """Tokens a round by the side's own counters; NaN where none drafted."""
+        return 1 + sum(self.num_accepted) / self.num_rounds if self.num_rounds else math.nan
 
     def summary(self) -> dict[str, Any]:
         """For the JSON file."""
@@ -121,6 +131,7 @@ class OurSide(Side):
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         from hf_eagle3 import join_projections
+        from hf_eagle3.bench.loading import find_swept
         from hf_eagle3.bench.names import KINDS
         from hf_eagle3.bench.report import describe_machine
         from hf_eagle3.bench.shapes import make_random_drafter, make_target
@@ -131,7 +142,10 @@ class OurSide(Side):
         if args.part == "speed":
             target = make_target(args.shape, device=device, dtype=dtype)
             drafter = make_random_drafter(target)
-            drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+            if args.coverage is None:
+                drafter.generation_config.simulated_acceptance_length = args.simulate_acceptance_length
+            else:
+                drafter.generation_config.simulated_coverage = args.coverage
             write_shapes(target, drafter, folder)
         else:
             target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).eval().to(device)
@@ -140,9 +154,17 @@ class OurSide(Side):
         if args.join_projections:
             join_projections(target, drafter)
         drafter.generation_config.num_assistant_tokens = args.num_draft_tokens
+        self.is_open = args.part == "requests"
         self.device, self.pad = device, target.generation_config.pad_token_id or 0
-        ways = make_ways(target, drafter, temperature=0.0)
-        self.ways = {name: ways[KINDS[name]] for name in ("plain", "drafted")}
+        if args.part == "requests":
+            self.ways = make_open_ways(target, drafter, args.temperature)
+        else:
+            found = {name: find_swept(drafter, [name]) for name in args.draft_shapes}  # each has one
+            swept = {title: shape for one in found.values() for title, shape in one.items()}
+            ways = make_ways(target, drafter, temperature=0.0, swept=swept)
+            titles = {"plain": KINDS["plain"], "drafted": KINDS["drafted"]}
+            titles |= {name: title for name, one in found.items() for title in one}
+            self.ways = {name: ways[title] for name, title in titles.items()}
         sizes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
         self.facts = {
             "machine": describe_machine(target),
@@ -152,12 +174,51 @@ class OurSide(Side):
         }
 
     def run(self, kind: str, prompts: list[list[int]], limit: int) -> Turn:
+        if self.is_open:
+            return self.ways[kind](prompts, limit)
         call = self.ways[kind](pad_left(prompts, self.pad, self.device), limit)
         told = call.speculation
         if told is None or kind == "plain":
             return Turn(call.seconds, call.rows, 0, [])
         self.facts["graphs"] = told.graphs
+        if kind != "drafted":
+            self.facts.setdefault("shapes", {})[f"{kind}, BS {len(prompts)}"] = told.shapes
         return Turn(call.seconds, call.rows, told.rounds, list(told.rounds_accepting))
+
+
+def make_open_ways(
+    target: PreTrainedModel, drafter: PreTrainedModel, temperature: float
+) -> dict[str, Callable[[list[list[int]], int], Turn]]:
+    """Requests that take places as they come free, with and without drafting; shapes are chosen by cost."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    from hf_eagle3.bench.ways import list_eos
+
+    eos = list_eos(target)
+    pad = target.generation_config.pad_token_id
+    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    places = ContinuousBatchingConfig(max_requests_per_batch=MAX_ROWS)
+
+    def decode(options: dict[str, Any], prompts: list[list[int]], limit: int) -> Turn:
+        config = GenerationConfig(
+            max_new_tokens=limit, eos_token_id=eos, pad_token_id=eos[0] if pad is None else pad, **settings
+        )
+        start = time.perf_counter()
+        found = target.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=places, **options
+        ).values()
+        seconds = time.perf_counter() - start
+        if errors := {output.error for output in found if output.error}:
+            raise RuntimeError(f"generate_batch: {errors}")
+        if len(found) != len(prompts):
+            raise RuntimeError(f"generate_batch answered {len(found)} of {len(prompts)} requests.")
+        told = [output.speculation for output in found if output.speculation is not None]
+        depth = max((len(row.rounds_accepting) for row in told), default=0)
+        accepted = [sum(sum(row.rounds_accepting[k : k + 1]) for row in told) for k in range(depth)]
+        rows = [list(output.generated_tokens) for output in found]
+        return Turn(seconds, rows, sum(row.rounds for row in told), accepted)
+
+    return {"plain": partial(decode, {"decode_loop": "own"}), "drafted": partial(decode, {"assistant_model": drafter})}
 
 
 def write_shapes(target: PreTrainedModel, drafter: PreTrainedModel, folder: Path) -> None:
@@ -228,9 +289,14 @@ class VllmSide(Side):
         if is_drafting:
             speculation = {"method": "eagle3", "model": str(folder / "drafter")}
             speculation["num_speculative_tokens"] = args.num_draft_tokens
+            speculation |= args.speculation
             if is_random:
                 speculation["rejection_sample_method"] = "synthetic"
-                speculation["synthetic_acceptance_length"] = args.simulate_acceptance_length
+                if args.coverage is None:
+                    speculation["synthetic_acceptance_length"] = args.simulate_acceptance_length
+                else:
+                    firsts = [row[0] for row in args.coverage[: args.num_draft_tokens]]
+                    speculation["synthetic_acceptance_rates"] = list(accumulate(firsts, mul))
                 options["worker_cls"] = "bench_engines.Worker"
             # Counters are kept with statistics only.
             options |= {"speculative_config": speculation, "disable_log_stats": False}
@@ -250,7 +316,12 @@ class VllmSide(Side):
             gpu_memory_utilization=0.2,
             **options | args.engine_options,
         )
-        self.options = {"temperature": 0.0, "detokenize": False, "ignore_eos": is_random, "stop_token_ids": eos}
+        self.options = {
+            "temperature": args.temperature,
+            "detokenize": False,
+            "ignore_eos": is_random,
+            "stop_token_ids": eos,
+        }
         self.is_drafting = is_drafting
         self.facts = {"version": vllm.__version__}
         if is_drafting and is_random:
@@ -317,7 +388,7 @@ class SglangSide(Side):
             log_level="info",
             **options | args.engine_options,
         )
-        self.options = {"temperature": 0.0, "ignore_eos": is_random, "stop_token_ids": eos}
+        self.options = {"temperature": args.temperature, "ignore_eos": is_random, "stop_token_ids": eos}
         self.depth = args.num_draft_tokens if is_drafting else 0
         self.facts = {"version": sglang.__version__}
 
@@ -340,14 +411,18 @@ class SglangSide(Side):
 ENGINES: dict[str, type[Side]] = {"vllm": VllmSide, "sglang": SglangSide}
 
 
-def list_ways(engine: str) -> dict[str, tuple[str, str]]:
-    """Each way of decoding -> the process that does it, and what to ask of it. Ours and the engine's by turns."""
+def list_ways(engine: str, draft_shapes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Each way of decoding -> the process that does it, and what to ask of it. Ours and the engine's by turns.
+
+    Further shapes of ours come last.
+    """
     title = ENGINES[engine].title
     return {
         "our loop, no drafting": (OURS, "plain"),
         title: (engine, ""),
         "our loop, drafting": (OURS, "drafted"),
         f"{title}, EAGLE-3": (f"{engine}-eagle3", ""),
+        **{f"our loop, {shape}": (OURS, shape) for shape in draft_shapes},
     }
 
 
@@ -466,7 +541,7 @@ class Bench:
     """The processes, what they measured, and what went wrong."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.engine, self.ways = args, ENGINES[args.engine], list_ways(args.engine)
+        self.args, self.engine, self.ways = args, ENGINES[args.engine], list_ways(args.engine, args.draft_shapes)
         self.processes: dict[str, Process] = {}
         self.failures: dict[str, str] = {}
         self.series: dict[tuple[str, int], Series] = {}
@@ -566,11 +641,17 @@ class Bench:
         args = self.args
         facts = {name: process.facts for name, process in self.processes.items()}
         versions = {f"{self.engine.title} {f['version']}" for f in facts.values() if "version" in f}
-        about = [f"{args.dtype}, K = {args.num_draft_tokens}, greedy, {args.max_new_tokens} new tokens"]
+        told = f"temperature {args.temperature}" if args.temperature else "greedy"
+        about = [f"{args.dtype}, K = {args.num_draft_tokens}, {told}, up to {args.max_new_tokens} new tokens"]
         if args.part == "speed":
             about.append(
                 f"random weights of the {args.shape} shape, prompts of {args.prompt_length} random tokens, acceptance "
-                f"length simulated at {args.simulate_acceptance_length}; speed of decoding alone, from two lengths"
+                f"length simulated at {args.simulate_acceptance_length}"
+                f"{' by rates of ranks' if args.coverage is not None else ''}; speed of decoding alone, from two lengths"
+            )
+        elif args.part == "requests":
+            about.append(
+                f"{args.requests} requests asked for at once, {MAX_ROWS} places, shapes of ours chosen by cost"
             )
         else:
             about.append("speed over whole calls, prompts included")
@@ -581,8 +662,8 @@ class Bench:
         ]
 
     def compare(self) -> dict[str, dict[str, int]]:
-        """Of each two ways at each batch size, how many rows are the same; empty where acceptance is simulated."""
-        if self.args.part == "speed":
+        """Of each two ways at each batch size, how many rows are the same; empty where they need not be."""
+        if self.args.part != "acceptance":
             return {}
         found: dict[str, dict[str, int]] = {}
         for size in self.args.batch_sizes:
@@ -611,13 +692,13 @@ class Bench:
                 way,
                 of(way, lambda s: f"{statistics.median(s.speeds):.0f} ({min(s.speeds):.0f} to {max(s.speeds):.0f})"),
             )
-        our_plain, plain, our_drafted, drafted = self.ways
-        for a, b in ((our_plain, plain), (our_drafted, drafted)):
+        our_plain, plain, our_drafted, drafted, *further = self.ways
+        for a, b in ((our_plain, plain), *((way, drafted) for way in (our_drafted, *further))):
             line(f"{a} / {b}", lambda size, a=a, b=b: self.show_ratio(a, b, size))
-        for way in (our_drafted, drafted):
+        for way in (our_drafted, drafted, *further):
             line(f"{way}: acceptance length", of(way, lambda s: f"{s.acceptance_length:.3f}"))
-            line("tokens gained a round", of(way, lambda s: f"{s.num_gained / s.num_rounds:.3f}"))
-            shares = of(way, lambda s: " / ".join(f"{n / s.num_rounds:.3f}" for n in s.num_accepted))
+            line("tokens gained a round", of(way, lambda s: f"{s.num_gained / (s.num_rounds or math.nan):.3f}"))
+            shares = of(way, lambda s: " / ".join(f"{n / (s.num_rounds or math.nan):.3f}" for n in s.num_accepted))
             line("share of rounds keeping draft token 1 / 2 / ...", shares)
         for size, pairs in self.compare().items():
             total = len(next(s.rows for s in self.series.values() if f"BS {s.batch_size}" == size))
@@ -662,6 +743,9 @@ def make_work(args: argparse.Namespace) -> list[Work]:
     for question in read_questions(args.prompts, limit=args.limit):
         chat = [{"role": "user", "content": question.text}]
         prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if args.part == "requests":
+        asked = [list(prompts[n % len(prompts)]) for n in range(args.requests)]
+        return [Work(MAX_ROWS, [asked], args.max_new_tokens, 0)]
     return [
         Work(size, [prompts[i : i + size] for i in range(0, len(prompts), size)], args.max_new_tokens, 0)
         for size in args.batch_sizes
@@ -674,16 +758,31 @@ def parse_arguments() -> argparse.Namespace:
     speed = parts.add_parser("speed", help="the 8B shape, random weights, simulated acceptance")
     speed.add_argument("--prompt-length", type=int, default=512)
     speed.add_argument("--simulate-acceptance-length", type=float, default=2.41)
+    speed.add_argument("--coverage", type=Path, help="JSON with acceptance_by_rank, as bench_shapes.py writes it")
+    speed.add_argument(
+        "--draft-shapes",
+        nargs="+",
+        default=[],
+        help="further ones of ours: auto, K of a chain, tree-N; with --coverage",
+    )
     speed.add_argument("--tiny", action="store_true", help="a tiny shape, to try the script on a CPU")
     speed.set_defaults(batch_sizes=[1, 8, 64], max_new_tokens=256, repeats=5, shape="llama-3.1-8b")
     acceptance = parts.add_parser("acceptance", help="a real target and a real drafter")
-    acceptance.add_argument("--target", required=True, help="a folder")
-    acceptance.add_argument("--drafter", required=True, help="a folder, of any flavour")
-    acceptance.add_argument("--prompts", type=Path, required=True, help="JSON lines with `turns` or `prompt`")
-    acceptance.add_argument("--limit", type=int, help="first prompts only")
-    acceptance.set_defaults(batch_sizes=[1, 8], max_new_tokens=128, repeats=2, tiny=False)
+    requests = parts.add_parser("requests", help="more requests than places")
+    requests.add_argument("--requests", type=int, default=512, help="prompts come again where there are fewer")
+    requests.add_argument("--temperature", type=float, default=0.7)
+    for part in (acceptance, requests):
+        part.add_argument("--target", required=True, help="a folder")
+        part.add_argument("--drafter", required=True, help="a folder, of any flavour")
+        part.add_argument("--prompts", type=Path, required=True, help="JSON lines with `turns` or `prompt`")
+        part.add_argument("--limit", type=int, help="first prompts only")
+        part.set_defaults(repeats=2, tiny=False, coverage=None, draft_shapes=[])
+    acceptance.set_defaults(batch_sizes=[1, 8], max_new_tokens=128)
+    requests.set_defaults(batch_sizes=[MAX_ROWS], max_new_tokens=1024)
     for part in (speed, acceptance):
         part.add_argument("--batch-sizes", type=int, nargs="+")
+        part.set_defaults(temperature=0.0)
+    for part in (speed, acceptance, requests):
         part.add_argument("--max-new-tokens", type=int)
         part.add_argument("--num-draft-tokens", type=int, default=3, help="K")
         part.add_argument("--repeats", type=int, help="timed turns of each way")
@@ -691,6 +790,9 @@ def parse_arguments() -> argparse.Namespace:
         part.add_argument("--engine", choices=ENGINES, default="vllm")
         part.add_argument("--attention-backend", help="of the engine, as it names them; its own choice if left out")
         part.add_argument("--engine-options", type=json.loads, default={}, help="more for its constructor, as JSON")
+        part.add_argument(
+            "--speculation", type=json.loads, default={}, help="more for vLLM's speculative_config, as JSON"
+        )
         part.add_argument("--join-projections", action="store_true", help="of our side")
         part.add_argument("--without-engine", action="store_true", help="our side alone")
         part.add_argument("--seconds", type=float, default=420.0, help="begin no turn after that time")
@@ -698,12 +800,27 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tiny:
         args.shape, args.prompt_length, args.max_new_tokens, args.batch_sizes = "tiny", 24, 16, [1, 2]
+    if args.draft_shapes and args.coverage is None:
+        parser.error(
+            "--draft-shapes needs --coverage: only with it are trees and chains accepted as a drafter's would be."
+        )
+    if args.coverage is not None and args.engine != "vllm":
+        parser.error("--coverage is for --engine vllm; SGLang has no acceptance by depth.")
     return args
+
+
+def read_coverage(path: Path, length: float) -> list[list[float]]:
+    """Rates by depth and rank, scaled so that a chain of 3 has that acceptance length."""
+    from bench_shapes import scale
+
+    return scale(json.loads(path.read_text(encoding="utf-8"))["acceptance_by_rank"], length)
 
 
 def main() -> int:
     args = parse_arguments()
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    if args.coverage is not None:
+        args.coverage = read_coverage(args.coverage, args.simulate_acceptance_length)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     with tempfile.TemporaryDirectory() as folder:
