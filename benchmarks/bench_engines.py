@@ -79,6 +79,7 @@ class Series:
     way: str
     batch_size: int
     speeds: list[float] = field(default_factory=list)  # tokens a second
+    rounds: list[float] = field(default_factory=list)  # that verified a draft, a second and row: without luck
     num_rounds: int = 0
     num_accepted: list[int] = field(default_factory=list)  # [K]
     num_gained: int = 0  # tokens after the first of each row
@@ -102,6 +103,7 @@ class Series:
         out = {"way": self.way, "batch_size": self.batch_size, "tokens_per_second": self.speeds}
         if self.num_rounds:
             out |= {
+                "rounds_per_second_and_row": self.rounds,
                 "acceptance_length": self.acceptance_length,
                 "tokens_gained_per_round": self.num_gained / self.num_rounds,
                 "accepted_at_depth": [n / self.num_rounds for n in self.num_accepted],
@@ -588,15 +590,16 @@ class Bench:
                     return
                 done = self.attempt(self.ways[way][0], lambda: self.take_turn(way, work))  # noqa: B023  called at once
                 if done is not None:
-                    speed, turn = done
+                    speed, rounds, turn = done
                     series = self.series.setdefault((way, work.batch_size), Series(way, work.batch_size))
                     series.speeds.append(speed)
+                    series.rounds.append(rounds / work.batch_size)
                     series.add(turn)
                     say(f"BS {work.batch_size}, turn {number + 1}, {way}: {speed:.1f} tokens/s")
                     self.write()
 
-    def take_turn(self, way: str, work: Work) -> tuple[float, Turn]:
-        """Tokens a second, and the whole pass."""
+    def take_turn(self, way: str, work: Work) -> tuple[float, float, Turn]:
+        """Tokens and rounds a second, and the whole pass."""
         name, kind = self.ways[way]
 
         def run(limit: int) -> Turn:
@@ -607,11 +610,12 @@ class Bench:
             return Turn(sum(t.seconds for t in turns), rows, sum(t.num_rounds for t in turns), accepted)
 
         whole = run(work.limit)
-        seconds, tokens = whole.seconds, sum(map(len, whole.rows))
+        seconds, tokens, rounds = whole.seconds, sum(map(len, whole.rows)), whole.num_rounds
         if work.shorter:
             less = run(work.shorter)
             seconds, tokens = seconds - less.seconds, tokens - sum(map(len, less.rows))
-        return tokens / seconds, whole
+            rounds -= less.num_rounds
+        return tokens / seconds, rounds / seconds, whole
 
     def alive(self) -> list[str]:
         """The ways whose process is there."""
@@ -697,6 +701,7 @@ class Bench:
             line(f"{a} / {b}", lambda size, a=a, b=b: self.show_ratio(a, b, size))
         for way in (our_drafted, drafted, *further):
             line(f"{way}: acceptance length", of(way, lambda s: f"{s.acceptance_length:.3f}"))
+            line("rounds a second and row", of(way, lambda s: f"{statistics.median(s.rounds):.1f}"))
             line("tokens gained a round", of(way, lambda s: f"{s.num_gained / (s.num_rounds or math.nan):.3f}"))
             shares = of(way, lambda s: " / ".join(f"{n / (s.num_rounds or math.nan):.3f}" for n in s.num_accepted))
             line("share of rounds keeping draft token 1 / 2 / ...", shares)

@@ -157,3 +157,25 @@ def test_our_side_of_the_comparison_with_engines_runs(tmp_path):
     drafted = found["results"][1]
     assert 2 <= drafted["acceptance_length"] <= 3  # each round 2 or 3, drawn so that it is 2.41 in the long run
     assert "| SGLang, EAGLE-3 | - | - |" in (tmp_path / "b.md").read_text()
+
+
+@pytest.mark.slow
+def test_our_side_drafts_the_shapes_asked_for_by_the_rates_of_a_coverage(tmp_path):
+    """Each further shape is a way of its own, accepted by rank."""
+    coverage = tmp_path / "coverage.json"
+    coverage.write_text(json.dumps({"acceptance_by_rank": [[0.6, 0.1], [0.6, 0.1], [0.6], [0.6]]}))
+    command = [
+        sys.executable,
+        BENCHMARKS / "bench_engines.py",
+        "speed",
+        "--tiny",
+        "--without-engine",
+        "--repeats",
+        "1",
+    ]
+    command += ["--coverage", coverage, "--draft-shapes", "auto", "5", "--out", tmp_path / "b"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert not found["failures"]
+    assert {row["way"] for row in found["results"]} >= {"our loop, auto", "our loop, 5"}
+    assert found["engines"]["ours"]["facts"]["shapes"]["5, BS 2"].keys() == {"chain of 5"}
