@@ -79,7 +79,9 @@ class Arena:
         return target_cache, drafter_cache
 
     def reserve(self, num_slots: int) -> None:
-        """Make room for `num_slots` in each row. Graphs go."""
+        """Make room for `num_slots` in each row. If there is less, graphs go."""
+        if num_slots <= self.capacity:
+            return
         self.forget()
         for cache in self.caches:
             cache.reserve(num_slots)

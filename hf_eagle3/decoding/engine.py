@@ -46,6 +46,7 @@ from .preparation import find_asked, name_of
 from .room import Clocks, Room
 from .row import Row
 from .state import RoundConfig, RoundState
+from .straight import MOST_AT_ONCE, prefill_straight
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -175,20 +176,30 @@ class Engine:
             is_apart = self.room.is_open and (self.target.device.type == "cpu" or find_listed(self.target) is not None)
             return prefill(PromptCall(*given, self._models[-1].device, cache, move, is_whole, is_apart))
 
+    def prefill_straight(self, prompts: Sequence[Tensor]) -> Prompt:
+        """The same over whole prompts [T_b] of an open engine, where the target `runs_straight`."""
+        cache = self._make_room(len(prompts), max(map(len, prompts)))
+        most = MOST_AT_ONCE.get(self.target.device.type, 0)
+        given = (self.target, self.recorder, prompts, self._models[-1].device, cache, [self.lock])
+        return prefill_straight(*given, most=most)
+
     def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
-        """The same over one prompt [1, T], piece by piece: see `prefill.why_not_in_chunks`."""
-        cache = self._make_room(1, input_ids.shape[1])
+        """The same over one prompt [1, T], piece by piece, where the target `takes_chunks`."""
+        cache = self._make_own_room(input_ids.shape[1])
         around: list[AbstractContextManager] = [self.lock, self.over_masks]
         return ChunkedPrompt(self.target, self.recorder, input_ids, self._models[-1].device, cache, around)
 
     def _make_room(self, num_rows: int, prompt_length: int) -> RowCache:
-        """Memory for prompts; in an open engine, that from which rows are copied to their places."""
-        num_slots = prompt_length + self.config.shapes.first_slots
-        if self.arena is None or self.room.is_open:
-            cache = RowCache(find_kinds(self.target), to_bucket(num_slots))
-            cache.is_stock, self._drafter_cache = self.is_eager, None
-            return cache
+        """Memory for prompts: their rows' own, or that from which they are copied to their places beside others."""
+        if self.arena is None or self.is_running:
+            return self._make_own_room(prompt_length)
+        self.arena.reserve(prompt_length + self.config.shapes.first_slots)
         cache, self._drafter_cache = self.arena.first_rows(num_rows)
+        return cache
+
+    def _make_own_room(self, prompt_length: int) -> RowCache:
+        cache = RowCache(find_kinds(self.target), to_bucket(prompt_length + self.config.shapes.first_slots))
+        cache.is_stock, self._drafter_cache = self.is_eager, None
         return cache
 
     @property
@@ -249,7 +260,7 @@ class Engine:
         if len(self.rows) * config.shape.num_verified <= FEW_TOKENS and not self.room.is_open:
             # As the host does after the prompt: experts that copy the weights they choose, good for few tokens.
             self._stack.enter_context(self.target._optimize_model_for_decode())
-        if self.arena is not None and self.room.is_open:
+        if self.arena is not None and (state.cache.whole is None or state.cache.whole[0] is not self.arena.caches[0]):
             self._move_in(self.arena, state, memory)
         temperature, is_captured = self.rows[0].settings.temperature or 1.0, self.arena is not None
         self.chooser = self._make_chooser(self.target, self.drafter, config, temperature, is_captured=is_captured)
@@ -257,10 +268,8 @@ class Engine:
 
     def _move_in(self, arena: Arena, state: RoundState, memory: DrafterMemory) -> None:
         """Let rows be where graphs look for them."""
-        num_slots = max(row.start for row in self.rows) + self.config.shapes.first_slots
-        if num_slots > arena.capacity:
-            arena.reserve(num_slots)
-        caches, places = arena.first_rows(len(self.rows)), range(len(self.rows))
+        arena.reserve(max(row.start for row in self.rows) + self.config.shapes.first_slots)
+        caches, places = arena.first_rows(len(self.rows)), torch.arange(len(self.rows), device=state.length.device)
         for cache, own in zip(caches, (state.cache, memory.cache), strict=True):
             cache.put(own, places, of=len(self.rows))
         state.cache, memory.cache = caches

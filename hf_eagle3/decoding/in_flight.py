@@ -1,5 +1,6 @@
 """Rows that come and go: who is admitted when, and what a failure takes with it. It knows no `generate()`."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -12,10 +13,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..compat import CACHE_NAME
 from .chunks import ChunkedPrompt, takes_chunks
+from .company import Company
 from .engine import Engine, Room
 from .prefill import Prompt
 from .preparation import HOST_DROPS_MASKS
 from .row import Row
+from .straight import runs_straight
 
 
 class Limits(NamedTuple):
@@ -53,8 +56,11 @@ class InFlight:
         self._waiting: deque[Row] = deque()
         self._chunked: tuple[Row, ChunkedPrompt] | None = None  # whose prompt is on its way, piece by piece
         self._engine: Engine | None = None
+        self.begun: list[Row] = []  # rows that waited before the last step, and do no more
         self.graphs = ""  # how the newest rounds ran, in words
-        self._takes_chunks = takes_chunks(target)
+        # A CPU runs each prompt by itself, so that none is cheaper in company.
+        self._company = None if target.device.type == "cpu" else Company()
+        self._takes_chunks, self._runs_straight = takes_chunks(target), runs_straight(target)
 
     def __enter__(self) -> "InFlight":
         return self
@@ -80,7 +86,7 @@ class InFlight:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.num_waiting and not self.running
+        return self._chunked is None and self._next_waiting() is None and not self.running
 
     def add(self, row: Row) -> None:
         """Let a row wait for a place.
@@ -106,11 +112,15 @@ class InFlight:
 
     def step(self) -> None:
         """Admit what there is room for, and run a round. What fails ends those rows that it concerns (`Row.error`)."""
+        self.begun = []
         self._admit()
         if self._engine is not None and self.running:
+            start = time.perf_counter()
             try:
                 self._engine.round()
                 self.graphs = self._engine.graphs
+                if self._company is not None:
+                    self._company.note_round(time.perf_counter() - start)
             except Exception as error:  # noqa: BLE001  raised where the rows are asked for
                 self._fail(self._engine.rows, error)
                 self._close(error)
@@ -123,14 +133,16 @@ class InFlight:
         """Let rows begin, as many as fit, and as long prompts as others may wait for."""
         budget = self.limits.num_prompt_tokens if self.running else None  # else nobody waits
         budget = self._advance(budget)
+        if self._is_company_awaited():
+            return
         group: list[Row] = []
         while (row := self._next_waiting()) is not None and self._has_room([*group, row]):
             length, is_whole = row.prompt.shape[1], budget == self.limits.num_prompt_tokens and not group
             if budget is None or length <= budget or (is_whole and not self._takes_chunks):
-                group.append(self._waiting.popleft())
+                group.append(self._take_waiting())
                 budget = None if budget is None else max(budget - length, 0)
             elif is_whole and self._chunked is None and length > self.limits.num_prompt_tokens:
-                self._chunked = self._waiting.popleft(), self._open(length).prefill_in_chunks(row.prompt)
+                self._chunked = self._take_waiting(), self._open(length).prefill_in_chunks(row.prompt)
                 self._advance(budget)
                 break
             else:
@@ -140,8 +152,19 @@ class InFlight:
 
     def _next_waiting(self) -> Row | None:
         while self._waiting and not self._waiting[0].is_live:  # cancelled
-            self._waiting.popleft()
+            self._take_waiting()
         return self._waiting[0] if self._waiting else None
+
+    def _take_waiting(self) -> Row:
+        self.begun.append(self._waiting.popleft())
+        return self.begun[-1]
+
+    def _is_company_awaited(self) -> bool:
+        if self._company is None:
+            return False
+        num_running = len(self.running)
+        numbers = {"num_running": num_running, "num_idle": self.limits.num_places - num_running}
+        return self._company.is_awaited(**numbers, num_waiting=len(self._waiting))
 
     def _has_room(self, newcomers: list[Row]) -> bool:
         """Whether these rows fit beside those that run, however long all of them get."""
@@ -198,10 +221,13 @@ class InFlight:
 
     def _begin(self, rows: list[Row], prefill: Callable[[Engine], Prompt]) -> None:
         """Let rows run whose prompts come from `prefill`."""
-        engine = None
+        engine, start = None, time.perf_counter()
         try:
             engine = self._open(max(row.prompt.shape[1] for row in rows))
+            is_pause = bool(self.running)
             engine.admit(rows, prefill(engine))
+            if is_pause and self._company is not None:
+                self._company.note_pause(time.perf_counter() - start)
         except Exception as error:  # noqa: BLE001  raised where the rows are asked for
             self._fail(rows, error)
             if engine is not None and (engine.is_torn or not self.running):
@@ -209,6 +235,8 @@ class InFlight:
                 self._close(error)
 
     def _prefill(self, engine: Engine, rows: list[Row]) -> Prompt:
+        if self._runs_straight:
+            return engine.prefill_straight([row.prompt[0] for row in rows])
         ids, mask, inputs = make_inputs(self._target, [row.prompt[0] for row in rows])
         return engine.prefill(ids, mask, inputs, self._settings)
 

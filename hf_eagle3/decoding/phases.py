@@ -31,7 +31,7 @@ from ..rows.rotation import ToLengths, at_once, one_by_one, rotating
 from ..speculation.accept import RULES, SHARED, Judging, stop_before
 from ..speculation.coverage import accept_covered
 from ..speculation.noise import GlobalNoise, SeededNoise
-from ..speculation.numbers import has_nan
+from ..speculation.numbers import has_nan, send
 from ..speculation.shape import NONE, DraftShape
 from ..speculation.shared_noise import AddNoise, SharedNoise, add_noise
 from ..speculation.verdict import Proposal, Verdict
@@ -344,10 +344,11 @@ class Phases:
         if needed > num_rows:  # what stands in new places is written over, or has ended
             self._select([*range(num_rows), *[0] * (self._choose_size(needed) - num_rows)])
             num_rows = len(self.state.length)
+        index = send(places, self.state.length.device)
         for cache, theirs in ((self.state.cache, state.cache), (self.memory.cache, memory.cache)):
-            cache.put(theirs, places, of=num_rows)
-        self.state.put(state, places)
-        self.memory.put(memory, places)
+            cache.put(theirs, index, of=num_rows)
+        self.state.put(state, index)
+        self.memory.put(memory, index)
         return num_rows
 
     def adapt(self, config: RoundConfig, warper: RowWarper) -> None:
@@ -360,7 +361,7 @@ class Phases:
 
     def _select(self, rows: list[int]) -> None:
         """Be the batch of these rows of this one, as often as they are among them."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.state.length.device)
+        index = send(rows, self.state.length.device)
         target_cache, drafter_cache = self._take_rows(index)
         self.state, self.memory = self.state.over(target_cache, index), self.memory.over(drafter_cache, index)
         self.warper = self.warper.clone()  # the other one may be that of graphs

@@ -11,6 +11,7 @@ from ..drafters.draft import Committed
 from ..rows.cache import RowCache
 from ..speculation.accept import BLOCK, GREEDY, SHARED, SIMULATED
 from ..speculation.coverage import Coverage
+from ..speculation.numbers import send
 from ..speculation.shape import NONE, DraftShape, Shapes
 from ..speculation.verdict import Proposal, Verdict
 from .prefill import Prompt
@@ -82,8 +83,8 @@ class RoundState:
             length=prompt.lengths.clone(),
             root=torch.zeros_like(prompt.lengths),
             shift=prompt.shift,
-            last_position=prompt.lengths.new_tensor(last),
-            seeds=prompt.lengths.new_tensor(seeds),
+            last_position=send(last, prompt.lengths.device),
+            seeds=send(seeds, prompt.lengths.device),
             cache=prompt.cache,
             asked=prompt.asked,
         )
@@ -128,14 +129,13 @@ class RoundState:
             asked = self.asked if rows is None or self.asked is None else self.asked.of_rows(rows.tolist())
             return RoundState(**{name: x.clone() for name, x in values.items()}, cache=cache, asked=asked)
 
-    def put(self, other: "RoundState", places: list[int]) -> None:
-        """Let the rows of another state be in these places."""
-        index = torch.tensor(places, device=self.length.device)
+    def put(self, other: "RoundState", places: Tensor) -> None:
+        """Let the rows of another state be in the `places` [B'] int64."""
         for name in ("length", "root", "seeds"):
-            getattr(self, name)[index] = getattr(other, name)
-        self.shift[..., index, :] = other.shift
+            getattr(self, name)[places] = getattr(other, name)
+        self.shift[..., places, :] = other.shift
         if self.asked is not None and other.asked is not None:
-            self.asked.put(other.asked, places)
+            self.asked.put(other.asked, places.tolist())
 
     def copy_from(self, other: "RoundState") -> None:
         """Take the values of another state of the same sizes, in place."""

@@ -133,12 +133,11 @@ class DrafterMemory:
             values = {name: x if rows is None else x[rows.to(x.device)] for name, x in values.items()}
             return DrafterMemory(**{name: x.clone() for name, x in values.items()}, room=self.room, cache=cache)
 
-    def put(self, other: "DrafterMemory", places: list[int]) -> None:
-        """Let the rows of another memory be in these places."""
-        index = torch.tensor(places, device=self.tokens.device)
+    def put(self, other: "DrafterMemory", places: Tensor) -> None:
+        """Let the rows of another memory be in the `places` [B'] int64."""
         for name in self.TENSORS:
             mine = getattr(self, name)
-            mine[index.to(mine.device)] = getattr(other, name)
+            mine[places.to(mine.device)] = getattr(other, name)
 
     def copy_from(self, other: "DrafterMemory") -> None:
         """Take the values of another memory of the same sizes, in place."""

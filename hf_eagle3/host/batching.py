@@ -39,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 OURS = ("assistant_model", *SETTINGS)
 PLACES = {"cpu": 8}  # rows that run at once, by device
+PLACES_ELSEWHERE = 64
 PROMPT_TOKENS = {"cpu": 128}  # of prompts between two rounds: a few rounds' time
-ELSEWHERE = 64, 512
+# Elsewhere: tokens times weights that take about as long on a GPU, since a small target's forward is launches alone.
+PROMPT_WORK, LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 4e12, 512, 4096
 SHARE = 0.8  # of the free memory of a device
 # Set while the host's own functions run that call one another.
 _is_hosts: ContextVar[bool] = ContextVar("is_hosts", default=False)
@@ -201,8 +203,8 @@ def find_limits(target: PreTrainedModel, config: Any, num_requests: int | None) 
         if (value := getattr(config, name, None)) is not None and not value > 0:
             raise ValueError(f"{name} of the continuous batching config is above 0, or None; got {value!r}.")
     device = target.device
-    places = getattr(config, "max_requests_per_batch", None) or PLACES.get(device.type, ELSEWHERE[0])
-    tokens = getattr(config, "max_batch_tokens", None) or PROMPT_TOKENS.get(device.type, ELSEWHERE[1])
+    places = getattr(config, "max_requests_per_batch", None) or PLACES.get(device.type, PLACES_ELSEWHERE)
+    tokens = getattr(config, "max_batch_tokens", None) or choose_prompt_tokens(target)
     if num_requests is not None:
         places = min(places, max(num_requests, 1))
     blocks, num_slots = getattr(config, "num_blocks", None), None
@@ -214,6 +216,13 @@ def find_limits(target: PreTrainedModel, config: Any, num_requests: int | None) 
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         num_slots = int(free * share / count_slot_bytes(target))
     return Limits(int(places), int(tokens), num_slots)
+
+
+def choose_prompt_tokens(target: PreTrainedModel) -> int:
+    """Tokens of prompts between two rounds that those who run hardly notice."""
+    if (tokens := PROMPT_TOKENS.get(target.device.type)) is not None:
+        return tokens
+    return min(max(int(PROMPT_WORK / target.num_parameters()), LEAST_PROMPT_TOKENS), MOST_PROMPT_TOKENS)
 
 
 def count_slot_bytes(target: PreTrainedModel) -> int:

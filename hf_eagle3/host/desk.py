@@ -103,6 +103,8 @@ class Desk:
     def __init__(self, in_flight: InFlight, *, depth: int, rule: str):
         self.in_flight, self._depth, self._rule = in_flight, depth, rule
         self._open: dict[str, Request] = {}
+        self._begun: dict[str, Request] = {}  # of these, those that have more to tell than that they wait
+        self._by_row: dict[int, Request] = {}
         self._counts: Counter[str] = Counter()
         self._busy = 0.0  # seconds of steps
         self._firsts: deque[float] = deque(maxlen=WINDOW)  # seconds to first tokens
@@ -125,6 +127,7 @@ class Desk:
                 if request.streamer is not None:
                     request.streamer.put(request.row.prompt.cpu())
                 self.in_flight.add(request.row)
+                self._by_row[id(request.row)] = request
             except Exception as error:  # noqa: BLE001  no room, or the streamer's own
                 request.error = error
         return [] if request.error is None else [self._finish(request)]
@@ -134,14 +137,18 @@ class Desk:
         if (request := self._open.get(request_id)) is not None and request.row is not None:
             request.error = CancelledError(f"Request {request_id} was cancelled.")
             self.in_flight.cancel(request.row)
+            self._begun[request_id] = request
 
     def step(self) -> list[GenerationOutput]:
         """Go on by a round; what is new."""
         start = time.perf_counter()
         self.in_flight.step()
         self._busy += time.perf_counter() - start
+        for row in self.in_flight.begun:
+            if (request := self._by_row.get(id(row))) is not None:
+                self._begun[request.id] = request
         running = set(map(id, self.in_flight.running))
-        told = [self._look(request, start, id(request.row) in running) for request in list(self._open.values())]
+        told = [self._look(request, start, id(request.row) in running) for request in list(self._begun.values())]
         return [output for output in told if output is not None]
 
     def stop(self) -> list[GenerationOutput]:
@@ -201,6 +208,8 @@ class Desk:
     def _finish(self, request: Request) -> GenerationOutput:
         """Let go of a request that has ended; the last that is told of it."""
         del self._open[request.id]
+        self._begun.pop(request.id, None)
+        self._by_row.pop(id(request.row), None)
         request.finished = time.perf_counter()
         if request.row is not None:
             request.speculation = self._new_speculation()

@@ -212,11 +212,12 @@ class RowCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.take_rows(theirs, rows)
 
-    def put(self, other: "RowCache", places: Sequence[int], *, of: int) -> None:
-        """Hold the rows of `other` in these places; `of` is how many rows there are in all."""
+    def put(self, other: "RowCache", places: Tensor, *, of: int) -> None:
+        """Hold the rows of `other` in the `places` [B'] int64; `of` is how many rows there are in all."""
         self.settle()
-        for row, place in enumerate(places) if other.layers else ():  # nobody's drafts have none
-            self.view(place, 1, of=of).take_rows(other, torch.tensor([row]))
+        other.settle()
+        for mine, theirs in zip(self.layers, other.layers, strict=False):  # nobody's drafts have none
+            mine.put(theirs, places, of)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [B'] int64 only, as often as they are among them."""

@@ -59,6 +59,9 @@ class Nothing(CacheLayerMixin):
     def take_rows(self, other: Any, rows: Tensor) -> None:  # Any: likewise
         """Hold the `rows` [B'] int64 of another layer."""
 
+    def put(self, other: Any, places: Tensor, of: int) -> None:  # Any: likewise
+        """Hold the rows of another layer in the `places` [B'] int64; `of` is how many rows there are in all."""
+
     def list_memory(self) -> list[Tensor]:
         """The tensors that it keeps."""
         return [x for pair in self.held() for x in pair]
@@ -127,10 +130,12 @@ class KeyValues(Nothing):
         assert self.keys is not None
         assert self.values is not None
         assert self.cache.block is not None
+        if self.cache.is_first:
+            for memory, new in ((self.keys, key_states), (self.values, value_states)):
+                memory[:, : new.shape[2]] = new.transpose(1, 2)
+            return key_states, value_states
         write = write_rows if BY_KERNELS.get() else write_rows_eager
         write(self.keys, self.values, key_states, value_states, self.cache.block.start)
-        if self.cache.is_first:
-            return key_states, value_states
         keys, values = (x[:, : self.cache.num_visible].transpose(1, 2) for x in (self.keys, self.values))
         return (keys.contiguous(), values.contiguous()) if self.cache.is_dense else (keys, values)
 
@@ -203,6 +208,16 @@ class KeyValues(Nothing):
                 rows, : memory.shape[1]
             ]  # slots behind its rows' lengths may be fewer, or more
             memory[:, : given.shape[1]].copy_(given)
+
+    def put(self, other: Any, places: Tensor, of: int) -> None:
+        """Hold the rows of another layer in these places."""
+        if not other.is_initialized:
+            return
+        if not self.is_initialized:
+            self.make_room(other.keys.transpose(1, 2), other.values.transpose(1, 2), of)
+        for name, memory in self._each():
+            given = getattr(other, name)[:, : memory.shape[1]]  # likewise
+            memory[:, : given.shape[1]].index_copy_(0, places.to(memory.device), given)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""
@@ -282,6 +297,11 @@ class IndexedKeyValues(KeyValues):
         """Hold the `rows` of another layer, which may be over the same memory."""
         super().take_rows(other, rows)
         self.indexer.take_rows(other.indexer, rows)
+
+    def put(self, other: Any, places: Tensor, of: int) -> None:
+        """Hold the rows of another layer in these places."""
+        super().put(other, places, of)
+        self.indexer.put(other.indexer, places, of)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""

@@ -189,6 +189,14 @@ class States(LinearAttentionLayer, Nothing):
                 self._mark(other)
             self.rings[key][self.first] = ring[other.first, rows.to(ring.device)]
 
+    def put(self, other: Any, places: Tensor, of: int) -> None:
+        """Hold the rows of another layer in these places."""
+        for key, ring in other.rings.items():
+            if key not in self.rings:
+                self.make_room(key, ring[other.first], of)
+                self._mark(other)
+            self.rings[key][self.first].index_copy_(0, places.to(ring.device), ring[other.first])
+
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""
         for key, ring in self.rings.items():
@@ -245,6 +253,11 @@ class KeyValuesAndStates(States, KeyValues):
         """Hold the `rows` of another layer."""
         for kind in (KeyValues, States):
             kind.take_rows(self, other, rows)
+
+    def put(self, other: Any, places: Tensor, of: int) -> None:
+        """Hold the rows of another layer in these places."""
+        for kind in (KeyValues, States):
+            kind.put(self, other, places, of)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` only."""

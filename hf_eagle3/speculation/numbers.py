@@ -1,10 +1,18 @@
-"""NaN among logits: found, and named."""
+"""Numbers on their way to a device, and NaN among logits: found, and named."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
 class NotANumberError(ValueError):
     """The target's logits are NaN."""
+
+
+def send(values: Sequence | int, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """The `values` on `device`, without a wait for what runs there."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def has_nan(logits: Tensor) -> Tensor:

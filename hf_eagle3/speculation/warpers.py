@@ -13,6 +13,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .numbers import send
+
 # Settings that rows may differ in: the field, the host's warper and its attribute. In this order, which is the host's.
 BY_ROW = (
     ("temperature", TemperatureLogitsWarper, "temperature"),
@@ -80,10 +82,10 @@ class RowWarper:
         nothing = {"temperature": 1.0, "top_k": 0, "rest": -1.0, "min_p": -1.0, "is_greedy": 0}
         with torch.inference_mode(False):
             self.values = {
-                name: torch.tensor(
+                name: send(
                     [nothing[name] if value is None else value for value in column],
-                    dtype=torch.long if name in WHOLE_NUMBERS else torch.float32,
-                    device=device,
+                    device,
+                    torch.long if name in WHOLE_NUMBERS else torch.float32,
                 )
                 for name, column in columns.items()
                 if any(value is not None for value in column)

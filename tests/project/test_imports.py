@@ -103,8 +103,8 @@ LAYERS = {
     "decoding": [
         ["in_flight"],
         ["engine"],
-        ["captured", "choosing", "chunks"],
-        ["arena", "in_order", "loop"],
+        ["captured", "choosing", "straight"],
+        ["arena", "chunks", "company", "in_order", "loop"],
         ["phases", "transcript"],
         ["cuda_graphs", "lock", "row", "state"],
         ["prefill"],
@@ -130,9 +130,9 @@ LAYERS = {
         ["costs", "coverage"],
         ["accept"],
         ["block_verification", "shared_noise"],
-        ["noise", "numbers", "rates"],
+        ["noise", "rates"],
         ["sampling", "stats", "verdict", "warpers"],
-        ["shape"],
+        ["numbers", "shape"],
         ["tree"],
     ],
     "training": [
