@@ -7,6 +7,7 @@ graphs between calls.
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from ..speculation.warpers import RowWarper
 from ..tensor_parallel import call_before_groups_end, find_peers, is_spread
 from .arena import Arena, KnownUnfitError, Recorded, describe_autocast, release_graphs
 from .cuda_graphs import capture, memory_in_use, synchronize, warm_up
-from .lock import lock_of, why_busy
+from .lock import BUSY, lock_of, why_busy
 from .phases import Accepted, Models, Phases, Verified, list_models
 from .state import RoundConfig, RoundState
 
@@ -94,6 +95,18 @@ def why_not_captured(target: PreTrainedModel, drafter: PreTrainedModel | None) -
         if has_forward_hooks(module):
             return f"{type(module).__name__} has forward hooks"
     return why_kernels_do_not(target)
+
+
+# Reasons for eager rounds that were logged, by target.
+_logged: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
+
+
+def warn_once(target: PreTrainedModel, why_eager: str) -> None:
+    """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
+    logged = _logged.setdefault(target, set())
+    if target.device.type == "cuda" and why_eager not in (*logged, BUSY):
+        logged.add(why_eager)
+        logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
 
 
 def why_kernels_do_not(target: PreTrainedModel) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..compat import CACHE_NAME
 from ..drafters.draft import DrafterMemory, Prompted
 from ..drafters.kinds import find_kind
 from ..kernels.onednn import PackedLinears
@@ -34,11 +35,11 @@ from ..speculation.verdict import Proposal, Verdict
 from ..speculation.warpers import RowWarper
 from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena, take_fingerprint
-from .captured import CapturedPhases, CudaGraphs, why_kernels_do_not
+from .captured import CapturedPhases, CudaGraphs, warn_once, why_kernels_do_not
 from .choosing import Pace, make_chooser
 from .chunks import ChunkedPrompt
 from .in_order import accept_in_order, accept_in_step, put_pads
-from .lock import BUSY, LayerLock, give_arena_back, lock_of, take_arena
+from .lock import BUSY, LayerLock, give_arena_back, leave, lock_of, take_arena
 from .loop import DeviceRead, HostTime, Launched, note_parts
 from .phases import Models, Phases, Verified, list_models
 from .prefill import Prompt, PromptCall, prefill
@@ -46,7 +47,7 @@ from .preparation import find_asked, name_of
 from .room import Clocks, Room
 from .row import Row
 from .state import RoundConfig, RoundState
-from .straight import MOST_AT_ONCE, prefill_straight
+from .straight import MOST_AT_ONCE, Beginning, make_drafter_cache, may_part, part, prefill_straight
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,6 @@ FEW_TOKENS = 4
 # eager rounds need none of it, and raise again what is the caller's own.
 CAPTURE_ERRORS: tuple[type[Exception], ...] = (Exception,)
 ASKED_FOR = "asked for"
-# Reasons for eager rounds that were logged, by target.
-_logged: "weakref.WeakKeyDictionary[PreTrainedModel, set[str]]" = weakref.WeakKeyDictionary()
 
 
 class Engine:
@@ -88,6 +87,8 @@ class Engine:
         self.target, self.drafter, self.config, self.room = target, drafter, config, room
         self._models = list_models(target, drafter)
         self._proposer = drafter if config.shapes.drafts else None
+        self._kind = find_kind(None if self._proposer is None else self._proposer.config)
+        self._most_at_once = MOST_AT_ONCE.get(target.device.type, 0)  # tokens of prompts
         self.is_eager, self.capturer, self._make_chooser = is_eager, capturer or CudaGraphs(), chooser
         self.rows: list[Row] = []  # in their places in the batch
         self.clocks = Clocks(
@@ -170,6 +171,14 @@ class Engine:
     ) -> Prompt:
         """The target's forward over the prompts; arguments as of `prefill.PromptCall`."""
         given = (self.target, self.recorder, input_ids, mask, model_kwargs, generation_config)
+        if (
+            not is_whole
+            and len(mask) > 1
+            and mask.numel() > self._most_at_once > 0
+            and may_part(self.target, mask, model_kwargs, generation_config)
+        ):
+            texts, columns = part(input_ids, mask)
+            return self.prefill_straight(texts)._replace(columns=columns, host_cache=model_kwargs[CACHE_NAME])
         with self.lock:
             cache = self._make_room(len(mask), int(mask.sum(-1).max()))
             # Some forwards count pads as positions; a CPU computes them like tokens.
@@ -178,10 +187,13 @@ class Engine:
 
     def prefill_straight(self, prompts: Sequence[Tensor]) -> Prompt:
         """The same over whole prompts [T_b] of an open engine, where the target `runs_straight`."""
-        cache = self._make_room(len(prompts), max(map(len, prompts)))
-        most = MOST_AT_ONCE.get(self.target.device.type, 0)
-        given = (self.target, self.recorder, prompts, self._models[-1].device, cache, [self.lock])
-        return prefill_straight(*given, most=most)
+        longest, shapes = max(map(len, prompts)), self.config.shapes
+        cache = self._make_room(len(prompts), longest)
+        its = self._drafter_cache or make_drafter_cache(self._proposer, longest, shapes)
+        beginning = Beginning(self._kind, self._proposer, shapes, its, self.clocks.draft)
+        given = (self.target, self.recorder, prompts, cache, beginning)
+        with self.lock:
+            return prefill_straight(*given, most=self._most_at_once)
 
     def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
         """The same over one prompt [1, T], piece by piece, where the target `takes_chunks`."""
@@ -225,12 +237,13 @@ class Engine:
                 self._prompts[row] = prompt.tokens[b, : int(prompt.num_states[b])]
         seeds = [draw_seed() if row.seed is None and config.needs_seeds else row.seed or 0 for row in rows]
         state = RoundState.behind(prompt, max_length=config.max_length, seeds=seeds)
-        kind = find_kind(None if self._proposer is None else self._proposer.config)
-        models = Models(self.target, self._proposer, kind, self.recorder, make_agree(self.target))
-        first = prompt.lengths - prompt.num_states
-        prompted = Prompted(prompt.tokens, prompt.states, prompt.num_states, first)
-        with self.lock, self.clocks.draft:
-            memory = models.kind.begin(self.drafter, prompted, config.shapes, cache=self._drafter_cache)
+        models = Models(self.target, self._proposer, self._kind, self.recorder, make_agree(self.target))
+        memory = prompt.memory
+        if memory is None:
+            first = prompt.lengths - prompt.num_states
+            prompted = Prompted(prompt.tokens, prompt.states, prompt.num_states, first)
+            with self.lock, self.clocks.draft:
+                memory = self._kind.begin(self.drafter, prompted, config.shapes, cache=self._drafter_cache)
         nothing = Proposal(state.root.new_zeros(len(rows), 0), None)
         if self.is_running:
             newcomers = Phases(models, state, memory, self._make_warper(rows), config)
@@ -485,17 +498,3 @@ class Engine:
             )
         phases.commit(proposal, verdict, verified.states)
         return verdict
-
-
-def warn_once(target: PreTrainedModel, why_eager: str) -> None:
-    """Warn of what keeps rounds on a GPU from being captured, once for a target and a reason."""
-    logged = _logged.setdefault(target, set())
-    if target.device.type == "cuda" and why_eager not in (*logged, BUSY):
-        logged.add(why_eager)
-        logger.warning("Rounds run eagerly, several times as slow as CUDA graphs: %s.", why_eager)
-
-
-def leave(context: AbstractContextManager, lock: LayerLock) -> None:
-    """Let a call leave nothing of `context` behind, even if it is interrupted while that is entered."""
-    with lock:
-        context.__exit__(None, None, None)

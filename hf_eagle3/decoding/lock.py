@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from transformers import PreTrainedModel
 
@@ -73,3 +73,9 @@ def lock_of(target: PreTrainedModel) -> LayerLock:
     """The lock on the layers of `target`."""
     with _lock:
         return _locks.setdefault(target, LayerLock())
+
+
+def leave(context: AbstractContextManager, lock: LayerLock) -> None:
+    """Let a call leave nothing of `context` behind, even if it is interrupted while that is entered."""
+    with lock:
+        context.__exit__(None, None, None)

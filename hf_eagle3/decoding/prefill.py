@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..compat import CACHE_NAME, count_cached
+from ..drafters.draft import DrafterMemory
 from ..recorder import StateRecorder
 from ..rows.block import is_by_rows
 from ..rows.cache import RowCache
@@ -38,6 +39,7 @@ class Prompt(NamedTuple):
     cache: RowCache
     host_cache: Cache  # what plain decoding would go on with
     asked: AskedPositions | None  # position ids of later tokens, where `shift` does not say them
+    memory: DrafterMemory | None = None  # where the drafter has read the states already, which are none then
 
 
 class PromptCall(NamedTuple):

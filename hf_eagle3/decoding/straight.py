@@ -4,26 +4,54 @@ Rows are padded behind, so no mask is needed: what stands before a token is its 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..compat import CACHE_NAME
+from ..drafters.draft import DrafterKind, DrafterMemory, Prompted
 from ..recorder import StateRecorder
 from ..rows.block import whole_rows
-from ..rows.cache import WRITING, RowCache
+from ..rows.cache import WRITING, RowCache, to_bucket
 from ..rows.forwards import find_special
 from ..rows.rotation import at_once, rotating
 from ..speculation.numbers import send
+from ..speculation.shape import Shapes
 from .chunks import takes_chunks
-from .prefill import Prompt
+from .columns import counts_from_zero, is_text_only, real_first
+from .prefill import Prompt, keeps_what_rows_keep
 
 # They fill a GPU, and what more would leave behind is memory. A CPU computes pads like tokens: rows run by themselves.
 MOST_AT_ONCE = {"cpu": 0, "cuda": 4096}
+
+
+class Beginning(NamedTuple):
+    """How a drafter begins with rows, as soon as the target has run over some of them."""
+
+    kind: DrafterKind
+    drafter: PreTrainedModel | None
+    shapes: Shapes
+    cache: RowCache  # the drafter's of all rows, with room for the longest prompt
+    clock: AbstractContextManager  # entered around it
+
+    def begin(self, tokens: Tensor, states: Tensor, counts: Tensor, part: slice, *, of: int) -> DrafterMemory:
+        """Its memory of a part of the rows.
+
+        Args:
+            tokens: [b, M].
+            states: [b, M, A*Ht], the target's.
+            counts: [b], how many there are.
+            part: Which rows these are.
+            of: How many there are in all.
+        """
+        num_rows = part.stop - part.start
+        cache = self.cache if num_rows == of else self.cache.view(part.start, num_rows, of=of)
+        prompted = Prompted(tokens, states, counts, torch.zeros_like(counts))
+        return self.kind.begin(self.drafter, prompted, self.shapes, cache=cache)
 
 
 def runs_straight(target: PreTrainedModel) -> bool:
@@ -31,52 +59,74 @@ def runs_straight(target: PreTrainedModel) -> bool:
     return takes_chunks(target) and find_special(target) is None
 
 
+def make_drafter_cache(drafter: PreTrainedModel | None, longest: int, shapes: Shapes) -> RowCache:
+    """With room for prompts of up to `longest` tokens and a draft."""
+    num_layers = 0 if drafter is None else drafter.config.num_hidden_layers
+    return RowCache(num_layers, to_bucket(longest + shapes.num_drafter_slots))
+
+
+def part(input_ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The tokens [T_b] of each row of a batch [B, S], and in which columns [B, P] they stand."""
+    columns = real_first(mask)
+    rows = input_ids.gather(1, columns)
+    return [row[:n] for row, n in zip(rows, mask.sum(-1).tolist(), strict=True)], columns
+
+
+def may_part(target: PreTrainedModel, mask: Tensor, model_kwargs: dict[str, Any], settings: GenerationConfig) -> bool:
+    """Whether the rows of a call's batch may run straight; arguments as of `prefill.PromptCall`."""
+    is_plain = is_text_only(model_kwargs) and counts_from_zero(model_kwargs, mask)
+    is_plain = is_plain and settings.prefill_chunk_size is None
+    return is_plain and keeps_what_rows_keep(target, model_kwargs[CACHE_NAME]) and runs_straight(target)
+
+
 def prefill_straight(
     target: PreTrainedModel,
     recorder: StateRecorder,
     prompts: Sequence[Tensor],
-    device: torch.device,
     cache: RowCache,
-    around: Sequence[AbstractContextManager],
+    beginning: Beginning,
     *,
     most: int,
 ) -> Prompt:
-    """The target after `prompts` [T_b]; what `prefill` returns.
+    """The target after `prompts` [T_b], and the drafter, which reads states as they come; what `prefill` returns.
 
     Args:
         target: One that `runs_straight`.
         recorder: Open, on it.
         prompts: Of the rows, on the target's device.
-        device: The drafter's.
         cache: To hold what the target has seen of each row, with room for the longest.
-        around: Entered around each forward.
-        most: Tokens in one, with their pads, where rows need not run by themselves for that.
+        beginning: What the drafter begins with.
+        most: Tokens in one forward, with their pads, where rows need not run by themselves for that.
     """
     counts = [len(prompt) for prompt in prompts]
     ids = pad_sequence(list(prompts), batch_first=True)  # [B, P]
     lengths = send(counts, ids.device)
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     positions = torch.minimum(columns, lengths[:, None] - 1)  # pads have the last one's
-    parts = list(split(counts, most))
-    logits, states = [], None
-    for part in parts:
-        width = max(counts[part])
-        view = cache if len(parts) == 1 else cache.view(part.start, part.stop - part.start, of=len(counts))
-        with ExitStack() as stack:
-            for context in around:
-                stack.enter_context(context)
-            ends = lengths[part] - 1 if min(counts[part]) < width else None
-            logits.append(run_first(target, view, ids[part, :width], positions[part, :width], ends))
-        new = recorder.take(device)  # [b, width, A*Ht]
-        if len(parts) == 1:
-            states = new
-            break
-        states = new.new_zeros(*ids.shape, new.shape[-1]) if states is None else states
-        states[part, :width] = new
-    assert states is not None
-    shift = torch.zeros_like(lengths)[:, None]
+    logits, memories = [], []
+    device = (target if beginning.drafter is None else beginning.drafter).device
+    for part in split(counts, most):
+        width, B = max(counts[part]), len(counts[part])
+        its = cache if len(counts) == B else cache.view(part.start, B, of=len(counts))
+        ends = lengths[part] - 1 if min(counts[part]) < width else None
+        logits.append(run_first(target, its, ids[part, :width], positions[part, :width], ends))
+        states = recorder.take(device)
+        with beginning.clock:
+            memories.append(beginning.begin(ids[part, :width], states, lengths[part], part, of=len(counts)))
+    zeros = torch.zeros_like(lengths)[:, None]
     return Prompt(
-        lengths, 0, columns, torch.cat(logits), ids, states, lengths.clone(), shift, cache, DynamicCache(), None
+        lengths=lengths,
+        extra=0,
+        columns=columns,
+        logits=torch.cat(logits),
+        tokens=ids,
+        states=zeros[..., None][:, :0],
+        num_states=lengths.clone(),
+        shift=zeros,
+        cache=cache,
+        host_cache=DynamicCache(),
+        asked=None,
+        memory=memories[0] if len(memories) == 1 else DrafterMemory.joined(memories, beginning.cache),
     )
 
 

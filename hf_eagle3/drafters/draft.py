@@ -1,6 +1,6 @@
 """What a drafter of any kind owes the loops: `begin`, `catch_up` and `propose`, over a memory of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -132,6 +132,12 @@ class DrafterMemory:
             values = {name: getattr(self, name) for name in self.TENSORS}
             values = {name: x if rows is None else x[rows.to(x.device)] for name, x in values.items()}
             return DrafterMemory(**{name: x.clone() for name, x in values.items()}, room=self.room, cache=cache)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[DrafterMemory]", cache: RowCache) -> "DrafterMemory":
+        """That of the rows of several memories, over one cache that theirs are views of."""
+        values = {name: torch.cat([getattr(part, name) for part in parts]) for name in cls.TENSORS}
+        return cls(**values, room=parts[0].room, cache=cache)
 
     def put(self, other: "DrafterMemory", places: Tensor) -> None:
         """Let the rows of another memory be in the `places` [B'] int64."""

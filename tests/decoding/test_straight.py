@@ -4,25 +4,41 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.batches import GREEDY, pad
+from helpers.capture import capture_on_cpus
 from helpers.marks import slow_but
-from helpers.models import FAMILIES, count_hooks, make_prompt, make_target
+from helpers.models import FAMILIES, count_hooks, make_drafter, make_prompt, make_target
 
+from hf_eagle3 import release_graphs
 from hf_eagle3.decoding.company import Company
-from hf_eagle3.decoding.straight import prefill_straight, runs_straight, split
+from hf_eagle3.decoding.straight import (
+    MOST_AT_ONCE,
+    Beginning,
+    make_drafter_cache,
+    prefill_straight,
+    runs_straight,
+    split,
+)
+from hf_eagle3.drafters.kinds import find_kind
 from hf_eagle3.recorder import StateRecorder
 from hf_eagle3.rows.cache import RowCache, to_bucket
 from hf_eagle3.rows.layers import find_kinds
 from hf_eagle3.rows.rotation import own_lengths
+from hf_eagle3.speculation.shape import Shapes, chain
 
 LENGTHS = (9, 30, 1, 17)
 
 
-def run(target, prompts, *, most):
+def run(target, drafter, prompts, *, most):
     """The prompts, and the keys of each layer."""
-    cache = RowCache(find_kinds(target), to_bucket(max(map(len, prompts))))
-    with torch.no_grad(), own_lengths(target), StateRecorder(target, (1, 2)) as recorder:
-        prompt = prefill_straight(target, recorder, prompts, target.device, cache, [nullcontext()], most=most)
-    return prompt, [layer.keys for layer in cache.layers]
+    longest = max(map(len, prompts))
+    cache = RowCache(find_kinds(target), to_bucket(longest))
+    shapes = Shapes((chain(3),))
+    its = make_drafter_cache(drafter, longest, shapes)
+    beginning = Beginning(find_kind(drafter.config), drafter, shapes, its, nullcontext())
+    with torch.no_grad(), own_lengths(target), StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
+        prompt = prefill_straight(target, recorder, prompts, cache, beginning, most=most)
+    return prompt, [layer.keys for layer in (*cache.layers, *its.layers)]
 
 
 @pytest.mark.any_release
@@ -31,20 +47,37 @@ def test_rows_that_share_a_forward_hold_what_they_hold_alone(family):
     target = make_target(family)
     if not runs_straight(target):
         pytest.skip("It prepares its inputs in a way of its own.")
-    prompts = [make_prompt(n)[0] for n in LENGTHS]
-    alone, their_keys = run(target, prompts, most=0)
+    drafter, prompts = make_drafter(target).bind(target), [make_prompt(n)[0] for n in LENGTHS]
+    alone, their_keys = run(target, drafter, prompts, most=0)
     for most in (64, 1000):  # two rows a forward, and all
-        shared, keys = run(target, prompts, most=most)
+        shared, keys = run(target, drafter, prompts, most=most)
         torch.testing.assert_close(shared.logits, alone.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shared.memory.states, alone.memory.states, rtol=1e-4, atol=1e-5)
+        assert shared.memory.start.tolist() == [n - 1 for n in LENGTHS]
         for b, length in enumerate(LENGTHS):
-            torch.testing.assert_close(shared.states[b, :length], alone.states[b, :length], rtol=1e-4, atol=1e-5)
-            for mine, theirs in zip(keys, their_keys, strict=True):
-                torch.testing.assert_close(mine[b, :length], theirs[b, :length], rtol=1e-4, atol=1e-5)
+            for mine, theirs in zip(keys, their_keys, strict=True):  # of the drafter, the last is pending
+                torch.testing.assert_close(mine[b, : length - 1], theirs[b, : length - 1], rtol=1e-4, atol=1e-5)
     for b, prompt in enumerate(prompts):
         with torch.no_grad():
             logits = target(prompt[None]).logits[:, -1:]
         torch.testing.assert_close(alone.logits[b : b + 1], logits, rtol=1e-4, atol=1e-5)
     assert count_hooks(target) == 0
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_a_large_batch_of_a_call_runs_in_parts(target, monkeypatch, captured):
+    """Its texts, and the cache that it returns, are those of one forward."""
+    batch = pad([make_prompt(n) for n in LENGTHS])
+    drafter, options = make_drafter(target), {**GREEDY, "max_new_tokens": 12}
+    whole = target.generate(**batch, assistant_model=drafter, return_dict_in_generate=True, **options)
+    if captured:
+        capture_on_cpus(monkeypatch)
+    monkeypatch.setitem(MOST_AT_ONCE, "cpu", 64)
+    parts = target.generate(**batch, assistant_model=drafter, return_dict_in_generate=True, **options)
+    release_graphs()
+    assert parts.sequences.tolist() == whole.sequences.tolist()
+    for mine, theirs in zip(parts.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_split_where_they_would_be_too_many():
