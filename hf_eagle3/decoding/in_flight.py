@@ -1,7 +1,7 @@
 """Rows that come and go: who is admitted when, and what a failure takes with it. It knows no `generate()`."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ class InFlight:
         self._engine: Engine | None = None
         self.begun: list[Row] = []  # rows that waited before the last step, and do no more
         self.graphs = ""  # how the newest rounds ran, in words
+        self.rounds: Counter[str] = Counter()  # by what they proposed
         # A CPU runs each prompt by itself, so that none is cheaper in company.
         self._company = None if target.device.type == "cpu" else Company()
         self._takes_chunks, self._runs_straight = takes_chunks(target), runs_straight(target)
@@ -119,6 +120,7 @@ class InFlight:
             try:
                 self._engine.round()
                 self.graphs = self._engine.graphs
+                self.rounds[self._engine.phases.shape.name] += 1
                 if self._company is not None:
                     self._company.note_round(time.perf_counter() - start)
             except Exception as error:  # noqa: BLE001  raised where the rows are asked for

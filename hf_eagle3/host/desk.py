@@ -88,6 +88,7 @@ class Stats(NamedTuple):
     time_to_first_token_p95: float | None
     time_per_token: float | None  # seconds behind the first, the median likewise
     acceptance_length: float  # tokens gained per round of a row; NaN without a draft
+    rounds: dict[str, int]  # of all rows that ran, by what they proposed
     graphs: str  # whether rounds run as CUDA graphs, and if not, why
 
 
@@ -173,6 +174,7 @@ class Desk:
             time_to_first_token_p95=find_quantile(self._firsts, 0.95),
             time_per_token=find_quantile(self._paces, 0.5),
             acceptance_length=self._total.acceptance_length,
+            rounds=dict(self.in_flight.rounds),
             graphs=self.in_flight.graphs,
         )
 

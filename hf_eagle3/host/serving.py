@@ -6,6 +6,7 @@ Routes, streams, tool calls and errors are the host's. Its batches take the samp
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
 from .attaching import attach
 from .manager import Manager
+from .metrics import CONTENT_TYPE, make_page
 from .refusals import refuse_other_models
 from .request_rows import FIELDS, NOT_HERE
 
@@ -24,6 +26,7 @@ GIVEN = {"max_new_tokens", "eos_token_id", *NOT_HERE}
 @contextmanager
 def drafting(source: str, **settings: Any) -> Iterator[None]:
     """Let what the host's server loads have the drafter `source` attached, with `settings` of `attach`."""
+    from transformers.cli.serving import server
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.utils import BaseHandler, CBGenerateManager
 
@@ -35,7 +38,8 @@ def drafting(source: str, **settings: Any) -> Iterator[None]:
         attach(target, drafter.to(target.device), **settings)
         return target
 
-    wraps: tuple[tuple[type, str, Callable], ...] = (
+    wraps: tuple[tuple[Any, str, Callable], ...] = (
+        (server, "build_server", with_metrics(server.build_server)),
         (ModelManager, "_load_model", load_with_drafter),
         (BaseHandler, "_build_generation_config", keep_seed(BaseHandler._build_generation_config)),
         *(
@@ -48,6 +52,27 @@ def drafting(source: str, **settings: Any) -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, function)
         yield
+
+
+def with_metrics(original: Callable) -> Callable:
+    """Let the host's app have a page of how requests in batches go."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def build_server(*args: Any, **kwargs: Any) -> Any:
+        from fastapi import Response
+
+        state, app = signature.bind(*args, **kwargs).arguments["generation_state"], original(*args, **kwargs)
+
+        @app.get("/metrics")
+        def metrics() -> Response:
+            manager = getattr(state._cb_manager, "_cb", None)
+            stats = manager.stats if isinstance(manager, Manager) else None
+            return Response(make_page(stats, state._cb_model_id or ""), media_type=CONTENT_TYPE)
+
+        return app
+
+    return build_server
 
 
 def keep_seed(original: Callable) -> Callable:

@@ -1,12 +1,14 @@
 """`hf-eagle3 serve`: Transformers' server, with a drafter."""
 
 import json
+import re
 import socket
 import threading
 import time
 import urllib.request
 
 import pytest
+from transformers.cli.serving import server
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, CBGenerateManager
 
@@ -41,7 +43,7 @@ def test_mistakes_are_a_line(words, said, folders, capfd):
 
 def test_what_the_server_loads_drafts_while_it_is_entered(folders):
     served, drafter = (str(folders / name) for name in ("target", "drafter"))
-    places = [(ModelManager, "_load_model"), (BaseHandler, "_build_generation_config")]
+    places = [(server, "build_server"), (ModelManager, "_load_model"), (BaseHandler, "_build_generation_config")]
     places += [(CBGenerateManager, name) for name in ("generate_streaming", "generate_non_streaming")]
     before = [vars(owner)[name] for owner, name in places]
     with drafting(drafter, num_assistant_tokens=2):
@@ -67,10 +69,10 @@ def test_answers_are_those_without_a_drafter(folders, batches, target, tokenizer
         taken.bind(("localhost", 0))
         port = taken.getsockname()[1]
     with drafting(drafter):
-        server = Serve(
+        running = Serve(
             served, port=port, device="cpu", dtype="float32", continuous_batching=batches, non_blocking=True
         )
-        while not server.server.started:
+        while not running.server.started:
             time.sleep(0.02)
         try:
             sampled = {
@@ -96,8 +98,14 @@ def test_answers_are_those_without_a_drafter(folders, batches, target, tokenizer
                 thread.start()
             for thread in threads:
                 thread.join()
+            with urllib.request.urlopen(f"http://localhost:{port}/health") as answer:
+                assert json.load(answer) == {"status": "ok"}
+            with urllib.request.urlopen(f"http://localhost:{port}/metrics") as answer:
+                page = answer.read().decode()
         finally:
-            server.kill_server()
+            running.kill_server()
+    assert re.search(rf"^hf_eagle3_manager_running.* {int(batches)}$", page, re.MULTILINE)
+    assert ('outcome="finished"} 4' in page) == batches
     ids = tokenizer("abcab", return_tensors="pt")["input_ids"]
     plain = target.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert answers[0] == tokenizer.decode(plain, skip_special_tokens=True)

@@ -92,7 +92,7 @@ LAYERS = {
     "host": [
         ["install", "serving"],
         ["batching"],
-        ["generate", "manager"],
+        ["generate", "manager", "metrics"],
         ["request_rows"],
         ["desk"],
         ["assisted", "attaching", "output"],
