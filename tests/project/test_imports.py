@@ -17,7 +17,7 @@ PACKAGE = Path(hf_eagle3.__file__).parent
 LAYERS = {
     ".": [
         ["cli"],
-        ["bench"],
+        ["bench", "lm_eval"],
         ["__init__"],
         ["diagnosis", "training"],
         ["host"],
