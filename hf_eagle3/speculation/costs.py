@@ -15,6 +15,7 @@ HYSTERESIS = 1.03  # how much more a shape must promise to be taken
 DOUBT = 0.6  # of the current shape's speed: where not drafting may reach that, it is measured
 CURIOSITY = 1.05  # how much more one must promise that was never measured here
 GROWTH = 2  # times as many tokens as were ever verified here that a shape may have which is to be measured
+REFUSALS = 8  # choices, of any calls, that go without a shape worth measuring before its price counts as earned
 LOOK_EVERY = 64  # rounds without a draft after which drafting is looked at again; doubles each time that does not pay
 LOOK_AT_MOST = 512
 LEAST_TOKEN = 0.0005  # of a round; noise can make further tokens look free
@@ -32,6 +33,7 @@ class Costs:
     def __init__(self, step: float, *, is_slow: bool):
         self.step, self.is_slow = step, is_slow
         self.samples: dict[tuple[int, DraftShape], deque[float]] = {}
+        self.refused: Counter[tuple[int, DraftShape]] = Counter()  # choices that went without measuring it
 
     def add(self, num_rows: int, shape: DraftShape, seconds: float) -> None:
         """Note a round."""
@@ -131,7 +133,8 @@ class Chooser:
 
         Args:
             num_rows: Rows in the batch.
-            can_try: Whether enough is to come that a shape which was never measured is worth its price.
+            can_try: Whether enough is to come that a shape which was never measured is worth its price. Where calls are
+                short, it is once earlier choices would have earned that.
         """
         if self.shapes.is_fixed:
             return self.current
@@ -148,16 +151,24 @@ class Chooser:
         best = self._best(num_rows, self._known(num_rows))
         if self._gain(num_rows, best) > HYSTERESIS:
             return self._decide(num_rows, f"{self._gain(num_rows, best) - 1:+.0%} tokens a second")
-        if can_try and self.costs.is_known(num_rows, self.current):
-            unknown = [shape for shape in self.shapes.shapes if not self.costs.is_known(num_rows, shape)]
-            if NONE in unknown and self._gain(num_rows, NONE) > DOUBT:
-                return self._take(num_rows, NONE, "to measure it")
-            best = self._best(num_rows, unknown) if unknown else self.current
-            if self._gain(num_rows, best) > CURIOSITY and (near := self._near(num_rows, unknown)):
-                # What much larger ones would cost is a guess: step by step.
-                step = best if best in near else max(near, key=lambda shape: shape.num_nodes)
-                return self._take(num_rows, step, "to measure it")
+        if (shape := self._find_worth_measuring(num_rows)) is not None:
+            self.costs.refused[num_rows, shape] += not can_try
+            if can_try or self.costs.refused[num_rows, shape] > REFUSALS:
+                return self._take(num_rows, shape, "to measure it")
         return self.current
+
+    def _find_worth_measuring(self, num_rows: int) -> DraftShape | None:
+        """A shape that was never measured with so many rows and promises enough, or is on the way to one that does."""
+        unknown = [shape for shape in self.shapes.shapes if not self.costs.is_known(num_rows, shape)]
+        if not unknown or not self.costs.is_known(num_rows, self.current):
+            return None
+        if NONE in unknown and self._gain(num_rows, NONE) > DOUBT:
+            return NONE
+        best = self._best(num_rows, unknown)
+        if self._gain(num_rows, best) <= CURIOSITY or not (near := self._near(num_rows, unknown)):
+            return None
+        # What much larger ones would cost is a guess: step by step.
+        return best if best in near else max(near, key=lambda shape: shape.num_nodes)
 
     def _decide(self, num_rows: int, why: str) -> DraftShape:
         """Take the best of the shapes that are known."""

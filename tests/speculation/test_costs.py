@@ -114,6 +114,18 @@ def test_nothing_is_tried_near_the_end():
     chooser, machine = make_chooser(), Machine(MEASURED, 0.07, 0.3)
     first = chooser.current
     assert set(machine.run(chooser, 60, can_try=False)) == {first}
+
+
+def test_many_short_calls_try_what_a_long_one_would():
+    """A drafter that is never right, and calls too short for any new shape to pay in them."""
+    machine, costs, rates = Machine(NOTHING, step=0.1, token=0.01), Costs(0.1, is_slow=False), Rates()
+    for number in range(12):
+        chooser = Chooser(SHAPES, costs, rates)
+        chooser.begin(1)
+        shapes = machine.run(chooser, 30, can_try=False)
+        if not number:
+            assert NONE not in shapes
+    assert shapes.count(NONE) > 25
     assert len(set(machine.run(chooser, 60))) > 1
 
 
