@@ -1,5 +1,6 @@
 """An evaluation: sums over rows, rounds walked along the answers, and rounds really decoded."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..decoding.arena import release_graphs
+from ..host.batching import why_not_open
 from ..host.loop_choice import why_not_target
 from ..modeling import Eagle3DrafterModel
+from ..speculation.stats import Speculation
 from .arguments import Eagle3TrainingArguments
 from .distributed import base_drafter, number_targets, served_copy, sum_over_processes
 from .metrics import add_sums, add_walks, by_step, simulated_acceptance_length
@@ -97,22 +100,22 @@ class Evaluation:
         """Rounds of greedy decoding from the prompts of the first of `rows`, by all processes together."""
         index, count = number_targets(target, self.accelerator)
         mine = list(prompts_of(rows, self.args.eval_generate_prompts))[index::count]
-        bar = tqdm(mine, desc="Generating", disable=self._is_quiet, leave=False)
         # Processes that share a target each count the same rounds.
-        return add_walks(self._decode(target, bar), self.accelerator)
+        return add_walks(self._decode(target, mine), self.accelerator)
 
     @property
     def _is_quiet(self) -> bool:
         return self.args.disable_tqdm or self.args.local_process_index > 0
 
-    def _decode(self, target: PreTrainedModel, prompts: Iterable[Tensor]) -> Walk:
+    def _decode(self, target: PreTrainedModel, prompts: list[Tensor]) -> Walk:
         """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
         args, model = self.args, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
         why_not = why_not_target(target)
         if why_not is None:
             served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
-            return generate_and_count(target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
+            given = (target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
+            return generate_and_count(*given, is_quiet=self._is_quiet)
         logger.warning_once(
             f"{why_not}: in evaluation the target answers by itself, and acceptance lengths are walked along its greedy "
             "answers, which gives what decoding with the drafter would."
@@ -128,7 +131,8 @@ class Evaluation:
                 return ttt(served, batch, states, self.source.head, self.vocabulary, method)[1].hits
 
         collate = Collator(args.eval_depth, every_slot=base_drafter(model).config.num_hidden_layers > 1)
-        return generate_and_walk(target, prompts, args.eval_max_new_tokens, collate, find_hits)
+        bar = tqdm(prompts, desc="Generating", disable=self._is_quiet, leave=False)
+        return generate_and_walk(target, bar, args.eval_max_new_tokens, collate, find_hits)
 
 
 def walk_batch(hits: Tensor, batch: Batch, *, is_cut: bool = False) -> Walk:
@@ -154,31 +158,55 @@ def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index
 
 @torch.no_grad()
 def generate_and_count(
-    target: PreTrainedModel, drafter: Eagle3DrafterModel, prompts: Iterable[Tensor], depth: int, max_new_tokens: int
+    target: PreTrainedModel,
+    drafter: Eagle3DrafterModel,
+    prompts: list[Tensor],
+    depth: int,
+    max_new_tokens: int,
+    *,
+    is_quiet: bool = True,
 ) -> Walk:
-    """Decode greedily from each of `prompts` [T] with the real loop, and count its rounds."""
+    """Decode greedily from each of `prompts` [T] with the real loop, and count its rounds; a bar tells how far it is."""
+    settings = copy.deepcopy(target.generation_config)
+    # With a cache, whatever the target's config says, as MPT's does.
+    settings.update(max_new_tokens=max_new_tokens, max_length=None, do_sample=False, num_beams=1, use_cache=True)
+    given = {"generation_config": settings, "assistant_model": drafter, "num_assistant_tokens": depth}
+    decode = decode_together if why_not_open(target) is None else decode_alone
     total = Walk(0, np.zeros(depth, dtype=np.int64))
-    for prompt in prompts:
-        ids = prompt[None].to(target.device)
-        out = target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,  # whatever the target's config says, as MPT's does
-            assistant_model=drafter,
-            num_assistant_tokens=depth,
-            return_dict_in_generate=True,
-        )
+    for speculation in decode(target, prompts, given, is_quiet=is_quiet):
         accepted = np.zeros(depth, dtype=np.int64)
-        counts = out.speculation.rounds_accepting[:depth]
+        counts = speculation.rounds_accepting[:depth]
         accepted[: len(counts)] = counts
-        total += Walk(out.speculation.rounds, accepted)
+        total += Walk(speculation.rounds, accepted)
     if target.device.type == "cuda":
         release_graphs()  # training needs the memory
         torch.cuda.empty_cache()
     return total
+
+
+def decode_together(
+    target: PreTrainedModel, prompts: list[Tensor], given: dict[str, Any], *, is_quiet: bool
+) -> Iterator[Speculation]:
+    """How each of `prompts` [T] went, in rounds that they share as long as they run.
+
+    Raises:
+        RuntimeError: One could not be decoded.
+    """
+    outputs = target.generate_batch([prompt.tolist() for prompt in prompts], progress_bar=not is_quiet, **given)
+    for output in outputs.values():
+        if output.error is not None:
+            raise RuntimeError(f"An evaluation's prompt could not be decoded: {output.error}")
+        yield output.speculation
+
+
+def decode_alone(
+    target: PreTrainedModel, prompts: list[Tensor], given: dict[str, Any], *, is_quiet: bool
+) -> Iterator[Speculation]:
+    """The same one after the other, where rounds of `target` cannot be joined."""
+    for prompt in tqdm(prompts, desc="Generating", disable=is_quiet, leave=False):
+        ids = prompt[None].to(target.device)
+        options = {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+        yield target.generate(ids, **options, **given).speculation
 
 
 @torch.no_grad()
