@@ -73,6 +73,15 @@ class Arena:
         # Rounds that ran over a larger batch because a smaller one had no graphs, by the smaller one's key.
         self.declined: Counter[tuple] = Counter()
 
+    def fits(self, num_rows: int, num_slots: int, num_tokens: int, fingerprint: tuple) -> bool:
+        """Whether a call with so many of each finds what it needs.
+
+        Memory is as the models were that first wrote to it: layers, heads and dtype, of the drafter, too.
+        """
+        is_large = self.num_rows >= num_rows and self.capacity >= num_slots
+        is_deep = not self.caches[0].has_states or self.num_tokens >= num_tokens
+        return is_large and is_deep and (self.fingerprint, self.autocast) == (fingerprint, describe_autocast(self.device))
+
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
         target_cache, drafter_cache = (cache.view(0, num_rows, of=self.num_rows) for cache in self.caches)
@@ -148,15 +157,10 @@ def open_arena(
     fingerprint = take_fingerprint(target, drafter)
     arena = _arenas.get(target)
     num_tokens = shapes.num_verified
-    is_too_small = arena is not None and (arena.num_rows < num_rows or arena.capacity < num_slots)
-    if arena is not None and arena.caches[0].has_states:
-        is_too_small = is_too_small or arena.num_tokens < num_tokens
-    if arena is not None and (is_too_small or arena.autocast != describe_autocast(target.device)):
+    if arena is not None and not arena.fits(num_rows, num_slots, num_tokens, fingerprint):
         arena.forget()
         del _arenas[target]
         arena = None
-    if arena is not None and arena.fingerprint != fingerprint:
-        arena.renew(fingerprint)
     if arena is None:
         layers = find_kinds(target), 0 if drafter is None else drafter.config.num_hidden_layers
         arena = Arena(num_rows, num_slots, num_tokens, *layers, fingerprint, target.device)

@@ -126,6 +126,29 @@ def test_memory_grows_within_a_call(target, monkeypatch, further):
     assert "captured" in out.speculation.graphs
 
 
+@pytest.mark.parametrize(
+    "others", [None, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}, {"head_dim": 32}], ids=str
+)
+def test_memory_is_made_for_the_drafter_of_the_call(others, target, monkeypatch):
+    """What an earlier call left has room for its own drafter; a batch that shrinks moves both caches."""
+    counts = capture_on_cpus(monkeypatch, worth_capture=1)
+    batch, options = (
+        pad(prompts_of(9, 4, 6, 7)),
+        {"max_new_tokens": 60, "eos_token_id": list(range(3, 60, 3)), **GREEDY},
+    )
+    drafter = make_drafter(target)
+    options |= {"return_dict_in_generate": True}
+    fresh = target.generate(**batch, assistant_model=drafter, num_assistant_tokens=3, **options)
+    release_graphs()
+    earlier = None if others is None else make_drafter(target, **others)
+    target.generate(**batch, assistant_model=earlier, decode_loop="own", **options)
+    out = target.generate(**batch, assistant_model=drafter, num_assistant_tokens=3, **options)
+    assert out.sequences.tolist() == fresh.sequences.tolist()
+    assert out.speculation.rounds_accepting == fresh.speculation.rounds_accepting
+    assert out.speculation.graphs.startswith("captured")
+    assert counts.replayed
+
+
 @pytest.mark.parametrize("eos", [[11, 25, 37, 41, 52, 7, 13], list(range(3, 60, 3))])
 def test_batches_shrink_as_rows_end(target, monkeypatch, eos):
     counts = capture_on_cpus(monkeypatch, worth_capture=20)

@@ -216,8 +216,8 @@ def test_captured_rounds_on_a_gpu(name, num_rows):
     for depth in (0, 1, 3, 5):
         for wrong_share in (0.0, 0.4, 1.0)[: 1 + 2 * bool(depth)]:
             _, out = compare(target, batch, depth=depth, wrong_share=wrong_share, max_new_tokens=30)
-            if num_rows == 1 or name not in ("lara_mini", "qwen3_5_moe", "qwen3_next"):
-                # Torch's grouped product of float32 counts each expert's tokens on the host.
+            if num_rows * (depth + 1) <= 4 or name not in ("lara_mini", "qwen3_5_moe", "qwen3_next"):
+                # Torch's grouped product of float32, which takes more tokens, counts each expert's on the host.
                 assert out.speculation.graphs.startswith(("captured", "replayed")), out.speculation.graphs
     assert_nothing_left(target)
     release_graphs()

@@ -97,7 +97,8 @@ def assert_same_cache(ours, theirs) -> None:
             is_pad = (
                 (mine[part] == 0).all(dim=(1, 3), keepdim=True) if part in ("keys", "values") else mine[part].isnan()
             )
-            torch.testing.assert_close(mine[part], plain[part].masked_fill(is_pad, 0), rtol=1e-3, atol=1e-3)
+            near = 1e-2 if mine[part].is_cuda else 1e-3  # cuDNN's convolutions round float32 to 10 bits
+            torch.testing.assert_close(mine[part], plain[part].masked_fill(is_pad, 0), rtol=near, atol=near)
 
 
 def make_even_batch(num_rows: int = 3, length: int = 7) -> dict[str, Tensor]:
