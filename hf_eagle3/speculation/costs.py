@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .rates import Rates
+from .rates import LOOK_AFTER, Rates
 from .shape import NONE, DraftShape, Shapes
 
 SAMPLES = 9  # newest measurements that count: their median
@@ -16,8 +16,7 @@ DOUBT = 0.6  # of the current shape's speed: where not drafting may reach that, 
 CURIOSITY = 1.05  # how much more one must promise that was never measured here
 GROWTH = 2  # times as many tokens as were ever verified here that a shape may have which is to be measured
 REFUSALS = 8  # choices, of any calls, that go without a shape worth measuring before its price counts as earned
-LOOK_EVERY = 64  # rounds without a draft after which drafting is looked at again; doubles each time that does not pay
-LOOK_AT_MOST = 512
+LOOK_AT_MOST = 512  # rounds without a draft
 LEAST_TOKEN = 0.0005  # of a round; noise can make further tokens look free
 RECENT, OLD = 4.0, 32.0  # verdicts that what is known counts for: when drafting is looked at again, in a new call
 
@@ -105,8 +104,7 @@ class Chooser:
     reasons: list[str] = field(default_factory=list)
     rounds: Counter[DraftShape] = field(default_factory=Counter)
     ends: dict[DraftShape, Counter[int]] = field(default_factory=dict)
-    _since: int = 0  # rounds of the current shape
-    _look_every: int = LOOK_EVERY
+    _since: int = 0  # rounds of the current shape, in this call
     _is_looking: bool = False
 
     def begin(self, num_rows: int) -> DraftShape:
@@ -125,6 +123,8 @@ class Chooser:
             return
         if shape.num_nodes:
             self.rates.count(shape, counts)
+        else:
+            self.rates.num_idle += 1
         if seconds is not None:
             self.costs.add(num_rows, shape, seconds)
 
@@ -141,7 +141,8 @@ class Chooser:
         self._since += 1
         if self._is_looking:
             return self._decide(num_rows, "drafting was looked at")
-        if not self.current.num_nodes and self._since >= self._look_every:
+        if not self.current.num_nodes and self.rates.num_idle >= self.rates.look_after:
+            self.rates.num_idle = 0
             self.rates.fade(RECENT)
             self._is_looking = True
             return self._take(num_rows, self._cheapest(num_rows), "to look at drafting again")
@@ -175,7 +176,7 @@ class Chooser:
         best = self._best(num_rows, self._known(num_rows))
         if self._is_looking:
             self._is_looking = False
-            self._look_every = LOOK_EVERY if best.num_nodes else min(2 * self._look_every, LOOK_AT_MOST)
+            self.rates.look_after = LOOK_AFTER if best.num_nodes else min(2 * self.rates.look_after, LOOK_AT_MOST)
         return self._take(num_rows, best, why)
 
     def _known(self, num_rows: int) -> list[DraftShape]:

@@ -14,6 +14,8 @@ SHARES = (0.42, 0.155, 0.06, 0.045, 0.03, 0.025, 0.02)
 FIRST_RATE = 0.65
 PRIOR_WEIGHT = 4.0  # verdicts that what was assumed counts for
 MEMORY = 400.0  # verdicts at a depth that are remembered; older ones fade
+# Rounds without a draft, of any calls, after which drafting is looked at again; doubles each time that does not pay.
+LOOK_AFTER = 64
 MAX_RANKS = len(SHARES) + 1
 
 
@@ -87,6 +89,8 @@ class Rates:
         self.tried: dict[tuple[int, int], float] = {(0, 0): PRIOR_WEIGHT}
         self.hits: dict[tuple[int, int], float] = {(0, 0): PRIOR_WEIGHT * start}
         self._known: dict[tuple[int, int], float] = {}
+        self.num_idle = 0  # rounds without a draft since it was looked at
+        self.look_after = LOOK_AFTER
 
     def count(self, shape: DraftShape, ends: Mapping[int, int]) -> None:
         """Add verdicts over a shape: how many ended at the root (0) or at each node."""

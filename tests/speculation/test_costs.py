@@ -114,6 +114,24 @@ def test_nothing_is_tried_near_the_end():
     chooser, machine = make_chooser(), Machine(MEASURED, 0.07, 0.3)
     first = chooser.current
     assert set(machine.run(chooser, 60, can_try=False)) == {first}
+    assert len(set(machine.run(chooser, 60))) > 1
+
+
+@pytest.mark.parametrize("num_new", [20, 100])
+def test_short_calls_look_at_drafting_again(num_new):
+    """A drafter that got good, and calls that are over before any of them has waited long."""
+    machine, costs, rates = Machine(NOTHING, 0.07, 0.02), Costs(0.1, is_slow=False), Rates()
+
+    def call():
+        chooser = Chooser(SHAPES, costs, rates)
+        chooser.begin(1)
+        return machine.run(chooser, num_new)
+
+    shapes = [shape for _ in range(600 // num_new) for shape in call()]
+    assert shapes[-10:].count(NONE) > 8
+    machine.rates = MEASURED
+    shapes = [shape for _ in range(1200 // num_new) for shape in call()]
+    assert all(shape.num_nodes for shape in shapes[-20:])
 
 
 def test_many_short_calls_try_what_a_long_one_would():
@@ -126,7 +144,6 @@ def test_many_short_calls_try_what_a_long_one_would():
         if not number:
             assert NONE not in shapes
     assert shapes.count(NONE) > 25
-    assert len(set(machine.run(chooser, 60))) > 1
 
 
 def test_what_is_much_larger_is_tried_step_by_step():
