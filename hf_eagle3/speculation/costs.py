@@ -16,6 +16,7 @@ DOUBT = 0.6  # of the current shape's speed: where not drafting may reach that, 
 CURIOSITY = 1.05  # how much more one must promise that was never measured here
 GROWTH = 2  # times as many tokens as were ever verified here that a shape may have which is to be measured
 REFUSALS = 8  # choices, of any calls, that go without a shape worth measuring before its price counts as earned
+RECOVERED = 0.9  # of the seconds known, at which those of other shapes are not believed any more
 LOOK_AT_MOST = 512  # rounds without a draft
 LEAST_TOKEN = 0.0005  # of a round; noise can make further tokens look free
 RECENT, OLD = 4.0, 32.0  # verdicts that what is known counts for: when drafting is looked at again, in a new call
@@ -37,6 +38,11 @@ class Costs:
     def add(self, num_rows: int, shape: DraftShape, seconds: float) -> None:
         """Note a round."""
         self.samples.setdefault((num_rows, shape), deque(maxlen=SAMPLES)).append(seconds)
+
+    def forget(self, num_rows: int, shapes: Iterable[DraftShape]) -> None:
+        """Measure these anew."""
+        for shape in shapes:
+            self.samples.pop((num_rows, shape), None)
 
     def is_known(self, num_rows: int, shape: DraftShape) -> bool:
         """Whether it was measured often enough."""
@@ -106,6 +112,7 @@ class Chooser:
     ends: dict[DraftShape, Counter[int]] = field(default_factory=dict)
     _since: int = 0  # rounds of the current shape, in this call
     _is_looking: bool = False
+    _cost_before: float | None = None  # of the shape that is looked at
 
     def begin(self, num_rows: int) -> DraftShape:
         """The shape of the first round."""
@@ -140,12 +147,9 @@ class Chooser:
             return self.current
         self._since += 1
         if self._is_looking:
-            return self._decide(num_rows, "drafting was looked at")
+            return self.current if self._since < ENOUGH else self._end_look(num_rows)
         if not self.current.num_nodes and self.rates.num_idle >= self.rates.look_after:
-            self.rates.num_idle = 0
-            self.rates.fade(RECENT)
-            self._is_looking = True
-            return self._take(num_rows, self._cheapest(num_rows), "to look at drafting again")
+            return self._look(num_rows)
         is_new = len(self.costs.samples.get((num_rows, self.current), ())) < SAMPLES
         if self._since % CHECK_EVERY and not (is_new and self._since == ENOUGH):
             return self.current
@@ -170,6 +174,24 @@ class Chooser:
             return None
         # What much larger ones would cost is a guess: step by step.
         return best if best in near else max(near, key=lambda shape: shape.num_nodes)
+
+    def _look(self, num_rows: int) -> DraftShape:
+        """Draft again for a few rounds: what was known of rates and costs may be so no more."""
+        shape = self._cheapest(num_rows)
+        self.rates.num_idle = 0
+        self.rates.fade(RECENT)
+        self._is_looking = True
+        self._cost_before = self.costs.seconds(num_rows, shape) if self.costs.is_known(num_rows, shape) else None
+        self.costs.forget(num_rows, [shape])
+        return self._take(num_rows, shape, "to look at drafting again")
+
+    def _end_look(self, num_rows: int) -> DraftShape:
+        before, self._cost_before = self._cost_before, None
+        is_measured = self.costs.is_known(num_rows, self.current)
+        if before and is_measured and self.costs.seconds(num_rows, self.current) < RECOVERED * before:
+            # A CPU that was busy, or had not packed its weights, was slow with the other shapes as well.
+            self.costs.forget(num_rows, [s for s in self.shapes.shapes if s.num_nodes and s != self.current])
+        return self._decide(num_rows, "drafting was looked at")
 
     def _decide(self, num_rows: int, why: str) -> DraftShape:
         """Take the best of the shapes that are known."""

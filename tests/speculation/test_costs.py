@@ -134,6 +134,22 @@ def test_short_calls_look_at_drafting_again(num_new):
     assert all(shape.num_nodes for shape in shapes[-20:])
 
 
+@pytest.mark.parametrize("num_new", [30, 2000])
+def test_rounds_that_were_slow_are_measured_again(num_new):
+    """As on a CPU whose weights are not packed yet, or which others used."""
+    machine, costs, rates = Machine(MEASURED, 0.4, 1.0), Costs(0.1, is_slow=True), Rates()
+    chooser = Chooser(SHAPES, costs, rates)
+    chooser.begin(1)
+    assert machine.run(chooser, 300)[-1] == NONE
+    machine.step, machine.token = 0.05, 0.1
+    shapes = []
+    for _ in range(2000 // num_new):
+        chooser = Chooser(SHAPES, costs, rates)
+        chooser.begin(1)
+        shapes += machine.run(chooser, num_new)
+    assert all(shape.num_nodes for shape in shapes[-200:])
+
+
 def test_many_short_calls_try_what_a_long_one_would():
     """A drafter that is never right, and calls too short for any new shape to pay in them."""
     machine, costs, rates = Machine(NOTHING, step=0.1, token=0.01), Costs(0.1, is_slow=False), Rates()
