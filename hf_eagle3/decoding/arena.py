@@ -80,7 +80,9 @@ class Arena:
         """
         is_large = self.num_rows >= num_rows and self.capacity >= num_slots
         is_deep = not self.caches[0].has_states or self.num_tokens >= num_tokens
-        return is_large and is_deep and (self.fingerprint, self.autocast) == (fingerprint, describe_autocast(self.device))
+        return (
+            is_large and is_deep and (self.fingerprint, self.autocast) == (fingerprint, describe_autocast(self.device))
+        )
 
     def first_rows(self, num_rows: int) -> tuple[RowCache, RowCache]:
         """The target's and the drafter's cache, of the first rows."""
