@@ -23,6 +23,7 @@ def refuse_arguments(args: argparse.Namespace) -> None:
         ValueError: Names the option, what was expected, and what came.
     """
     refuse_combinations(args)
+    refuse_queue(args)
     refuse_numbers(args)
     refuse_out(args.out)
     for name in ("prompts", "simulate_coverage"):
@@ -55,6 +56,25 @@ def refuse_combinations(args: argparse.Namespace) -> None:
         raise ValueError(f"Give one of {' and '.join(placed)}.")
     if args.shape and placed and placed != ["--dp-size"]:
         raise ValueError(f"{placed[0]} needs a target that can be loaded in parts: give --target, not --shape.")
+
+
+def refuse_queue(args: argparse.Namespace) -> None:
+    """Raise if requests that come and go cannot be measured so, or their options come without them."""
+    if not args.open_loop:
+        if given := [name for name in ("request_rates", "mean_new_tokens") if getattr(args, name) is not None]:
+            raise ValueError(f"{spell(given[0])} is about requests that come and go: give --open-loop, too.")
+        return
+    for name in (*PLACES, "dflash_drafter"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--open-loop does not go with {spell(name)}: leave one of them out.")
+    kinds = ("stock", "plain", "drafted")
+    if args.draft_shapes or not set(args.kinds) <= set(kinds):
+        raise ValueError(f"--open-loop compares {', '.join(kinds)}: leave out other --kinds, and --draft-shapes.")
+    for name in ("request_rates", "mean_new_tokens"):
+        value_or_values = getattr(args, name)
+        for value in value_or_values if isinstance(value_or_values, list) else [value_or_values]:
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{spell(name)} must be above 0; got {value}.")
 
 
 def refuse_numbers(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ def add_options(parser: Parser) -> None:
     )
     add_model_options(parser)
     add_run_options(parser)
+    add_queue_options(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
@@ -31,7 +32,10 @@ def run(args: argparse.Namespace, **steps: Any) -> int:  # Any: as `bench.loadin
     start()
     from ..bench.command import run_bench
     from ..bench.loading import STEPS
+    from ..bench.open_loop import run_open_loop
 
+    if args.open_loop:
+        return run_open_loop(args, STEPS._replace(**steps))
     return run_bench(args, STEPS._replace(**steps))
 
 
@@ -89,6 +93,26 @@ def add_run_options(parser: Parser) -> None:
         "--dflash-drafter",
         metavar="REPO_OR_DIR",
         help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+    )
+
+
+def add_queue_options(parser: Parser) -> None:
+    """How requests come, where they come and go."""
+    parser.add(
+        "--open-loop",
+        action="store_true",
+        help="requests that come and go, with --batch-sizes places: tokens a second, times to the first token and for each "
+        "further one; stock is then the host's generate_batch",
+    )
+    parser.add("--requests", type=positive, default=128, metavar="N", help="of --open-loop")
+    parser.add(
+        "--request-rates", type=float, nargs="+", metavar="R", help="requests a second, by chance (all come at once)"
+    )
+    parser.add(
+        "--mean-new-tokens",
+        type=float,
+        metavar="N",
+        help="lengths of answers are drawn, log-normal with that mean (as texts end)",
     )
 
 

@@ -53,7 +53,7 @@ LAYERS = {
     ],
     "bench": [
         ["__init__"],
-        ["check", "command"],
+        ["check", "command", "open_loop"],
         ["tables"],
         ["loading", "report"],
         ["measure", "reads"],
