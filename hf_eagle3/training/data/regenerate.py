@@ -4,23 +4,27 @@ Nothing is rendered or tokenised again: a row is the prompt's ids and the sample
 followed by the next question; where the template shows earlier answers as they were written, they stay token for token.
 """
 
+import copy
 import hashlib
 import itertools
 import json
 import random
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...data_parallel import Team
+from ...host.batching import Opened, open_desk, why_not_open
 from ...host.refusals import refuse_compiled
 from ...host.undrafted import decode_plainly
 from ...modeling.text_eagle3 import parse_json, show
@@ -171,8 +175,9 @@ def regenerate(
         seeded(target, mixed if is_begun else sampling.seed),
     ):
         helped = decode_plainly(target) if drafter is None else {"assistant_model": drafter}
+        opened = open_rounds(target, sampling, helped)
         turn_file = TurnFile(path, number, prompts)
-        answerer = _Answerer(target, renderer, prompts, sampling, helped, turns, turn_file)
+        answerer = _Answerer(target, renderer, prompts, sampling, helped, opened, turns, turn_file)
         place = name_share(path, number) if is_shared else path
         answerer.write_all(own, place, window * sampling.batch_size, progress, append)
     team.wait()
@@ -220,6 +225,7 @@ class _Answerer:
     prompts: Sequence[Prompt]
     sampling: Sampling
     helped: Mapping[str, Any]  # options of `generate` that make it faster
+    opened: Opened | None  # rounds that prompts join; None where they cannot, and batches are answered
     turns: Turns  # answers of earlier runs
     turn_file: TurnFile  # of this one
 
@@ -237,7 +243,8 @@ class _Answerer:
         for first in range(0, len(numbers), size):
             groups = [self.begin(number) for number in numbers[first : first + size]]
             num_done = num_written = 0
-            for num_new in itertools.chain([0], self.answer(groups)):  # before the first batch, what earlier runs did
+            answer = self.answer if self.opened is None else partial(self.answer_in_rounds, self.opened)
+            for num_new in itertools.chain([0], answer(groups)):  # before the first batch, what earlier runs did
                 is_done = [all(dialogue.is_done for dialogue in group) for group in groups]
                 num_tokens += num_new
                 progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
@@ -261,6 +268,60 @@ class _Answerer:
                 dialogues.append(dialogue)
         return dialogues
 
+    def answer_in_rounds(self, opened: Opened, groups: Sequence[Sequence[Dialogue]]) -> Iterator[int]:
+        """Answer all of `groups`, each prompt as soon as a place is free; yields numbers of new tokens as answers end.
+
+        An answer depends on the seed and on which it is, not on those beside it.
+
+        Raises:
+            ValueError: A prompt cannot be answered.
+        """
+        desk, asking, _ = opened
+        ends, waiting = eos_token_ids(self.target), deque(d for group in groups for d in group if not d.is_done)
+        asked: dict[str, tuple[Dialogue, list[int]]] = {}
+        with desk.in_flight:
+            while waiting or asked:
+                told = []
+                with torch.no_grad():
+                    while waiting and len(asked) < 2 * self.sampling.batch_size:
+                        dialogue = waiting.popleft()
+                        ids = dialogue.next_prompt(self.renderer)
+                        (request,) = asking.ask(
+                            ids, None, **self._describe(dialogue, ids, asking.maker.positions, ends)
+                        )
+                        asked[request.id] = dialogue, ids
+                        told += desk.add(request)
+                    told += desk.step()
+                turns = []
+                for output in told:
+                    asking.forget(output.request_id)
+                    if output.error is not None:
+                        raise ValueError(f"A prompt of {len(output.prompt_ids)} tokens: {output.error}")
+                    dialogue, ids = asked.pop(output.request_id)
+                    new_ids = output.generated_tokens
+                    turns.append((dialogue.key, Answered(new_ids, bool(new_ids) and new_ids[-1] in ends)))
+                    dialogue.add(ids, turns[-1][1], self.renderer)
+                    if not dialogue.is_done:
+                        waiting.appendleft(dialogue)
+                if turns:
+                    self.turn_file.add(turns)
+                    yield sum(len(turn.new_ids) for _, turn in turns)
+
+    def _describe(
+        self, dialogue: Dialogue, ids: list[int], positions: int | None, ends: Sequence[int]
+    ) -> dict[str, Any]:
+        """How the next prompt of a dialogue is asked."""
+        key, sampling = dialogue.key, self.sampling
+        drawn = hashlib.sha256(f"{sampling.seed} {tuple(key)} {len(dialogue.turns)}".encode()).digest()
+        room = sampling.max_new_tokens if positions is None else max(positions - len(ids), 1)
+        return {
+            "max_new_tokens": min(sampling.max_new_tokens, room),
+            "eos_token_id": list(ends),
+            "settings": {**sampling.options(key.temperature), "seed": int.from_bytes(drawn[:7], "big")},
+            "is_streaming": False,
+            "records_times": False,
+        }
+
     def answer(self, groups: Sequence[Sequence[Dialogue]]) -> Iterator[int]:
         """Answer all of `groups`, prompts of similar length together; yields the number of new tokens of each batch."""
         while waiting := [dialogue for group in groups for dialogue in group if not dialogue.is_done]:
@@ -278,6 +339,18 @@ class _Answerer:
             dialogue.add(ids, turn, self.renderer)
         self.turn_file.add((dialogue.key, turn) for (dialogue, _), turn in zip(batch, answers, strict=True))
         return sum(len(turn.new_ids) for turn in answers)
+
+
+def open_rounds(target: PreTrainedModel, sampling: Sampling, helped: Mapping[str, Any]) -> Opened | None:
+    """Rounds of our loop that prompts join; None where `target` has none, or they are not worth having."""
+    if not helped or why_not_open(target) is not None:
+        return None
+    drafter, ends = helped.get("assistant_model"), eos_token_ids(target)
+    given = copy.deepcopy(target.generation_config)
+    given.update(max_length=None, max_new_tokens=sampling.max_new_tokens, pad_token_id=ends[0] if ends else 0)
+    settings = {} if drafter is not None else dict(helped)
+    places = ContinuousBatchingConfig(max_requests_per_batch=sampling.batch_size)
+    return open_desk(target, drafter, settings, given, places, None)
 
 
 def generate_rows(
