@@ -150,7 +150,10 @@ class InFlight:
             else:
                 break
         if group:
+            start, is_pause = time.perf_counter(), bool(self.running)
             self._begin(group, lambda engine: self._prefill(engine, group))
+            if is_pause and self._company is not None:
+                self._company.note_pause(time.perf_counter() - start)
 
     def _next_waiting(self) -> Row | None:
         while self._waiting and not self._waiting[0].is_live:  # cancelled
@@ -223,13 +226,10 @@ class InFlight:
 
     def _begin(self, rows: list[Row], prefill: Callable[[Engine], Prompt]) -> None:
         """Let rows run whose prompts come from `prefill`."""
-        engine, start = None, time.perf_counter()
+        engine = None
         try:
             engine = self._open(max(row.prompt.shape[1] for row in rows))
-            is_pause = bool(self.running)
             engine.admit(rows, prefill(engine))
-            if is_pause and self._company is not None:
-                self._company.note_pause(time.perf_counter() - start)
         except Exception as error:  # noqa: BLE001  raised where the rows are asked for
             self._fail(rows, error)
             if engine is not None and (engine.is_torn or not self.running):

@@ -1,6 +1,7 @@
 """Rows that come and go: each says what it says alone, whoever joins or leaves, and when."""
 
 import functools
+import gc
 from typing import NamedTuple
 
 import pytest
@@ -413,3 +414,25 @@ def test_an_engine_with_nothing_to_do_leaves_the_target_alone(target):
                 in_flight.step()
             assert row.text == say_alone("llama", 5)[:4]
             assert count_hooks(target) == 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_rows_leave_nothing_behind(target):
+    """Nothing is lost, each says what it says alone, and memory is flat."""
+    in_flight = open_in_flight(target, find_drafter("llama"), Limits(16, 64))
+    live: list[int] = []
+    with torch.no_grad(), in_flight:
+        for part in range(20):
+            requests = [Request(LENGTHS[n % len(LENGTHS)], 1 + (n + part) % 4) for n in range(500)]
+            rows = [make_row(request) for request in requests]
+            for row in rows:
+                in_flight.add(row)
+            while not in_flight.is_idle:
+                in_flight.step()
+            for request, row in zip(requests, rows, strict=True):
+                assert row.error is None
+                assert row.text == say_alone("llama", request.length)[: request.max_new]
+            del rows, row
+            gc.collect()
+            live.append(len(gc.get_objects()))
+    assert abs(live[-1] - live[2]) < 500
