@@ -47,7 +47,7 @@ from .preparation import find_asked, name_of
 from .room import Clocks, Room
 from .row import Row
 from .state import RoundConfig, RoundState
-from .straight import MOST_AT_ONCE, Beginning, make_drafter_cache, may_part, part, prefill_straight
+from .straight import Beginning, count_at_once, make_drafter_cache, may_part, part, prefill_straight
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Engine:
         self._models = list_models(target, drafter)
         self._proposer = drafter if config.shapes.drafts else None
         self._kind = find_kind(None if self._proposer is None else self._proposer.config)
-        self._most_at_once = MOST_AT_ONCE.get(target.device.type, 0)  # tokens of prompts
+        self._most_at_once = count_at_once(target)  # tokens of prompts
         self.is_eager, self.capturer, self._make_chooser = is_eager, capturer or CudaGraphs(), chooser
         self.rows: list[Row] = []  # in their places in the batch
         self.clocks = Clocks(

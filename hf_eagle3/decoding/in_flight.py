@@ -144,7 +144,8 @@ class InFlight:
                 group.append(self._take_waiting())
                 budget = None if budget is None else max(budget - length, 0)
             elif is_whole and self._chunked is None and length > self.limits.num_prompt_tokens:
-                self._chunked = self._take_waiting(), self._open(length).prefill_in_chunks(row.prompt)
+                self._take_waiting()
+                self._chunked = row, self._open([row]).prefill_in_chunks(row.prompt)
                 self._advance(budget)
                 break
             else:
@@ -201,12 +202,12 @@ class InFlight:
             self._begin([row], lambda _: prompt.finish())
         return None if budget is None else budget - num_run
 
-    def _open(self, prompt_length: int) -> Engine:
-        """The engine, open."""
+    def _open(self, newcomers: list[Row]) -> Engine:
+        """The engine, open, with room for these and for those that wait."""
         if self._engine is None:
-            rows = self._waiting
-            longest = max([prompt_length, *(row.prompt.shape[1] for row in rows)])
-            most = max((row.max_new or 0 for row in rows), default=0)
+            rows = [*newcomers, *self._waiting]
+            longest = max(row.prompt.shape[1] for row in rows)
+            most = max(row.max_new or 0 for row in rows)
             engine = self._make_engine(Room(self.limits.num_places, longest, most or None, is_open=True))
             self._engine = engine.__enter__()
         return self._engine
@@ -228,7 +229,7 @@ class InFlight:
         """Let rows run whose prompts come from `prefill`."""
         engine = None
         try:
-            engine = self._open(max(row.prompt.shape[1] for row in rows))
+            engine = self._open(rows)
             engine.admit(rows, prefill(engine))
         except Exception as error:  # noqa: BLE001  raised where the rows are asked for
             self._fail(rows, error)

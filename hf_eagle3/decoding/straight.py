@@ -25,8 +25,15 @@ from .chunks import takes_chunks
 from .columns import counts_from_zero, is_text_only, real_first
 from .prefill import Prompt, keeps_what_rows_keep
 
-# They fill a GPU, and what more would leave behind is memory. A CPU computes pads like tokens: rows run by themselves.
-MOST_AT_ONCE = {"cpu": 0, "cuda": 4096}
+# Tokens of one forward, times weights: they fill a GPU, and what more would leave behind is memory.
+WORK_AT_ONCE, LEAST_AT_ONCE, MOST_AT_ONCE = 3.3e13, 4096, 32768
+
+
+def count_at_once(target: PreTrainedModel) -> int:
+    """Tokens that prompts may have in one forward of `target`; 0 on a CPU, which computes pads like tokens."""
+    if target.device.type == "cpu":
+        return 0
+    return min(max(int(WORK_AT_ONCE / target.num_parameters()), LEAST_AT_ONCE), MOST_AT_ONCE)
 
 
 class Beginning(NamedTuple):

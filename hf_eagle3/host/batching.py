@@ -42,7 +42,7 @@ PLACES = {"cpu": 8}  # rows that run at once, by device
 PLACES_ELSEWHERE = 64
 PROMPT_TOKENS = {"cpu": 128}  # of prompts between two rounds: a few rounds' time
 # Elsewhere: tokens times weights that take about as long on a GPU, since a small target's forward is launches alone.
-PROMPT_WORK, LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 4e12, 512, 4096
+PROMPT_WORK, LEAST_PROMPT_TOKENS, MOST_PROMPT_TOKENS = 2e12, 256, 4096
 SHARE = 0.8  # of the free memory of a device
 # Set while the host's own functions run that call one another.
 _is_hosts: ContextVar[bool] = ContextVar("is_hosts", default=False)

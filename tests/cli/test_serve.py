@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 from transformers.cli.serving import server
@@ -58,8 +59,9 @@ def test_a_foreign_model_as_a_drafter_is_refused(folders):
         ModelManager(device="cpu", dtype="float32")._load_model(ModelManager.process_model_name(served))
 
 
-@pytest.mark.parametrize("batches", [False, True], ids=["alone", "batches"])
-def test_answers_are_those_without_a_drafter(folders, batches, target, tokenizer):
+@contextmanager
+def serving(folders, **options):
+    """The host's server with a drafter, in a thread; where it answers, and the name of its model."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
     from transformers.cli.serve import Serve
@@ -69,44 +71,79 @@ def test_answers_are_those_without_a_drafter(folders, batches, target, tokenizer
         taken.bind(("localhost", 0))
         port = taken.getsockname()[1]
     with drafting(drafter):
-        running = Serve(
-            served, port=port, device="cpu", dtype="float32", continuous_batching=batches, non_blocking=True
-        )
+        running = Serve(served, port=port, device="cpu", dtype="float32", non_blocking=True, **options)
         while not running.server.started:
             time.sleep(0.02)
         try:
-            sampled = {
-                "generation_config": json.dumps({"do_sample": True, "max_new_tokens": 12}),
-                "temperature": 300.0,
-            }
-            bodies = [{"temperature": 0.0}, *({**sampled, "seed": seed} for seed in (5, 5, 6))]
-            answers = [None] * len(bodies)
-
-            def ask(number):
-                body = {"model": served, "messages": [{"role": "user", "content": "abcab"}], "max_tokens": 12}
-                body |= {"stream": False, **bodies[number]}
-                request = urllib.request.Request(
-                    f"http://localhost:{port}/v1/chat/completions",
-                    json.dumps(body).encode(),
-                    {"Content-Type": "application/json"},
-                )
-                with urllib.request.urlopen(request) as answer:
-                    answers[number] = json.load(answer)["choices"][0]["message"]["content"]
-
-            threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(bodies))]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            with urllib.request.urlopen(f"http://localhost:{port}/health") as answer:
-                assert json.load(answer) == {"status": "ok"}
-            with urllib.request.urlopen(f"http://localhost:{port}/metrics") as answer:
-                page = answer.read().decode()
+            yield f"http://localhost:{port}", served
         finally:
             running.kill_server()
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["alone", "batches"])
+def test_answers_are_those_without_a_drafter(folders, batches, target, tokenizer):
+    with serving(folders, continuous_batching=batches) as (place, served):
+        sampled = {
+            "generation_config": json.dumps({"do_sample": True, "max_new_tokens": 12}),
+            "temperature": 300.0,
+        }
+        bodies = [{"temperature": 0.0}, *({**sampled, "seed": seed} for seed in (5, 5, 6))]
+        answers = [None] * len(bodies)
+
+        def ask(number):
+            body = {"model": served, "messages": [{"role": "user", "content": "abcab"}], "max_tokens": 12}
+            body |= {"stream": False, **bodies[number]}
+            request = urllib.request.Request(
+                f"{place}/v1/chat/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request) as answer:
+                answers[number] = json.load(answer)["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(bodies))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with urllib.request.urlopen(f"{place}/health") as answer:
+            assert json.load(answer) == {"status": "ok"}
+        with urllib.request.urlopen(f"{place}/metrics") as answer:
+            page = answer.read().decode()
     assert re.search(rf"^hf_eagle3_manager_running.* {int(batches)}$", page, re.MULTILINE)
     assert ('outcome="finished"} 4' in page) == batches
     ids = tokenizer("abcab", return_tensors="pt")["input_ids"]
     plain = target.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert answers[0] == tokenizer.decode(plain, skip_special_tokens=True)
     assert answers[1] == answers[2] != answers[3]
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["alone", "batches"])
+def test_a_client_of_openai_streams_stops_and_hears_of_mistakes(folders, batches, target, tokenizer):
+    ids = tokenizer("abcab", return_tensors="pt")["input_ids"]
+    plain = target.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(plain, skip_special_tokens=True)
+    with serving(folders, continuous_batching=batches) as (place, served):
+        import openai
+
+        client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
+        asked = {
+            "model": served,
+            "messages": [{"role": "user", "content": "abcab"}],
+            "max_tokens": 12,
+            "temperature": 0,
+        }
+        whole = client.chat.completions.create(**asked)
+        assert whole.choices[0].message.content == text
+        assert whole.usage.completion_tokens == 12
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        said = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert "".join(said).rstrip("\ufffd") == text.rstrip("\ufffd")  # half a letter at the end is not streamed
+        assert len([part for part in said if part]) > 1
+        with client.chat.completions.create(**asked, stream=True) as stream:
+            next(iter(stream))  # and then the client goes away
+        completion = client.completions.create(model=served, prompt="abcab", max_tokens=12, temperature=0)
+        assert completion.choices[0].text == text
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(**asked, logit_bias="no such thing")
+        assert client.chat.completions.create(**asked).choices[0].message.content == text

@@ -8,11 +8,12 @@ from helpers.batches import GREEDY, pad
 from helpers.capture import capture_on_cpus
 from helpers.marks import slow_but
 from helpers.models import FAMILIES, count_hooks, make_drafter, make_prompt, make_target
+from transformers import GenerationConfig
 
 from hf_eagle3 import release_graphs
+from hf_eagle3.decoding import engine
 from hf_eagle3.decoding.company import Company
 from hf_eagle3.decoding.straight import (
-    MOST_AT_ONCE,
     Beginning,
     make_drafter_cache,
     prefill_straight,
@@ -72,7 +73,7 @@ def test_a_large_batch_of_a_call_runs_in_parts(target, monkeypatch, captured):
     whole = target.generate(**batch, assistant_model=drafter, return_dict_in_generate=True, **options)
     if captured:
         capture_on_cpus(monkeypatch)
-    monkeypatch.setitem(MOST_AT_ONCE, "cpu", 64)
+    monkeypatch.setattr(engine, "count_at_once", lambda _target: 64)
     parts = target.generate(**batch, assistant_model=drafter, return_dict_in_generate=True, **options)
     release_graphs()
     assert parts.sequences.tolist() == whole.sequences.tolist()
@@ -103,3 +104,21 @@ def test_rows_that_all_have_a_place_are_let_in_at_once():
     company = Company()
     assert not company.is_awaited(num_running=3, num_idle=1, num_waiting=9)  # nothing is known yet
     assert wait_for_company(company, pause=100.0, num_running=60, num_idle=4, num_waiting=4) == 0
+
+
+def test_an_arena_of_rounds_without_a_drafter_is_none_for_one(target, monkeypatch):
+    """Nor is that of a drafter with other heads."""
+    counts = capture_on_cpus(monkeypatch)
+    prompts = [make_prompt(n)[0].tolist() for n in LENGTHS]
+    config = GenerationConfig(max_new_tokens=8, **GREEDY)
+    said = []
+    wider = make_drafter(target, num_attention_heads=4, num_key_value_heads=4)
+    for helped in ({"decode_loop": "own"}, {"assistant_model": make_drafter(target)}, {"assistant_model": wider}):
+        outputs = target.generate_batch(prompts, generation_config=config, **helped)
+        assert not any(output.error for output in outputs.values())
+        said.append([output.generated_tokens for output in outputs.values()])
+        batch = pad([make_prompt(n) for n in LENGTHS])
+        target.generate(**batch, max_new_tokens=8, **GREEDY, **helped)
+    release_graphs()
+    assert counts.replayed > 10
+    assert said[0] == said[1] == said[2]
