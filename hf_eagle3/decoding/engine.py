@@ -37,7 +37,7 @@ from ..tensor_parallel import is_true_for_any, make_agree
 from .arena import Arena, KnownUnfitError, open_arena, take_fingerprint
 from .captured import CapturedPhases, CudaGraphs, warn_once, why_kernels_do_not
 from .choosing import Pace, make_chooser
-from .chunks import ChunkedPrompt
+from .chunks import Beginning, ChunkedPrompt
 from .in_order import accept_in_order, accept_in_step, put_pads
 from .lock import BUSY, LayerLock, give_arena_back, leave, lock_of, take_arena
 from .loop import DeviceRead, HostTime, Launched, note_parts
@@ -47,7 +47,7 @@ from .preparation import find_asked, name_of
 from .room import Clocks, Room
 from .row import Row
 from .state import RoundConfig, RoundState
-from .straight import Beginning, count_at_once, make_drafter_cache, may_part, part, prefill_straight
+from .straight import count_at_once, make_drafter_cache, may_part, part, prefill_straight
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -187,19 +187,23 @@ class Engine:
 
     def prefill_straight(self, prompts: Sequence[Tensor]) -> Prompt:
         """The same over whole prompts [T_b] of an open engine, where the target `runs_straight`."""
-        longest, shapes = max(map(len, prompts)), self.config.shapes
+        longest = max(map(len, prompts))
         cache = self._make_room(len(prompts), longest)
-        its = self._drafter_cache or make_drafter_cache(self._proposer, longest, shapes)
-        beginning = Beginning(self._kind, self._proposer, shapes, its, self.clocks.draft)
-        given = (self.target, self.recorder, prompts, cache, beginning)
+        given = (self.target, self.recorder, prompts, cache, self._make_beginning(longest))
         with self.lock:
             return prefill_straight(*given, most=self._most_at_once)
 
     def prefill_in_chunks(self, input_ids: Tensor) -> ChunkedPrompt:
         """The same over one prompt [1, T], piece by piece, where the target `takes_chunks`."""
-        cache = self._make_own_room(input_ids.shape[1])
-        around: list[AbstractContextManager] = [self.lock, self.over_masks]
-        return ChunkedPrompt(self.target, self.recorder, input_ids, self._models[-1].device, cache, around)
+        longest = input_ids.shape[1]
+        given = (self.target, self.recorder, input_ids, self._make_own_room(longest), self._make_beginning(longest))
+        return ChunkedPrompt(*given, [self.lock, self.over_masks])
+
+    def _make_beginning(self, longest: int) -> Beginning:
+        """How the drafter begins, in the memory that `_make_room` found for it."""
+        shapes = self.config.shapes
+        cache = self._drafter_cache or make_drafter_cache(self._proposer, longest, shapes)
+        return Beginning(self._kind, self._proposer, shapes, cache, self.clocks.draft)
 
     def _make_room(self, num_rows: int, prompt_length: int) -> RowCache:
         """Memory for prompts: their rows' own, or that from which they are copied to their places beside others."""

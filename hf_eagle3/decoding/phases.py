@@ -63,12 +63,14 @@ def run_block(
     position_ids: Tensor,
     *,
     to_lengths: ToLengths = one_by_one,
+    visible: int | None = None,  # slots that it can attend to, where that is known to be few
     **options: Any,  # of the target's forward
 ) -> Tensor:
     """Logits [B, T, V] of the `tokens` [B, T] of a block, which `cache` then holds."""
     text_config = target.config.get_text_config(decoder=True)
     special = find_special(target)
     most = getattr(text_config, special.most_slots) if special is not None and special.most_slots else None
+    most = min((n for n in (most, visible) if n is not None), default=None)
     with cache.writing(block, most=most, like_hosts=special is not None and special.attends_itself):
         masks = make_masks(text_config, block, cache.num_visible, target.dtype)
         with handing_over(target, special, masks, position_ids) as arguments, rotating(to_lengths):

@@ -4,8 +4,8 @@ Rows are padded behind, so no mask is needed: what stands before a token is its 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..compat import CACHE_NAME
-from ..drafters.draft import DrafterKind, DrafterMemory, Prompted
+from ..drafters.draft import DrafterMemory
 from ..recorder import StateRecorder
 from ..rows.block import whole_rows
 from ..rows.cache import WRITING, RowCache, to_bucket
@@ -21,7 +21,7 @@ from ..rows.forwards import find_special
 from ..rows.rotation import at_once, rotating
 from ..speculation.numbers import send
 from ..speculation.shape import Shapes
-from .chunks import takes_chunks
+from .chunks import Beginning, takes_chunks
 from .columns import counts_from_zero, is_text_only, real_first
 from .prefill import Prompt, keeps_what_rows_keep
 
@@ -34,31 +34,6 @@ def count_at_once(target: PreTrainedModel) -> int:
     if target.device.type == "cpu":
         return 0
     return min(max(int(WORK_AT_ONCE / target.num_parameters()), LEAST_AT_ONCE), MOST_AT_ONCE)
-
-
-class Beginning(NamedTuple):
-    """How a drafter begins with rows, as soon as the target has run over some of them."""
-
-    kind: DrafterKind
-    drafter: PreTrainedModel | None
-    shapes: Shapes
-    cache: RowCache  # the drafter's of all rows, with room for the longest prompt
-    clock: AbstractContextManager  # entered around it
-
-    def begin(self, tokens: Tensor, states: Tensor, counts: Tensor, part: slice, *, of: int) -> DrafterMemory:
-        """Its memory of a part of the rows.
-
-        Args:
-            tokens: [b, M].
-            states: [b, M, A*Ht], the target's.
-            counts: [b], how many there are.
-            part: Which rows these are.
-            of: How many there are in all.
-        """
-        num_rows = part.stop - part.start
-        cache = self.cache if num_rows == of else self.cache.view(part.start, num_rows, of=of)
-        prompted = Prompted(tokens, states, counts, torch.zeros_like(counts))
-        return self.kind.begin(self.drafter, prompted, self.shapes, cache=cache)
 
 
 def runs_straight(target: PreTrainedModel) -> bool:

@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 
 from hf_eagle3 import release_graphs
 from hf_eagle3.decoding import engine
+from hf_eagle3.decoding.chunks import Beginning, ChunkedPrompt
 from hf_eagle3.decoding.company import Company
 from hf_eagle3.decoding.straight import (
-    Beginning,
     make_drafter_cache,
     prefill_straight,
     runs_straight,
@@ -122,3 +122,24 @@ def test_an_arena_of_rounds_without_a_drafter_is_none_for_one(target, monkeypatc
     release_graphs()
     assert counts.replayed > 10
     assert said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 30])
+def test_a_drafter_reads_pieces_as_it_reads_the_whole(target, piece):
+    drafter, prompt = make_drafter(target).bind(target), make_prompt(30)
+    whole, (*_, its_keys) = run(target, drafter, [prompt[0]], most=0)
+    shapes = Shapes((chain(3),))
+    cache, its = RowCache(find_kinds(target), to_bucket(30)), make_drafter_cache(drafter, 30, shapes)
+    beginning = Beginning(find_kind(drafter.config), drafter, shapes, its, nullcontext())
+    with torch.no_grad(), StateRecorder(target, drafter.bound_aux_layer_ids) as recorder:
+        chunked = ChunkedPrompt(target, recorder, prompt, cache, beginning, [])
+        while chunked.num_left:
+            chunked.advance(piece)
+    found = chunked.finish()
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.logits, whole.logits, **close)
+    torch.testing.assert_close(found.memory.states, whole.memory.states, **close)
+    torch.testing.assert_close(its.layers[0].keys[:, :29], its_keys[:, :29], **close)
+    for name in ("num_pending", "start", "first", "tokens"):
+        assert getattr(found.memory, name).tolist() == getattr(whole.memory, name).tolist()
+    assert found.memory.room == whole.memory.room
