@@ -126,7 +126,7 @@ def test_a_client_of_openai_streams_stops_and_hears_of_mistakes(folders, batches
     with serving(folders, continuous_batching=batches) as (place, served):
         import openai
 
-        client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"{place}/v1", api_key="none")
         asked = {
             "model": served,
             "messages": [{"role": "user", "content": "abcab"}],
