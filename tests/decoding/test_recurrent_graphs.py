@@ -124,10 +124,13 @@ def test_a_criterion_cuts_states_back(num_rows, counts):
 
 def test_calls_share_memory_until_one_drafts_deeper(counts):
     release_graphs()
-    arenas = []
-    for lengths, depth in ((RAGGED, 3), ((11,), 1), (RAGGED, 3), ((11,), 5), (RAGGED, 2)):
-        assert_says_what_rows_say_alone(NAME, lengths, num_assistant_tokens=depth)
-        arenas.append(arena._arenas[make_target(NAME)])
+    target, arenas = make_target(NAME), []
+    drafter = make_drafter(NAME, RAGGED)
+    for lengths, depth in ((RAGGED, 3), (RAGGED[:1], 1), (RAGGED, 3), (RAGGED[:1], 5), (RAGGED, 2)):
+        batch, options = make_batch(lengths, "cpu"), {"max_new_tokens": 16, **GREEDY}
+        out = target.generate(**batch, assistant_model=drafter, num_assistant_tokens=depth, **options)
+        assert out[:, max(lengths) :].tolist() == say_alone(NAME, lengths, 16).tolist()
+        arenas.append(arena._arenas[target])
     # The fourth call makes one for a row, which is too small for the fifth.
     assert [one is arenas[0] for one in arenas] == [True, True, True, False, False]
 
