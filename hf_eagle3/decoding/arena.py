@@ -14,6 +14,8 @@ from ..drafters.draft import DrafterMemory
 from ..rows.attention import own_attention
 from ..rows.cache import RowCache, to_bucket
 from ..rows.layers import LayerKind, find_kinds
+from ..rows.memory import KeyValues
+from ..rows.states import States
 from ..speculation.shape import Shapes
 from ..speculation.verdict import Proposal
 from ..speculation.warpers import RowWarper
@@ -186,8 +188,12 @@ def describe_need(target: PreTrainedModel, num_rows: int, num_slots: int) -> str
     config = target.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * head_dim * num_slots * num_rows * target.dtype.itemsize
-    return f"whose keys and values take {size / 2**30:.2f} GiB"
+    memories = [kind.memory for kind in find_kinds(target)]
+    num_attending = sum(issubclass(memory, KeyValues) for memory in memories)
+    size = 2 * num_attending * heads * head_dim * num_slots * num_rows * target.dtype.itemsize
+    num_recurrent = sum(issubclass(memory, States) for memory in memories)
+    beside = f", beside the states of {num_recurrent} recurrent layers" if num_recurrent else ""
+    return f"whose keys and values take {size / 2**30:.2f} GiB{beside}"
 
 
 def describe_autocast(device: torch.device) -> torch.dtype | None:

@@ -135,6 +135,15 @@ def test_calls_share_memory_until_one_drafts_deeper(counts):
     assert [one is arenas[0] for one in arenas] == [True, True, True, False, False]
 
 
+def test_what_a_call_needs_is_told_by_the_layers_that_attend():
+    """One of four does."""
+    target = make_target(NAME)
+    config = target.config.get_text_config(decoder=True)
+    num_slots = 2**30 // (2 * 4 * config.num_key_value_heads * config.head_dim)
+    told = arena.describe_need(target, 1, num_slots)
+    assert told == "whose keys and values take 1.00 GiB, beside the states of 3 recurrent layers"
+
+
 def test_kept_states_are_counted(counts):
     release_graphs()
     target = make_target(NAME)
