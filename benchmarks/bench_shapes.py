@@ -26,7 +26,7 @@ from hf_eagle3.decoding.choosing import forget
 from hf_eagle3.decoding.cuda_graphs import synchronize
 from hf_eagle3.host.shapes import list_candidates
 from hf_eagle3.speculation.rates import Rates
-from hf_eagle3.speculation.shape import DraftShape, chain
+from hf_eagle3.speculation.shape import chain
 
 WIDE = {"steps": 8, "topk": 8, "draft_tokens": 61}  # the tree that a coverage is read from
 
@@ -94,14 +94,14 @@ class Way:
         self.out: Any = None  # of the last call
         self.broken: str | None = None
 
-    def add(self, seconds: float, num_rows: int, rates: Rates | None) -> None:
-        """Note a call that took so long without its prompt; by rates, what its rounds promise counts, and luck does not."""
+    def add(self, seconds: float, num_rows: int, promised: dict[str, float] | None) -> None:
+        """Note a call that took so long without its prompt; what its rounds promise counts, if known, and luck does not."""
         speculation = self.out.speculation
         num_rounds = sum(speculation.shapes.values())
-        if rates is None:
+        if promised is None:
             length = (sum(row.num_tokens for row in speculation.rows) / num_rows - 1) / num_rounds
         else:
-            length = sum(number * expect(rates, name) for name, number in speculation.shapes.items()) / num_rounds
+            length = sum(number * promised[name] for name, number in speculation.shapes.items()) / num_rounds
         self.rounds.append(1000 * seconds / num_rounds)
         self.lengths.append(length)
         self.speeds.append(length * num_rows * num_rounds / seconds)
@@ -132,14 +132,6 @@ class Way:
         }
 
 
-NAMES: dict[str, DraftShape] = {}  # of the candidates
-
-
-def expect(rates: Rates, name: str) -> float:
-    """Tokens of a row and round of that shape."""
-    return rates.expect(NAMES[name])
-
-
 def measure(
     args: argparse.Namespace,
     target: PreTrainedModel,
@@ -161,11 +153,14 @@ def measure(
     if temperature:
         options |= {"temperature": temperature, "top_k": 0}
     coverage = getattr(drafter.generation_config, "simulated_coverage", None)
-    rates = None if coverage is None else Rates(tuple(map(tuple, coverage)))
-    NAMES.update({shape.name: shape for shape in list_candidates(drafter)})
-    fixed = [name for name in NAMES if name != "none" and (not args.fixed or name in args.fixed)]
+    shapes = {shape.name: shape for shape in list_candidates(drafter)}
+    promised: dict[str, float] | None = None  # tokens of a row and round, by shape
+    if coverage is not None:
+        rates = Rates(tuple(map(tuple, coverage)))
+        promised = {name: rates.expect(shape) for name, shape in shapes.items()}
+    fixed = [name for name in shapes if name != "none" and (not args.fixed or name in args.fixed)]
     ways = [Way("none", "off"), Way("auto", "auto")]
-    ways += [Way(name, NAMES[name]) for name in fixed if rates is None or name not in known]
+    ways += [Way(name, shapes[name]) for name in fixed if promised is None or name not in known]
     before = min(run(target, batch, **{**options, "max_new_tokens": 1, "draft_shape": "off"})[0] for _ in range(3))
     for turn in range(args.warm_up + args.repeats):
         for way in ways:
@@ -177,16 +172,16 @@ def measure(
                 way.broken = str(error)
                 continue
             if turn >= args.warm_up:
-                way.add(seconds - before, num_rows, rates)
+                way.add(seconds - before, num_rows, promised)
     plain = None if temperature else ways[0].out.sequences
     found = [way.summary(plain) for way in ways]
-    if rates is not None:
+    if promised is not None:
         known |= {
             one["way"]: one["milliseconds_a_round"] for one in found if one["way"] in fixed and "broken" not in one
         }
         found = found[:2]
         for name, milliseconds in known.items():
-            length = expect(rates, name)
+            length = promised[name]
             speed = 1000 * num_rows * length / milliseconds
             found.append({"way": name, "tokens_per_second": speed, "tokens_a_round": length})
             found[-1]["milliseconds_a_round"] = milliseconds

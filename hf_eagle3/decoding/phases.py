@@ -257,11 +257,10 @@ class Phases:
         config, shape = self.config, self.shape if proposal.tokens.shape[1] else NONE
         # The likeliest of 16 bits is the likeliest of 32; what processors and probabilities see is the host's float32.
         scores = self.warper(verified.logits) if self.warper or config.do_sample else verified.logits
+        # What a sampling rule says is dropped where a coverage is simulated, and its work is not; the greedy rule's is alike.
         if config.coverage is None or config.do_sample:
             verdict = RULES[self.rule].judge(proposal, scores, self.judging._replace(shape=shape))
-        if (
-            config.coverage is not None
-        ):  # after the work of a sampling rule, whose result is dropped; greedy is no more work
+        if config.coverage is not None:
             verdict = accept_covered(verified.logits, shape, config.coverage)
         verdict = agree_on(verdict, self.models.agree)
         if (last := config.starts_anew) is not None:

@@ -216,7 +216,7 @@ class RowCache(Cache):
         """Hold the rows of `other` in the `places` [B'] int64; `of` is how many rows there are in all."""
         self.settle()
         other.settle()
-        for mine, theirs in zip(self.layers, other.layers, strict=False):  # nobody's drafts have none
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.put(theirs, places, of)
 
     def select(self, rows: Tensor) -> None:

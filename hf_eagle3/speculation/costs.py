@@ -157,9 +157,9 @@ class Chooser:
         if self._gain(num_rows, best) > HYSTERESIS:
             return self._decide(num_rows, f"{self._gain(num_rows, best) - 1:+.0%} tokens a second")
         if (shape := self._find_worth_measuring(num_rows)) is not None:
-            self.costs.refused[num_rows, shape] += not can_try
-            if can_try or self.costs.refused[num_rows, shape] > REFUSALS:
+            if can_try or self.costs.refused[num_rows, shape] >= REFUSALS:
                 return self._take(num_rows, shape, "to measure it")
+            self.costs.refused[num_rows, shape] += 1
         return self.current
 
     def _find_worth_measuring(self, num_rows: int) -> DraftShape | None:
