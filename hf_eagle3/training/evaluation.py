@@ -192,6 +192,9 @@ def decode_together(
     Raises:
         RuntimeError: One could not be decoded.
     """
+    settings = given["generation_config"]
+    if settings.eos_token_id is None:  # `generate` then never ends; the requests of `generate_batch` ask the config
+        settings.eos_token_id = -1
     outputs = target.generate_batch([prompt.tolist() for prompt in prompts], progress_bar=not is_quiet, **given)
     for output in outputs.values():
         if output.error is not None:
