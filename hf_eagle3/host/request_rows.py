@@ -104,7 +104,8 @@ class RowMaker:
         own.max_new_tokens = next((n for n in given if n is not None), None)
         own.use_cache = True  # the host's engine has one whatever this says, and its server says False
         refuse_settings(own)
-        places = (eos_token_id, own.eos_token_id, self.target.config.get_text_config(decoder=True).eos_token_id)
+        config = self.target.config.get_text_config(decoder=True)  # not every family's has the field
+        places = (eos_token_id, own.eos_token_id, getattr(config, "eos_token_id", None))
         eos = next((given for given in places if given is not None), ())
         eos = eos.tolist() if hasattr(eos, "tolist") else eos
         eos = [int(token) for token in (eos if isinstance(eos, Sequence) else [eos]) if int(token) >= 0]
