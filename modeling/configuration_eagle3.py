@@ -10,12 +10,65 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .fields_eagle3 import HOST_KEYS, Eagle3Fields, check_host_values, refuse_second_rope
+from .fields_eagle3 import FIELD_NAMES, HOST_KEYS, Eagle3Fields, check_host_values, refuse_second_rope
 from .weights_eagle3 import CheckpointError, read_json_file
 
 
+class StrictConfig:
+    """What configs of drafters of all kinds do where the host's would guess: unknown keys and damaged files are errors."""
+
+    has_no_defaults_at_init = (
+        True  # so that the host up to 5.17 does not make one without sizes, to save its difference
+    )
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __post_init__(self, **kwargs):
+        name = type(self).__name__
+        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(
+                f"This config says model_type {model_type!r}, expected {self.model_type!r}. Published drafters of other "
+                "layouts load with AutoModel.from_pretrained, after `import hf_eagle3`."
+            )
+        if unknown := sorted(kwargs.keys() - HOST_KEYS):
+            raise ValueError(
+                f"{name} got keys it does not know: {unknown}. An ignored key may change the drafter's "
+                "arithmetic, so none is ignored: remove them, or spell them as listed in the class's docstring."
+            )
+        refuse_second_rope(self.rope_parameters, kwargs.get("rope_scaling"), kwargs.get("rope_theta"))
+        self.finish_fields()
+        PreTrainedConfig.__post_init__(self, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a config; see `PreTrainedConfig.from_pretrained`. Raises as `from_dict`, and says which file it was."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as AutoConfig does
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        read_json_file(Path(json_file))  # more strictly than the host
+        return super()._dict_from_json_file(json_file)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Make a config from a table of keys; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            CheckpointError: A key is not known, missing, or of the wrong type or range.
+        """
+        try:
+            check_host_values(config_dict)
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            place = config_dict.get("_name_or_path") or kwargs.get("name_or_path") or kwargs.get("_name_or_path")
+            where = f"{place}/config.json" if place else "config"
+            raise CheckpointError(f"{where}: {error}") from error
+
+
 @strict
-class Eagle3DrafterConfig(Eagle3Fields, PreTrainedConfig):
+class Eagle3DrafterConfig(StrictConfig, Eagle3Fields, PreTrainedConfig):
     r"""Sizes and switches of an EAGLE-3 drafter (arXiv:2503.01840) or an EAGLE-3.1 drafter (arXiv:2605.09992).
 
     Every size must be given: a drafter that guesses one loads without an error and accepts nothing. Keys that are
@@ -62,50 +115,4 @@ class Eagle3DrafterConfig(Eagle3Fields, PreTrainedConfig):
     """
 
     model_type = Eagle3Fields.model_type
-    has_no_defaults_at_init = (
-        True  # so that the host up to 5.17 does not make one without sizes, to save its difference
-    )
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    def __post_init__(self, **kwargs):
-        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
-            raise ValueError(
-                f"This config says model_type {model_type!r}, expected {self.model_type!r}. Published drafters of other "
-                "layouts load with AutoModel.from_pretrained, after `import hf_eagle3`."
-            )
-        if unknown := sorted(kwargs.keys() - HOST_KEYS):
-            raise ValueError(
-                f"Eagle3DrafterConfig got keys it does not know: {unknown}. An ignored key may change the drafter's "
-                "arithmetic, so none is ignored: remove them, or spell them as listed in the class's docstring."
-            )
-        refuse_second_rope(self.rope_parameters, kwargs.get("rope_scaling"), kwargs.get("rope_theta"))
-        Eagle3Fields.__post_init__(self)
-        PreTrainedConfig.__post_init__(self, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a config; see `PreTrainedConfig.from_pretrained`. Raises as `from_dict`, and says which file it was."""
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as AutoConfig does
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        read_json_file(Path(json_file))  # more strictly than the host
-        return super()._dict_from_json_file(json_file)
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """Make a config from a table of keys; see `PreTrainedConfig.from_dict`.
-
-        Raises:
-            CheckpointError: A key is not known, missing, or of the wrong type or range.
-        """
-        try:
-            check_host_values(config_dict)
-            return super().from_dict(config_dict, **kwargs)
-        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            place = config_dict.get("_name_or_path") or kwargs.get("name_or_path") or kwargs.get("_name_or_path")
-            where = f"{place}/config.json" if place else "config"
-            raise CheckpointError(f"{where}: {error}") from error
+    field_names = FIELD_NAMES

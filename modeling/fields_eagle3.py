@@ -138,10 +138,8 @@ def default_boundaries(num_layers: int) -> list[int]:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Eagle3Fields:
-    """What an `Eagle3DrafterConfig` has beside the host's own fields; described there."""
-
-    model_type: ClassVar[str] = "eagle3"
+class DrafterFields:
+    """What the config of a drafter of any kind has beside the host's own fields; described with each kind's config."""
 
     hidden_size: int
     intermediate_size: int
@@ -155,21 +153,9 @@ class Eagle3Fields:
     num_aux_hidden_states: int = 3
     aux_layer_ids: list[int] | tuple[int, ...] | None = None
     aux_layer_ids_from_outputs: bool = False
-    norm_last_state: bool = False
-    use_aux_hidden_state: bool = True
-    fc_norm: bool = False
-    norm_before_fc: bool = False
-    norm_before_residual: bool = False
-    norm_output: bool = False
-    qk_norm: bool = False
     mask_token_id: int | None = None
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    v_head_dim: int | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
-    fc_bias: bool = False
     has_own_embeddings: bool = False
     share_lm_head: bool = False
     sliding_window: int | None = None
@@ -187,6 +173,10 @@ class Eagle3Fields:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        self.finish_fields()
+
+    def finish_fields(self):
+        """Fill in what follows from other fields."""
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if self.aux_layer_ids is not None:
@@ -214,15 +204,9 @@ class Eagle3Fields:
 
             if self.hidden_act not in ACT2FN:
                 raise ValueError(f"hidden_act {self.hidden_act!r} is not known to Transformers.")
-        if self.fc_norm and self.norm_before_fc:
-            raise ValueError("fc_norm and norm_before_fc both norm the input of fc; a drafter has one of them.")
         if self.tie_word_embeddings:
             raise ValueError(
                 "tie_word_embeddings must be false: a drafter's head is its own, or the target's (share_lm_head)."
-            )
-        if self.norm_last_state and not self.use_aux_hidden_state:
-            raise ValueError(
-                "use_aux_hidden_state=False reads the normed state anyway; norm_last_state must be false."
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 or null, got {self.sliding_window}.")
@@ -246,10 +230,8 @@ class Eagle3Fields:
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        if self.is_latent:
-            self._validate_latent()
         if self.mask_token_id is not None:
-            self._validate_parallel(self.mask_token_id)
+            self._validate_mask_token(self.mask_token_id)
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
         for name in ("short_factor", "long_factor"):
@@ -259,19 +241,14 @@ class Eagle3Fields:
                     f"rotary parameters: {name} has {len(factors)} factors, expected {self.head_dim // 2}, half of head_dim."
                 )
 
+    def _validate_mask_token(self, mask_token_id: int):
+        if not 0 <= mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id must be a token of the target's vocabulary of {self.vocab_size}, got {mask_token_id}."
+            )
+
     def _validate_captured(self):
-        if not self.use_aux_hidden_state:
-            if self.aux_layer_ids or self.fc_norm or self.norm_before_fc or self.fc_bias:
-                raise ValueError(
-                    "use_aux_hidden_state=False has no fc, so aux_layer_ids, fc_norm, norm_before_fc and fc_bias "
-                    "must not be set."
-                )
-            if self.target_hidden_size != self.hidden_size:
-                raise ValueError(
-                    f"use_aux_hidden_state=False feeds the target's state (width {self.target_hidden_size}) to the "
-                    f"drafter as it is, whose width is {self.hidden_size}."
-                )
-        if (ids := self.aux_layer_ids) is not None and self.use_aux_hidden_state:
+        if (ids := self.aux_layer_ids) is not None:
             if len(ids) != self.num_aux_hidden_states:
                 raise ValueError(
                     f"aux_layer_ids {ids} names {len(ids)} states, but num_aux_hidden_states is "
@@ -279,6 +256,95 @@ class Eagle3Fields:
                 )
             if any(a >= b for a, b in pairwise(ids)) or ids[0] < 0:
                 raise ValueError(f"aux_layer_ids must be boundaries 0, 1, ... in ascending order, got {ids}.")
+
+    @property
+    def num_captured_states(self) -> int:
+        """How many target states one position needs."""
+        return self.num_aux_hidden_states
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        """Most tokens on a path of a draft; None: any number."""
+        return None
+
+    def resolve_aux_layer_ids(self, num_target_layers: int) -> tuple[int, ...]:
+        """The boundaries to capture from a target of `num_target_layers` layers, ascending.
+
+        Raises:
+            ValueError: A boundary lies outside 0..`num_target_layers`, or null cannot stand for A states.
+        """
+        n = num_target_layers
+        ids = self.aux_layer_ids
+        if ids is None:
+            if self.num_aux_hidden_states != 3:
+                raise ValueError(
+                    f"aux_layer_ids is null, which stands for three states, but this drafter reads "
+                    f"{self.num_aux_hidden_states}. Set config.aux_layer_ids to the boundaries it was trained with."
+                )
+            ids = default_boundaries(n)
+            if len(set(ids)) < 3:
+                raise ValueError(
+                    f"aux_layer_ids is null, which stands for boundaries 2, n/2 and n-3, but in a target of {n} layers "
+                    f"these are {ids}, not three. Set config.aux_layer_ids to the boundaries it was trained with."
+                )
+        if self.aux_layer_ids_from_outputs and ids[-1] == n + 1:
+            ids = [i - 1 for i in ids]  # SGLang's rule for gpt-oss; the other reading is impossible
+        if ids[0] < 0 or ids[-1] > n:
+            raise ValueError(
+                f"This drafter reads the target at boundaries {list(ids)}, but the target has {n} layers, so "
+                f"boundaries 0 to {n}. It was made for another target."
+            )
+        return tuple(ids)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Eagle3Fields(DrafterFields):
+    """What an `Eagle3DrafterConfig` has beside the host's own fields; described there."""
+
+    model_type: ClassVar[str] = "eagle3"
+
+    norm_last_state: bool = False
+    use_aux_hidden_state: bool = True
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    qk_norm: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    fc_bias: bool = False
+
+    def validate_architecture(self):
+        """Refuse combinations that no drafter has."""
+        super().validate_architecture()
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc both norm the input of fc; a drafter has one of them.")
+        if self.norm_last_state and not self.use_aux_hidden_state:
+            raise ValueError(
+                "use_aux_hidden_state=False reads the normed state anyway; norm_last_state must be false."
+            )
+
+    def _validate_heads(self):
+        if self.is_latent:
+            self._validate_latent()
+        super()._validate_heads()
+
+    def _validate_captured(self):
+        if self.use_aux_hidden_state:
+            super()._validate_captured()
+            return
+        if self.aux_layer_ids or self.fc_norm or self.norm_before_fc or self.fc_bias:
+            raise ValueError(
+                "use_aux_hidden_state=False has no fc, so aux_layer_ids, fc_norm, norm_before_fc and fc_bias "
+                "must not be set."
+            )
+        if self.target_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"use_aux_hidden_state=False feeds the target's state (width {self.target_hidden_size}) to the "
+                f"drafter as it is, whose width is {self.hidden_size}."
+            )
 
     def _validate_latent(self):
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
@@ -297,11 +363,8 @@ class Eagle3Fields:
         if self.qk_norm or self.attention_bias:
             raise ValueError("No drafter has multi-head latent attention with qk_norm or attention_bias.")
 
-    def _validate_parallel(self, mask_token_id: int):
-        if not 0 <= mask_token_id < self.vocab_size:
-            raise ValueError(
-                f"mask_token_id must be a token of the target's vocabulary of {self.vocab_size}, got {mask_token_id}."
-            )
+    def _validate_mask_token(self, mask_token_id: int):
+        super()._validate_mask_token(mask_token_id)
         if self.is_latent or not self.use_aux_hidden_state:
             raise ValueError(
                 "No P-EAGLE drafter (mask_token_id) has multi-head latent attention or use_aux_hidden_state=False."
@@ -333,34 +396,14 @@ class Eagle3Fields:
         """
         if not self.use_aux_hidden_state:
             return ()
-        n = num_target_layers
-        ids = self.aux_layer_ids
-        if ids is None:
-            if self.num_aux_hidden_states != 3:
-                raise ValueError(
-                    f"aux_layer_ids is null, which stands for three states, but this drafter reads "
-                    f"{self.num_aux_hidden_states}. Set config.aux_layer_ids to the boundaries it was trained with."
-                )
-            ids = default_boundaries(n)
-            if len(set(ids)) < 3:
-                raise ValueError(
-                    f"aux_layer_ids is null, which stands for boundaries 2, n/2 and n-3, but in a target of {n} layers "
-                    f"these are {ids}, not three. Set config.aux_layer_ids to the boundaries it was trained with."
-                )
-        if self.aux_layer_ids_from_outputs and ids[-1] == n + 1:
-            ids = [i - 1 for i in ids]  # SGLang's rule for gpt-oss; the other reading is impossible
-        if ids[0] < 0 or ids[-1] > n:
-            raise ValueError(
-                f"This drafter reads the target at boundaries {list(ids)}, but the target has {n} layers, so "
-                f"boundaries 0 to {n}. It was made for another target."
-            )
+        n, ids = num_target_layers, super().resolve_aux_layer_ids(num_target_layers)
         if self.norm_last_state:
             if ids[-1] != n:
                 raise ValueError(
                     f"norm_last_state norms boundary {n} of this target, but the drafter reads boundaries {list(ids)}."
                 )
-            ids = [*ids[:-1], n + 1]
-        return tuple(ids)
+            ids = (*ids[:-1], n + 1)
+        return ids
 
 
 FIELD_NAMES = frozenset(field.name for field in fields(Eagle3Fields))

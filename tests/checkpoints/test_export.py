@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_eagle3.checkpoints import exporter
 from hf_eagle3.checkpoints.engines import ENGINES, find_refusals
-from hf_eagle3.modeling import Eagle3DrafterModel, modeling_eagle3
+from hf_eagle3.modeling import Eagle3DrafterModel, drafter_eagle3
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 
 pytestmark = pytest.mark.any_release
@@ -458,8 +458,8 @@ def test_push_to_hub_goes_through_the_export(by_saving, tmp_path, monkeypatch):
             {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, repo_id=repo_id, **kwargs
         )
 
-    monkeypatch.setattr(modeling_eagle3, "create_repo", lambda *args, **kwargs: Made)
-    monkeypatch.setattr(modeling_eagle3, "upload_folder", upload)
+    monkeypatch.setattr(drafter_eagle3, "create_repo", lambda *args, **kwargs: Made)
+    monkeypatch.setattr(drafter_eagle3, "upload_folder", upload)
     drafter = make_drafter(make_target("llama"))
     drafter.bound_target_name = "some-owner/some-target"
     if by_saving:

@@ -154,7 +154,7 @@ def test_the_cache_is_left_as_plain_decoding_leaves_it(name, lengths):
             for b, length in enumerate(lengths if plains is not None and plains.numel() else ()):
                 # A window or a chunk has the last ones; before the text, plain decoding computes pads and we do not.
                 real = slice(max(mine.shape[-2] - length - NEW + 1, 0), None)
-                tolerance = {"rtol": 1e-4, "atol": 2e-5 * float(plains.abs().max())}
+                tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(plains.abs().max())}  # CPUs round differently
                 torch.testing.assert_close(mine[b, ..., real, :], plains[b, ..., real, :], **tolerance)
     if len(lengths) == 1:
         texts, more = [], torch.cat([plain.sequences, make_prompt(5)], dim=1)

@@ -1,0 +1,1 @@
+../../../modeling/drafter_eagle3.py
