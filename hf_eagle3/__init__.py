@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 # Public name -> its module. Training pulls in the host's Trainer, which takes seconds to import.
 MODULES = {
     "CheckpointError": "modeling",
+    "DFlashDrafterConfig": "modeling",
+    "DFlashDrafterModel": "modeling",
     "Eagle3DrafterConfig": "modeling",
     "Eagle3DrafterModel": "modeling",
     "Eagle3Trainer": "training",
@@ -27,6 +29,8 @@ MODULES = {
 }
 __all__ = [
     "CheckpointError",
+    "DFlashDrafterConfig",
+    "DFlashDrafterModel",
     "Eagle3DrafterConfig",
     "Eagle3DrafterModel",
     "Eagle3Trainer",
@@ -46,7 +50,13 @@ if not is_command_line():  # whose commands install when they need a model: `--h
     from .host.attaching import attach, detach
     from .host.install import install, uninstall
     from .kernels.qkv import join_projections
-    from .modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
+    from .modeling import (
+        CheckpointError,
+        DFlashDrafterConfig,
+        DFlashDrafterModel,
+        Eagle3DrafterConfig,
+        Eagle3DrafterModel,
+    )
     from .speculation.stats import Speculation
 
     install()

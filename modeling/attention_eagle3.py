@@ -4,42 +4,21 @@ Both take an input width of their own, since the first layer reads [embedding ; 
 published drafter, so it imports torch, Transformers and its siblings only.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave, yarn_get_mscale
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from .configuration_eagle3 import Eagle3DrafterConfig
+from .drafter_eagle3 import attend
 
 
 def make_attention(config: Eagle3DrafterConfig, layer_idx: int, input_size: int) -> nn.Module:
     """The attention that `config` asks for, over inputs [B, T, input_size]."""
     kind = Eagle3LatentAttention if config.is_latent else Eagle3Attention
     return kind(config, layer_idx, input_size)
-
-
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
-    """[B, T, heads, width]: attention as the config chooses it, for `query` [B, heads, T, width] of either module below."""
-    function: Callable = eager_attention_forward
-    if module.config._attn_implementation != "eager":
-        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    out, _ = function(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=module.attention_dropout if module.training else 0.0,
-        scaling=module.scaling,
-        sliding_window=module.sliding_window,
-        **kwargs,
-    )
-    return out
 
 
 class Eagle3Attention(nn.Module):

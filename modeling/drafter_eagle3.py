@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
 from transformers.utils import logging
 
 from .text_eagle3 import escape_record
@@ -50,7 +51,26 @@ NEEDS_PACKAGE = (
     "target.generate(assistant_model=drafter)."
 )
 # Files that every drafter's network is made of.
-SHARED_FILES = ("drafter_eagle3.py", "fields_eagle3.py", "text_eagle3.py", "weights_eagle3.py")
+SHARED_FILES = ("drafter_eagle3.py", "fields_eagle3.py", "strict_eagle3.py", "text_eagle3.py", "weights_eagle3.py")
+
+
+def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+    """[B, T, heads, width]: attention as the config chooses it, for `query` [B, heads, T, width]."""
+    function: Callable = eager_attention_forward
+    if module.config._attn_implementation != "eager":
+        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    out, _ = function(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        sliding_window=module.sliding_window,
+        **kwargs,
+    )
+    return out
 
 
 class DrafterModel(PreTrainedModel):

@@ -137,6 +137,11 @@ def default_boundaries(num_layers: int) -> list[int]:
     return sorted((2, num_layers // 2, num_layers - 3))
 
 
+def linear_shapes(name: str, inputs: int, outputs: int, *, bias: bool = False) -> dict:
+    """The tensors of a linear layer, by name."""
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class DrafterFields:
     """What the config of a drafter of any kind has beside the host's own fields; described with each kind's config."""
@@ -257,6 +262,45 @@ class DrafterFields:
             if any(a >= b for a, b in pairwise(ids)) or ids[0] < 0:
                 raise ValueError(f"aux_layer_ids must be boundaries 0, 1, ... in ascending order, got {ids}.")
 
+    def tensor_shapes(self) -> dict:
+        """The tensors of the network, by name, with their shapes."""
+        H, inner, bias = self.hidden_size, self.intermediate_size, self.mlp_bias
+        shapes = {"norm.weight": (H,), "d2t": (self.draft_vocab_size,), **self._outer_shapes()}
+        if self.has_own_embeddings:
+            shapes["embed_tokens.weight"] = (self.vocab_size, H)
+        if not self.share_lm_head:
+            shapes["lm_head.weight"] = (self.draft_vocab_size, H)
+        for i in range(self.num_hidden_layers):
+            layer = {
+                **self._layer_shapes(i),
+                **linear_shapes("mlp.gate_proj", H, inner, bias=bias),
+                **linear_shapes("mlp.up_proj", H, inner, bias=bias),
+                **linear_shapes("mlp.down_proj", inner, H, bias=bias),
+                **{f"{name}.weight": (H,) for name in ("input_layernorm", "post_attention_layernorm")},
+            }
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+    def _outer_shapes(self) -> dict:
+        """Those outside of the layers that not every kind has."""
+        raise NotImplementedError
+
+    def _layer_shapes(self, layer: int) -> dict:
+        """Those of a layer that not every kind has."""
+        raise NotImplementedError
+
+    def _attention_shapes(self, input_size: int, *, is_normed: bool) -> dict:
+        """Those of Llama's attention over inputs of `input_size`."""
+        n, H, width, bias = self.num_attention_heads, self.hidden_size, self.head_dim, self.attention_bias
+        kv_size = self.num_key_value_heads * width
+        return {
+            **linear_shapes("self_attn.q_proj", input_size, n * width, bias=bias),
+            **linear_shapes("self_attn.k_proj", input_size, kv_size, bias=bias),
+            **linear_shapes("self_attn.v_proj", input_size, kv_size, bias=bias),
+            **linear_shapes("self_attn.o_proj", n * width, H, bias=bias),
+            **{f"self_attn.{name}.weight": (width,) for name in (("q_norm", "k_norm") if is_normed else ())},
+        }
+
     @property
     def num_captured_states(self) -> int:
         """How many target states one position needs."""
@@ -369,6 +413,45 @@ class Eagle3Fields(DrafterFields):
             raise ValueError(
                 "No P-EAGLE drafter (mask_token_id) has multi-head latent attention or use_aux_hidden_state=False."
             )
+
+    def _outer_shapes(self) -> dict:
+        A, Ht, shapes = self.num_aux_hidden_states, self.target_hidden_size, {}
+        if self.use_aux_hidden_state:
+            if self.fc_norm:
+                shapes |= {f"fc_norm.{i}.weight": (Ht,) for i in range(A)}
+            if self.norm_before_fc:
+                shapes["input_norm.weight"] = (A * Ht,)
+            shapes |= linear_shapes("fc", A * Ht, self.hidden_size, bias=self.fc_bias)
+        if self.is_parallel:
+            shapes["mask_hidden"] = (1, 1, A * Ht)
+        return shapes
+
+    def _layer_shapes(self, layer: int) -> dict:
+        H = self.hidden_size
+        input_size = H if layer else 2 * H
+        if self.is_latent:
+            shapes = self._latent_shapes(input_size)
+        else:
+            shapes = self._attention_shapes(input_size, is_normed=self.qk_norm)
+        return shapes if layer else {**shapes, "hidden_norm.weight": (H,)}
+
+    def _latent_shapes(self, input_size: int) -> dict:
+        n, width, rank, q_rank = self.num_attention_heads, self.head_dim, self.kv_lora_rank, self.q_lora_rank
+        qk_size = self.qk_nope_head_dim + width
+        shapes = linear_shapes("self_attn.q_proj", input_size, n * qk_size)
+        if q_rank is not None:
+            shapes = {
+                **linear_shapes("self_attn.q_a_proj", input_size, q_rank),
+                "self_attn.q_a_layernorm.weight": (q_rank,),
+                **linear_shapes("self_attn.q_b_proj", q_rank, n * qk_size),
+            }
+        return {
+            **shapes,
+            **linear_shapes("self_attn.kv_a_proj_with_mqa", input_size, rank + width),
+            "self_attn.kv_a_layernorm.weight": (rank,),
+            **linear_shapes("self_attn.kv_b_proj", rank, n * (self.qk_nope_head_dim + self.v_head_dim)),
+            **linear_shapes("self_attn.o_proj", n * self.v_head_dim, self.hidden_size),
+        }
 
     @property
     def is_parallel(self) -> bool:

@@ -225,70 +225,6 @@ def to_our_names(stored: Mapping[str, StoredTensor], published_names: Mapping[st
     return {name: ours for ours, name in by_ours.items()}
 
 
-def tensor_shapes(config) -> dict[str, tuple[int, ...]]:
-    """The tensors of a drafter's network, by name, with their shapes; `config` is an `Eagle3DrafterConfig`."""
-    H, A, inner = config.hidden_size, config.num_aux_hidden_states, config.intermediate_size
-    Ht = config.target_hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (H,), "d2t": (config.draft_vocab_size,)}
-    if config.has_own_embeddings:
-        shapes["embed_tokens.weight"] = (config.vocab_size, H)
-    if config.use_aux_hidden_state:
-        if config.fc_norm:
-            shapes |= {f"fc_norm.{i}.weight": (Ht,) for i in range(A)}
-        if config.norm_before_fc:
-            shapes["input_norm.weight"] = (A * Ht,)
-        shapes |= _linear("fc", A * Ht, H, bias=config.fc_bias)
-    if config.is_parallel:
-        shapes["mask_hidden"] = (1, 1, A * Ht)
-    if not config.share_lm_head:
-        shapes["lm_head.weight"] = (config.draft_vocab_size, H)
-    for i in range(config.num_hidden_layers):
-        layer = {
-            **_attention_shapes(config, H if i else 2 * H),
-            **_linear("mlp.gate_proj", H, inner, bias=config.mlp_bias),
-            **_linear("mlp.up_proj", H, inner, bias=config.mlp_bias),
-            **_linear("mlp.down_proj", inner, H, bias=config.mlp_bias),
-        }
-        norms = ("input_layernorm", "post_attention_layernorm", *(() if i else ("hidden_norm",)))
-        layer |= {f"{name}.weight": (H,) for name in norms}
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
-
-
-def _attention_shapes(config, input_size: int) -> dict[str, tuple[int, ...]]:
-    """The same of one layer's attention, over inputs of `input_size`."""
-    n, H, width, bias = config.num_attention_heads, config.hidden_size, config.head_dim, config.attention_bias
-    if not config.is_latent:
-        kv_size = config.num_key_value_heads * width
-        shapes = {
-            **_linear("self_attn.q_proj", input_size, n * width, bias=bias),
-            **_linear("self_attn.k_proj", input_size, kv_size, bias=bias),
-            **_linear("self_attn.v_proj", input_size, kv_size, bias=bias),
-            **_linear("self_attn.o_proj", n * width, H, bias=bias),
-        }
-        norms = ("q_norm", "k_norm") if config.qk_norm else ()
-        return shapes | {f"self_attn.{name}.weight": (width,) for name in norms}
-    rank, q_rank, qk_size = config.kv_lora_rank, config.q_lora_rank, config.qk_nope_head_dim + width
-    shapes = _linear("self_attn.q_proj", input_size, n * qk_size)
-    if q_rank is not None:
-        shapes = {
-            **_linear("self_attn.q_a_proj", input_size, q_rank),
-            "self_attn.q_a_layernorm.weight": (q_rank,),
-            **_linear("self_attn.q_b_proj", q_rank, n * qk_size),
-        }
-    return {
-        **shapes,
-        **_linear("self_attn.kv_a_proj_with_mqa", input_size, rank + width),
-        "self_attn.kv_a_layernorm.weight": (rank,),
-        **_linear("self_attn.kv_b_proj", rank, n * (config.qk_nope_head_dim + config.v_head_dim)),
-        **_linear("self_attn.o_proj", n * config.v_head_dim, H),
-    }
-
-
-def _linear(name: str, inputs: int, outputs: int, *, bias: bool = False) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
-
-
 def refuse_misfits(config, stored: Mapping[str, StoredTensor], names: Mapping[str, str], where: str) -> None:
     """Raise unless the stored tensors are those of `config`: before any is made, so that no size can take the memory.
 
@@ -300,7 +236,7 @@ def refuse_misfits(config, stored: Mapping[str, StoredTensor], names: Mapping[st
             raise CheckpointError(
                 f"{where}: {name} is {getattr(config, name)} in config.json, and there are {len(stored)} tensors in all."
             )
-    wanted = tensor_shapes(config)
+    wanted = config.tensor_shapes()
     shapes = {ours: stored[name].shape for name, ours in names.items()}
     if (
         getattr(config, "quantization_config", None) is not None

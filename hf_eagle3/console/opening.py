@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from ..modeling import MODEL_TYPES
 from ..modeling.text_eagle3 import one_line, show
 from ..modeling.weights_eagle3 import CheckpointError
 from .paths import refuse_missing
@@ -101,6 +102,4 @@ def refuse_target(option: str, name: str) -> None:
 
 def is_drafters_config(config: "PreTrainedConfig") -> bool:
     """Whether a config is that of an EAGLE-3 drafter, by any class that it was read as."""
-    from ..modeling import Eagle3DrafterConfig
-
-    return config.model_type == Eagle3DrafterConfig.model_type
+    return config.model_type in MODEL_TYPES

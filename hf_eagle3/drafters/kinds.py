@@ -2,12 +2,13 @@
 
 from transformers import PreTrainedConfig
 
+from .blocks import BLOCKS
 from .chain import CHAIN
 from .draft import DrafterKind
 from .nobody import NOBODY
 from .parallel import PARALLEL
 
-KINDS: list[DrafterKind] = [NOBODY, PARALLEL, CHAIN]  # the first that fits
+KINDS: list[DrafterKind] = [NOBODY, BLOCKS, PARALLEL, CHAIN]  # the first that fits
 
 
 def find_kind(config: PreTrainedConfig | None) -> DrafterKind:

@@ -20,7 +20,7 @@ from transformers.pipelines import base as pipelines
 
 from ..checkpoints.exporter import export
 from ..checkpoints.load import register_weight_names
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, Eagle3DrafterConfig, Eagle3DrafterModel
 from .assisted import wrap_assisted_decoding, wrap_get_candidate_generator, wrap_speculative_sampling
 from .auto_config import wrap_from_pretrained
 from .batching import wrap_context_manager, wrap_generate_batch, wrap_init_continuous_batching
@@ -43,6 +43,7 @@ WRAPS: tuple[tuple[Any, str, Callable], ...] = (  # Any: a class or a module
     (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
     (ContinuousMixin, "continuous_batching_context_manager", wrap_context_manager),
 )
+DRAFTERS = ((Eagle3DrafterConfig, Eagle3DrafterModel), (DFlashDrafterConfig, DFlashDrafterModel))
 _originals: dict[tuple[Any, str], Any] = {}  # as they stand in the namespace of the class or module
 
 
@@ -66,9 +67,10 @@ def install() -> None:
     Done by `import hf_eagle3`; a second call changes nothing.
     """
     check_host()
-    AutoConfig.register(Eagle3DrafterConfig.model_type, Eagle3DrafterConfig, exist_ok=True)
-    AutoModel.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
-    AutoModelForCausalLM.register(Eagle3DrafterConfig, Eagle3DrafterModel, exist_ok=True)
+    for config_class, model_class in DRAFTERS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     register_weight_names()
     Eagle3DrafterModel.exporter = export
     for owner, name, wrap in WRAPS:

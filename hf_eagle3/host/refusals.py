@@ -16,7 +16,7 @@ from ..compat import CACHE_NAME
 from ..console.quoting import quote_python
 from ..decoding.preparation import UnfollowableError, find_asked
 from ..decoding.preparation import find_switch as find_cache_switch
-from ..modeling import Eagle3DrafterConfig
+from ..modeling import MODEL_TYPES
 from ..modeling.text_eagle3 import one_line
 from ..recorder import find_layers, find_skippable
 from ..rows.recurrent import find_mixers, why_not_layers
@@ -63,7 +63,7 @@ def is_drafter(model: Any) -> bool:  # Any: whatever was passed as assistant_mod
 
 def is_drafter_config(config: Any) -> bool:  # Any: as above
     """Whether `config` is that of an EAGLE-3 drafter."""
-    return getattr(config, "model_type", None) == Eagle3DrafterConfig.model_type
+    return getattr(config, "model_type", None) in MODEL_TYPES
 
 
 def refuse_other_models(model: Any, source: str) -> None:  # Any: whatever was loaded
@@ -79,7 +79,7 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
     """Raise if `model` is a published drafter that was loaded as a stock model, with random layers."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if config is None or model_type == Eagle3DrafterConfig.model_type:
+    if config is None or model_type in MODEL_TYPES:
         return
     is_marked = model_type == "llama" and any(hasattr(config, key) for key in ("draft_vocab_size", "eagle_config"))
     if is_marked or "eagle3" in str(getattr(config, "architectures", None)).lower():

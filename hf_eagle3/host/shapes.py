@@ -39,6 +39,11 @@ def resolve_shapes(
     shape = read_depth(asked[1]) if asked[0] == "num_assistant_tokens" else read_shape(asked[1])
     if shape is None:
         return Shapes(list_candidates(drafter))
+    if (deepest := drafter.config.max_draft_depth) is not None and shape.depth > deepest:
+        raise ValueError(
+            f"{asked[0]} asks for {shape.depth} draft tokens one after the other, and this drafter's blocks of "
+            f"{drafter.config.block_size} have {deepest}."
+        )
     widest = max((shape.parents.count(node) for node in range(shape.num_nodes)), default=0)
     if widest > (most := drafter.config.draft_vocab_size or drafter.config.vocab_size):
         raise ValueError(f"draft_shape has {widest} tokens after one, of a draft vocabulary of {most}.")
@@ -133,8 +138,16 @@ def read_triple(steps: Any, topk: Any, draft_tokens: Any) -> DraftShape:  # Any:
 
 
 def list_candidates(drafter: PreTrainedModel) -> tuple[DraftShape, ...]:
-    """What is chosen from where nothing was asked for. The drafter's own rates say which trees."""
+    """What is chosen from where nothing was asked for, the default first. The drafter's own rates say which trees."""
     rates = Rates(read_rates(drafter))
     size = drafter.config.draft_vocab_size or drafter.config.vocab_size
-    trees = (rates.fit(most - 1, max_depth=depth, max_rank=min(size, MAX_RANKS)) for most, depth in TREES.items())
-    return (chain(DEFAULT_DEPTH), NONE, *(chain(k) for k in CHAINS if k != DEFAULT_DEPTH), *trees)
+    deepest = drafter.config.max_draft_depth
+    depths = sorted({*CHAINS, *([] if deepest is None else [deepest])})  # a whole block costs one forward, too
+    depths = [k for k in depths if deepest is None or k <= deepest]
+    first = min(DEFAULT_DEPTH, depths[-1])
+    trees = (
+        rates.fit(most - 1, max_depth=min(depth, depths[-1]), max_rank=min(size, MAX_RANKS))
+        for most, depth in TREES.items()
+    )
+    others = (shape for shape in trees if not shape.is_chain)
+    return (chain(first), NONE, *(chain(k) for k in depths if k != first), *others)

@@ -158,10 +158,12 @@ def _attend_split(
     q_at = query + b * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :]
     q = tl.load(q_at, mask=is_row[:, None] & is_d[None, :], other=0.0)
 
-    # Which slots the tile's tokens can see between them, and this program's share of those. Nobody sees a later token.
+    # Which slots the tile's tokens can see between them, and this program's share of those. In a chain nobody sees a later
+    # token; who sees whom in a tree or a block, its bits say.
     high = first + tl.minimum(T, (tile * BLOCK_M + BLOCK_M - 1) // G + 1)
     low = 0
     if IS_TREE:
+        high = first + T
         first = first - num_before
         seen = tl.load(ancestors + t, mask=is_row, other=0)
         depth = tl.load(depths + num_before + t, mask=is_row, other=0).to(tl.int32)

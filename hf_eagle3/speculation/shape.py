@@ -69,8 +69,8 @@ class DraftShape:
 
     @property
     def num_drafter_slots(self) -> int:
-        """Slots that drafting writes, from the first pending state on: the last draft token is fed to nobody."""
-        return self.depth + self.num_nodes
+        """Slots that drafting writes at most, from the first pending state on: the states that are pending, and a block."""
+        return self.max_new + self.num_verified
 
     @property
     def num_slots(self) -> int:

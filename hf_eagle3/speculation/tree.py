@@ -27,6 +27,13 @@ class Ancestry(NamedTuple):
         return len(self.depths) - len(self.bits)
 
 
+def make_block_ancestry(num_tokens: int, device: torch.device) -> Ancestry:
+    """Of a block whose tokens all see one another."""
+    everyone = (1 << num_tokens) - 1
+    bits = everyone if num_tokens < 64 else everyone - (1 << 64)  # as 64 bits with a sign hold it
+    return Ancestry(torch.full((num_tokens,), bits, device=device), torch.arange(num_tokens, device=device))
+
+
 class Level(NamedTuple):
     """A draft step: the nodes of one depth that have children, and the children."""
 

@@ -11,7 +11,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from hf_eagle3.modeling import CheckpointError, Eagle3DrafterConfig, Eagle3DrafterModel
-from hf_eagle3.modeling.weights_eagle3 import tensor_shapes
 
 V, H, T = 64, 32, 9
 SIZES = {
@@ -579,7 +578,7 @@ def test_shapes_are_those_of_the_network(variant, biases):
     further = {"mlp_bias": biases, "attention_bias": biases and not is_latent, "fc_bias": biases and has_fc}
     config = drafter_config(**{**overrides, **further})
     found = {name: tuple(tensor.shape) for name, tensor in Eagle3DrafterModel(config).state_dict().items()}
-    assert tensor_shapes(config) == found
+    assert config.tensor_shapes() == found
 
 
 @pytest.mark.parametrize("overrides", [{}, {"qk_norm": True}, MLA, {**MLA, "q_lora_rank": 12}], ids=str)

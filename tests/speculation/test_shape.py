@@ -56,7 +56,7 @@ def test_room_of_a_chain(K):
     shape = chain(K)
     assert shape.is_chain
     assert (shape.num_nodes, shape.depth, shape.num_verified, shape.max_new) == (K, K, K + 1, K + 1)
-    assert (shape.num_drafter_slots, shape.num_slots, shape.first_slots) == (2 * K, 2 * K + 2, 2 * K + 3)
+    assert (shape.num_drafter_slots, shape.num_slots, shape.first_slots) == (2 * K + 2, 2 * K + 2, 2 * K + 3)
     assert (shape.slack, shape.slots_ahead(1)) == (4 * K + 6, 3 * K + 3)
     assert shape.ancestry(torch.device("cpu")) is None
 

@@ -1,0 +1,1 @@
+../../../modeling/strict_eagle3.py
