@@ -14,7 +14,7 @@ from .step.head_loss import StepSums
 
 
 def add_sums(parts: Iterable[StepSums], steps: int, accelerator: Accelerator) -> StepSums:
-    """`parts` summed over batches and processes, without `hits`. All processes must call, with any number of parts."""
+    """`parts` summed over batches and processes, without `hits` and `alphas`. All processes must call, with any number of parts."""
     device = accelerator.device
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(5 * steps + 1, dtype=wide, device=device)
@@ -25,7 +25,8 @@ def add_sums(parts: Iterable[StepSums], steps: int, accelerator: Accelerator) ->
         )
     loss, correct, alpha, num_live, path = (total := sum_over_processes(accelerator, total))[:-1].view(5, steps)
     whole = total[-1]
-    return StepSums(loss, correct, alpha, num_live, path, whole, torch.empty(steps, 0, dtype=torch.bool))
+    nothing = torch.empty(steps, 0)
+    return StepSums(loss, correct, alpha, num_live, path, whole, nothing.bool(), nothing)
 
 
 def add_walks(walked: Walk, accelerator: Accelerator) -> Walk:
@@ -61,7 +62,7 @@ class TrainLog:
 
     def add(self, sums: StepSums, num_tokens: int) -> None:
         """Count a micro-batch."""
-        self._sums.append(sums._replace(hits=sums.hits[:, :0]))
+        self._sums.append(sums._replace(hits=sums.hits[:, :0], alphas=sums.alphas[:, :0]))
         self._tokens += num_tokens
 
     def pause(self, seconds: float) -> None:

@@ -48,11 +48,12 @@ def test_head_loss_is_the_eager_chunk(k, C, V):
     live = depth > torch.arange(k, device=DEVICE)[:, None]
     chunk = LossChunk(logits, kept, lse, best, token)
     method = Method(LOSSES["forward_kl"], scale, torch.zeros(k, device=DEVICE))
-    *theirs, their_hits, their_grad = chunk_loss(chunk, live, method, scale)
-    *ours, hits, grad = chunk_loss_by_kernel(chunk._replace(logits=logits.clone()), depth, scale)
+    *theirs, their_hits, their_alphas, their_grad = chunk_loss(chunk, live, method, scale)
+    *ours, hits, alphas, grad = chunk_loss_by_kernel(chunk._replace(logits=logits.clone()), depth, scale)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=1e-4, rtol=1e-4)
     assert torch.equal(hits, their_hits)
+    torch.testing.assert_close(alphas, their_alphas, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(grad.float(), their_grad.float(), atol=1e-6, rtol=1e-2)
     assert not grad[~live].any()
     assert hits[0, 0]

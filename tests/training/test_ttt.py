@@ -356,7 +356,7 @@ def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
     logits, kept, lse, best = a_target_step(ruled_out)
     live = torch.ones(K, 5, dtype=torch.bool)
     chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, 5))
-    *sums, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
+    *sums, _, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
     assert all(x.isfinite().all() for x in (*sums, grad))
 
 

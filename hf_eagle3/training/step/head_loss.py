@@ -4,7 +4,7 @@ Heads and loss go chunk by chunk over slots, gradients included, so that neither
 a whole step ever exist.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class StepSums(NamedTuple):
     path: Tensor  # [k] float32, over slots with all steps live: product of min(1, q/p) of the data's tokens so far
     num_whole: Tensor  # [] int64, slots with all steps live
     hits: Tensor  # [k, L] bool, the drafter's argmax is the token in the data; L the slots that train
+    alphas: Tensor  # [k, L] float32, the chance that speculative sampling accepts; 0 where a slot is not live
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,36 @@ class LossInputs:
     head: TargetHead
     vocabulary: DraftVocabulary
     method: Method
-    last: Tensor  # [L, Ht], the target's last hidden states one after each slot
+    last: Tensor  # [L, Ht], the target's last hidden states one after each slot; any with `at`
     depth: Tensor  # [L] int64, at how many steps each slot trains
     token: Tensor  # [k, L] int64, draft id of the data's token where each step proposes; -1 outside the vocabulary
+    at: Tensor | None = None  # [k, L] int64, the row of `last` for each step and slot; None: slot r at step t has r + t
+
+
+class HeadPart(NamedTuple):
+    """A product that draft logits are a sum of: x @ weight.T."""
+
+    x: Tensor  # [k, L, W], such as normed outputs
+    weight: Tensor  # [V_d, W]
 
 
 class LossChunk(NamedTuple):
-    """The logits of C slots, the target's among them, at k steps. The target's row of slot c at step t is row c + t."""
+    """The logits of C slots, the target's among them, at k steps.
+
+    The target's row of slot c at step t is row c + t of C+k-1, or row t*C + c of k*C (`is_apart`).
+    """
 
     logits: Tensor  # [k, C, V_d], the drafter's
-    kept: Tensor  # [C+k-1, V_d], the target's, as in `TargetLogits`
-    lse: Tensor  # [C+k-1]
-    best: Tensor  # [C+k-1] int64, draft id of the target's argmax; -1 outside the draft vocabulary
+    kept: Tensor  # [C+k-1 or k*C, V_d], the target's, as in `TargetLogits`
+    lse: Tensor  # [C+k-1 or k*C]
+    best: Tensor  # [C+k-1 or k*C] int64, draft id of the target's argmax; -1 outside the draft vocabulary
     token: Tensor  # [k, C] int64, as in `LossInputs`
+    is_apart: bool = False
+
+    def by_step(self, rows: Tensor) -> Tensor:
+        """`rows` [C+k-1 or k*C, ...] of the target, as [k, C, ...]."""
+        k, C, _ = self.logits.shape
+        return rows.unflatten(0, (k, C)) if self.is_apart else rows.unfold(0, C, 1).movedim(-1, 1)
 
 
 def head_weight(drafter: Eagle3DrafterModel) -> Tensor:
@@ -92,24 +110,29 @@ def merged_weight(module: nn.Module) -> Tensor:
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """The loss [] and the fields of `StepSums`. Gradients are computed along with it, and only scaled in the backward pass."""
+    """The loss [] and the fields of `StepSums`. Gradients are computed along with it, and only scaled in the backward pass.
+
+    The tensors after `grads` are those of one `HeadPart` after another.
+    """
 
     @staticmethod
-    def forward(ctx, inputs: LossInputs, grads: bool, normed: Tensor, weight: Tensor):  # type: ignore[no-untyped-def]
-        dtype = working_dtype(normed.device, normed.dtype)
-        with torch.autocast(normed.device.type, enabled=False):
-            sums, *ctx.grads = loss_in_chunks(inputs, normed, weight, dtype, grads, grads and ctx.needs_input_grad[3])
+    def forward(ctx, inputs: LossInputs, grads: bool, *tensors: Tensor):  # type: ignore[no-untyped-def]
+        parts = [HeadPart(x, weight) for x, weight in zip(tensors[::2], tensors[1::2], strict=True)]
+        trains = [grads and needed for needed in ctx.needs_input_grad[3::2]]
+        dtype = working_dtype(tensors[0].device, tensors[0].dtype)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            sums, ctx.grads = loss_in_chunks(inputs, parts, dtype, grads, trains)
         ctx.largest = largest_scale(inputs.method, dtype)
         ctx.mark_non_differentiable(*sums)
         return (inputs.method.scale * sums[0]).sum(), *sums
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Any):  # type: ignore[no-untyped-def]
-        (normed_grad, weight_grad), ctx.grads = ctx.grads, None
+        grads, ctx.grads = ctx.grads, None
         if ctx.largest is not None:
             grad = grad * ctx.largest
         scale_ = head_loss.scale_ if grad.is_cuda and language.is_available(grad.device) else Tensor.mul_
-        return None, None, scale_(normed_grad, grad), None if weight_grad is None else scale_(weight_grad, grad)
+        return None, None, *(None if x is None else scale_(x, grad) for x in grads)
 
 
 def largest_scale(method: Method, dtype: torch.dtype) -> Tensor | None:
@@ -118,57 +141,76 @@ def largest_scale(method: Method, dtype: torch.dtype) -> Tensor | None:
 
 
 def loss_in_chunks(
-    inputs: LossInputs, normed: Tensor, weight: Tensor, dtype: torch.dtype, grads: bool, weight_grads: bool
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The fields of `StepSums`, and gradients for `normed` [k, L, H] and `weight` [V_d, H].
+    inputs: LossInputs, parts: Sequence[HeadPart], dtype: torch.dtype, grads: bool, trains: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The fields of `StepSums`, and gradients for the tensors of each part.
 
     In float16 they are gradients of the loss with its largest scale at 1.
+
+    Args:
+        inputs: Everything else.
+        parts: Logits are the sum of their products.
+        dtype: Of the products.
+        grads: Whether to compute gradients.
+        trains: Whether the weight of each part has one.
     """
-    k, L, _ = normed.shape
-    wide, device, method = torch.promote_types(normed.dtype, torch.float32), normed.device, inputs.method
-    has_kernel = method.loss.has_kernel and normed.is_cuda and dtype.itemsize == 2 and language.is_available(device)
+    first = parts[0].x
+    k, L, _ = first.shape
+    wide, device, method = torch.promote_types(first.dtype, torch.float32), first.device, inputs.method
+    has_kernel = method.loss.has_kernel and first.is_cuda and dtype.itemsize == 2 and language.is_available(device)
+    has_kernel &= inputs.at is None
     largest = largest_scale(method, dtype)
     step_scale = (method.scale if largest is None else method.scale / largest).to(wide)
-    cast = weight.to(dtype)
-    normed_grad = torch.empty_like(normed) if grads else None
-    weight_grad = None
+    casts = [part.weight.to(dtype) for part in parts]
+    x_grads = [torch.empty_like(part.x) if grads else None for part in parts]
+    weight_grads: list[Tensor | None] = [None] * len(parts)
     totals: list[Tensor] = []
     hits = torch.zeros(k, L, dtype=torch.bool, device=device)
+    alphas = torch.zeros(k, L, dtype=wide, device=device)
     steps = torch.arange(k, device=device)[:, None]
-    for part, chunk in _chunks(inputs, normed, cast):
-        depth = inputs.depth[part]
+    for here, chunk in _chunks(inputs, [part.x for part in parts], casts):
+        depth = inputs.depth[here]
         if has_kernel:
-            *sums, hits[:, part], grad = chunk_loss_by_kernel(chunk, depth, step_scale)
+            *sums, hits[:, here], alphas[:, here], grad = chunk_loss_by_kernel(chunk, depth, step_scale)
         else:
             by_size = fuse_on_gpu(chunk_loss, chunk.logits, any_size=True)
-            *sums, hits[:, part], grad = by_size(chunk, steps < depth, method, step_scale)
+            *sums, hits[:, here], alphas[:, here], grad = by_size(chunk, steps < depth, method, step_scale)
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
-        if normed_grad is not None:
-            normed_grad[:, part] = grad @ cast
-        if weight_grads:
-            outer = (grad.flatten(0, 1), normed[:, part].flatten(0, 1).to(dtype))
-            weight_grad = _add_outer(weight_grad, *outer, weight.dtype)
-    if weight_grads and weight_grad is None:
-        weight_grad = torch.zeros_like(weight)
-    return [*(totals or _no_sums(k, wide, device)), hits], normed_grad, weight_grad
+        for i, (part, cast, x_grad) in enumerate(zip(parts, casts, x_grads, strict=True)):
+            if x_grad is not None:
+                x_grad[:, here] = grad @ cast
+            if trains[i]:
+                outer = (grad.flatten(0, 1), part.x[:, here].flatten(0, 1).to(dtype))
+                weight_grads[i] = _add_outer(weight_grads[i], *outer, part.weight.dtype)
+    for i, part in enumerate(parts):
+        if trains[i] and weight_grads[i] is None:
+            weight_grads[i] = torch.zeros_like(part.weight)
+    found = [grad for pair in zip(x_grads, weight_grads, strict=True) for grad in pair]
+    return [*(totals or _no_sums(k, wide, device)), hits, alphas], found
 
 
-def _chunks(inputs: LossInputs, normed: Tensor, weight: Tensor) -> Iterator[tuple[slice, LossChunk]]:
+def _chunks(
+    inputs: LossInputs, xs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Iterator[tuple[slice, LossChunk]]:
     """Consecutive slots and their logits, of at most `chunk_elements`.
 
-    The target's row of slot r at step t is that of slot r + t: slots that train lie in unbroken spans.
+    Without `at`, the target's row of slot r at step t is that of slot r + t: slots that train lie in unbroken spans.
     """
-    k, L, _ = normed.shape
-    size = max(1, inputs.method.chunk_elements // (k * len(weight)))
-    to_draft = inputs.vocabulary.to_draft
+    k, L, _ = xs[0].shape
+    size = max(1, inputs.method.chunk_elements // (k * len(weights[0])))
+    to_draft, at = inputs.vocabulary.to_draft, inputs.at
     for first in range(0, L, size):
         end = min(first + size, L)
-        target = inputs.head.logits(inputs.last[first : end + k - 1], inputs.vocabulary)
-        missing = end - first + k - 1 - len(target.best)
+        rows = inputs.last[first : end + k - 1] if at is None else inputs.last[at[:, first:end].flatten()]
+        target = inputs.head.logits(rows, inputs.vocabulary)
+        missing = 0 if at is not None else end - first + k - 1 - len(target.best)
         kept, lse = F.pad(target.kept, (0, 0, 0, missing)), F.pad(target.lse, (0, missing))
         best = F.pad(target.best, (0, missing))
-        logits = F.linear(normed[:, first:end].to(weight.dtype), weight)  # [k, C, V_d]
-        yield slice(first, end), LossChunk(logits, kept, lse, to_draft[best], inputs.token[:, first:end])
+        logits = F.linear(xs[0][:, first:end].to(weights[0].dtype), weights[0])  # [k, C, V_d]
+        for x, weight in zip(xs[1:], weights[1:], strict=True):
+            logits = logits + F.linear(x[:, first:end].to(weight.dtype), weight)
+        token = inputs.token[:, first:end]
+        yield slice(first, end), LossChunk(logits, kept, lse, to_draft[best], token, at is not None)
 
 
 def _no_sums(k: int, wide: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -183,11 +225,12 @@ def chunk_loss(
     method: Method,
     step_scale: Tensor,  # [k]
 ) -> tuple[Tensor, ...]:
-    """Sums and hits as in `StepSums`, and the gradient of the scaled loss for the logits."""
-    token, lse, (C, dtype) = chunk.token, chunk.lse, (chunk.logits.shape[1], chunk.logits.dtype)
+    """Sums, hits and alphas as in `StepSums`, and the gradient of the scaled loss for the logits."""
+    token, lse, dtype = chunk.token, chunk.lse, chunk.logits.dtype
     wide = lse.dtype
-    logits, log_p = chunk.logits.to(wide), chunk.kept.to(wide) - lse[:, None]
-    log_p, best = log_p.unfold(0, C, 1).transpose(1, 2), chunk.best.unfold(0, C, 1)  # [k, C, V_d], [k, C]
+    logits = chunk.logits.to(wide)
+    log_p = chunk.by_step(chunk.kept.to(wide) - lse[:, None])  # [k, C, V_d]
+    best = chunk.by_step(chunk.best)  # [k, C]
     loss, grad = method.loss.function(logits, TargetStep(log_p, best, live, method.mean_alpha))
     grad = (grad * step_scale[:, None, None]).where(live[..., None], 0).to(dtype)
 
@@ -205,13 +248,14 @@ def chunk_loss(
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
         (drafted == token) & live,
+        alpha.where(live, 0),
         grad,
     )
 
 
 def chunk_loss_by_kernel(chunk: LossChunk, depth: Tensor, step_scale: Tensor) -> tuple[Tensor, ...]:
     """`chunk_loss` of `forward_kl`, for slots of `depth` [C]; the gradient overwrites the logits."""
-    logits, kept, lse, best, token = chunk
+    logits, kept, lse, best, token, _ = chunk
     k, C, _ = logits.shape
     loss, alpha, drafted, ratio = head_loss.head_loss(logits, kept, lse, best, token, depth, step_scale)
     live = depth > torch.arange(k, device=depth.device)[:, None]
@@ -224,6 +268,7 @@ def chunk_loss_by_kernel(chunk: LossChunk, depth: Tensor, step_scale: Tensor) ->
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
         drafted == token,
+        alpha,
         logits,
     )
 
