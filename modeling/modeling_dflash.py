@@ -126,7 +126,12 @@ class MarkovHead(nn.Module):
             self.joint_proj = nn.Linear(2 * r + H, 3 * r)
 
     def forward(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to the logits [..., V_d] of one position, and the state [..., r] for the next one.
+        """What is added to the logits [..., V_d] of one position, and the state for the next one; as of `mix`."""
+        mixed, state = self.mix(before, hidden_states, state)
+        return self.markov_w2(mixed), state
+
+    def mix(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The input [..., r] of the product by `markov_w2` at one position, and the state [..., r] for the next one.
 
         Args:
             before: [...] int64, the token before, a target id.
@@ -135,15 +140,15 @@ class MarkovHead(nn.Module):
         """
         token = self.markov_w1(before).to(hidden_states.dtype)  # [..., r]
         if self.kind == "vanilla":
-            return self.markov_w2(token), None
+            return token, None
         if self.kind == "gated":
             gate = self.gate_proj(torch.cat([hidden_states, token], dim=-1)).sigmoid()
-            return self.markov_w2(gate * token), None
+            return gate * token, None
         state = torch.zeros_like(token) if state is None else state
         joint = self.joint_proj(torch.cat([state, token, hidden_states], dim=-1))
         gate, candidate, out = joint.chunk(3, dim=-1)
         gate = gate.sigmoid()
-        return self.markov_w2(out.tanh()), gate * state + (1 - gate) * candidate.tanh()
+        return out.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
 
 class ConfidenceHead(nn.Module):

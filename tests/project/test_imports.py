@@ -156,7 +156,7 @@ LAYERS = {
         ["folder", "packed"],
     ],
     "training/step": [
-        ["ttt"],
+        ["blocks", "ttt"],
         ["head_loss", "unroll_rows"],
         ["attention", "losses", "target_head"],
         ["acceptance", "batch", "elementwise"],

@@ -228,8 +228,23 @@ def by_definition(loss, q, alpha, kl, best):
         return -alpha.log()
     if loss == "lk_hybrid":
         return weight * kl + (1 - weight) * (1 - alpha)
-    assert loss == "expected_acceptance"  # of all steps together: below
+    if loss == "dspark":
+        return 0.1 * kl + 0.9 * 2 * (1 - alpha)
+    assert loss in ("expected_acceptance", "dpace")  # of all steps together: below
     return 0 * alpha
+
+
+def by_definition_together(loss, alphas, bests):
+    """One slot's loss at all its live steps; alphas, and q of the target's argmax or None, of each."""
+    zeros = [0 * alpha for alpha in alphas]
+    if loss == "expected_acceptance":
+        expected = torch.stack([torch.stack(alphas[: j + 1]).prod() for j in range(len(alphas))]).sum()
+        return [-expected.log(), *zeros[1:]]
+    if loss != "dpace":
+        return zeros
+    smooth = [0.5 if q is None else 0.5 + 0.5 * q.item() for q in bests]
+    weights = [sum(math.prod(smooth[: j + 1]) for j in range(t, len(smooth))) for t in range(len(smooth))]
+    return [zero if q is None else -w * q.log() for w, q, zero in zip(weights, bests, zeros, strict=True)]
 
 
 def reference(drafter, target, rows, loss, steps=K):
@@ -247,7 +262,7 @@ def reference(drafter, target, rows, loss, steps=K):
         outputs = torch.cat(list(unroll(drafter, tokens, aux, steps)))  # [k, T, H]
         live = live_slots(torch.tensor([mask], dtype=torch.bool), steps)[:, 0]
         for i in range(len(mask)):
-            alphas = []
+            alphas, bests = [], []
             for t in range(int(live[:, i].sum())):
                 logits = drafter.compute_logits(outputs[t, i])
                 at = p[i + 1 + t]
@@ -257,16 +272,17 @@ def reference(drafter, target, rows, loss, steps=K):
                 alpha = torch.minimum(q, at[ids]).sum()
                 alphas.append(alpha)
                 kl = (restricted * (restricted.log() - q.log())).sum() * known
-                value = by_definition(loss, q, alpha, kl, ids.tolist().index(int(at.argmax())) if known else None)
+                best = ids.tolist().index(int(at.argmax())) if known else None
+                bests.append(None if best is None else q[best])
+                value = by_definition(loss, q, alpha, kl, best)
                 total = total + 0.8**t * value
                 sums["loss"][t] += value.item()
                 sums["correct"][t] += int(ids[logits.argmax()]) == int(at.argmax())
                 sums["alpha"][t] += alpha.item()
                 sums["live"][t] += 1
-            if loss == "expected_acceptance" and alphas:
-                expected = torch.stack([torch.stack(alphas[: j + 1]).prod() for j in range(len(alphas))]).sum()
-                total = total - expected.log()
-                sums["loss"][0] -= expected.log().item()
+            for t, value in enumerate(by_definition_together(loss, alphas, bests) if alphas else ()):
+                total = total + value * (1 if LOSSES[loss].weighs_steps else 0)
+                sums["loss"][t] += value.item()
     return total, sums
 
 
@@ -326,7 +342,7 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
     wanted = torch.zeros(K, C, dtype=torch.float64)
     total = 0
     for i in range(C):
-        alphas = []
+        alphas, bests = [], []
         for t in range(K):
             known = kept[i + t].isfinite()
             p, q = (kept[i + t] - lse[i + t]).exp()[known], logits[t, i].softmax(-1)
@@ -334,12 +350,12 @@ def test_tokens_that_the_target_rules_out_are_left_out_of_the_loss(loss):
             kl = (restricted * (restricted.log() - q[known].log())).sum() * (at >= 0)
             alphas.append(torch.minimum(p, q[known]).sum())
             value = by_definition(loss, q, alphas[-1], kl, at if at >= 0 else None)
+            bests.append(logits[t, i].softmax(-1)[at] if at >= 0 else None)
             wanted[t, i] = value.item()
             total = total + value
-        if loss == "expected_acceptance":
-            expected = torch.stack([torch.stack(alphas[: j + 1]).prod() for j in range(K)]).sum()
-            wanted[0, i] = -expected.log().item()
-            total = total - expected.log()
+        for t, value in enumerate(by_definition_together(loss, alphas, bests)):
+            wanted[t, i] += value.item()
+            total = total + value
     (wanted_grad,) = torch.autograd.grad(total, logits)
 
     shared = (kept - lse[:, None]).unfold(0, C, 1).transpose(1, 2), best.unfold(0, C, 1)

@@ -67,6 +67,7 @@ class Batch:
     lengths: list[int]  # [D], of each document
     documents: list[int]  # [D], where the states of each document are stored; empty if rows do not name them
     rows: Tensor  # [R] int64, the slots that run, ascending
+    slots: np.ndarray  # [R] int64, `rows` once more, always on the host
     depth: Tensor  # [R] int64, at how many steps each of them trains
     trained: Tensor | None  # [L] int64, the indices of `rows` with a depth above 0; None: all
     spans: Spans  # the attention of these rows
@@ -140,6 +141,7 @@ class Collator:
             lengths=lengths,
             documents=[document for row in rows for document in row.get("documents", [])],
             rows=torch.from_numpy(slots),
+            slots=slots,
             depth=torch.from_numpy(depth[slots]),
             trained=None if len(trained) == len(slots) else torch.from_numpy(trained),
             spans=spans,

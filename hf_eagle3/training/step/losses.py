@@ -110,6 +110,30 @@ def expected_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor, Ten
     return loss, -weights[..., None] * grad
 
 
+def divergence_and_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
+    """0.1 KL(p || q) + 0.9 |p - q|, the sum of absolute differences over the whole vocabulary (arXiv:2607.05147).
+
+    DeepSpec (deepspec/modeling/dspark/loss.py) has the cross entropy to the text's token in the place of the divergence.
+    Over texts that were sampled from the target its mean gradient is the same.
+    """
+    kl, kl_grad = forward_kl(logits, target)
+    tv, tv_grad = total_variation(logits, target)
+    return 0.1 * kl + 1.8 * tv, 0.1 * kl_grad + 1.8 * tv_grad
+
+
+def weighted_by_confidence(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
+    """D-PACE (arXiv:2605.18810): `cross_entropy`, weighed by how far drafts are expected to go.
+
+    With c = 0.5 + 0.5 q of the target's argmax, step t weighs the sum over live j >= t of the products c_0 .. c_j, as in
+    vllm-project/speculators:src/speculators/losses/utils.py with its dpace_alpha at 0.5. Weights have no gradient.
+    """
+    loss, grad = cross_entropy(logits, target)
+    confidence = (-loss).exp().where(target.best >= 0, 0)
+    reached = (0.5 + 0.5 * confidence).where(target.live, 0).cumprod(0)  # [k, C]; live steps come first
+    weights = reached.flip(0).cumsum(0).flip(0)
+    return loss * weights, grad * weights[..., None]
+
+
 def _alpha(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
     """Alpha [k, C], and its gradient with respect to the logits: q (1[q < p] - sum of q where q < p)."""
     q, p = logits.softmax(-1), target.log_p.exp()
@@ -124,4 +148,6 @@ LOSSES: Mapping[str, Loss] = {
     "lk_alpha": Loss(negative_log_acceptance),
     "lk_hybrid": Loss(hybrid_acceptance),
     "expected_acceptance": Loss(expected_acceptance, weighs_steps=True),
+    "dspark": Loss(divergence_and_variation),
+    "dpace": Loss(weighted_by_confidence, weighs_steps=True),
 }

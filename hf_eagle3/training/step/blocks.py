@@ -1,0 +1,208 @@
+"""Training of block drafters: D-Flash (arXiv:2602.06036) and DSpark (arXiv:2607.05147).
+
+A block at slot i has its root at position i + 1 and sees the target's states of positions 0 .. i, as in serving. At depth
+t it proposes token i + 2 + t, and is compared with the target's distribution there. A slot trains at the depths at which
+an EAGLE-3 drafter trains (`batch.live_steps`), so batches, sums and metrics are the same. One forward runs all blocks of
+a batch: each sees its own context and itself, and no other block.
+
+Shapes: N tokens of the batch, L blocks, n tokens of a block, k depths, M context positions, H drafter width, r rank of
+the Markov head.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ...modeling import DFlashDrafterModel
+from .batch import Batch, States
+from .elementwise import working_dtype
+from .head_loss import FusedHeadLoss, LossInputs, Method, StepSums, head_weight
+from .target_head import DraftVocabulary, TargetHead
+
+MOST_TOKENS = 4096  # tokens of blocks whose attention is computed at once
+
+
+class Group(NamedTuple):
+    """Consecutive blocks whose attention is computed at once, and the context that they see."""
+
+    blocks: slice  # of the batch's rows
+    context: slice  # of its tokens
+
+
+def choose_blocks(batch: Batch, count: int, generator: np.random.Generator) -> Batch:
+    """`batch` with at most `count` of its slots, drawn without replacement; the attention of rows is left out of account.
+
+    Args:
+        batch: Made without `every_slot`.
+        count: Blocks to keep.
+        generator: Draws them.
+    """
+    if count >= len(batch.slots):
+        return batch
+    kept = np.sort(generator.choice(len(batch.slots), count, replace=False))
+    index = torch.from_numpy(kept).to(batch.rows.device)
+    return replace(batch, rows=batch.rows[index], depth=batch.depth[index], slots=batch.slots[kept])
+
+
+def make_groups(slots: np.ndarray, lengths: Sequence[int], block_size: int) -> Iterator[Group]:
+    """Groups of the blocks at `slots` [L] of documents of these `lengths`, of at most `MOST_TOKENS` tokens each."""
+    ends = np.cumsum(lengths)
+    size = max(1, MOST_TOKENS // block_size)
+    for first in range(0, len(slots), size):
+        here = slots[first : first + size]
+        document = int(np.searchsorted(ends, here[0], side="right"))
+        begin = int(ends[document] - lengths[document])
+        yield Group(slice(first, first + len(here)), slice(begin, int(here[-1]) + 1))
+
+
+def mask_blocks(
+    drafter: DFlashDrafterModel, slots: Tensor, starts: Tensor, num_context: int, window: int | None
+) -> Tensor:
+    """[1, 1, L*n, M + L*n] bool: the keys each token of a block sees, among the context and all blocks.
+
+    Args:
+        drafter: Its config says whether a block is causal.
+        slots: [L] int64, the last context position of each block.
+        starts: [L] int64, the first one, where its document begins.
+        num_context: M.
+        window: A token at position p sees keys j > p - window; None: all.
+    """
+    L, n, device = len(slots), drafter.config.block_size, slots.device
+    keys, offset = torch.arange(num_context, device=device), torch.arange(n, device=device)
+    context = ((keys >= starts[:, None]) & (keys <= slots[:, None]))[:, None].expand(L, n, -1)  # [L, n, M]
+    own = torch.ones(n, n, dtype=torch.bool, device=device)  # of one block
+    if drafter.config.is_causal:
+        own = own.tril()
+    if window is not None:
+        places = slots[:, None] + 1 + offset  # [L, n], of the queries, counted as the context is
+        context = context & (keys > places[..., None] - window)
+        own = own & (offset > offset[:, None] - window)
+    same = torch.eye(L, dtype=torch.bool, device=device)
+    blocks = same[:, None, :, None] & own[None, :, None]  # [L, n, L, n]
+    return torch.cat([context.flatten(0, 1), blocks.reshape(L * n, L * n)], dim=1)[None, None]
+
+
+def run_blocks(drafter: DFlashDrafterModel, batch: Batch, aux_hidden_states: Tensor) -> Tensor:
+    """[k, L, H] the drafter's normed outputs at the depths of the blocks of `batch`.
+
+    Layers run as functions of their weights, which several processes may share.
+
+    Args:
+        drafter: Bound to its target.
+        batch: N tokens, and the slots of L blocks.
+        aux_hidden_states: [N, A*Ht], at the drafter's boundaries.
+    """
+    config, n = drafter.config, drafter.config.block_size
+    context = drafter.hidden_norm(drafter.fc(aux_hidden_states.to(working_dtype(batch.rows.device, drafter.dtype))))
+    outputs = []
+    for blocks, seen in make_groups(batch.slots, batch.lengths, n):
+        rows = batch.rows[blocks]
+        root = rows + 1
+        ids = drafter.make_block(batch.input_ids[root], n)  # [l, n]
+        places = batch.position_ids[rows, None] + 1 + torch.arange(n, device=rows.device)
+        outputs.append(_run_group(drafter, batch, ids, places, context[seen], Group(blocks, seen)))
+    out = torch.cat(outputs).unflatten(0, (-1, n))[:, -config.max_draft_depth :]  # [L, k, H]
+    return out.transpose(0, 1)
+
+
+def _run_group(
+    drafter: DFlashDrafterModel, batch: Batch, ids: Tensor, places: Tensor, context: Tensor, group: Group
+) -> Tensor:
+    """[l*n, H] normed outputs of one group: `ids` and positions [l, n] of its blocks, and its context [m, H]."""
+    rows, begin, M = batch.rows[group.blocks], group.context.start, len(context)
+    position_ids = torch.cat([batch.position_ids[group.context], places.flatten()])[None]
+    cos, sin = drafter.rotary_emb(drafter.norm.weight, position_ids)
+    at_context, at_block = (cos[:, :M], sin[:, :M]), (cos[:, M:], sin[:, M:])
+    slots = rows - begin
+    starts = slots - batch.position_ids[rows]
+    masks: dict[int | None, Tensor] = {}
+    hidden = drafter.embed(ids.flatten()[None])  # [1, l*n, H]
+    for i, layer in enumerate(drafter.layers):
+        module: Any = layer
+        window = drafter.config.window_of(i)
+        if window not in masks:
+            masks[window] = _as_taken(drafter, mask_blocks(drafter, slots, starts, M, window))
+        keys = module.self_attn.make_keys(context[None], at_context)
+        given = {"rotation": at_block, "context": keys, "attention_mask": masks[window], "past_key_values": None}
+        if module.gradient_checkpointing and module.training:
+            hidden = checkpoint(module.forward, hidden, use_reentrant=False, **given)
+        else:
+            hidden = module.forward(hidden, **given)
+    return drafter.norm(hidden)[0]
+
+
+def _as_taken(drafter: DFlashDrafterModel, mask: Tensor) -> Tensor:
+    """A mask as the drafter's attention takes it."""
+    if drafter.config._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=drafter.dtype).masked_fill(~mask, torch.finfo(drafter.dtype).min)
+
+
+def mix_markov(drafter: DFlashDrafterModel, before: Tensor, hidden_states: Tensor) -> Tensor:
+    """[k, L, r] the input of the Markov head's last product, the text's own tokens drafted before.
+
+    Args:
+        drafter: With such a head.
+        before: [k, L] int64, the token before each depth's.
+        hidden_states: [k, L, H].
+    """
+    mixed, state = [], None
+    for t in range(len(before)):
+        x, state = drafter.markov_head.mix(before[t], hidden_states[t], state)
+        mixed.append(x)
+    return torch.stack(mixed)
+
+
+def block_step(
+    drafter: DFlashDrafterModel,
+    batch: Batch,
+    states: States,
+    head: TargetHead,
+    vocabulary: DraftVocabulary,
+    method: Method,
+) -> tuple[Tensor, StepSums]:
+    """The loss of the blocks of `batch`, at all depths.
+
+    The confidence head, where there is one, learns the chance of acceptance by binary cross entropy, at the scale of each
+    depth; that is part of the loss, and not of its sums.
+
+    Args:
+        drafter: Bound to the target.
+        batch: Made without `every_slot`; each of its rows is a block.
+        states: The target's.
+        head: The target's.
+        vocabulary: The drafter's.
+        method: `scale` is [k] for the k depths of a block.
+
+    Returns:
+        The loss [], which is the sum over depths of scale times loss, and its sums.
+    """
+    rows, depth, k = batch.rows, batch.depth, len(method.scale)
+    if len(rows):
+        hidden = run_blocks(drafter, batch, states.aux_hidden_states)  # [k, L, H]
+    else:
+        hidden = states.aux_hidden_states.new_zeros(k, 0, drafter.config.hidden_size)
+    steps = torch.arange(k, device=rows.device)[:, None]
+    at = (rows + 1 + steps).clamp_max(len(batch.input_ids) - 1)  # [k, L]
+    before = batch.input_ids[at]
+    token = vocabulary.to_draft[batch.input_ids[(at + 1).clamp_max(len(batch.input_ids) - 1)]]
+    tensors = [hidden, head_weight(drafter)]
+    if drafter.config.markov_rank and len(rows):
+        tensors += [mix_markov(drafter, before, hidden), drafter.markov_head.markov_w2.weight]
+    inputs = LossInputs(head, vocabulary, method, states.last_hidden_states, depth, token, at)
+    loss, *parts = FusedHeadLoss.apply(inputs, torch.is_grad_enabled(), *tensors)
+    sums = StepSums(*parts)
+    if not len(rows):  # every weight takes part in every step, or other processes would wait for its gradient
+        return loss + sum(p.flatten()[:1].sum() * 0 for p in drafter.parameters() if p.requires_grad), sums
+    if drafter.config.has_confidence_head:
+        scores = drafter.find_confidence(before, hidden)  # [k, L]
+        wide = sums.alphas.dtype
+        errors = F.binary_cross_entropy_with_logits(scores.to(wide), sums.alphas.clamp(0, 1), reduction="none")
+        loss = loss + (errors.where(steps < depth, 0).sum(1) * method.scale).sum()
+    return loss, sums
