@@ -280,7 +280,9 @@ class DFlashDrafterModel(DrafterModel):
             past_key_values: Holds the context before, position by position.
         """
         config = self.config
-        if config._attn_implementation not in ("eager", "sdpa") or (not config.is_causal and not config.sliding_window):
+        if config._attn_implementation not in ("eager", "sdpa") or (
+            not config.is_causal and not config.sliding_window
+        ):
             return None
         block = position_ids[:, num_context:]  # [B, n]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

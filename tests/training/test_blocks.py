@@ -1,5 +1,7 @@
 """Training of block drafters: against a definition in loops, and against what is served."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,13 @@ from helpers.marks import slow_but
 from helpers.models import NUM_LAYERS, V, make_target
 from torch.nn import functional as F
 
+from hf_eagle3.drafters.blocks import BLOCKS
+from hf_eagle3.drafters.draft import Committed, Prompted
+from hf_eagle3.speculation.shape import Shapes, chain
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step import blocks as module
-from hf_eagle3.training.step.batch import Collator, States
-from hf_eagle3.training.step.blocks import block_step, choose_blocks, run_blocks
+from hf_eagle3.training.step.batch import Collator
+from hf_eagle3.training.step.blocks import block_step, choose_blocks, mix_markov, run_blocks
 from hf_eagle3.training.step.head_loss import Method
 from hf_eagle3.training.step.losses import LOSSES
 from hf_eagle3.training.step.target_head import DraftVocabulary
@@ -160,3 +165,127 @@ def test_loss_and_gradients_are_those_of_the_definition(target, exact_norms, mon
         for weight, p in drafter.named_parameters():
             torch.testing.assert_close(p.grad, grads[weight], rtol=1e-9, atol=1e-10)
             assert p.grad.abs().sum() > 0
+
+
+def logits_in_training(drafter, batch, aux):
+    """[L, k, V_d] what the losses see, of blocks at the slots of `batch`."""
+    with torch.no_grad():
+        hidden = run_blocks(drafter, batch, aux)  # [k, L, H]
+        logits = drafter.compute_logits(hidden)
+        if drafter.config.markov_rank:
+            at = batch.rows + 1 + torch.arange(len(hidden))[:, None]
+            before = batch.input_ids[at.clamp_max(len(batch.input_ids) - 1)]
+            logits = logits + drafter.markov_head.markov_w2(mix_markov(drafter, before, hidden))
+    return logits.transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", slow_but(EVERYDAY, BLOCK_DRAFTERS))
+def test_a_block_in_training_is_a_block_that_is_served(target, kind):
+    """The engine's kind, begun with the states before the root, gives the logits of training at the same place."""
+    drafter = make(target, kind)
+    k, ids = drafter.config.max_draft_depth, drafter.draft_to_target_ids
+    tokens = ids[torch.randint(0, len(ids), (24,))]
+    row = {"input_ids": tokens.numpy(), "loss_mask": np.array([0] * 4 + [1] * 20)}
+    aux = states_of(target, drafter, tokens)[0]
+    batch = Collator(k)([row])
+    trained = logits_in_training(drafter, batch, aux[0])  # [L, k, V_d]
+    shape = chain(k)
+    for slot, wanted in zip(batch.slots.tolist()[: -k - 1], trained, strict=False):
+        served, follows = [], iter(tokens[slot + 2 :])
+
+        def choose_the_text(logits, depths, width, served=served, follows=follows):
+            served.append(logits[0])
+            said = torch.stack([next(follows) for _ in range(logits.shape[1])])
+            return (ids == said[:, None]).int().argmax(-1)[None, :, None], None
+
+        count = torch.tensor([slot + 1])
+        prompted = Prompted(tokens[None, : slot + 1], aux[:, : slot + 1], count, torch.zeros(1, dtype=torch.long))
+        memory = BLOCKS.begin(drafter, prompted, Shapes((shape,)))
+        BLOCKS.catch_up(
+            memory, Committed(tokens[None, slot + 1 : slot + 2], None, torch.ones(1, dtype=torch.long)), shape
+        )
+        with torch.no_grad():
+            draft = BLOCKS.propose(drafter, memory, shape, choose_the_text)
+        assert draft.tokens[0].tolist() == tokens[slot + 2 : slot + 2 + k].tolist()
+        torch.testing.assert_close(torch.cat(served), wanted, rtol=1e-9, atol=1e-9)
+
+
+# ---- which blocks ----
+
+
+def test_blocks_are_drawn_anew_and_the_same_by_the_same_seed():
+    batch = Collator(3)(several_rows())
+
+    def draw(seed, count=7):
+        return choose_blocks(batch, count, np.random.default_rng(seed))
+
+    one, other = draw(0), draw(1)
+    assert one.slots.tolist() == draw(0).slots.tolist() != other.slots.tolist()
+    for chosen in (one, other):
+        assert len(chosen.slots) == 7
+        assert chosen.rows.tolist() == chosen.slots.tolist() == sorted(chosen.slots.tolist())
+        depths = dict(zip(batch.slots.tolist(), batch.depth.tolist(), strict=True))
+        assert chosen.depth.tolist() == [depths[slot] for slot in chosen.slots.tolist()]
+    assert draw(0, 10**6) is batch
+
+
+def test_every_block_has_the_same_chance():
+    """Over many draws, each slot comes up as often; the mean loss over drawn blocks is that over all."""
+    batch = Collator(3)(several_rows())
+    counts = np.zeros(len(batch.input_ids))
+    draws, size = 3000, 5
+    for seed in range(draws):
+        counts[choose_blocks(batch, size, np.random.default_rng(seed)).slots] += 1
+    expected = draws * size / len(batch.slots)
+    assert (np.abs(counts[batch.slots] - expected) < 5 * expected**0.5).all()
+    assert counts.sum() == draws * size
+
+
+def test_what_lies_behind_the_root_has_no_part(target):
+    """States from the root on, and other documents, may be anything."""
+    drafter = make(target, "dspark")
+    batch = Collator(drafter.config.max_draft_depth)(several_rows())
+    aux = torch.randn(len(batch.input_ids), 3 * 32, dtype=torch.float64)
+    kept = int(np.flatnonzero(batch.position_ids.numpy() == 4)[1])  # in the second document
+    batch = choose_by(batch, batch.slots == kept)
+    strange = torch.full_like(aux, 1e6)
+    begin = kept - int(batch.position_ids[kept])
+    strange[begin : kept + 1] = aux[begin : kept + 1]
+    torch.testing.assert_close(run_blocks(drafter, batch, strange), run_blocks(drafter, batch, aux))
+
+
+def choose_by(batch, keep):
+    index = torch.from_numpy(np.flatnonzero(keep))
+    return replace(batch, rows=batch.rows[index], depth=batch.depth[index], slots=batch.slots[keep])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_attentions_give_the_same(target, attention):
+    drafter = make(target, "windows").float()
+    batch = Collator(drafter.config.max_draft_depth)(several_rows())
+    aux = torch.randn(len(batch.input_ids), 3 * 32)
+    wanted = run_blocks(drafter.double(), batch, aux.double())
+    drafter.float().set_attn_implementation(attention)
+    torch.testing.assert_close(run_blocks(drafter, batch, aux), wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_gradients(target):
+    drafter, found = make(target, "dspark"), []
+    for recomputes in (False, True):
+        drafter.train().zero_grad()
+        for layer in drafter.layers:
+            layer.gradient_checkpointing = recomputes
+        loss, _ = run(drafter, target, Collator(8)(several_rows()), "dspark")
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in drafter.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-14)
+
+
+def test_a_batch_without_blocks_trains_nothing_and_touches_every_weight(target):
+    drafter = make(target, "dspark")
+    nothing = [{"input_ids": np.arange(5), "loss_mask": np.zeros(5, dtype=int)}]
+    loss, sums = run(drafter, target, Collator(8)(nothing))
+    loss.backward()
+    assert loss.item() == 0
+    assert not sums.num_live.any()
+    assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())

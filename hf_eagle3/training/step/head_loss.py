@@ -64,7 +64,9 @@ class LossInputs:
     last: Tensor  # [L, Ht], the target's last hidden states one after each slot; any with `at`
     depth: Tensor  # [L] int64, at how many steps each slot trains
     token: Tensor  # [k, L] int64, draft id of the data's token where each step proposes; -1 outside the vocabulary
-    at: Tensor | None = None  # [k, L] int64, the row of `last` for each step and slot; None: slot r at step t has r + t
+    at: Tensor | None = (
+        None  # [k, L] int64, the row of `last` for each step and slot; None: slot r at step t has r + t
+    )
 
 
 class HeadPart(NamedTuple):
@@ -189,9 +191,7 @@ def loss_in_chunks(
     return [*(totals or _no_sums(k, wide, device)), hits, alphas], found
 
 
-def _chunks(
-    inputs: LossInputs, xs: Sequence[Tensor], weights: Sequence[Tensor]
-) -> Iterator[tuple[slice, LossChunk]]:
+def _chunks(inputs: LossInputs, xs: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[tuple[slice, LossChunk]]:
     """Consecutive slots and their logits, of at most `chunk_elements`.
 
     Without `at`, the target's row of slot r at step t is that of slot r + t: slots that train lie in unbroken spans.
