@@ -108,6 +108,10 @@ class DFlashLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        return self.run(hidden_states, **kwargs)
+
+    def run(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """As `forward`, which the host may wrap to recompute activations."""
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -280,9 +284,7 @@ class DFlashDrafterModel(DrafterModel):
             past_key_values: Holds the context before, position by position.
         """
         config = self.config
-        if config._attn_implementation not in ("eager", "sdpa") or (
-            not config.is_causal and not config.sliding_window
-        ):
+        if config._attn_implementation not in ("eager", "sdpa") or (not config.is_causal and not config.sliding_window):
             return None
         block = position_ids[:, num_context:]  # [B, n]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -17,10 +17,11 @@ from transformers.utils import logging
 from ..decoding.arena import release_graphs
 from ..host.batching import why_not_open
 from ..host.loop_choice import why_not_target
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..speculation.stats import Speculation
 from .arguments import Eagle3TrainingArguments
-from .distributed import base_drafter, number_targets, served_copy, sum_over_processes
+from .distributed import number_targets, served_copy, sum_over_processes
+from .kinds import Plan
 from .metrics import add_sums, add_walks, by_step, simulated_acceptance_length
 from .states.online import StateSource
 from .step.acceptance import Walk, walk
@@ -28,7 +29,6 @@ from .step.batch import Batch, Collator
 from .step.head_loss import Method, StepSums
 from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
-from .step.ttt import ttt
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +47,7 @@ class Evaluation:
 
     Args:
         args: The trainer's.
+        plan: The trainer's.
         accelerator: The trainer's.
         model: The wrapped drafter.
         source: Gives hidden states.
@@ -56,6 +57,7 @@ class Evaluation:
     """
 
     args: Eagle3TrainingArguments
+    plan: Plan
     accelerator: Accelerator
     model: nn.Module
     source: StateSource
@@ -65,7 +67,7 @@ class Evaluation:
 
     def measure(self, batches: DataLoader, description: str) -> Measured:
         """Losses, accuracies and rounds along the answers, over all of `batches`."""
-        args, k, depth = self.args, self.args.ttt_steps, self.args.eval_depth
+        args, k, depth = self.args, self.plan.num_steps, self.plan.eval_depth
         steps = max(k, depth)
         walked = Walk(0, np.zeros(depth, dtype=np.int64))
         proposable = torch.zeros(
@@ -109,28 +111,29 @@ class Evaluation:
 
     def _decode(self, target: PreTrainedModel, prompts: list[Tensor]) -> Walk:
         """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
-        args, model = self.args, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        args, depth, model = self.args, self.plan.eval_depth, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
         why_not = why_not_target(target)
         if why_not is None:
             served = served_copy(model, target.dtype if on_gpu else torch.float32, target.device)
-            given = (target, served, prompts, args.eval_depth, args.eval_max_new_tokens)
+            given = (target, served, prompts, depth, args.eval_max_new_tokens)
             return generate_and_count(*given, is_quiet=self._is_quiet)
         logger.warning_once(
             f"{why_not}: in evaluation the target answers by itself, and acceptance lengths are walked along its greedy "
             "answers, which gives what decoding with the drafter would."
         )
         served = served_copy(model, torch.float32, args.device).bind(target)
-        nothing = torch.zeros(args.eval_depth, device=args.device)
+        nothing = torch.zeros(max(depth, self.plan.num_steps), device=args.device)
         method = Method(LOSSES["cross_entropy"], nothing, nothing)
 
         def find_hits(batch: Batch) -> Tensor:
             batch = batch.to(args.device)
             states = self.source.states(batch)
             with self.accelerator.autocast():
-                return ttt(served, batch, states, self.source.head, self.vocabulary, method)[1].hits
+                sums = self.plan.step(served, batch, states, self.source.head, self.vocabulary, method)[1]
+            return sums.hits[:depth]
 
-        collate = Collator(args.eval_depth, every_slot=base_drafter(model).config.num_hidden_layers > 1)
+        collate = self.plan.collator(depth)
         bar = tqdm(prompts, desc="Generating", disable=self._is_quiet, leave=False)
         return generate_and_walk(target, bar, args.eval_max_new_tokens, collate, find_hits)
 
@@ -159,7 +162,7 @@ def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index
 @torch.no_grad()
 def generate_and_count(
     target: PreTrainedModel,
-    drafter: Eagle3DrafterModel,
+    drafter: DrafterModel,
     prompts: list[Tensor],
     depth: int,
     max_new_tokens: int,

@@ -12,16 +12,23 @@ from transformers.distributed import DistributedConfig
 
 from ..checkpoints.card import Adapters
 from ..console.opening import opening
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..modeling.fields_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
-from .arguments import Eagle3TrainingArguments
-from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
-from .new_drafter import new_drafter
+from .arguments import DRAFTER_KINDS, Eagle3TrainingArguments
+from .data.vocabulary import (
+    choose_draft_vocabulary,
+    choose_mask_token,
+    count_supervised_tokens,
+    end_tokens,
+    find_special_tokens,
+)
+from .new_drafter import new_block_drafter, new_drafter
 from .states.folder import fingerprint_weights
 
 # A setting of accelerate that `from_pretrained` reads: in Transformers 5.17 all processes but the first then get zeros.
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+DRAFT_VOCAB_SIZE = 32000  # of a new drafter whose arguments name none
 
 
 def load_in_every_process() -> bool:
@@ -85,22 +92,29 @@ def _refuse_options(name: str, model: Any, options: dict[str, Any] | None) -> No
 
 def make_drafter(
     target: Any, args: Eagle3TrainingArguments, rows: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Eagle3DrafterModel:
+) -> DrafterModel:
     """A new drafter for `target`: the most frequent supervised tokens of `rows`, and special ones, as its vocabulary."""
     if rows is None:
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
-    if args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
+    is_eagle = not DRAFTER_KINDS[args.drafter_kind]
+    if is_eagle and args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
             f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."
         )
     counts = count_supervised_tokens(rows, vocab_size)
     always = end_tokens(target) + ([] if tokenizer is None else find_special_tokens(counts, tokenizer))
-    size = min(args.draft_vocab_size, vocab_size)
+    fields = args.drafter_fields()
+    is_block, size = "block_size" in fields, args.draft_vocab_size
+    if is_block:
+        fields.setdefault("mask_token_id", choose_mask_token(counts, tokenizer))
+        if size is None or size >= vocab_size:
+            return new_block_drafter(target, None, **fields)
+    size = min(DRAFT_VOCAB_SIZE if size is None else size, vocab_size)
     ids = choose_draft_vocabulary(counts, size, always=always, min_coverage=args.min_coverage)
-    return new_drafter(target, ids, **args.drafter_fields())
+    return new_block_drafter(target, ids, **fields) if is_block else new_drafter(target, ids, **fields)
 
 
 def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:
@@ -129,7 +143,7 @@ def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None
         target.to(args.device)
 
 
-def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
+def adapt(drafter: DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
     """`drafter` with adapters of `peft_config`, which alone train.
 
     Raises:
@@ -150,7 +164,7 @@ def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, whi
     return adapted
 
 
-def describe_adapters(model: Any, drafter: Eagle3DrafterModel) -> Adapters | None:  # the drafter, or a model of PEFT
+def describe_adapters(model: Any, drafter: DrafterModel) -> Adapters | None:  # the drafter, or a model of PEFT
     """The adapters around `drafter` that train; None if it trains itself."""
     if model is drafter:
         return None

@@ -1,7 +1,7 @@
 """A drafter to train from scratch, sized after its target."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,11 +9,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoints.convert import check_rope
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import (
+    DFlashDrafterConfig,
+    DFlashDrafterModel,
+    DrafterModel,
+    Eagle3DrafterConfig,
+    Eagle3DrafterModel,
+)
 from ..tensor_parallel import whole
 from .sizes import find_size
 
 logger = logging.get_logger(__name__)
+
+Drafter = TypeVar("Drafter", bound=DrafterModel)
 
 # Rotary embeddings that a new drafter takes over, with the keys that it keeps of them: those that rotate whole heads by
 # the position alone, as Transformers, SGLang and vLLM read alike. The scale of yarn is left to its formula: engines read
@@ -49,27 +57,71 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
     Raises:
         ValueError: `overrides` are no drafter's, or one that no engine could be given.
     """
+    chosen = {"num_hidden_layers": 1, "fc_norm": True, "norm_output": True, **overrides}
+    config = Eagle3DrafterConfig(**find_fields(target, draft_vocabulary, chosen))
+    check_rope(config)
+    return start(Eagle3DrafterModel(config), target, draft_vocabulary)
+
+
+def new_block_drafter(
+    target: PreTrainedModel, draft_vocabulary: Tensor | None, mask_token_id: int, **overrides: Any
+) -> DFlashDrafterModel:
+    """A D-Flash drafter for `target`, float32, bound to it; a DSpark drafter by its fields in `overrides`.
+
+    Where processes share the target, all must call. Sizes are chosen as by `new_drafter`.
+
+    Args:
+        target: Any decoder of the host.
+        draft_vocabulary: [V_d] int64, ascending target ids, for a head of its own; None: the target's head, untrained.
+        mask_token_id: What the open positions of a block read, best a token that no text has.
+        overrides: Any field of `DFlashDrafterConfig`; `block_size` must be among them.
+
+    Raises:
+        ValueError: `overrides` are no drafter's, or one that no engine could be given.
+    """
+    every = draft_vocabulary is None
     theirs = target.config.get_text_config(decoder=True)
-    embeddings = target.get_input_embeddings().weight
-    fields: dict[str, Any] = {
-        **find_sizes(theirs, embeddings.shape[-1]),
+    ids = torch.arange(theirs.vocab_size) if draft_vocabulary is None else draft_vocabulary
+    chosen = {"share_lm_head": every, "mask_token_id": mask_token_id, **overrides}
+    chosen.setdefault("aux_layer_ids", spread_boundaries(theirs.num_hidden_layers))
+    chosen["num_aux_hidden_states"] = len(chosen["aux_layer_ids"])
+    config = DFlashDrafterConfig(**find_fields(target, ids, chosen))
+    check_rope(config)
+    return start(DFlashDrafterModel(config), target, ids)
+
+
+def spread_boundaries(num_layers: int, count: int = 5) -> list[int]:
+    """At most `count` boundaries of a target, from its second layer's to the third last's, evenly apart.
+
+    Those of 36 layers are the ones of deepseek-ai/DeepSpec:config/dspark/dspark_qwen3_8b.py, counted as outputs there.
+    """
+    first, last = 2, max(2, num_layers - 2)
+    return sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)})
+
+
+def find_fields(target: PreTrainedModel, draft_vocabulary: Tensor, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a drafter's config: those `chosen`, and all that its target decides, whatever its kind."""
+    theirs = target.config.get_text_config(decoder=True)
+    width = target.get_input_embeddings().weight.shape[-1]
+    fields = {
+        **find_sizes(theirs, width),
         # No engine lends a drafter embeddings of another width than the target's states.
-        "has_own_embeddings": embeddings.shape[-1] != theirs.hidden_size,
-        "num_hidden_layers": 1,
+        "has_own_embeddings": width != theirs.hidden_size,
         "draft_vocab_size": len(draft_vocabulary),
         "rms_norm_eps": getattr(theirs, "rms_norm_eps", None) or 1e-6,
         "target_model_type": theirs.model_type,
         # The host's pipeline takes two models for one vocabulary only if these agree.
         **{name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "fc_norm": True,
-        "norm_output": True,
-        **overrides,
+        **chosen,
     }
-    if "rope_parameters" not in overrides:
+    if "rope_parameters" not in chosen:
         fields["rope_parameters"] = choose_rope(getattr(theirs, "rope_parameters", None))
-    config = Eagle3DrafterConfig(**fields)
-    check_rope(config)
-    drafter = Eagle3DrafterModel(config)
+    return fields
+
+
+def start(drafter: Drafter, target: PreTrainedModel, draft_vocabulary: Tensor) -> Drafter:
+    """`drafter` with the draft vocabulary, its head and embeddings as the target's rows, bound to `target`."""
+    config, embeddings = drafter.config, target.get_input_embeddings().weight
     drafter.set_draft_to_target_ids(draft_vocabulary)
     if (head := target.get_output_embeddings()) is not None and not config.share_lm_head:
         rows = whole(head.weight.detach())

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import vocabulary_fingerprint
+from .kinds import Plan
 from .states.folder import fingerprint_data
 
 FILE_NAME = "hf_eagle3_recipe.json"
@@ -17,14 +18,17 @@ SHAPE = (
     *("intermediate_size", "draft_vocab_size"),
 )
 
+BLOCKS = ("block_size", "drafts_from_root", "is_causal", "markov_rank", "markov_head_type", "has_confidence_head")
+
 
 def describe_recipe(
-    drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
+    drafter: DrafterModel, plan: Plan, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
 ) -> dict[str, Any]:
     """The facts that must be the same for training to go on as if it had never stopped.
 
     Args:
         drafter: Bound to its target.
+        plan: How it is trained.
         args: The training's.
         rows: The training rows by index, of any class; None if there are none.
         target_fingerprint: That of the target's weights or of the stored hidden states; None where there is none.
@@ -34,8 +38,12 @@ def describe_recipe(
         "teacher": target_fingerprint,  # the key that checkpoints have
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
         "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
-        **{name: getattr(drafter.config, name) for name in SHAPE},
-        **{name: getattr(args, name) for name in ("ttt_steps", "ttt_decay", "loss_type", "packing")},
+        **{name: getattr(drafter.config, name, None) for name in SHAPE},
+        "ttt_steps": plan.num_steps,
+        "ttt_decay": args.ttt_decay,
+        "loss_type": plan.loss_name,
+        "packing": args.packing,
+        **({} if plan.num_blocks is None else {name: getattr(drafter.config, name) for name in BLOCKS}),
         "data": None if rows is None else f"{len(rows)} rows, {fingerprint_data(rows)[:16]}",
     }
 

@@ -423,6 +423,6 @@ def main(arguments: Sequence[str] | None = None) -> Eagle3Trainer:
     trainer.save_model()
     if is_first:
         if metrics:
-            say(f"acceptance length at depth {args.eval_depth}: {metrics['eval_acceptance_length']:.2f}")
+            say(f"acceptance length at depth {trainer.eval_depth}: {metrics['eval_acceptance_length']:.2f}")
         say(f"saved to {args.output_dir}")
     return trainer

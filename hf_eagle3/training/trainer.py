@@ -1,4 +1,4 @@
-"""`Eagle3Trainer`: the host's Trainer around one TTT step, with the frozen target in the loop."""
+"""`Eagle3Trainer`: the host's Trainer around one step of a drafter, with the frozen target in the loop."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,7 +21,7 @@ from ..checkpoints.card import is_on_hub, write_card
 from ..checkpoints.engines import Target
 from ..checkpoints.exporter import describe_target
 from ..checkpoints.target_name import read_recorded_name
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
 from .checkpointed_trainer import CheckpointedTrainer
@@ -29,16 +30,16 @@ from .data.packing import PackedDataset
 from .distributed import base_drafter, call_as_forward, configure_fsdp, sum_over_processes
 from .evaluation import Evaluation
 from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, forecast_training, target_flops
+from .kinds import make_plan
 from .loading import adapt, describe_adapters
 from .metrics import TrainLog
 from .preparing import prepare, refuse_settings
 from .recipe import describe_recipe
 from .states.online import StateSource
-from .step.batch import Batch, Collator
+from .step.batch import Batch
+from .step.blocks import choose_blocks
 from .step.head_loss import Method, StepSums
-from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
-from .step.ttt import ttt
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +48,7 @@ ACCEPTANCE = "eval_acceptance_length"  # in the log of an evaluation
 
 
 class Eagle3Trainer(CheckpointedTrainer):
-    """Train a drafter for a frozen target by training-time test (arXiv:2503.01840).
+    """Train a drafter for a frozen target: EAGLE-3 by training-time test (arXiv:2503.01840), block drafters by blocks.
 
     The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
     of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, share
@@ -55,8 +56,8 @@ class Eagle3Trainer(CheckpointedTrainer):
     (FSDP2).
 
     Args:
-        model: The drafter to go on with, or its name; None: a new EAGLE-3.1 drafter sized after the target, with the
-            `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
+        model: The drafter to go on with, or its name; None: a new drafter of `args.drafter_kind`, sized after the target,
+            with the `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
         target_model: The target, any decoder of the host, or its name.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
@@ -80,7 +81,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        model: Eagle3DrafterModel | str | None = None,
+        model: DrafterModel | str | None = None,
         target_model: PreTrainedModel | str | None = None,
         args: Eagle3TrainingArguments | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
@@ -113,6 +114,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         self._target_fingerprint = ready.target_fingerprint
         self._source, self._reader, self._rows = ready.source, ready.reader, ready.train_rows
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
+        self._plan = make_plan(drafter.config, args)
         self._shape = DrafterShape.of(drafter.config)
         self._target_shape = None if ready.target is None or states is not None else TargetShape.of(ready.target)
         self._own_metrics = compute_metrics
@@ -124,15 +126,12 @@ class Eagle3Trainer(CheckpointedTrainer):
             train_dataset=PackedDataset(ready.train_rows, args.max_length) if packs else ready.train_rows,
             eval_dataset=ready.eval_rows,
             processing_class=ready.tokenizer,
-            data_collator=Collator(
-                max(args.ttt_steps, args.eval_depth), every_slot=drafter.config.num_hidden_layers > 1
-            ),
+            data_collator=self._plan.collator(),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
         self._check_wrapping(has_adapters=peft_config is not None)
-        self._loss = LOSSES[args.loss_type]
-        self._mean_alpha = torch.zeros(args.ttt_steps, device=args.device)
+        self._mean_alpha = torch.zeros(self._plan.num_steps, device=args.device)
         self._average: Average | None = None
         self._begin_sums()
         own_configs.restore()
@@ -152,7 +151,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         self._guard = FiniteGuard(self.accelerator, Path(self.args.output_dir))
         self._log = TrainLog()
         # Alpha and live slots of this update.
-        self._alphas = torch.zeros(2, self.args.ttt_steps, device=self.args.device)
+        self._alphas = torch.zeros(2, self._plan.num_steps, device=self.args.device)
 
     @property
     def target_model(self) -> PreTrainedModel | None:
@@ -160,9 +159,14 @@ class Eagle3Trainer(CheckpointedTrainer):
         return self._target[0]
 
     @property
-    def drafter(self) -> Eagle3DrafterModel:
+    def drafter(self) -> DrafterModel:
         """The drafter that is trained, or whose adapters are trained."""
         return base_drafter(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
+
+    @property
+    def eval_depth(self) -> int:
+        """Draft depth K of the acceptance lengths."""
+        return self._plan.eval_depth
 
     # ---- one batch ----
 
@@ -171,13 +175,26 @@ class Eagle3Trainer(CheckpointedTrainer):
         states = self._source.states(inputs)
         drafter = base_drafter(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
         last = self._mean_alpha[-1:].expand(max(0, len(scale) - len(self._mean_alpha)))
-        method = Method(self._loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
+        method = Method(self._plan.loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
 
         def forward() -> tuple[Tensor, StepSums]:
             with self.accelerator.autocast():
-                return ttt(drafter, inputs, states, self._source.head, self._vocabulary, method)
+                return self._plan.step(drafter, inputs, states, self._source.head, self._vocabulary, method)
 
         return call_as_forward(model, drafter, forward)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:  # the host's
+        """As the host's; of the batches of an update, the blocks to train on, where the drafter drafts blocks."""
+        blocks = self._plan.num_blocks
+        if blocks is not None:
+            epoch_iterator = (choose_blocks(batch, blocks, self._draws(i)) for i, batch in enumerate(epoch_iterator))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _draws(self, micro_batch: int) -> np.random.Generator:
+        """The random numbers of a micro-batch of this process, the same when training is resumed."""
+        return np.random.default_rng(
+            [self.args.seed, self.state.global_step, micro_batch, self.accelerator.process_index]
+        )
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # the host moves tables
         """`inputs` on this process's device."""
@@ -189,8 +206,8 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[k] slots that train at each step, over all batches of one update and all processes."""
-        steps = torch.arange(self.args.ttt_steps, device=device)[:, None]
-        counts = torch.zeros(self.args.ttt_steps, dtype=torch.int64, device=device)
+        k = self._plan.num_steps
+        steps, counts = torch.arange(k, device=device)[:, None], torch.zeros(k, dtype=torch.int64, device=device)
         for batch in batch_samples:
             counts += (batch.depth.to(device) > steps).sum(1)
         return sum_over_processes(self.accelerator, counts)
@@ -220,7 +237,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def _step_scale(self, counts: Tensor) -> Tensor:
         """[k] the factor on each step's loss sum, given the slots that train there."""
-        if self._loss.weighs_steps:
+        if self._plan.loss.weighs_steps:
             return 1 / counts[:1].clamp_min(1).expand_as(counts)
         return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device) / counts.clamp_min(1)
 
@@ -254,7 +271,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def after_update(self) -> None:
         """The optimizer has taken its step."""
-        if self.args.loss_type == "lk_hybrid":
+        if self._plan.loss_name == "lk_hybrid":
             alpha, count = sum_over_processes(self.accelerator, self._alphas)
             self._mean_alpha = alpha / count.clamp_min(1)
         self._alphas.zero_()
@@ -278,7 +295,7 @@ class Eagle3Trainer(CheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's loss and accuracy, and tokens a second, since the last training log."""
         if "loss" in logs:
-            logs |= self._log.take(self.args.ttt_steps, self.accelerator)
+            logs |= self._log.take(self._plan.num_steps, self.accelerator)
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -350,7 +367,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         was_training = self.model.training
         self.model.eval()
         evaluation = Evaluation(
-            args, self.accelerator, self.model, self._source, self._vocabulary, self._run, self._step_scale
+            args, self._plan, self.accelerator, self.model, self._source, self._vocabulary, self._run, self._step_scale
         )
         metrics, sums, walked = evaluation.measure(dataloader, description)
         if isinstance(rows, RowsWithin) and len(beyond := rows.beyond()):
@@ -372,13 +389,13 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     @cached_property
     def _recipe(self) -> dict[str, Any]:
-        return describe_recipe(self.drafter, self.args, self._rows, self._target_fingerprint)
+        return describe_recipe(self.drafter, self._plan, self.args, self._rows, self._target_fingerprint)
 
     def _save_own_state(self, folder: Path) -> None:
         """The averages of the weights, and of alpha where the loss reads it."""
         if self._average is not None:
             self._average.save(folder, is_writer=self.args.should_save)
-        if self.args.should_save and self.args.loss_type == "lk_hybrid":
+        if self.args.should_save and self._plan.loss_name == "lk_hybrid":
             (folder / ALPHA_FILE).write_text(json.dumps(self._mean_alpha.tolist()) + "\n", encoding="utf-8")
 
     def _load_best_model(self) -> None:

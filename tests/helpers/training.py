@@ -41,6 +41,7 @@ def make_args(tmp_path, **changes):
         "eval_generate_prompts": 3,
         "eval_max_new_tokens": 8,
         "learning_rate": 3e-3,
+        "eval_depth": 3,
         "report_to": [],
         "save_strategy": "no",
         "use_cpu": True,

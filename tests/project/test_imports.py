@@ -143,6 +143,7 @@ LAYERS = {
         ["callbacks", "checkpointing", "forecast", "metrics", "recipe"],
         ["distributed"],
         ["loading"],
+        ["kinds"],
         ["arguments", "new_drafter"],
         ["states"],
         ["step"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.blocks import BLOCK_DRAFTERS, make_block_drafter
 from helpers.marks import slow_but
-from helpers.models import NUM_LAYERS, V, make_target
+from helpers.models import V, make_target
 from torch.nn import functional as F
 
 from hf_eagle3.drafters.blocks import BLOCKS

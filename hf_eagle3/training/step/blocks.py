@@ -131,9 +131,9 @@ def _run_group(
         keys = module.self_attn.make_keys(context[None], at_context)
         given = {"rotation": at_block, "context": keys, "attention_mask": masks[window], "past_key_values": None}
         if module.gradient_checkpointing and module.training:
-            hidden = checkpoint(module.forward, hidden, use_reentrant=False, **given)
+            hidden = checkpoint(module.run, hidden, use_reentrant=False, **given)
         else:
-            hidden = module.forward(hidden, **given)
+            hidden = module.run(hidden, **given)
     return drafter.norm(hidden)[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import head_loss, language
-from ...modeling import Eagle3DrafterModel
+from ...modeling import DrafterModel
 from .elementwise import fuse_on_gpu, working_dtype
 from .losses import Loss, TargetStep
 from .target_head import DraftVocabulary, TargetHead
@@ -95,11 +95,11 @@ class LossChunk(NamedTuple):
         return rows.unflatten(0, (k, C)) if self.is_apart else rows.unfold(0, C, 1).movedim(-1, 1)
 
 
-def head_weight(drafter: Eagle3DrafterModel) -> Tensor:
+def head_weight(drafter: DrafterModel) -> Tensor:
     """[V_d, H] the drafter's head, merged with its adapters, or the rows that it borrows from the target."""
     if drafter.config.share_lm_head:
         return drafter._weight("lm_head")[: drafter.config.draft_vocab_size]
-    return merged_weight(drafter.lm_head)
+    return merged_weight(drafter.lm_head)  # type: ignore[arg-type]  # its own, then
 
 
 def merged_weight(module: nn.Module) -> Tensor:
