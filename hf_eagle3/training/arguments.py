@@ -105,11 +105,15 @@ class Eagle3TrainingArguments(TrainingArguments):
     )
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a block of a new block drafter, the newest token included; by default 8, dspark 7."},
+        metadata={
+            "help": "Tokens of a block of a new block drafter, the newest token included; by default 8, dspark 7."
+        },
     )
     num_anchors: int = field(
         default=512,
-        metadata={"help": "Blocks of each row that a block drafter is trained on, on average, drawn anew each update."},
+        metadata={
+            "help": "Blocks of each row that a block drafter is trained on, on average, drawn anew each update."
+        },
     )
     markov_rank: int | None = field(
         default=None, metadata={"help": "Rank of a new block drafter's Markov head; by default 0, dspark 256."}
@@ -136,7 +140,8 @@ class Eagle3TrainingArguments(TrainingArguments):
     )
     drafter_version: str = field(default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3."})
     aux_layer_ids: list[int] | None = field(
-        default=None, metadata={
+        default=None,
+        metadata={
             "help": "Boundaries of the target that a new drafter reads; by default three of them, or five for a block drafter."
         },
     )
@@ -150,7 +155,9 @@ class Eagle3TrainingArguments(TrainingArguments):
     norm_before_fc: bool | None = field(
         default=None, metadata={"help": "New drafter: one norm over all aux hidden states. By default not."}
     )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new drafter; by default 1, of a block drafter 5."})
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Layers of a new drafter; by default 1, of a block drafter 5."}
+    )
     intermediate_size: int | None = field(
         default=None, metadata={"help": "MLP width of a new drafter; by default the target's."}
     )

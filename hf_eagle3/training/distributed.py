@@ -41,9 +41,7 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
                 unit.reshard()
 
 
-def configure_fsdp(
-    plugin: Any, drafter: DrafterModel, *, has_adapters: bool
-) -> None:  # Any: accelerate's plugin
+def configure_fsdp(plugin: Any, drafter: DrafterModel, *, has_adapters: bool) -> None:  # Any: accelerate's plugin
     """Configure how FSDP2 shards `drafter`.
 
     Raises:

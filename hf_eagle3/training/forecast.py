@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..drafters.blocks import drafts_blocks
 from ..modeling import Eagle3DrafterConfig
 from ..tensor_parallel import local
 from .amounts import format_count, format_memory, format_seconds
 from .arguments import Eagle3TrainingArguments
+from .forecast_blocks import BlockShape
+from .kinds import Plan
 from .sizes import find_size, layer_configs
 from .step.batch import live_steps
 from .step.head_loss import CHUNK_ELEMENTS
@@ -79,6 +82,14 @@ class DrafterShape:
             vocab_size=config.vocab_size,
             num_layers=L,
         )
+
+    def count_flops(self, T: float, k: int, share: float, *, recomputed: bool = False) -> float:
+        """See `drafter_flops`."""
+        return drafter_flops(self, T, k, share, recomputed=recomputed)
+
+    def count_bytes(self, num_slots: float, k: int, share: float, *, recomputed: bool = False) -> int:
+        """See `activation_bytes`."""
+        return activation_bytes(self, num_slots, k, share, recomputed=recomputed)
 
     @property
     def draft_vocab_size(self) -> int:
@@ -195,7 +206,12 @@ def activation_bytes(
     return round(numbers * size)
 
 
-def borrowed_bytes(shape: DrafterShape) -> int:
+def shape_of(config: Any) -> DrafterShape | BlockShape:  # Any: a drafter's config
+    """The shape of a drafter of any kind."""
+    return (BlockShape if drafts_blocks(config) else DrafterShape).of(config)
+
+
+def borrowed_bytes(shape: DrafterShape | BlockShape) -> int:
     """Bytes of the head and embeddings that training keeps of a target whose states are stored."""
     return 2 * shape.vocab_size * shape.target_width * HALF
 
@@ -205,7 +221,7 @@ class Forecast(NamedTuple):
 
     trained: int  # weights
     tokens: int  # of all updates and processes
-    share: float  # of slots that train, averaged over steps
+    share: float  # of slots that train, averaged over steps; of a block drafter, of slots that have a block
     flops: float  # a token, target included
     states: int  # weights, gradients and moments of the drafter
     target: int  # its weights; of stored states, its head and embeddings
@@ -234,7 +250,7 @@ class Forecast(NamedTuple):
 
 
 def make_forecast(
-    drafter: DrafterShape,
+    drafter: DrafterShape | BlockShape,
     target: TargetShape | None,
     *,
     trained: int,
@@ -259,7 +275,7 @@ def make_forecast(
         rows_at_once: Rows of one micro-batch on one device.
         num_rows: Rows of all updates and devices.
         share: See `drafter_flops`.
-        ttt_steps: k.
+        ttt_steps: k; of a block drafter, the depths of a block.
         recomputed: See `drafter_flops`.
         has_average: Whether there is an average of the weights.
         num_devices: That compute.
@@ -267,7 +283,7 @@ def make_forecast(
     """
     mean = sum(lengths) / len(lengths)
     T = sum(int(n) ** 2 for n in lengths) / sum(lengths)  # of the document that a token is in
-    flops = drafter_flops(drafter, T, ttt_steps, share, recomputed=recomputed)
+    flops = drafter.count_flops(T, ttt_steps, share, recomputed=recomputed)
     flops += 0 if target is None else target_flops(target, T)
     tokens = round(num_rows * mean)
     peak = next((p for name, p in SUSTAINED.items() if name in (device_name or "")), None)
@@ -279,7 +295,7 @@ def make_forecast(
         flops=flops,
         states=trained * (STATE_BYTES + (4 if has_average else 0)),
         target=target_bytes or borrowed_bytes(drafter),
-        activations=activation_bytes(drafter, rows_at_once * mean, ttt_steps, share, recomputed=recomputed),
+        activations=drafter.count_bytes(rows_at_once * mean, ttt_steps, share, recomputed=recomputed),
         tokens_per_second=speed,
         seconds=None if speed is None else tokens / speed,
     )
@@ -287,21 +303,26 @@ def make_forecast(
 
 def forecast_training(
     args: Eagle3TrainingArguments,
+    plan: Plan,
     rows: Any,  # by index, of any class
     model: nn.Module,
     target: PreTrainedModel | None,
-    shape: DrafterShape,
+    shape: DrafterShape | BlockShape,
     target_shape: TargetShape | None,
 ) -> Forecast:
     """The cost of training `model` by `args` on `rows`, by the first of them. Only this process's part of the target counts."""
     some = [rows[i] for i in range(min(FORECAST_ROWS, len(rows)))]
     lengths = [int(n) for row in some for n in row.get("lengths", [len(row["input_ids"])])]
     depth = np.concatenate(
-        [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], args.ttt_steps) for r in some]
+        [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], plan.num_steps) for r in some]
     )
     update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     num_rows = args.max_steps * update if args.max_steps > 0 else args.num_train_epochs * len(rows)
     per_row = len(lengths) / len(some)
+    share = float(depth.mean() / plan.num_steps)
+    if plan.num_blocks is not None:
+        batch = args.per_device_train_batch_size * len(depth) / len(some)  # tokens
+        share = min(float((depth > 0).mean()), plan.num_blocks / batch)
     return make_forecast(
         shape,
         target_shape,
@@ -310,8 +331,8 @@ def forecast_training(
         lengths=lengths,
         rows_at_once=round(args.per_device_train_batch_size * per_row),
         num_rows=num_rows * per_row,
-        share=float(depth.mean() / args.ttt_steps),
-        ttt_steps=args.ttt_steps,
+        share=share,
+        ttt_steps=plan.num_steps,
         recomputed=args.recomputes_activations,
         has_average=args.ema_decay > 0,
         num_devices=args.world_size,

@@ -151,9 +151,7 @@ def name_target(drafter: DrafterModel) -> None:
         )
 
 
-def find_fingerprint(
-    target: PreTrainedModel | None, states: StateSource | None, drafter: DrafterModel
-) -> str | None:
+def find_fingerprint(target: PreTrainedModel | None, states: StateSource | None, drafter: DrafterModel) -> str | None:
     """The fingerprint of stored states, checked against target and drafter, or of the target's weights."""
     if isinstance(states, StoredStates):
         states.check(drafter)

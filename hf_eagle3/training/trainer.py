@@ -29,7 +29,7 @@ from .data.eval_rows import ProcessRows, RowsWithin
 from .data.packing import PackedDataset
 from .distributed import base_drafter, call_as_forward, configure_fsdp, sum_over_processes
 from .evaluation import Evaluation
-from .forecast import DrafterShape, Forecast, TargetShape, drafter_flops, forecast_training, target_flops
+from .forecast import Forecast, TargetShape, forecast_training, shape_of, target_flops
 from .kinds import make_plan
 from .loading import adapt, describe_adapters
 from .metrics import TrainLog
@@ -115,7 +115,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         self._source, self._reader, self._rows = ready.source, ready.reader, ready.train_rows
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
         self._plan = make_plan(drafter.config, args)
-        self._shape = DrafterShape.of(drafter.config)
+        self._shape = shape_of(drafter.config)
         self._target_shape = None if ready.target is None or states is not None else TargetShape.of(ready.target)
         self._own_metrics = compute_metrics
         own_configs = KeepOwnConfigs(drafter)
@@ -246,7 +246,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         lengths = inputs.lengths
         tokens = sum(lengths)
         T, share = sum(n * n for n in lengths) / tokens, len(inputs.rows) / tokens
-        flops = drafter_flops(self._shape, T, self.args.ttt_steps, share, recomputed=self.args.recomputes_activations)
+        flops = self._shape.count_flops(T, self._plan.num_steps, share, recomputed=self.args.recomputes_activations)
         flops += 0 if self._target_shape is None else target_flops(self._target_shape, T)
         return round(tokens * flops)
 
@@ -289,7 +289,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         if self._rows is None:
             raise ValueError("A forecast needs train_dataset.")
         return forecast_training(
-            self.args, self.train_dataset, self.model, self.target_model, self._shape, self._target_shape
+            self.args, self._plan, self.train_dataset, self.model, self.target_model, self._shape, self._target_shape
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -141,6 +141,7 @@ LAYERS = {
         ["trainer"],
         ["checkpointed_trainer", "evaluation", "preparing"],
         ["callbacks", "checkpointing", "forecast", "metrics", "recipe"],
+        ["forecast_blocks"],
         ["distributed"],
         ["loading"],
         ["kinds"],

@@ -1,5 +1,7 @@
 """Training of block drafters: against a definition in loops, and against what is served."""
 
+import copy
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +10,21 @@ import torch
 from helpers.blocks import BLOCK_DRAFTERS, make_block_drafter
 from helpers.marks import slow_but
 from helpers.models import V, make_target
+from helpers.training import NEW, PROMPT, TINY, make_args, progressions
+from helpers.training import V as V_TINY
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_eagle3 import Eagle3Trainer
 from hf_eagle3.drafters.blocks import BLOCKS
 from hf_eagle3.drafters.draft import Committed, Prompted
 from hf_eagle3.speculation.shape import Shapes, chain
+from hf_eagle3.training import StoredStates, store_states
+from hf_eagle3.training.data.vocabulary import choose_mask_token
+from hf_eagle3.training.forecast_blocks import BlockShape
+from hf_eagle3.training.new_drafter import spread_boundaries
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step import blocks as module
 from hf_eagle3.training.step.batch import Collator
@@ -289,3 +301,201 @@ def test_a_batch_without_blocks_trains_nothing_and_touches_every_weight(target):
     assert loss.item() == 0
     assert not sums.num_live.any()
     assert all(p.grad is not None and not p.grad.any() for p in drafter.parameters())
+
+
+# ---- the trainer ----
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A tiny target that was taught progressions."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        ids = progressions(32, PROMPT + NEW, seed=step)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def answers(taught):
+    """A handful of the target's own greedy answers."""
+    prompts = progressions(24, PROMPT, seed=1000)
+    out = taught.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=False)
+    return [{"input_ids": ids.tolist(), "loss_mask": [0] * PROMPT + [1] * NEW} for ids in out]
+
+
+KINDS = {
+    "dflash": {"drafter_kind": "dflash", "block_size": 4},
+    "dspark": {"drafter_kind": "dspark", "block_size": 4, "markov_rank": 16},
+}
+
+
+def block_args(tmp_path, kind="dspark", **changes):
+    given = {"num_hidden_layers": 2, "num_anchors": 8, "draft_vocab_size": None, "ttt_steps": 7, "eval_depth": None}
+    return make_args(tmp_path, **{**given, **KINDS[kind], **changes})
+
+
+def make_trainer(target, rows, tmp_path, kind="dspark", model=None, **changes):
+    args = block_args(tmp_path, kind, **changes)
+    return Eagle3Trainer(model=model, target_model=target, args=args, train_dataset=rows, eval_dataset=rows[:6])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tiny_run_learns_to_draft(taught, answers, tmp_path, kind):
+    """Trained on a few answers, the drafter is accepted in real decoding, and then loads and drafts the same."""
+    changes = {"max_steps": 120, "learning_rate": 1e-2, "eval_max_new_tokens": NEW, "eval_generate_prompts": 6}
+    trainer = make_trainer(taught, answers, tmp_path, kind, **changes)
+    assert trainer.drafter.config.max_draft_depth == trainer.eval_depth
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_acceptance_length"] > before["eval_acceptance_length"] + 1
+    assert after["eval_acceptance_length"] > 2.5
+    # The text is the target's own, so walking along it counts the same rounds.
+    assert after["eval_walked_acceptance_length"] == pytest.approx(after["eval_acceptance_length"], rel=0.1)
+    assert after["eval_accuracy_0"] > 0.8
+    assert f"eval_accuracy_{trainer.eval_depth - 1}" in after
+    trainer.save_model()
+    again = AutoModel.from_pretrained(tmp_path / "out").bind(taught)
+    for name, value in trainer.drafter.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_training_goes_on_as_if_it_had_never_stopped(taught, answers, tmp_path):
+    """The drawn blocks are the same, too; and averages of the weights are."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.5}
+    whole = make_trainer(taught, answers, tmp_path, **changes, num_anchors=3)
+    whole.train()
+    again = make_trainer(taught, answers, tmp_path, **changes, num_anchors=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for name, value in whole.drafter.state_dict().items():
+        assert torch.equal(again.drafter.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="block_size was 4, and is 5"):
+        make_trainer(taught, answers, tmp_path, **changes, block_size=5).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")
+        )
+
+
+def test_a_drafter_that_is_given_trains_on(taught, answers, tmp_path):
+    first = make_trainer(taught, answers, tmp_path)
+    first.save_model(str(tmp_path / "drafter"))
+    trainer = make_trainer(taught, answers, tmp_path, "dflash", model=str(tmp_path / "drafter"), block_size=None)
+    assert trainer.drafter.config.markov_rank == 16
+    start = {name: value.clone() for name, value in trainer.drafter.state_dict().items()}
+    trainer.train()
+    assert not torch.equal(start["fc.weight"], trainer.drafter.fc.weight)
+    assert torch.equal(start["d2t"], trainer.drafter.d2t)
+
+
+@pytest.mark.parametrize("changes", [{"packing": True}, {"gradient_accumulation_steps": 4, "batch": 2}], ids=str)
+def test_neither_packing_nor_accumulation_changes_the_gradients(taught, answers, tmp_path, changes):
+    changes = dict(changes)
+    size = changes.pop("batch", 8)
+    found = []
+    for options in ({}, {**changes, "per_device_train_batch_size": size}):
+        args = {"max_steps": 1, "num_anchors": 10**4, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+        args |= {"optim": "sgd", "warmup_steps": 0, "learning_rate": 1.0, "max_length": 10**4}
+        trainer = make_trainer(taught, answers[:8], tmp_path, **{**args, **options})
+        trainer.train()
+        found.append(torch.cat([p.detach().flatten() for p in trainer.drafter.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_stored_states_train_the_same(taught, answers, tmp_path):
+    online = make_trainer(taught, answers, tmp_path, max_steps=2, num_anchors=3)
+    store_states(taught, answers, tmp_path / "states", online.drafter, dtype=torch.float32)
+    states = StoredStates(tmp_path / "states")
+    drafter = copy.deepcopy(online.drafter)
+    online.train()
+    args = block_args(tmp_path, max_steps=2, num_anchors=3)
+    stored = Eagle3Trainer(model=drafter, args=args, train_dataset=states.dataset, states=states)
+    stored.train()
+    for name, value in online.drafter.state_dict().items():
+        torch.testing.assert_close(stored.drafter.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+REFUSED = {
+    "ttt_steps": ({"ttt_steps": 3}, "ttt_steps"),
+    "eval_depth": ({"eval_depth": 5}, "propose 4 at most"),
+    "fc_norm": ({"fc_norm": True}, "drafter_kind=eagle3"),
+    "block_size": ({"drafter_kind": "eagle3"}, "drafter_kind=dflash or dspark"),
+    "drafter_kind": ({"drafter_kind": "medusa"}, "eagle3, dflash, dspark"),
+    "num_anchors": ({"num_anchors": 0}, "num_anchors"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_in_words(taught, answers, tmp_path, name):
+    changes, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        make_trainer(taught, answers, tmp_path, **changes)
+
+
+def test_adapters_of_a_block_drafter_are_refused(taught, answers, tmp_path):
+    with pytest.raises(ValueError, match="drafts blocks"):
+        Eagle3Trainer(
+            target_model=taught, args=block_args(tmp_path), train_dataset=answers, peft_config=types.SimpleNamespace()
+        )
+
+
+# ---- a new drafter ----
+
+
+def test_a_new_drafter_has_the_fields_of_its_kind(taught, answers, tmp_path):
+    dflash = make_trainer(taught, answers, tmp_path, "dflash").drafter.config
+    assert (dflash.share_lm_head, dflash.drafts_from_root, dflash.markov_rank) == (True, False, 0)
+    assert dflash.max_draft_depth == 3
+    dspark = make_trainer(taught, answers, tmp_path, draft_vocab_size=40, markov_rank=0).drafter
+    assert (dspark.config.drafts_from_root, dspark.config.has_confidence_head) == (True, True)
+    assert not dspark.config.confidence_reads_markov
+    assert torch.equal(dspark.lm_head.weight, taught.lm_head.weight[dspark.draft_to_target_ids])
+    mask = dspark.config.mask_token_id
+    assert all(mask not in row["input_ids"][PROMPT:] for row in answers)
+
+
+def test_boundaries_are_spread_as_those_in_the_field():
+    assert spread_boundaries(36) == [1 + 1, 9 + 1, 17 + 1, 25 + 1, 33 + 1]
+    assert spread_boundaries(30) == [2, 8, 15, 22, 28]
+    assert spread_boundaries(3) == [2]
+
+
+@pytest.mark.parametrize(("size", "has_mask", "expected"), [(5, True, 4), (9, False, 6), (7, False, 5)])
+def test_the_mask_is_a_token_that_no_text_has(size, has_mask, expected):
+    """Its own mask token, or the first id past the tokenizer, or the last special token, if the target never said it."""
+    words = {f"w{i}": i for i in range(6)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    tokenizer.add_special_tokens({"mask_token": "w4"} if has_mask else {"pad_token": "w5"})
+    counts = torch.ones(size, dtype=torch.long)
+    counts[[i for i in (4, 5, 6, 8) if i < size]] = 0
+    counts[6:7] = 0 if size == 9 else 1
+    assert choose_mask_token(counts, tokenizer) == expected
+
+
+# ---- the forecast ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forecast_counts_the_products(taught, answers, tmp_path, kind):
+    """Of weights, to within what is left out; attention has a count of its own."""
+    trainer = make_trainer(taught, answers, tmp_path, kind)
+    drafter, k = trainer.drafter, trainer.eval_depth
+    batch = trainer.data_collator([{name: np.array(x) for name, x in row.items()} for row in answers[:4]])
+    states = trainer._source.states(batch)
+    method = Method(LOSSES["forward_kl"], torch.ones(k), torch.zeros(k))
+    drafter.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        block_step(drafter, batch, states, trainer._source.head, trainer._vocabulary, method)[0].backward()
+    counts = counter.get_flop_counts()["Global"]
+    found = sum(count for op, count in counts.items() if "bmm" not in str(op))  # attention's are batched
+    shape, tokens, share = BlockShape.of(drafter.config), len(batch.input_ids), len(batch.rows) / len(batch.input_ids)
+    expected = tokens * replace(shape, heads_width=0).count_flops(PROMPT + NEW, k, share)
+    expected += 2 * k * len(batch.rows) * shape.target_width * V_TINY  # the target's head
+    assert found == pytest.approx(expected, rel=0.03)
+    text = str(trainer.forecast())
+    assert "slots train" in text
+    assert trainer.forecast().share == pytest.approx(min((NEW - 2 + 1) / (PROMPT + NEW), 8 / (PROMPT + NEW)), rel=0.1)
