@@ -240,8 +240,9 @@ class DFlashDrafterModel(DrafterModel):
                 layer.self_attn.write(context, at_context, past_key_values)  # type: ignore[operator, union-attr]
             context = None
         if writes_only:
-            nothing = like.new_empty(len(position_ids), 0, self.config.hidden_size)
-            return DFlashDrafterOutput(nothing[..., : self.config.draft_vocab_size], nothing, past_key_values)
+            nothing = like.new_empty(len(like), 0, self.config.hidden_size)
+            no_logits = like.new_empty(len(like), 0, self.config.draft_vocab_size)
+            return DFlashDrafterOutput(no_logits, nothing, past_key_values)
         if input_ids is None:
             raise ValueError("Give input_ids, the tokens of a block; or writes_only=True, to fill the cache alone.")
 
@@ -275,7 +276,9 @@ class DFlashDrafterModel(DrafterModel):
             past_key_values: Holds the context before, position by position.
         """
         config = self.config
-        if config._attn_implementation not in ("eager", "sdpa") or (not config.is_causal and not config.sliding_window):
+        if config._attn_implementation not in ("eager", "sdpa") or (
+            not config.is_causal and not config.sliding_window
+        ):
             return None
         block = position_ids[:, num_context:]  # [B, n]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -112,7 +112,7 @@ LAYERS = {
     ],
     "drafters": [
         ["kinds"],
-        ["nobody", "parallel"],
+        ["blocks", "nobody", "parallel"],
         ["chain"],
         ["draft", "unroll"],
     ],
