@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from .configuration_dflash import DFlashDrafterConfig
 from .drafter_eagle3 import SHARED_FILES, DrafterModel, attend
@@ -36,12 +36,6 @@ class DFlashDrafterOutput(NamedTuple):
     logits: Tensor  # [B, n, V_d], over the draft vocabulary; without what a Markov head adds
     hidden_states: Tensor  # [B, n, H], what logits are made of
     past_key_values: Cache | None
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` [B, heads, T, head_dim] at the positions of `rotation`, cos and sin [B, T, head_dim]."""
-    cos, sin = (table[:, None] for table in rotation)
-    return x * cos + rotate_half(x) * sin
 
 
 class DFlashAttention(nn.Module):
@@ -67,15 +61,15 @@ class DFlashAttention(nn.Module):
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def make_keys(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, kv_heads, T, head_dim] of `x` [B, T, H]: context features, or a block's normed states."""
+    def make_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, kv_heads, T, head_dim] of `x` [B, T, H], the keys not rotated yet."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        return rotate(key, rotation), self.v_proj(x).view(heads).transpose(1, 2)
+        return self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), self.v_proj(x).view(heads).transpose(1, 2)
 
-    def write(self, context: Tensor, rotation: tuple[Tensor, Tensor], past_key_values: Cache) -> None:
-        """Write the context features [B, M, H] of this call to the cache."""
-        past_key_values.update(*self.make_keys(context, rotation), self.layer_idx)
+    def read_context(self, context: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, kv_heads, M, head_dim] of context features [B, M, H]."""
+        key, value = self.make_keys(context)
+        return apply_rotary_pos_emb(key, key, *rotation)[1], value
 
     def forward(
         self,
@@ -88,12 +82,13 @@ class DFlashAttention(nn.Module):
     ) -> Tensor:  # [B, n, H]
         B, n, _ = hidden_states.shape
         query = self.q_norm(self.q_proj(hidden_states).view(B, n, -1, self.head_dim)).transpose(1, 2)
-        key, value = self.make_keys(hidden_states, rotation)
+        key, value = self.make_keys(hidden_states)
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
         elif context is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(context, (key, value), strict=True))
-        out = attend(self, rotate(query, rotation), key, value, attention_mask, **kwargs)
+        out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.reshape(B, n, -1))
 
 
@@ -237,7 +232,7 @@ class DFlashDrafterModel(DrafterModel):
         at_context, at_block = (cos[:, :M], sin[:, :M]), (cos[:, M:], sin[:, M:])
         if context is not None and past_key_values is not None:
             for layer in self.layers:
-                layer.self_attn.write(context, at_context, past_key_values)  # type: ignore[operator, union-attr]
+                past_key_values.update(*layer.self_attn.read_context(context, at_context), layer.self_attn.layer_idx)  # type: ignore[operator, union-attr]
             context = None
         if writes_only:
             nothing = like.new_empty(len(like), 0, self.config.hidden_size)
@@ -250,7 +245,7 @@ class DFlashDrafterModel(DrafterModel):
         if attention_mask is None:
             attention_mask = self.make_masks(position_ids, M, past_key_values)
         for i, layer in enumerate(self.layers):
-            keys = None if context is None else layer.self_attn.make_keys(context, at_context)  # type: ignore[operator, union-attr]
+            keys = None if context is None else layer.self_attn.read_context(context, at_context)  # type: ignore[operator, union-attr]
             mask = attention_mask
             if isinstance(mask, dict):
                 mask = mask[(self.config.layer_types or ["full_attention"] * len(self.layers))[i]]

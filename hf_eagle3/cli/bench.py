@@ -92,7 +92,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add(
         "--dflash-drafter",
         metavar="REPO_OR_DIR",
-        help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+        help="a D-Flash drafter for the same target, for a column beside ours; if its layout is unknown, code in its repository is run",
     )
 
 
