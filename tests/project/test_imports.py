@@ -39,6 +39,7 @@ LAYERS = {
             "data",
             "demo",
             "doctor",
+            "drift",
             "env",
             "export",
             "inspect",
