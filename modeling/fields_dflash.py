@@ -83,6 +83,11 @@ class DFlashFields(DrafterFields):
         return self._attention_shapes(self.hidden_size, is_normed=True)
 
     @property
+    def family(self) -> str:
+        """What papers call it."""
+        return "DSpark" if self.markov_rank else "D-Flash"
+
+    @property
     def max_draft_depth(self) -> int:
         """Most draft tokens of a block."""
         return self.block_size if self.drafts_from_root else self.block_size - 1

@@ -312,6 +312,11 @@ class DrafterFields:
         return self.num_aux_hidden_states
 
     @property
+    def family(self) -> str:
+        """What papers call it."""
+        raise NotImplementedError
+
+    @property
     def max_draft_depth(self) -> int | None:
         """Most tokens on a path of a draft; None: any number."""
         return None
@@ -461,6 +466,11 @@ class Eagle3Fields(DrafterFields):
             **linear_shapes("self_attn.kv_b_proj", rank, n * (nope_size + v_size)),
             **linear_shapes("self_attn.o_proj", n * v_size, self.hidden_size),
         }
+
+    @property
+    def family(self) -> str:
+        """What papers call it."""
+        return "EAGLE-3"
 
     @property
     def is_parallel(self) -> bool:
