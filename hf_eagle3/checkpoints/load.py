@@ -76,8 +76,9 @@ def load_published_config(
     if found is None:
         return None
     name = os.fspath(pretrained_model_name_or_path)
-    logger.info("%s is a drafter, flavour %s.", name, found.flavour.name)
-    known = DFLASH_NAMES if isinstance(found.flavour, BlockFlavour) else FIELD_NAMES
+    is_block = isinstance(found.flavour, BlockFlavour)
+    logger.info("%s is %s drafter, flavour %s.", name, "a block" if is_block else "an EAGLE-3", found.flavour.name)
+    known = DFLASH_NAMES if is_block else FIELD_NAMES
     theirs = {key: value for key, value in kwargs.items() if key in known}
     if "aux_layer_ids" in theirs:  # an argument counts boundaries
         theirs.setdefault("aux_layer_ids_from_outputs", False)
@@ -118,13 +119,10 @@ def read_published(
             raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(config, dict):
         return None
-    if (blocks := find_block_flavour(config)) is not None and not (
-        kwargs.get("trust_remote_code") and "auto_map" in config
-    ):
-        weights = find_weight_files(name, **kwargs)
-        refuse_outside(file, *weights)
-        published = describe_blocks(file, config, list_tensors(weights), blocks)
-        return Found(published, blocks, convert_blocks(blocks, published))
+    if (blocks := find_block_flavour(config)) is not None:
+        return read_blocks(
+            file, config, find_weight_files(name, **kwargs), blocks, runs_code=bool(kwargs.get("trust_remote_code"))
+        )
     if not is_candidate(config):
         return None
     weights = find_weight_files(name, **kwargs)
@@ -197,6 +195,23 @@ def describe(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredT
         names={ours: name for name, ours in names.items()},
         tables=tables,
     )
+
+
+def read_blocks(
+    file: Path, config: Mapping[str, Any], weights: list[Path], flavour: BlockFlavour, *, runs_code: bool
+) -> Found | None:
+    """The block drafter in a folder; None if it brings code of its own that is to run, or that nothing else would read.
+
+    Raises:
+        CheckpointError: As `load_published_config`.
+    """
+    stored = list_tensors(weights)
+    brings_code = "auto_map" in config
+    if brings_code and (runs_code or not any(name.endswith("self_attn.q_norm.weight") for name in stored)):
+        return None
+    refuse_outside(file, *weights)
+    published = describe_blocks(file, config, stored, flavour)
+    return Found(published, flavour, convert_blocks(flavour, published))
 
 
 def describe_blocks(

@@ -288,7 +288,7 @@ BAD = {
         "its sliding layers are causal within the block",
     ),
     "two tables": ("D-Flash, speculators", put(hidden_size=8), "hidden_size is 8 at the top and 32 in transformer"),
-    "no weights": ("z-lab", lambda _, weights: weights.clear(), "without weights beside it"),
+    "no weights": ("DeepSpec", lambda _, weights: weights.clear(), "without weights beside it"),
     "rope": ("z-lab", put(rope_scaling={"rope_type": "odd"}), "config.json: "),
     "partial rope": ("z-lab", put(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
 }

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from helpers.layouts import LAYOUTS, write
 from transformers import AutoConfig, AutoModel
 
 from hf_eagle3 import Eagle3DrafterModel, __version__, cli
-from hf_eagle3.checkpoints.describe import FIELDS, describe_drafter
+from hf_eagle3.checkpoints.describe import describe_drafter
 from hf_eagle3.cli.env import OPTIONAL_PACKAGES
 from hf_eagle3.console.installed import installed_version
+from hf_eagle3.modeling.fields_eagle3 import Eagle3Fields
 
 pytestmark = pytest.mark.any_release
 
@@ -51,9 +53,9 @@ def test_inspect_agrees_with_loading(layout, tmp_path):
     published, weights, _ = LAYOUTS[layout]
     description = describe_drafter(write(tmp_path, published, weights))
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert {name: getattr(description.config, name) for name in FIELDS} == {
-        name: getattr(loaded, name) for name in FIELDS
-    }
+    assert {
+        name: getattr(description.config, name) for name in tuple(field.name for field in fields(Eagle3Fields))
+    } == {name: getattr(loaded, name) for name in tuple(field.name for field in fields(Eagle3Fields))}
     assert description.sources.keys() >= {"hidden_size", "num_attention_heads", "vocab_size", "rope_parameters"}
 
 

@@ -67,10 +67,11 @@ LAYERS = {
     "checkpoints": [
         ["__init__"],
         ["describe", "exporter"],
-        ["card", "load", "target_name"],
+        ["block_export", "card", "load", "target_name"],
+        ["blocks"],
         ["convert", "engines"],
         ["layer_ids", "measuring", "rope"],
-        ["flavours"],
+        ["block_flavours", "flavours"],
     ],
     "kernels": [
         ["fusion"],
