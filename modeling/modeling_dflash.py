@@ -120,8 +120,8 @@ class MarkovHead(nn.Module):
         elif self.kind == "rnn":
             self.joint_proj = nn.Linear(2 * r + H, 3 * r)
 
-    def forward(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to the logits [..., V_d] of one position, and the state [..., r] for the next one.
+    def read(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `markov_w2` is applied to, [..., r], at one position, and the state [..., r] for the next one.
 
         Args:
             before: [...] int64, the token before, a target id.
@@ -130,15 +130,19 @@ class MarkovHead(nn.Module):
         """
         token = self.markov_w1(before).to(hidden_states.dtype)  # [..., r]
         if self.kind == "vanilla":
-            return self.markov_w2(token), None
+            return token, None
         if self.kind == "gated":
-            gate = self.gate_proj(torch.cat([hidden_states, token], dim=-1)).sigmoid()
-            return self.markov_w2(gate * token), None
+            return self.gate_proj(torch.cat([hidden_states, token], dim=-1)).sigmoid() * token, None
         state = torch.zeros_like(token) if state is None else state
         joint = self.joint_proj(torch.cat([state, token, hidden_states], dim=-1))
         gate, candidate, out = joint.chunk(3, dim=-1)
         gate = gate.sigmoid()
-        return self.markov_w2(out.tanh()), gate * state + (1 - gate) * candidate.tanh()
+        return out.tanh(), gate * state + (1 - gate) * candidate.tanh()
+
+    def forward(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is added to the logits [..., V_d] of one position, and the state for the next; arguments as of `read`."""
+        read, state = self.read(before, hidden_states, state)
+        return self.markov_w2(read), state
 
 
 class ConfidenceHead(nn.Module):
@@ -199,6 +203,7 @@ class DFlashDrafterModel(DrafterModel):
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        has_logits: bool = True,
         writes_only: bool = False,
         **kwargs,
     ) -> DFlashDrafterOutput:
@@ -214,6 +219,7 @@ class DFlashDrafterModel(DrafterModel):
                 from the cache.
             past_key_values: Cache of context positions. Without `writes_only`, what it is given is extended by the block,
                 which is to be cut off again.
+            has_logits: Whether logits are wanted; else there are none, [B, 0, V_d].
             writes_only: Write `aux_hidden_states` to the cache, and stop there. There are no logits then: [B, 0, ...].
 
         Returns:
@@ -258,7 +264,8 @@ class DFlashDrafterModel(DrafterModel):
                 **kwargs,
             )
         normed = self.norm(hidden_states)
-        return DFlashDrafterOutput(self.compute_logits(normed), normed, past_key_values)
+        logits = self.compute_logits(normed if has_logits else normed[:, :0])
+        return DFlashDrafterOutput(logits, normed, past_key_values)
 
     def make_masks(
         self, position_ids: Tensor, num_context: int, past_key_values: Cache | None

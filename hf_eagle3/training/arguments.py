@@ -11,11 +11,14 @@ from .step.losses import LOSSES
 
 logger = logging.get_logger(__name__)
 
-# The differences of the two generations of drafters, as fields of a drafter's config.
+# What a new drafter can be, and the fields of its config that make it so.
 VERSIONS: dict[str, dict[str, bool]] = {
     "3": {"fc_norm": False, "norm_output": False},
     "3.1": {"fc_norm": True, "norm_output": True},
+    "dflash": {"drafts_from_root": False},
+    "dspark": {"drafts_from_root": True, "has_confidence_head": True, "confidence_reads_markov": True},
 }
+BLOCK_VERSIONS = ("dflash", "dspark")
 NORMS = ("fc_norm", "norm_output", "norm_before_fc")
 
 # Fields of the host that training a drafter does not honour, with what to do instead; refused unless at their default.
@@ -81,7 +84,20 @@ class Eagle3TrainingArguments(TrainingArguments):
             "that is given, it is only said."
         },
     )
-    drafter_version: str = field(default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3."})
+    drafter_version: str = field(
+        default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3, of EAGLE; dflash; or dspark."}
+    )
+    block_size: int = field(default=8, metadata={"help": "New dflash or dspark drafter: tokens of a block."})
+    mask_token_id: int | None = field(
+        default=None,
+        metadata={
+            "help": "New dflash or dspark drafter: what a block has behind its root; by default a special token."
+        },
+    )
+    markov_rank: int = field(default=256, metadata={"help": "New dspark drafter: rank of its Markov head."})
+    num_anchors: int = field(
+        default=512, metadata={"help": "Blocks of a batch that train, of a dflash or dspark drafter, drawn at random."}
+    )
     aux_layer_ids: list[int] | None = field(
         default=None, metadata={"help": "Boundaries of the target that a new drafter reads; by default three of them."}
     )
@@ -170,7 +186,10 @@ class Eagle3TrainingArguments(TrainingArguments):
         self.refuse_unhonoured(WITH_PACKAGES)
         super().__post_init__()
         self.refuse_unhonoured()
-        for name in ("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"):
+        for name in (
+            *("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "target_batch_tokens"),
+            *("num_anchors", "markov_rank"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.eval_max_length is not None and self.eval_max_length < 1:
@@ -202,14 +221,32 @@ class Eagle3TrainingArguments(TrainingArguments):
             raise ValueError(f"Training a drafter does not honour {'; '.join(reasons)}. Leave that out.")
 
     def drafter_fields(self) -> dict[str, Any]:
-        """Fields of a new drafter's config that these arguments set."""
+        """Fields of a new drafter's config that these arguments set.
+
+        Raises:
+            ValueError: One is set that drafters of this version do not have.
+        """
+        given = [name for name in NORMS if getattr(self, name) is not None]
+        if self.makes_blocks and given:
+            raise ValueError(f"A {self.drafter_version} drafter has no {', '.join(given)}: leave that out.")
         fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
+        if self.makes_blocks:
+            fields["block_size"] = self.block_size
+            if self.drafter_version == "dspark":
+                fields["markov_rank"] = self.markov_rank
+            names: tuple[str, ...] = ("mask_token_id", "aux_layer_ids", "num_hidden_layers", "intermediate_size")
+            return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.norm_before_fc:  # in place of a norm for each state
             fields["fc_norm"] = False
         if self.aux_layer_ids is not None:
             fields["num_aux_hidden_states"] = len(self.aux_layer_ids)
         names = (*NORMS, "aux_layer_ids", "num_hidden_layers", "intermediate_size")
         return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def makes_blocks(self) -> bool:
+        """Whether a new drafter drafts in blocks."""
+        return self.drafter_version in BLOCK_VERSIONS
 
     @property
     def recomputes_activations(self) -> bool:

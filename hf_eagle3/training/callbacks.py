@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..tensor_parallel import whole
 from .distributed import local, shard_like, sum_over_processes
 from .step.batch import Batch
@@ -29,7 +29,7 @@ class KeepOwnConfigs(TrainerCallback):
     A drafter's special tokens are its target's, and its generation config holds settings of drafting alone.
     """
 
-    def __init__(self, drafter: Eagle3DrafterModel):
+    def __init__(self, drafter: DrafterModel):
         configs = [drafter.config.__dict__, drafter.generation_config.__dict__]
         self._before = [(config, {name: config[name] for name in HOST_WRITES if name in config}) for config in configs]
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..modeling import Eagle3DrafterModel
+from ..drafters.blocks import drafts_blocks
+from ..modeling import DrafterModel
 from ..tensor_parallel import find_peers, local, whole
 from .loading import load_in_every_process
 from .step.head_loss import merged_weight
@@ -41,9 +42,7 @@ def call_as_forward(model: nn.Module, drafter: nn.Module, function: Callable[[],
                 unit.reshard()
 
 
-def configure_fsdp(
-    plugin: Any, drafter: Eagle3DrafterModel, *, has_adapters: bool
-) -> None:  # Any: accelerate's plugin
+def configure_fsdp(plugin: Any, drafter: DrafterModel, *, has_adapters: bool) -> None:  # Any: accelerate's plugin
     """Configure how FSDP2 shards `drafter`.
 
     Raises:
@@ -55,6 +54,8 @@ def configure_fsdp(
     # (accelerate 1.15: they are no DTensors).
     plugin.cpu_ram_efficient_loading = False
     load_in_every_process()  # the plugin has set the opposite
+    if drafts_blocks(drafter.config):
+        raise ValueError("Block drafters train with DDP, and not with FSDP: leave out --fsdp.")
     if has_adapters:
         raise ValueError("Adapters are too few weights to shard: train them with DDP, without FSDP.")
     if plugin.mixed_precision_policy is not None:  # else gradients and sums of losses would be kept in bfloat16
@@ -70,7 +71,7 @@ def sharded_units(module: nn.Module) -> Iterator[FSDPModule]:
     return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
 
 
-def base_drafter(model: nn.Module) -> Eagle3DrafterModel:
+def base_drafter(model: nn.Module) -> DrafterModel:
     """The drafter in an unwrapped `model`: the model itself, or the base of its adapters."""
     get_base: Any = getattr(model, "get_base_model", None)  # PEFT's
     return model if get_base is None else get_base()  # type: ignore[return-value]  # a drafter then
@@ -136,14 +137,14 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(value).detach() for name, value in model.state_dict().items()}
 
 
-def served_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Eagle3DrafterModel:
+def served_copy(model: nn.Module, dtype: torch.dtype, device: torch.device) -> DrafterModel:
     """A drafter of its own as it will be served: whole, adapters merged, in eval mode. All processes must call.
 
     It shares nothing with the one in training. The random state stays as it is.
     """
     drafter = base_drafter(model)
     with no_init_weights():
-        served = Eagle3DrafterModel(copy.deepcopy(drafter.config))
+        served = type(drafter)(copy.deepcopy(drafter.config))
     with torch.no_grad():
         for name, value in served.state_dict().items():
             path, _, kind = name.rpartition(".")

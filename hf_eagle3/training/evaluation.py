@@ -17,18 +17,18 @@ from transformers.utils import logging
 from ..decoding.arena import release_graphs
 from ..host.batching import why_not_open
 from ..host.loop_choice import why_not_target
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..speculation.stats import Speculation
 from .arguments import Eagle3TrainingArguments
-from .distributed import base_drafter, number_targets, served_copy, sum_over_processes
+from .distributed import number_targets, served_copy, sum_over_processes
 from .metrics import add_sums, add_walks, by_step, simulated_acceptance_length
 from .states.online import StateSource
 from .step.acceptance import Walk, walk
 from .step.batch import Batch, Collator
 from .step.head_loss import Method, StepSums
+from .step.kinds import find_step_kind
 from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
-from .step.ttt import ttt
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +121,7 @@ class Evaluation:
             "answers, which gives what decoding with the drafter would."
         )
         served = served_copy(model, torch.float32, args.device).bind(target)
+        kind = find_step_kind(served.config)
         nothing = torch.zeros(args.eval_depth, device=args.device)
         method = Method(LOSSES["cross_entropy"], nothing, nothing)
 
@@ -128,9 +129,9 @@ class Evaluation:
             batch = batch.to(args.device)
             states = self.source.states(batch)
             with self.accelerator.autocast():
-                return ttt(served, batch, states, self.source.head, self.vocabulary, method)[1].hits
+                return kind.run(served, batch, states, self.source.head, self.vocabulary, method)[1].hits
 
-        collate = Collator(args.eval_depth, every_slot=base_drafter(model).config.num_hidden_layers > 1)
+        collate = kind.make_collator(served.config, args.eval_depth, None)
         bar = tqdm(prompts, desc="Generating", disable=self._is_quiet, leave=False)
         return generate_and_walk(target, bar, args.eval_max_new_tokens, collate, find_hits)
 
@@ -159,7 +160,7 @@ def prompts_of(rows: Any, count: int) -> Iterator[Tensor]:  # Any: rows by index
 @torch.no_grad()
 def generate_and_count(
     target: PreTrainedModel,
-    drafter: Eagle3DrafterModel,
+    drafter: DrafterModel,
     prompts: list[Tensor],
     depth: int,
     max_new_tokens: int,

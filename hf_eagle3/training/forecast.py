@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling import Eagle3DrafterConfig
+from ..drafters.blocks import drafts_blocks
+from ..modeling import DFlashDrafterConfig, Eagle3DrafterConfig
 from ..tensor_parallel import local
 from .amounts import format_count, format_memory, format_seconds
 from .arguments import Eagle3TrainingArguments
@@ -56,17 +57,19 @@ class DrafterShape:
     num_layers: int = 1
 
     @classmethod
-    def of(cls, config: Eagle3DrafterConfig) -> "DrafterShape":
-        """The shape of a drafter with Llama's attention; of others, as if they had it."""
+    def of(cls, config: Eagle3DrafterConfig | DFlashDrafterConfig) -> "DrafterShape":
+        """The shape of a drafter with Llama's attention; of others, as if they had it. A Markov head is left out."""
         H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        inputs = (L + 1) * H  # the first layer reads two states
+        is_block = drafts_blocks(config)
+        inputs = (L if is_block else L + 1) * H  # EAGLE's first layer reads two states
+        has_fc = getattr(config, "use_aux_hidden_state", True)
         Ht: int = config.target_hidden_size  # type: ignore[assignment]  # H where it is not given
         aux = config.num_aux_hidden_states * Ht
         return cls(
-            fc=aux * H if config.use_aux_hidden_state else 0,
+            fc=aux * H if has_fc else 0,
             qkv=inputs * (q + 2 * kv),
-            qkv_embeddings=H * (q + 2 * kv),
+            qkv_embeddings=0 if is_block else H * (q + 2 * kv),
             kv=inputs * 2 * kv,
             rest=L * (q * H + 3 * H * I),
             head=H * config.draft_vocab_size,
@@ -74,7 +77,7 @@ class DrafterShape:
             heads_width=q,
             kv_width=kv,
             mlp_width=I,
-            aux_width=aux if config.use_aux_hidden_state else H,
+            aux_width=aux if has_fc else H,
             target_width=Ht,
             vocab_size=config.vocab_size,
             num_layers=L,
@@ -299,6 +302,9 @@ def forecast_training(
     depth = np.concatenate(
         [live_steps(np.asarray(r["loss_mask"], bool), [len(r["input_ids"])], args.ttt_steps) for r in some]
     )
+    if drafts_blocks(model.config):  # of a batch, so many slots train
+        at_once = args.per_device_train_batch_size * depth.size / len(some)
+        depth = depth * min(1.0, args.num_anchors / max((depth > 0).mean() * at_once, 1))
     update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     num_rows = args.max_steps * update if args.max_steps > 0 else args.num_train_epochs * len(rows)
     per_row = len(lengths) / len(some)

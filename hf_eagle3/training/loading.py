@@ -12,12 +12,12 @@ from transformers.distributed import DistributedConfig
 
 from ..checkpoints.card import Adapters
 from ..console.opening import opening
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..modeling.fields_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
-from .new_drafter import new_drafter
+from .new_drafter import new_block_drafter, new_drafter
 from .states.folder import fingerprint_weights
 
 # A setting of accelerate that `from_pretrained` reads: in Transformers 5.17 all processes but the first then get zeros.
@@ -85,12 +85,14 @@ def _refuse_options(name: str, model: Any, options: dict[str, Any] | None) -> No
 
 def make_drafter(
     target: Any, args: Eagle3TrainingArguments, rows: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Eagle3DrafterModel:
-    """A new drafter for `target`: the most frequent supervised tokens of `rows`, and special ones, as its vocabulary."""
+) -> DrafterModel:
+    """A new drafter for `target`; of EAGLE: the most frequent supervised tokens of `rows`, and special ones, as its vocabulary."""
     if rows is None:
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
+    if args.makes_blocks:
+        return new_block_drafter(target, tokenizer, **args.drafter_fields())
     if args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
@@ -129,7 +131,7 @@ def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None
         target.to(args.device)
 
 
-def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
+def adapt(drafter: DrafterModel, peft_config: Any) -> Any:  # of PEFT, which is optional
     """`drafter` with adapters of `peft_config`, which alone train.
 
     Raises:
@@ -150,7 +152,7 @@ def adapt(drafter: Eagle3DrafterModel, peft_config: Any) -> Any:  # of PEFT, whi
     return adapted
 
 
-def describe_adapters(model: Any, drafter: Eagle3DrafterModel) -> Adapters | None:  # the drafter, or a model of PEFT
+def describe_adapters(model: Any, drafter: DrafterModel) -> Adapters | None:  # the drafter, or a model of PEFT
     """The adapters around `drafter` that train; None if it trains itself."""
     if model is drafter:
         return None

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checkpoints.blocks import default_outputs
 from ..checkpoints.convert import check_rope
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, Eagle3DrafterConfig, Eagle3DrafterModel
 from ..tensor_parallel import whole
 from .sizes import find_size
 
@@ -29,6 +30,7 @@ THETA = 10000.0  # for a drafter whose target has no rotary embedding
 MLP_SIZES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "dff", "dim_ff")
 MLP_RATIO = 4  # MLP width of a target that states none, in hidden sizes
 HEAD_DIM = 64  # for a drafter whose target has no attention
+NUM_BLOCK_LAYERS = 5  # of a new block drafter, and states that it reads
 # The longest text of a drafter whose target has no limit of its own, such as one with ALiBi.
 LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
 
@@ -82,6 +84,70 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
     drafter.bind(target)
     drafter.config.target_name_or_path = drafter.bound_target_name
     return drafter
+
+
+def new_block_drafter(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **overrides: Any
+) -> DFlashDrafterModel:
+    """A D-Flash or DSpark drafter for `target`, float32, bound to it, over the target's whole vocabulary.
+
+    Where processes share the target, all must call.
+
+    Width, heads, MLP and rotary positions are the target's, as far as it has them; embeddings and head are the target's
+    own where they are as wide. Five layers read five states, spread over the target as z-lab does, unless told otherwise.
+
+    Args:
+        target: Any decoder of the host.
+        tokenizer: The target's; names the mask token.
+        overrides: Any field of `DFlashDrafterConfig`; `block_size` must be among them.
+
+    Raises:
+        ValueError: `overrides` are no drafter's.
+    """
+    theirs = target.config.get_text_config(decoder=True)
+    embeddings, head = target.get_input_embeddings().weight, target.get_output_embeddings()
+    width, V = embeddings.shape[-1], theirs.vocab_size
+    layers = overrides.get("num_hidden_layers", NUM_BLOCK_LAYERS)
+    boundaries = overrides.get("aux_layer_ids") or spread_boundaries(theirs.num_hidden_layers)
+    fields: dict[str, Any] = {
+        **find_sizes(theirs, width),
+        "has_own_embeddings": width != theirs.hidden_size,
+        "share_lm_head": head is not None and head.weight.shape[-1] == width,
+        "num_hidden_layers": layers,
+        "draft_vocab_size": V,
+        "rms_norm_eps": getattr(theirs, "rms_norm_eps", None) or 1e-6,
+        "target_model_type": theirs.model_type,
+        **{name: getattr(theirs, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "mask_token_id": choose_mask_token(theirs, tokenizer),
+        "rope_parameters": choose_rope(getattr(theirs, "rope_parameters", None)),
+        **overrides,
+        "aux_layer_ids": boundaries,
+        "num_aux_hidden_states": len(boundaries),
+    }
+    config = DFlashDrafterConfig(**fields)
+    check_rope(config)
+    drafter = DFlashDrafterModel(config)
+    if config.has_own_embeddings:
+        with torch.no_grad():
+            drafter.embed_tokens.weight.copy_(whole(embeddings.detach())[:V])
+    drafter.bind(target)
+    drafter.config.target_name_or_path = drafter.bound_target_name
+    return drafter
+
+
+def spread_boundaries(num_layers: int) -> list[int]:
+    """The boundaries that a new block drafter reads of a target of so many layers: five, or as many as there are."""
+    outputs = default_outputs(num_layers, NUM_BLOCK_LAYERS)
+    return sorted({min(max(output + 1, 0), num_layers) for output in outputs})
+
+
+def choose_mask_token(theirs: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """A token that answers do not have: the tokenizer's mask, padding or unknown token, else the last of the vocabulary."""
+    ends = getattr(theirs, "eos_token_id", None)
+    taken = {*(ends if isinstance(ends, list) else [ends])}
+    named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
+    found = (token for token in named if token is not None and token not in taken and token < theirs.vocab_size)
+    return next(found, theirs.vocab_size - 1)
 
 
 def find_sizes(theirs: PreTrainedConfig, width: int) -> dict[str, int]:

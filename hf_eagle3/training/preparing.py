@@ -11,9 +11,10 @@ from transformers.integrations import liger
 from transformers.utils import logging
 
 from ..checkpoints.convert import check_rope
+from ..drafters.blocks import drafts_blocks
 from ..drafters.kinds import find_kind
 from ..host.refusals import is_drafter, refuse_compiled, refuse_other_models
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from ..modeling.text_eagle3 import show
 from ..tensor_parallel import find_peers, is_spread
 from .arguments import Eagle3TrainingArguments
@@ -31,6 +32,7 @@ from .states.folder import fingerprint_weights
 from .states.online import OnlineStates, StateSource
 from .states.shared import SharedStates
 from .states.stored import StoredStates
+from .step.losses import LOSSES
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +49,7 @@ class Prepared(NamedTuple):
     """The parts of a training, loaded and checked."""
 
     target: PreTrainedModel | None  # frozen, on its device; None where states come from elsewhere
-    drafter: Eagle3DrafterModel  # bound to its target
+    drafter: DrafterModel  # bound to its target
     source: StateSource
     target_fingerprint: str | None  # of the target's weights or of the stored states; None if there is none
     tokenizer: PreTrainedTokenizerBase | None
@@ -59,7 +61,7 @@ class Prepared(NamedTuple):
 def prepare(
     args: Eagle3TrainingArguments,
     *,
-    model: Eagle3DrafterModel | str | None,
+    model: DrafterModel | str | None,
     target_model: PreTrainedModel | str | None,
     states: StateSource | None,
     train_dataset: Any,  # rows as they are given
@@ -82,6 +84,7 @@ def prepare(
     train_rows = reader.read(train_dataset, args.max_length)
     eval_rows = reader.read_sets(eval_dataset, args.eval_max_length or args.max_length)
     drafter = choose_drafter(given, bound_to, args, train_rows, tokenizer)
+    fit_steps(args, drafter)
     target_fingerprint = find_fingerprint(target, states, drafter)
     drafter.bind(bound_to)
     if given is not None:
@@ -92,11 +95,11 @@ def prepare(
 
 def load_models(
     args: Eagle3TrainingArguments,
-    model: Eagle3DrafterModel | str | None,
+    model: DrafterModel | str | None,
     target_model: PreTrainedModel | str | None,
     *,
     has_adapters: bool,
-) -> tuple[PreTrainedModel | None, Eagle3DrafterModel | None]:
+) -> tuple[PreTrainedModel | None, DrafterModel | None]:
     """The target, frozen and placed, and the drafter if one is given; both loaded if they are names."""
     was_first_only = load_in_every_process()
     target = load_target(target_model, args.target_model_init_kwargs, args.device)  # type: ignore[arg-type]  # a dict by now
@@ -118,12 +121,12 @@ def load_models(
 
 
 def choose_drafter(
-    drafter: Eagle3DrafterModel | None,
+    drafter: DrafterModel | None,
     bound_to: Any,  # a target, or its stand-in
     args: Eagle3TrainingArguments,
     rows: Any,  # by index, of any class; or None
     tokenizer: PreTrainedTokenizerBase | None,
-) -> Eagle3DrafterModel:
+) -> DrafterModel:
     """The given drafter, after a check of its coverage of `rows`; else a new one."""
     if drafter is None:
         return make_drafter(bound_to, args, rows, tokenizer)
@@ -134,7 +137,27 @@ def choose_drafter(
     return drafter
 
 
-def name_target(drafter: Eagle3DrafterModel) -> None:
+def fit_steps(args: Eagle3TrainingArguments, drafter: DrafterModel) -> None:
+    """Let the steps of a block drafter's training be the depths of its blocks.
+
+    Raises:
+        ValueError: Evaluation would draft deeper, or a loss is one over the steps of a chain.
+    """
+    if (depth := drafter.config.max_draft_depth) is None:
+        return
+    args.ttt_steps = depth
+    if args.eval_depth > depth:
+        raise ValueError(
+            f"eval_depth is {args.eval_depth}, and blocks of {drafter.config.block_size} draft {depth} tokens."
+        )
+    if LOSSES[args.loss_type].weighs_steps:
+        raise ValueError(
+            f"loss_type {args.loss_type} is one over the steps of a chain, which blocks do not have: choose another, such "
+            "as ce_tv."
+        )
+
+
+def name_target(drafter: DrafterModel) -> None:
     """Let the config of a given drafter name the target that it is trained for now, if that has a name on the Hub."""
     recorded, now = drafter.config.target_name_or_path, drafter.bound_target_name
     if now is not None:
@@ -146,9 +169,7 @@ def name_target(drafter: Eagle3DrafterModel) -> None:
         )
 
 
-def find_fingerprint(
-    target: PreTrainedModel | None, states: StateSource | None, drafter: Eagle3DrafterModel
-) -> str | None:
+def find_fingerprint(target: PreTrainedModel | None, states: StateSource | None, drafter: DrafterModel) -> str | None:
     """The fingerprint of stored states, checked against target and drafter, or of the target's weights."""
     if isinstance(states, StoredStates):
         states.check(drafter)
@@ -158,7 +179,7 @@ def find_fingerprint(
     return None if target is None or is_spread(target) else fingerprint_weights(target)
 
 
-def run_online(target: PreTrainedModel, drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments) -> StateSource:
+def run_online(target: PreTrainedModel, drafter: DrafterModel, args: Eagle3TrainingArguments) -> StateSource:
     """The target in the loop, with our kernels or Liger's; shared where processes share it."""
     if args.use_liger_kernel:
         liger.apply_liger_kernel(target, args.liger_kernel_config)
@@ -191,11 +212,14 @@ def check_drafter(drafter: Any, will_adapt: bool) -> None:  # Any: as given
             "No weight of this drafter trains, as in a folder of adapters that were loaded with it. Merge them "
             "(merge_and_unload of PEFT), or resume the run that made them, or give peft_config (--use_peft)."
         )
-    if not find_kind(drafter.config).has_steps:
+    is_block = drafts_blocks(drafter.config)
+    if not find_kind(drafter.config).has_steps and not is_block:
         raise ValueError(
             f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter has no later steps to unroll, and cannot be "
             "trained here."
         )
+    if is_block and will_adapt:
+        raise ValueError("A block drafter trains whole, without adapters: leave out peft_config (--use_peft).")
     if drafter.dtype != torch.float32:
         raise ValueError(
             f"Train the drafter in float32 (load it with dtype=torch.float32), got {drafter.dtype}: half precision "

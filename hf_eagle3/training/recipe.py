@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import vocabulary_fingerprint
 from .states.folder import fingerprint_data
@@ -18,8 +18,11 @@ SHAPE = (
 )
 
 
+BLOCKS = ("block_size", "drafts_from_root", "markov_rank", "markov_head_type")  # of block drafters
+
+
 def describe_recipe(
-    drafter: Eagle3DrafterModel, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
+    drafter: DrafterModel, args: Eagle3TrainingArguments, rows: Any, target_fingerprint: str | None
 ) -> dict[str, Any]:
     """The facts that must be the same for training to go on as if it had never stopped.
 
@@ -34,7 +37,7 @@ def describe_recipe(
         "teacher": target_fingerprint,  # the key that checkpoints have
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
         "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
-        **{name: getattr(drafter.config, name) for name in SHAPE},
+        **{name: getattr(drafter.config, name) for name in (*SHAPE, *BLOCKS) if hasattr(drafter.config, name)},
         **{name: getattr(args, name) for name in ("ttt_steps", "ttt_decay", "loss_type", "packing")},
         "data": None if rows is None else f"{len(rows)} rows, {fingerprint_data(rows)[:16]}",
     }

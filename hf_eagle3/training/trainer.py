@@ -20,7 +20,7 @@ from ..checkpoints.card import is_on_hub, write_card
 from ..checkpoints.engines import Target
 from ..checkpoints.exporter import describe_target
 from ..checkpoints.target_name import read_recorded_name
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
 from .arguments import Eagle3TrainingArguments
 from .callbacks import AroundUpdates, Average, FiniteGuard, KeepOwnConfigs
 from .checkpointed_trainer import CheckpointedTrainer
@@ -34,11 +34,11 @@ from .metrics import TrainLog
 from .preparing import prepare, refuse_settings
 from .recipe import describe_recipe
 from .states.online import StateSource
-from .step.batch import Batch, Collator
+from .step.batch import Batch
 from .step.head_loss import Method, StepSums
+from .step.kinds import find_step_kind
 from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
-from .step.ttt import ttt
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +47,7 @@ ACCEPTANCE = "eval_acceptance_length"  # in the log of an evaluation
 
 
 class Eagle3Trainer(CheckpointedTrainer):
-    """Train a drafter for a frozen target by training-time test (arXiv:2503.01840).
+    """Train a drafter for a frozen target: EAGLE-3 by training-time test (arXiv:2503.01840), D-Flash and DSpark by blocks.
 
     The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
     of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, share
@@ -56,7 +56,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     Args:
         model: The drafter to go on with, or its name; None: a new EAGLE-3.1 drafter sized after the target, with the
-            `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
+            `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary; or what `args.drafter_version` says.
         target_model: The target, any decoder of the host, or its name.
         args: `Eagle3TrainingArguments`.
         train_dataset, eval_dataset: Rows with `messages`, or with `input_ids` and `loss_mask` (1 on generated
@@ -80,7 +80,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        model: Eagle3DrafterModel | str | None = None,
+        model: DrafterModel | str | None = None,
         target_model: PreTrainedModel | str | None = None,
         args: Eagle3TrainingArguments | None = None,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
@@ -116,6 +116,8 @@ class Eagle3Trainer(CheckpointedTrainer):
         self._shape = DrafterShape.of(drafter.config)
         self._target_shape = None if ready.target is None or states is not None else TargetShape.of(ready.target)
         self._own_metrics = compute_metrics
+        self._step_kind, steps = find_step_kind(drafter.config), max(args.ttt_steps, args.eval_depth)
+        self._eval_collator = self._step_kind.make_collator(drafter.config, steps, None)
         own_configs = KeepOwnConfigs(drafter)
         packs = args.packing and ready.train_rows
         super().__init__(
@@ -124,9 +126,7 @@ class Eagle3Trainer(CheckpointedTrainer):
             train_dataset=PackedDataset(ready.train_rows, args.max_length) if packs else ready.train_rows,
             eval_dataset=ready.eval_rows,
             processing_class=ready.tokenizer,
-            data_collator=Collator(
-                max(args.ttt_steps, args.eval_depth), every_slot=drafter.config.num_hidden_layers > 1
-            ),
+            data_collator=self._step_kind.make_collator(drafter.config, steps, args.num_anchors),
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
@@ -160,7 +160,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         return self._target[0]
 
     @property
-    def drafter(self) -> Eagle3DrafterModel:
+    def drafter(self) -> DrafterModel:
         """The drafter that is trained, or whose adapters are trained."""
         return base_drafter(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
 
@@ -175,7 +175,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
         def forward() -> tuple[Tensor, StepSums]:
             with self.accelerator.autocast():
-                return ttt(drafter, inputs, states, self._source.head, self._vocabulary, method)
+                return self._step_kind.run(drafter, inputs, states, self._source.head, self._vocabulary, method)
 
         return call_as_forward(model, drafter, forward)
 
@@ -305,7 +305,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         return DataLoader(
             ProcessRows(rows, self.accelerator.process_index, self.accelerator.num_processes),
             batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=self._eval_collator,
             generator=torch.Generator(),  # or the loader would draw from the random numbers of training
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",

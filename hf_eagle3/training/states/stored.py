@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...modeling import Eagle3DrafterModel
+from ...modeling import DrafterModel
 from ..data.eval_rows import NO_DOCUMENT
 from ..step.batch import Batch, States
 from ..step.target_head import TargetHead
@@ -101,7 +101,7 @@ class StoredStates:
                     f"{path} is damaged: the manifest says SHA-256 {facts['sha256']}, and it has {found}. Delete it and {AGAIN}."
                 )
 
-    def check(self, drafter: Eagle3DrafterModel) -> None:
+    def check(self, drafter: DrafterModel) -> None:
         """Bind `drafter` to the stand-in for the target, after checking that these are the states it reads.
 
         Raises:

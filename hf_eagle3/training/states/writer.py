@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ...console.installed import installed_version
 from ...host.refusals import refuse_compiled
-from ...modeling import Eagle3DrafterModel
+from ...modeling import DrafterModel
 from ...modeling.fields_eagle3 import default_boundaries
 from ..data.token_rows import TokenDataset, check_token_ids
 from ..data.vocabulary import end_tokens
@@ -99,7 +99,7 @@ class StateWriter:
         target: PreTrainedModel,
         dataset: Iterable[Mapping[str, Any]],
         folder: str | os.PathLike,
-        drafter_or_aux_layer_ids: Eagle3DrafterModel | Sequence[int] | None = None,
+        drafter_or_aux_layer_ids: DrafterModel | Sequence[int] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
@@ -154,8 +154,8 @@ class StateWriter:
     def _last_bytes(self) -> int:
         return self._last_size * self._dtype.itemsize
 
-    def _resolve(self, given: Eagle3DrafterModel | Sequence[int] | None) -> tuple[int, ...]:
-        if isinstance(given, Eagle3DrafterModel):
+    def _resolve(self, given: DrafterModel | Sequence[int] | None) -> tuple[int, ...]:
+        if isinstance(given, DrafterModel):
             return given.bind(self._target).bound_aux_layer_ids or ()
         if given is None:
             return default_aux_layer_ids(self._target)
@@ -445,7 +445,7 @@ def store_states(
     target: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
     folder: str | os.PathLike,
-    drafter_or_aux_layer_ids: Eagle3DrafterModel | Sequence[int] | None = None,
+    drafter_or_aux_layer_ids: DrafterModel | Sequence[int] | None = None,
     **options: Any,  # StateWriter's
 ) -> Path:
     """Write the states of `target` over `dataset` to `folder`, or go on; arguments as for `StateWriter`."""

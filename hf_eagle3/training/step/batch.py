@@ -120,6 +120,10 @@ class Collator:
     every_slot: bool = False
     squares: SquareRule = SquareRule()
 
+    def choose(self, depth: np.ndarray) -> np.ndarray:
+        """At how many steps each slot trains, of those at which it could, [N]."""
+        return depth
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """One batch of `rows`, each with `input_ids` and `loss_mask`, and `lengths` where it packs several documents."""
         ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
@@ -127,7 +131,7 @@ class Collator:
         lengths = [int(n) for row in rows for n in row.get("lengths", [len(row["input_ids"])])]
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        depth = live_steps(mask, lengths, self.ttt_steps)  # [N]
+        depth = self.choose(live_steps(mask, lengths, self.ttt_steps))  # [N]
         runs = np.ones_like(mask) if self.every_slot else depth > 0
         slots = np.flatnonzero(runs)
         spans = _find_spans(slots, np.repeat(np.arange(len(lengths)), lengths), starts, self.squares)
@@ -144,6 +148,27 @@ class Collator:
             trained=None if len(trained) == len(slots) else torch.from_numpy(trained),
             spans=spans,
         )
+
+
+@dataclass(frozen=True)
+class AnchorCollator(Collator):
+    """The same for drafters of blocks, whose slots do not depend on one another: some of those that could train do.
+
+    Args:
+        num_anchors: Slots of a batch that train, drawn at random; None: all.
+    """
+
+    num_anchors: int | None = None
+
+    def choose(self, depth: np.ndarray) -> np.ndarray:
+        """`depth` [N] with 0 where no block begins."""
+        live = np.flatnonzero(depth)
+        if self.num_anchors is None or len(live) <= self.num_anchors:
+            return depth
+        chosen = live[torch.randperm(len(live))[: self.num_anchors].numpy()]
+        some = np.zeros_like(depth)
+        some[chosen] = depth[chosen]
+        return some
 
 
 def live_steps(loss_mask: np.ndarray, lengths: Sequence[int], ttt_steps: int) -> np.ndarray:

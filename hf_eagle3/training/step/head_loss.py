@@ -92,7 +92,7 @@ def merged_weight(module: nn.Module) -> Tensor:
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """The loss [] and the fields of `StepSums`. Gradients are computed along with it, and only scaled in the backward pass."""
+    """The loss [], the fields of `StepSums`, and of each slot [k, L] alpha and the token's ratio min(1, q/p). Gradients are computed along with it, and only scaled in the backward pass."""
 
     @staticmethod
     def forward(ctx, inputs: LossInputs, grads: bool, normed: Tensor, weight: Tensor):  # type: ignore[no-untyped-def]
@@ -120,7 +120,7 @@ def largest_scale(method: Method, dtype: torch.dtype) -> Tensor | None:
 def loss_in_chunks(
     inputs: LossInputs, normed: Tensor, weight: Tensor, dtype: torch.dtype, grads: bool, weight_grads: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The fields of `StepSums`, and gradients for `normed` [k, L, H] and `weight` [V_d, H].
+    """The fields of `StepSums`, alpha and ratio of each slot [k, L], and gradients for `normed` [k, L, H] and `weight` [V_d, H].
 
     In float16 they are gradients of the loss with its largest scale at 1.
     """
@@ -134,14 +134,19 @@ def loss_in_chunks(
     weight_grad = None
     totals: list[Tensor] = []
     hits = torch.zeros(k, L, dtype=torch.bool, device=device)
+    alphas, ratios = torch.zeros(2, k, L, dtype=wide, device=device)
     steps = torch.arange(k, device=device)[:, None]
     for part, chunk in _chunks(inputs, normed, cast):
         depth = inputs.depth[part]
         if has_kernel:
-            *sums, hits[:, part], grad = chunk_loss_by_kernel(chunk, depth, step_scale)
+            *sums, hits[:, part], alphas[:, part], ratios[:, part], grad = chunk_loss_by_kernel(
+                chunk, depth, step_scale
+            )
         else:
             by_size = fuse_on_gpu(chunk_loss, chunk.logits, any_size=True)
-            *sums, hits[:, part], grad = by_size(chunk, steps < depth, method, step_scale)
+            *sums, hits[:, part], alphas[:, part], ratios[:, part], grad = by_size(
+                chunk, steps < depth, method, step_scale
+            )
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
         if normed_grad is not None:
             normed_grad[:, part] = grad @ cast
@@ -150,7 +155,7 @@ def loss_in_chunks(
             weight_grad = _add_outer(weight_grad, *outer, weight.dtype)
     if weight_grads and weight_grad is None:
         weight_grad = torch.zeros_like(weight)
-    return [*(totals or _no_sums(k, wide, device)), hits], normed_grad, weight_grad
+    return [*(totals or _no_sums(k, wide, device)), hits, alphas, ratios], normed_grad, weight_grad
 
 
 def _chunks(inputs: LossInputs, normed: Tensor, weight: Tensor) -> Iterator[tuple[slice, LossChunk]]:
@@ -183,7 +188,7 @@ def chunk_loss(
     method: Method,
     step_scale: Tensor,  # [k]
 ) -> tuple[Tensor, ...]:
-    """Sums and hits as in `StepSums`, and the gradient of the scaled loss for the logits."""
+    """Sums and hits as in `StepSums`, alpha and ratio [k, C], and the gradient of the scaled loss for the logits."""
     token, lse, (C, dtype) = chunk.token, chunk.lse, (chunk.logits.shape[1], chunk.logits.dtype)
     wide = lse.dtype
     logits, log_p = chunk.logits.to(wide), chunk.kept.to(wide) - lse[:, None]
@@ -205,6 +210,8 @@ def chunk_loss(
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
         (drafted == token) & live,
+        alpha.where(live, 0),
+        ratio,
         grad,
     )
 
@@ -224,6 +231,8 @@ def chunk_loss_by_kernel(chunk: LossChunk, depth: Tensor, step_scale: Tensor) ->
         ratio.cumprod(0).where(whole, 0).sum(-1),
         whole.sum(),
         drafted == token,
+        alpha,
+        ratio,
         logits,
     )
 

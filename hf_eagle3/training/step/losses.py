@@ -66,6 +66,13 @@ def total_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]
     return 1 - alpha, -grad
 
 
+def cross_entropy_and_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
+    """0.1 cross entropy + 0.9 |p - q|_1, as DSpark weighs them (arXiv:2607.05147); the second is twice 1 - alpha."""
+    entropy, entropy_grad = cross_entropy(logits, target)
+    variation, variation_grad = total_variation(logits, target)
+    return 0.1 * entropy + 1.8 * variation, 0.1 * entropy_grad + 1.8 * variation_grad
+
+
 def negative_log_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
     """-log alpha, LK-alpha (arXiv:2602.23881): a gradient that does not fade where alpha is small."""
     alpha, grad = _alpha(logits, target)
@@ -121,6 +128,7 @@ LOSSES: Mapping[str, Loss] = {
     "forward_kl": Loss(forward_kl, has_kernel=True),
     "cross_entropy": Loss(cross_entropy),
     "total_variation": Loss(total_variation),
+    "ce_tv": Loss(cross_entropy_and_variation),
     "lk_alpha": Loss(negative_log_acceptance),
     "lk_hybrid": Loss(hybrid_acceptance),
     "expected_acceptance": Loss(expected_acceptance, weighs_steps=True),

@@ -35,7 +35,7 @@ def ttt(
     ahead = torch.arange(2, steps + 2, device=rows.device)[:, None]
     token = batch.input_ids[(rows + ahead).clamp_max(len(batch.input_ids) - 1)]  # [k, L]
     inputs = LossInputs(head, vocabulary, method, last, depth, vocabulary.to_draft[token])
-    loss, *sums = FusedHeadLoss.apply(inputs, torch.is_grad_enabled(), normed, head_weight(drafter))
+    loss, *sums, _, _ = FusedHeadLoss.apply(inputs, torch.is_grad_enabled(), normed, head_weight(drafter))
     if not len(rows):  # every weight takes part in every step, or other processes would wait for its gradient
         loss = loss + sum(p.flatten()[:1].sum() * 0 for p in drafter.parameters() if p.requires_grad)
     return loss, StepSums(*sums)
