@@ -23,7 +23,7 @@ def make_exact():
     with contextlib.ExitStack() as stack:
 
         def make(kind, **overrides):
-            drafter = make_block_drafter(make_target("llama").double(), kind, **overrides)
+            drafter = make_block_drafter(copy.deepcopy(make_target("llama")).double(), kind, **overrides)
             drafter = stack.enter_context(in_float64(drafter))
             return drafter, {name: x.detach() for name, x in drafter.state_dict().items()}
 

@@ -158,7 +158,8 @@ LAYERS = {
         ["folder", "packed"],
     ],
     "training/step": [
-        ["ttt"],
+        ["kinds"],
+        ["blocks", "ttt"],
         ["head_loss", "unroll_rows"],
         ["attention", "losses", "target_head"],
         ["acceptance", "batch", "elementwise"],

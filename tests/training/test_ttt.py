@@ -224,6 +224,8 @@ def by_definition(loss, q, alpha, kl, best):
         return 0 * q.sum() if best is None else -q[best].log()
     if loss == "total_variation":
         return 1 - alpha
+    if loss == "ce_tv":
+        return 0.1 * by_definition("cross_entropy", q, alpha, kl, best) + 1.8 * (1 - alpha)
     if loss == "lk_alpha":
         return -alpha.log()
     if loss == "lk_hybrid":

@@ -211,7 +211,7 @@ def chunk_loss(
         whole.sum(),
         (drafted == token) & live,
         alpha.where(live, 0),
-        ratio,
+        ratio.where(live, 0),
         grad,
     )
 

@@ -1,5 +1,6 @@
 """Training of D-Flash and DSpark drafters: against the definition, against what is served, and whether it learns."""
 
+import copy
 import math
 
 import numpy as np
@@ -46,7 +47,7 @@ def make_rows(*lengths, prompt=5):
 @pytest.fixture
 def exact():
     """A target in float64."""
-    return make_target("llama").double()
+    return copy.deepcopy(make_target("llama")).double()
 
 
 def make_method(loss, scale):
