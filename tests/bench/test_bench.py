@@ -665,6 +665,26 @@ def test_dflash_that_fails_is_a_dash_with_its_reason(real, tmp_path):
     assert "[^1]: TypeError: crop() takes no such length." in text
 
 
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_random_block_drafters_of_a_shape(kind, tmp_path):
+    arguments = ["bench", "--shape", "tiny", *ON_CPU, "--random-drafter", kind, "--simulate-acceptance-length", "2.4"]
+    arguments += ["--batch-sizes", "1", "2", "--max-new-tokens", "16", "--prompt-length", "12", "--repeats", "1"]
+    assert run_bench([*arguments, "--kinds", "plain", "drafted", "--out", str(tmp_path)]) == 0
+    _, data = read(tmp_path)
+    assert [r["batch_size"] for r in data["results"] if r["kind"] == ways.DRAFTED] == [1, 2]
+
+
+def test_reads_of_a_block_are_those_of_one_forward():
+    target = make_target("llama")
+    drafter = make_block_drafter(target, "dspark")
+    one, four = (reads.find_weights(target, drafter, depth).num_drafting for depth in (1, 4))
+    assert four - one == 3 * drafter.markov_head.markov_w2.weight.nbytes
+    layers = sum(p.nbytes for p in drafter.layers.parameters())
+    head = target.lm_head.weight.nbytes
+    others = sum(p.nbytes for part in (drafter.norm, drafter.hidden_norm, drafter.fc) for p in part.parameters())
+    assert one == layers + head + others + drafter.markov_head.markov_w2.weight.nbytes
+
+
 def test_dflash_drafters_that_we_read_run_in_our_loop(real, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(real[real.index("--target") + 1])
     text = target.config
