@@ -7,7 +7,7 @@ import torch
 from helpers.blocks import make_block_drafter
 from helpers.models import NUM_LAYERS, H, V, make_target
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3ForCausalLM
 
 from hf_eagle3.checkpoints.block_flavours import BLOCK_FLAVOURS
 from hf_eagle3.checkpoints.blocks import default_outputs
@@ -191,6 +191,17 @@ def test_code_of_its_own_is_left_to_it(target, tmp_path):
     write(tmp_path, target, "z-lab")
     assert load_published_config(tmp_path, trust_remote_code=True) is None
     assert load_published_config(tmp_path) is not None
+
+
+@pytest.mark.parametrize("layout", ["z-lab", "DeepSpec"])
+def test_one_that_was_loaded_as_something_else_is_named(layout, target, tmp_path):
+    write(tmp_path, target, layout)
+    config = Qwen3Config(**{key: value for key, value in LAYOUTS[layout][1].items() if key != "model_type"})
+    mistaken = Qwen3ForCausalLM(config)
+    with pytest.raises(
+        ValueError, match="a block drafter that was loaded as Qwen3ForCausalLM, .* without trust_remote_code"
+    ):
+        target.generate(torch.tensor([[5, 6, 7]]), assistant_model=mistaken, max_new_tokens=3)
 
 
 def test_layers_that_are_not_stated_are_z_labs(target, tmp_path):
