@@ -199,7 +199,7 @@ def test_one_that_was_loaded_as_something_else_is_named(layout, target, tmp_path
     config = Qwen3Config(**{key: value for key, value in LAYOUTS[layout][1].items() if key != "model_type"})
     mistaken = Qwen3ForCausalLM(config)
     with pytest.raises(
-        ValueError, match="a block drafter that was loaded as Qwen3ForCausalLM, .* without trust_remote_code"
+        ValueError, match=r"a block drafter that was loaded as Qwen3ForCausalLM, .* without trust_remote_code"
     ):
         target.generate(torch.tensor([[5, 6, 7]]), assistant_model=mistaken, max_new_tokens=3)
 
