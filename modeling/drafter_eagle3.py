@@ -330,7 +330,7 @@ class DrafterModel(PreTrainedModel):
         asked = {key: value for key, value in kwargs.items() if key in fields}
         return cls.config_class.from_pretrained(config or name_or_path, **asked)
 
-    def _mend_mismatched(self, mismatched, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list:
+    def _mend_mismatched(self, mismatched, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> list:  # noqa: ARG002  others have some
         """Take tensors that are stored in another shape than ours and mean the same; the mismatches that are left."""
         return list(mismatched)
 

@@ -67,8 +67,7 @@ class DFlashFields(DrafterFields):
 
     def _outer_shapes(self) -> dict:
         H, r = self.hidden_size, self.markov_rank
-        shapes = {"hidden_norm.weight": (H,)}
-        shapes |= linear_shapes("fc", self.num_aux_hidden_states * self.target_hidden_size, H)
+        shapes = {"hidden_norm.weight": (H,), **linear_shapes("fc", self.num_aux_hidden_states * self.context_size, H)}
         if r:
             shapes["markov_head.markov_w1.weight"] = (self.vocab_size, r)
             shapes |= linear_shapes("markov_head.markov_w2", r, self.draft_vocab_size)
@@ -82,6 +81,11 @@ class DFlashFields(DrafterFields):
 
     def _layer_shapes(self, layer: int) -> dict:  # noqa: ARG002  all are alike
         return self._attention_shapes(self.hidden_size, is_normed=True)
+
+    @property
+    def family(self) -> str:
+        """What papers call it."""
+        return "DSpark" if self.markov_rank else "D-Flash"
 
     @property
     def max_draft_depth(self) -> int:

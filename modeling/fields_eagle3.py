@@ -302,9 +302,19 @@ class DrafterFields:
         }
 
     @property
+    def context_size(self) -> int:
+        """Width of one captured state."""
+        return self.target_hidden_size or self.hidden_size
+
+    @property
     def num_captured_states(self) -> int:
         """How many target states one position needs."""
         return self.num_aux_hidden_states
+
+    @property
+    def family(self) -> str:
+        """What papers call it."""
+        raise NotImplementedError
 
     @property
     def max_draft_depth(self) -> int | None:
@@ -415,7 +425,8 @@ class Eagle3Fields(DrafterFields):
             )
 
     def _outer_shapes(self) -> dict:
-        A, Ht, shapes = self.num_aux_hidden_states, self.target_hidden_size, {}
+        A, Ht = self.num_aux_hidden_states, self.context_size
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.use_aux_hidden_state:
             if self.fc_norm:
                 shapes |= {f"fc_norm.{i}.weight": (Ht,) for i in range(A)}
@@ -436,8 +447,11 @@ class Eagle3Fields(DrafterFields):
         return shapes if layer else {**shapes, "hidden_norm.weight": (H,)}
 
     def _latent_shapes(self, input_size: int) -> dict:
-        n, width, rank, q_rank = self.num_attention_heads, self.head_dim, self.kv_lora_rank, self.q_lora_rank
-        qk_size = self.qk_nope_head_dim + width
+        n, width, q_rank = self.num_attention_heads, self.head_dim, self.q_lora_rank
+        rank: int = self.kv_lora_rank  # type: ignore[assignment]  # is_latent: all three are given
+        nope_size: int = self.qk_nope_head_dim  # type: ignore[assignment]
+        v_size: int = self.v_head_dim  # type: ignore[assignment]
+        qk_size = nope_size + width
         shapes = linear_shapes("self_attn.q_proj", input_size, n * qk_size)
         if q_rank is not None:
             shapes = {
@@ -449,9 +463,14 @@ class Eagle3Fields(DrafterFields):
             **shapes,
             **linear_shapes("self_attn.kv_a_proj_with_mqa", input_size, rank + width),
             "self_attn.kv_a_layernorm.weight": (rank,),
-            **linear_shapes("self_attn.kv_b_proj", rank, n * (self.qk_nope_head_dim + self.v_head_dim)),
-            **linear_shapes("self_attn.o_proj", n * self.v_head_dim, self.hidden_size),
+            **linear_shapes("self_attn.kv_b_proj", rank, n * (nope_size + v_size)),
+            **linear_shapes("self_attn.o_proj", n * v_size, self.hidden_size),
         }
+
+    @property
+    def family(self) -> str:
+        """What papers call it."""
+        return "EAGLE-3"
 
     @property
     def is_parallel(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from .configuration_dflash import DFlashDrafterConfig
 from .drafter_eagle3 import SHARED_FILES, DrafterModel, attend
@@ -36,12 +36,6 @@ class DFlashDrafterOutput(NamedTuple):
     logits: Tensor  # [B, n, V_d], over the draft vocabulary; without what a Markov head adds
     hidden_states: Tensor  # [B, n, H], what logits are made of
     past_key_values: Cache | None
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` [B, heads, T, head_dim] at the positions of `rotation`, cos and sin [B, T, head_dim]."""
-    cos, sin = (table[:, None] for table in rotation)
-    return x * cos + rotate_half(x) * sin
 
 
 class DFlashAttention(nn.Module):
@@ -67,15 +61,15 @@ class DFlashAttention(nn.Module):
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def make_keys(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, kv_heads, T, head_dim] of `x` [B, T, H]: context features, or a block's normed states."""
+    def make_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, kv_heads, T, head_dim] of `x` [B, T, H], the keys not rotated yet."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        key = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        return rotate(key, rotation), self.v_proj(x).view(heads).transpose(1, 2)
+        return self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), self.v_proj(x).view(heads).transpose(1, 2)
 
-    def write(self, context: Tensor, rotation: tuple[Tensor, Tensor], past_key_values: Cache) -> None:
-        """Write the context features [B, M, H] of this call to the cache."""
-        past_key_values.update(*self.make_keys(context, rotation), self.layer_idx)
+    def read_context(self, context: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, kv_heads, M, head_dim] of context features [B, M, H]."""
+        key, value = self.make_keys(context)
+        return apply_rotary_pos_emb(key, key, *rotation)[1], value
 
     def forward(
         self,
@@ -88,12 +82,13 @@ class DFlashAttention(nn.Module):
     ) -> Tensor:  # [B, n, H]
         B, n, _ = hidden_states.shape
         query = self.q_norm(self.q_proj(hidden_states).view(B, n, -1, self.head_dim)).transpose(1, 2)
-        key, value = self.make_keys(hidden_states, rotation)
+        key, value = self.make_keys(hidden_states)
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
         elif context is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(context, (key, value), strict=True))
-        out = attend(self, rotate(query, rotation), key, value, attention_mask, **kwargs)
+        out = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.reshape(B, n, -1))
 
 
@@ -129,13 +124,8 @@ class MarkovHead(nn.Module):
         elif self.kind == "rnn":
             self.joint_proj = nn.Linear(2 * r + H, 3 * r)
 
-    def forward(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to the logits [..., V_d] of one position, and the state for the next one; as of `mix`."""
-        mixed, state = self.mix(before, hidden_states, state)
-        return self.markov_w2(mixed), state
-
-    def mix(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The input [..., r] of the product by `markov_w2` at one position, and the state [..., r] for the next one.
+    def read(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What `markov_w2` is applied to, [..., r], at one position, and the state [..., r] for the next one.
 
         Args:
             before: [...] int64, the token before, a target id.
@@ -146,13 +136,17 @@ class MarkovHead(nn.Module):
         if self.kind == "vanilla":
             return token, None
         if self.kind == "gated":
-            gate = self.gate_proj(torch.cat([hidden_states, token], dim=-1)).sigmoid()
-            return gate * token, None
+            return self.gate_proj(torch.cat([hidden_states, token], dim=-1)).sigmoid() * token, None
         state = torch.zeros_like(token) if state is None else state
         joint = self.joint_proj(torch.cat([state, token, hidden_states], dim=-1))
         gate, candidate, out = joint.chunk(3, dim=-1)
         gate = gate.sigmoid()
         return out.tanh(), gate * state + (1 - gate) * candidate.tanh()
+
+    def forward(self, before: Tensor, hidden_states: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is added to the logits [..., V_d] of one position, and the state for the next; arguments as of `read`."""
+        read, state = self.read(before, hidden_states, state)
+        return self.markov_w2(read), state
 
 
 class ConfidenceHead(nn.Module):
@@ -213,6 +207,7 @@ class DFlashDrafterModel(DrafterModel):
         attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        has_logits: bool = True,
         writes_only: bool = False,
         **kwargs,
     ) -> DFlashDrafterOutput:
@@ -228,6 +223,7 @@ class DFlashDrafterModel(DrafterModel):
                 from the cache.
             past_key_values: Cache of context positions. Without `writes_only`, what it is given is extended by the block,
                 which is to be cut off again.
+            has_logits: Whether logits are wanted; else there are none, [B, 0, V_d].
             writes_only: Write `aux_hidden_states` to the cache, and stop there. There are no logits then: [B, 0, ...].
 
         Returns:
@@ -246,11 +242,12 @@ class DFlashDrafterModel(DrafterModel):
         at_context, at_block = (cos[:, :M], sin[:, :M]), (cos[:, M:], sin[:, M:])
         if context is not None and past_key_values is not None:
             for layer in self.layers:
-                layer.self_attn.write(context, at_context, past_key_values)  # type: ignore[operator, union-attr]
+                past_key_values.update(*layer.self_attn.read_context(context, at_context), layer.self_attn.layer_idx)  # type: ignore[operator, union-attr]
             context = None
         if writes_only:
-            nothing = like.new_empty(len(position_ids), 0, self.config.hidden_size)
-            return DFlashDrafterOutput(nothing[..., : self.config.draft_vocab_size], nothing, past_key_values)
+            nothing = like.new_empty(len(like), 0, self.config.hidden_size)
+            no_logits = like.new_empty(len(like), 0, self.config.draft_vocab_size)
+            return DFlashDrafterOutput(no_logits, nothing, past_key_values)
         if input_ids is None:
             raise ValueError("Give input_ids, the tokens of a block; or writes_only=True, to fill the cache alone.")
 
@@ -258,7 +255,7 @@ class DFlashDrafterModel(DrafterModel):
         if attention_mask is None:
             attention_mask = self.make_masks(position_ids, M, past_key_values)
         for i, layer in enumerate(self.layers):
-            keys = None if context is None else layer.self_attn.make_keys(context, at_context)  # type: ignore[operator, union-attr]
+            keys = None if context is None else layer.self_attn.read_context(context, at_context)  # type: ignore[operator, union-attr]
             mask = attention_mask
             if isinstance(mask, dict):
                 mask = mask[(self.config.layer_types or ["full_attention"] * len(self.layers))[i]]
@@ -271,7 +268,8 @@ class DFlashDrafterModel(DrafterModel):
                 **kwargs,
             )
         normed = self.norm(hidden_states)
-        return DFlashDrafterOutput(self.compute_logits(normed), normed, past_key_values)
+        logits = self.compute_logits(normed if has_logits else normed[:, :0])
+        return DFlashDrafterOutput(logits, normed, past_key_values)
 
     def make_masks(
         self, position_ids: Tensor, num_context: int, past_key_values: Cache | None
@@ -284,7 +282,9 @@ class DFlashDrafterModel(DrafterModel):
             past_key_values: Holds the context before, position by position.
         """
         config = self.config
-        if config._attn_implementation not in ("eager", "sdpa") or (not config.is_causal and not config.sliding_window):
+        if config._attn_implementation not in ("eager", "sdpa") or (
+            not config.is_causal and not config.sliding_window
+        ):
             return None
         block = position_ids[:, num_context:]  # [B, n]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -5,15 +5,24 @@ Transformers, huggingface_hub and its siblings.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .fields_eagle3 import HOST_KEYS, check_host_values, refuse_second_rope
+from .fields_eagle3 import HOST_KEYS, DrafterFields, check_host_values, refuse_second_rope
 from .weights_eagle3 import CheckpointError, read_json_file
 
+if TYPE_CHECKING:
 
-class StrictConfig:
+    class Base(DrafterFields, PreTrainedConfig):
+        """What a config is beside."""
+
+else:
+    Base = object
+
+
+class StrictConfig(Base):
     """What configs of drafters of all kinds do where the host's would guess: unknown keys and damaged files are errors."""
 
     has_no_defaults_at_init = (

@@ -1,8 +1,9 @@
-"""D-Flash drafters (arXiv:2602.06036) beside ours, run by their own code or by the host.
+"""D-Flash drafters (arXiv:2602.06036) beside the other drafter: in our loop, or as a check by their own code or the host's.
 
-z-lab publishes drafters whose remote code has a decode loop, `drafter.spec_generate(target=...)`. From 5.23 on the host
-has one too, `generate(assistant_model=drafter, speculation_type="dflash")`, for drafters of its own architectures. Both
-decode one row at a time.
+Drafters whose config we read run in our loop like any other. Of the rest, z-lab publishes some whose remote code has a
+decode loop, `drafter.spec_generate(target=...)`, and from 5.23 on the host has one,
+`generate(assistant_model=drafter, speculation_type="dflash")`, for drafters of its own architectures. Both decode one row
+at a time.
 """
 
 import inspect
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedModel
 
 from ..compat import CACHE_NAME
+from ..drafters.blocks import drafts_blocks
+from ..host.refusals import is_drafter_config
+from ..modeling import CheckpointError
 
 OWN_LOOP = {"target", "input_ids", "max_new_tokens", "stop_token_ids", "temperature"}  # z-lab/dflash:dflash/model.py
 # Transformers 5.24 generation/candidate_generator.py:DFlashTokenCandidateGenerator
@@ -35,12 +39,14 @@ Decode = Callable[[PreTrainedModel, Any, Request], Tensor]  # Any: a drafter, pe
 
 
 def load_dflash(source: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A D-Flash drafter, with the code that its repository brings.
+    """A D-Flash drafter: ours where its config is one that we read, else with the code that its repository brings.
 
     Raises:
         ValueError: It cannot be loaded, or nothing here can run it.
     """
     try:
+        if is_read(source):
+            return AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
         drafter = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(
@@ -51,10 +57,21 @@ def load_dflash(source: str, *, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 EXPECTED = (
-    "Expected: a repository or folder whose own code gives AutoModel a class with spec_generate(target=, input_ids=, "
+    "Expected: a D-Flash drafter in a layout that AutoModel loads; or a repository or folder whose own code gives AutoModel a class with spec_generate(target=, input_ids=, "
     "max_new_tokens=, stop_token_ids=, temperature=), as z-lab publishes them; or, with Transformers 5.23 or newer, a "
     "drafter of the host's own whose config has target_layer_ids, block_size and mask_token_id."
 )
+
+
+def is_read(source: str) -> bool:
+    """Whether `source` has a block drafter's config that we read."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return False  # code of its own, or nothing: loading it says
+    return drafts_blocks(config) and is_drafter_config(config)
 
 
 def find_decode(drafter: PreTrainedModel) -> Decode:

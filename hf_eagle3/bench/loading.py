@@ -148,7 +148,9 @@ def load_setting(args: argparse.Namespace, team: Team, steps: Steps) -> Setting:
             tokenizer = AutoTokenizer.from_pretrained(args.target)
     loaded = load_drafter(args, dtype)
     target = steps.load_target(args, team.device, dtype)
-    drafter = make_random_drafter(target) if loaded is None else loaded.to(target.device).bind(target)
+    drafter = (
+        make_random_drafter(target, args.random_drafter) if loaded is None else loaded.to(target.device).bind(target)
+    )
     if args.join_projections:
         join_projections(target, drafter)
     depth = choose_depth(drafter, args.num_draft_tokens)

@@ -21,6 +21,7 @@ def is_drafting(kind: str) -> bool:
     return is_ours(kind) and kind != PLAIN
 
 
+RANDOM_DRAFTERS = ("eagle3", "dflash", "dspark")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "model_type": "llama",

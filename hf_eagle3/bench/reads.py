@@ -19,7 +19,8 @@ from .ways import OF_OTHERS
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in host configs
 EXPERTS = ".experts."  # part of the name of routed experts' weights
 READ_ONCE = ("fc", "input_norm", "mask_hidden")  # parts of a drafter that its first step alone reads
-LOOKED_UP = "embed_tokens"  # a row for each token
+LOOKED_UP = ("embed_tokens", "markov_head.markov_w1", "confidence_head")  # a row for each token, or nothing
+EACH_DEPTH = "markov_head."  # what is read for each depth, also where one forward drafts all of them
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ def find_weights(target: PreTrainedModel, drafter: PreTrainedModel, depth: int) 
     num_always = sum(read.values()) - (0 if experts is None else experts.num_bytes)
     parts = [(name, p.nbytes) for name, p in drafter.named_parameters() if not name.startswith(LOOKED_UP)]
     once = sum(n for name, n in parts if name.startswith(READ_ONCE))
-    each = sum(n for _, n in parts) - once
+    for_depth = sum(n for name, n in parts if name.startswith(EACH_DEPTH))
+    each = sum(n for _, n in parts) - once - for_depth
     if drafter.config.share_lm_head and head is not None:
         each += head.weight.nbytes
     num_forwards = find_kind(drafter.config).count_forwards(chain(depth))
-    return Weights(num_always, (once if depth else 0) + num_forwards * each, experts)
+    return Weights(num_always, (once if depth else 0) + num_forwards * each + depth * for_depth, experts)
 
 
 def make_account(

@@ -55,14 +55,14 @@ def add_acceptance(
     result: Measured, calls: list[Call], firsts: list[Call], batches: Sequence[Prompts], team: Team
 ) -> None:
     """Acceptance length, overall and by category, and of ours the rate by depth."""
-    if result.kind == DFLASH:
+    if calls and calls[0].num_forwards is not None:
         own = [(c.num_forwards, len(c.rows[0]), b.categories[0]) for c, b in zip(firsts, batches, strict=True)]
         every = [counts for counts_of_one in team.gather(own) for counts in counts_of_one]
         # The first forward is the prompt's, and gives the first token.
         add_lengths(result, [(max(forwards - 1, 0), tokens - 1, category) for forwards, tokens, category in every])
         return
     speculations = [call.speculation for call in calls if call.speculation is not None]
-    if not is_drafting(result.kind) or not speculations:
+    if not (is_drafting(result.kind) or result.kind == DFLASH) or not speculations:
         return
     categories = [category for batch in batches for category in batch.categories]
     rows = [
@@ -90,7 +90,7 @@ def add_lengths(result: Measured, gained: list[tuple[int, int, str]]) -> None:
 def add_times(result: Measured, calls: list[Call], shorter: list[Call], team: Team) -> None:
     """Where the time of our drafted rounds went; that of shorter calls, prompts and all, is taken off."""
     speculations = [call.speculation for call in calls if call.speculation is not None]
-    if not is_drafting(result.kind) or not speculations:
+    if not (is_drafting(result.kind) or result.kind == DFLASH) or not speculations:
         return
     whole, less = (
         sum_times(speculations),

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..decoding.cuda_graphs import synchronize
+from ..host.refusals import is_drafter
 from ..speculation.stats import Speculation
 from . import dflash
 from .names import DFLASH, DRAFTED, LOOKUP, PLAIN, STATIC, STOCK
@@ -88,6 +89,9 @@ def make_ways(
     }
     if dflash_drafter is not None:
         ways[DFLASH] = by_dflash(target, dflash_drafter, temperature)
+        if is_drafter(dflash_drafter):
+            depth = dflash_drafter.config.max_draft_depth  # a whole block
+            ways[DFLASH] = generate(assistant_model=dflash_drafter, num_assistant_tokens=depth)
     return ways
 
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..console.quoting import is_repository, quote_markdown, quote_python
-from ..modeling import Eagle3DrafterModel
+from ..modeling import DrafterModel
+from ..modeling.fields_eagle3 import DrafterFields
 from ..modeling.text_eagle3 import show
 from .engines import ENGINES, HF, Target, find_refusals
 
@@ -54,7 +55,7 @@ class Adapters(NamedTuple):
 
 
 def write_card(
-    drafter: Eagle3DrafterModel,
+    drafter: DrafterModel,
     folder: Path,
     *,
     target: Target,
@@ -79,7 +80,8 @@ def write_card(
     """
     check_metrics(metrics)
     config = drafter.config
-    is_31 = config.fc_norm or config.norm_output
+    is_eagle = config.family == "EAGLE-3"
+    is_31 = is_eagle and (config.fc_norm or config.norm_output)
     title = name.rstrip("/").split("/")[-1]
     results = list_results(metrics)
     made_from = target.name if adapters is None else adapters.drafter_name
@@ -87,7 +89,13 @@ def write_card(
         library_name="transformers" if adapters is None else "peft",
         pipeline_tag="text-generation",
         base_model=made_from if is_on_hub(made_from) else None,
-        tags=["eagle3", *(["eagle3.1"] if is_31 else []), "speculative-decoding", "assisted-generation", "hf-eagle3"],
+        tags=[
+            *list_tags(config),
+            *(["eagle3.1"] if is_31 else []),
+            "speculative-decoding",
+            "assisted-generation",
+            "hf-eagle3",
+        ],
         model_name=title if results else None,
         eval_results=results or None,
         **(metadata or {}),
@@ -95,7 +103,7 @@ def write_card(
     measured = MEASURED.format(
         rows="\n".join(f"| {quote_markdown(label)} | {value:g} |" for label, value in metrics.items())
     )
-    kind = "An EAGLE-3.1 drafter" if is_31 else "An EAGLE-3 drafter"
+    kind = f"{'An' if is_eagle else 'A'} {'EAGLE-3.1' if is_31 else config.family} drafter"
     if adapters is not None:
         kind = f"Adapters ({adapters.kind}) of {', '.join(filter(None, [link(made_from), kind.replace('An', 'an')]))}"
     text = CARD.format(
@@ -177,11 +185,16 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
             raise ValueError(f"metrics: {show(label)} is {value}. Give a number that was measured, or leave it out.")
 
 
-def list_facts(drafter: Eagle3DrafterModel, target: Target, adapters: Adapters | None = None) -> dict[str, str]:
+def list_tags(config: DrafterFields) -> list[str]:
+    """What people search for."""
+    return [config.family.lower().replace("-", "")]
+
+
+def list_facts(drafter: DrafterModel, target: Target, adapters: Adapters | None = None) -> dict[str, str]:
     """What there is to say of a drafter, as label -> text."""
     config = drafter.config
     num_adapted = 0 if adapters is None else adapters.num_parameters
-    if not config.use_aux_hidden_state:
+    if not getattr(config, "use_aux_hidden_state", True):
         reads = "the final state, normed"
     elif target.num_layers is not None:
         reads = f"boundaries {list(config.resolve_aux_layer_ids(target.num_layers))}"
@@ -194,7 +207,8 @@ def list_facts(drafter: Eagle3DrafterModel, target: Target, adapters: Adapters |
         **({"Adapters": f"{num_adapted / 1e6:.2f} million parameters"} if num_adapted else {}),
         "Parameters": f"{parameters / 1e6:.1f} million, {str(drafter.dtype).removeprefix('torch.')}",
         "Layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
-        "Attention": "multi-head latent (MLA)" if config.is_latent else "Llama's",
+        "Attention": "multi-head latent (MLA)" if getattr(config, "is_latent", False) else "Llama's",
+        **({} if config.max_draft_depth is None else {"Draft tokens of a block": str(config.max_draft_depth)}),
         "Reads from the target": reads,
         "Draft vocabulary": f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens",
         "Trained positions": f"{config.max_position_embeddings:,}",

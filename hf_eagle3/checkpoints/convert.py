@@ -14,7 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..console.quoting import is_model_name
 from ..modeling import CheckpointError
-from ..modeling.fields_eagle3 import Eagle3Fields
+from ..modeling.fields_dflash import DFlashFields
+from ..modeling.fields_eagle3 import DrafterFields, Eagle3Fields
 from ..modeling.text_eagle3 import escape_record, show
 from .flavours import FIXED_VALUES, IGNORED_KEYS, READ_ELSEWHERE, Flavour, Published
 from .layer_ids import read_layer_ids
@@ -22,7 +23,7 @@ from .measuring import find_first_query, measure
 from .rope import check_rope, is_plain_rope, read_rope
 
 if TYPE_CHECKING:
-    from ..modeling import Eagle3DrafterConfig
+    from ..modeling import DFlashDrafterConfig, Eagle3DrafterConfig
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -204,7 +205,13 @@ class ReadFields(Eagle3Fields):
     """The fields of a drafter that is looked at, not made: checked as a config's are."""
 
 
-def make_fields(published: Published, fields: dict[str, Any]) -> Eagle3Fields:
+@strict
+@dataclass(kw_only=True)
+class ReadBlockFields(DFlashFields):
+    """The same of a block drafter."""
+
+
+def make_fields(published: Published, fields: dict[str, Any]) -> DrafterFields:
     """The fields, checked as `make_config` does.
 
     Raises:
@@ -212,23 +219,28 @@ def make_fields(published: Published, fields: dict[str, Any]) -> Eagle3Fields:
     """
     if not is_plain_rope(fields["rope_parameters"]):
         return make_config(published, fields)
-    return make_checked(published.file, lambda: ReadFields(**fields))
+    kind = ReadBlockFields if "block_size" in fields else ReadFields
+    return make_checked(published.file, lambda: kind(**fields))
 
 
-def make_config(published: Published, fields: dict[str, Any]) -> "Eagle3DrafterConfig":
+def make_config(published: Published, fields: dict[str, Any]) -> "Eagle3DrafterConfig | DFlashDrafterConfig":
     """The config, checked by itself and for its rotary table.
 
     Raises:
         CheckpointError: A value is of the wrong type or out of range.
     """
-    from ..modeling import Eagle3DrafterConfig  # whose host takes seconds to import
+    from ..modeling import DFlashDrafterConfig, Eagle3DrafterConfig  # whose host takes seconds to import
 
     dtype = published.tensors[find_first_query(published)].dtype
-    values = {**fields, "dtype": dtype, "architectures": ["Eagle3DrafterModel"]}
+    values = {**fields, "dtype": dtype}
+    if "block_size" in fields:
+        values["architectures"] = ["DFlashDrafterModel"]
+        return make_checked(published.file, lambda: DFlashDrafterConfig(**values))
+    values["architectures"] = ["Eagle3DrafterModel"]
     return make_checked(published.file, lambda: Eagle3DrafterConfig(**values))
 
 
-Fields = TypeVar("Fields", bound=Eagle3Fields)
+Fields = TypeVar("Fields", bound=DrafterFields)
 
 
 def make_checked(file: Path, make: Callable[[], Fields]) -> Fields:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 
 from ..modeling import CheckpointError
-from ..modeling.fields_eagle3 import FIELD_NAMES, Eagle3Fields, check_host_values
+from ..modeling.fields_dflash import FIELD_NAMES as DFLASH_NAMES
+from ..modeling.fields_dflash import DFlashFields
+from ..modeling.fields_eagle3 import FIELD_NAMES, DrafterFields, Eagle3Fields, check_host_values
 from ..modeling.text_eagle3 import one_line, show
 from ..modeling.weights_eagle3 import (
     StoredTensor,
@@ -22,13 +24,17 @@ from ..modeling.weights_eagle3 import (
     refuse_outside,
     to_our_names,
 )
-from .convert import ReadFields, make_fields
+from .convert import ReadBlockFields, ReadFields, make_fields
 from .engines import ENGINES, HF, find_refusals
 from .flavours import WEIGHT_NAMES
 from .load import read_published
 from .target_name import CARD, NamedTarget, find_target
 
-FIELDS = tuple(field.name for field in fields(Eagle3Fields))
+# What the config.json of a drafter of ours says it is -> its fields, and what reads them.
+KINDS: dict[str, tuple[type[DrafterFields], frozenset[str], type[DrafterFields]]] = {
+    Eagle3Fields.model_type: (Eagle3Fields, FIELD_NAMES, ReadFields),
+    DFlashFields.model_type: (DFlashFields, DFLASH_NAMES, ReadBlockFields),
+}
 # Further keys of a config.json that we saved. The host reads one with any other key, and takes seconds to import.
 BESIDE = frozenset({"architectures", "auto_map", "dtype", "model_type", "transformers_version"})
 
@@ -38,10 +44,16 @@ class Description(NamedTuple):
 
     name: str
     flavour: str
-    config: Eagle3Fields
+    config: DrafterFields
     sources: dict[str, str]  # field -> where its value comes from
     tensors: dict[str, StoredTensor]
     target: NamedTarget | None  # what it was made for
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields of its kind."""
+        kind = next(kind for kind, *_ in KINDS.values() if isinstance(self.config, kind))
+        return tuple(field.name for field in fields(kind))
 
     @property
     def refusals(self) -> dict[str, list[str]]:
@@ -56,7 +68,7 @@ class Description(NamedTuple):
             "target": None if self.target is None else {"name": self.target.name, "from": self.target.source},
             "fields": {
                 name: {"value": getattr(self.config, name), "from": self.sources.get(name, "default")}
-                for name in FIELDS
+                for name in self.fields
             },
             "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
             "refusals": self.refusals,
@@ -70,7 +82,8 @@ class Description(NamedTuple):
         dtypes = sorted({str(tensor.dtype) for tensor in floats})
         parameters = sum(math.prod(tensor.shape) for tensor in floats)
         lines = [
-            f"{self.name}: an EAGLE-3 drafter, flavour {self.flavour}",
+            f"{self.name}: {'an' if self.config.family == 'EAGLE-3' else 'a'} {self.config.family} drafter, flavour "
+            f"{self.flavour}",
             f"Files    {', '.join(f'{file.name} ({file.stat().st_size / 1e6:.1f} MB)' for file in files)}",
             f"Weights  {parameters / 1e6:.1f} million parameters in {len(self.tensors)} tensors, {', '.join(dtypes)}",
             f"Target   {self.describe_target()}",
@@ -80,7 +93,7 @@ class Description(NamedTuple):
     @property
     def rows(self) -> list[tuple[str, str, str]]:
         """Each field with its value, and where that comes from."""
-        return [(name, str(getattr(self.config, name)), self.sources.get(name, "default")) for name in FIELDS]
+        return [(name, str(getattr(self.config, name)), self.sources.get(name, "default")) for name in self.fields]
 
     @property
     def engines(self) -> list[tuple[str, str, str]]:
@@ -123,10 +136,10 @@ def describe_drafter(
     if file is None:
         raise CheckpointError(f"{name}: there is no config.json, in a folder or on the Hub.")
     config_dict = read_json_file(file)
-    if not isinstance(config_dict, dict) or config_dict.get("model_type") != Eagle3Fields.model_type:
+    if not isinstance(config_dict, dict) or config_dict.get("model_type") not in KINDS:
         kind = config_dict.get("model_type") if isinstance(config_dict, dict) else config_dict
         raise CheckpointError(f"{file}: not an EAGLE-3 drafter, by its keys (model_type {show(kind)}).")
-    config = read_fields(config_dict) or load_config(name, **kwargs)
+    config = read_fields(config_dict) or load_config(name, config_dict["model_type"], **kwargs)
     files = find_weight_files(name, **kwargs)
     refuse_outside(file, *files)
     tensors = list_tensors(files)
@@ -142,31 +155,33 @@ def describe_drafter(
     )
 
 
-def read_fields(config_dict: Mapping[str, Any]) -> Eagle3Fields | None:
+def read_fields(config_dict: Mapping[str, Any]) -> DrafterFields | None:
     """The fields of a config.json of ours; None where the host is to say what it makes of them."""
-    if not config_dict.keys() <= FIELD_NAMES | BESIDE:
+    _, names, reader = KINDS[config_dict["model_type"]]
+    if not config_dict.keys() <= names | BESIDE:
         return None
     try:
         check_host_values(config_dict)
-        return ReadFields(**{key: value for key, value in config_dict.items() if key in FIELD_NAMES})
+        return reader(**{key: value for key, value in config_dict.items() if key in names})
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError):
         return None  # the host raises as well, and as it does when the drafter is loaded
 
 
-def load_config(name: str, **kwargs: Any) -> Eagle3Fields:  # as in `describe_drafter`
+def load_config(name: str, model_type: str, **kwargs: Any) -> DrafterFields:  # as in `describe_drafter`
     """The config as loading the drafter makes it.
 
     Raises:
         CheckpointError: It cannot be made.
     """
-    from ..modeling import Eagle3DrafterConfig
+    from ..modeling import DFlashDrafterConfig, Eagle3DrafterConfig
 
-    return Eagle3DrafterConfig.from_pretrained(name, **kwargs)
+    kind = DFlashDrafterConfig if model_type == DFlashFields.model_type else Eagle3DrafterConfig
+    return kind.from_pretrained(name, **kwargs)
 
 
 def find_named_target(
     name: str,
-    config: Eagle3Fields,
+    config: DrafterFields,
     sources: Mapping[str, str],
     tensors: Mapping[str, StoredTensor],
     **kwargs: Any,  # as in `describe_drafter`

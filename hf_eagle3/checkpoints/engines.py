@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..modeling import Eagle3DrafterConfig
-    from ..modeling.fields_eagle3 import Eagle3Fields
+    from ..modeling.fields_eagle3 import DrafterFields
 
 SGLANG, VLLM, SPECULATORS, HF = "sglang", "vllm", "speculators", "hf"
 ENGINES: Mapping[str, str] = {
@@ -25,7 +25,7 @@ class Refusal(NamedTuple):
     """A variant that some engines cannot serve."""
 
     field: str
-    is_set: "Callable[[Eagle3Fields], bool]"
+    is_set: "Callable[[Any], bool]"  # Any: fields of the kind whose table it is in
     engines: tuple[str, ...]
     why: str
 
@@ -91,18 +91,72 @@ REFUSALS = (
     ),
     Refusal(
         "aux_layer_ids",
-        lambda c: bool(c.aux_layer_ids) and min(c.aux_layer_ids) == 0,  # type: ignore[arg-type]  # not None here
+        lambda c: bool(c.aux_layer_ids) and min(c.aux_layer_ids) == 0,
         (SGLANG,),
         "it cannot capture the embeddings' output (boundary 0)",
     ),
 )
 
 
-def find_refusals(config: "Eagle3Fields", engine: str) -> list[str]:
+# The same of block drafters. SGLang and vLLM read those that draft from the root in DeepSpec's layout, the others in z-lab's.
+BOTH = (SGLANG, VLLM)
+BLOCK_REFUSALS = (
+    Refusal(
+        "draft_vocab_size",
+        lambda c: c.draft_vocab_size < c.vocab_size,
+        BOTH,
+        "z-lab's and DeepSpec's layouts have the target's whole vocabulary",
+    ),
+    Refusal(
+        "has_own_embeddings",
+        lambda c: c.has_own_embeddings and not c.drafts_from_root,
+        BOTH,
+        "z-lab's layout has the target's embeddings",
+    ),
+    Refusal(
+        "share_lm_head",
+        lambda c: not c.share_lm_head and not c.drafts_from_root,
+        BOTH,
+        "z-lab's layout has the target's head",
+    ),
+    Refusal(
+        "markov_rank",
+        lambda c: c.markov_rank > 0 and not c.drafts_from_root,
+        BOTH,
+        "z-lab's layout has no Markov head",
+    ),
+    Refusal(
+        "has_confidence_head",
+        lambda c: c.has_confidence_head and not c.drafts_from_root,
+        BOTH,
+        "z-lab's layout has no confidence head",
+    ),
+    Refusal(
+        "is_causal",
+        lambda c: c.is_causal and c.drafts_from_root,
+        BOTH,
+        "in DeepSpec's layout a block sees all of itself",
+    ),
+    Refusal(
+        "is_causal",
+        lambda c: c.is_causal and c.sliding_window is None,
+        (SPECULATORS,),
+        "in that layout only sliding layers can be causal within the block",
+    ),
+    Refusal(
+        "layer_types",
+        lambda c: c.is_causal and c.layer_types is not None,
+        (SPECULATORS,),
+        "in that layout full layers are never causal within the block",
+    ),
+)
+
+
+def find_refusals(config: "DrafterFields", engine: str) -> list[str]:
     """Why `engine` cannot serve a drafter of this config, one line each; empty if it can."""
     return [
         f"{refusal.field}={getattr(config, refusal.field)!r}: {refusal.why}"
-        for refusal in REFUSALS
+        for refusal in (REFUSALS if getattr(config, "block_size", None) is None else BLOCK_REFUSALS)
         if engine in refusal.engines and refusal.is_set(config)
     ]
 

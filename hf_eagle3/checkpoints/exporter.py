@@ -20,10 +20,11 @@ from ..console.paths import refuse_used_folder
 from ..console.quoting import quote_python, quote_shell
 from ..drafters.draft import Committed, Prompted, choose_greedy
 from ..drafters.kinds import find_kind
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, DrafterModel, Eagle3DrafterConfig
 from ..modeling.text_eagle3 import escape_controls, escape_record
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from ..speculation.shape import Shapes, chain
+from .block_export import make_block_command, write_blocks
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
@@ -64,7 +65,7 @@ class Exported:
 
 
 def export(
-    drafter: Eagle3DrafterModel,
+    drafter: DrafterModel,
     folder: str | os.PathLike,
     *,
     to: str,
@@ -105,6 +106,9 @@ def export(
     if to == HF:
         drafter.save_pretrained(folder)
         write_card(drafter, folder, target=known, metrics=metrics or {}, name=repo_id or str(folder))
+    elif isinstance(drafter, DFlashDrafterModel):
+        engines = (to, *(e for e in (SGLANG, VLLM) if e != to != SPECULATORS and not find_refusals(drafter.config, e)))
+        write(folder, *write_blocks(drafter, to, known))
     else:
         config = copy.deepcopy(drafter.config)
         config.dtype = drafter.dtype
@@ -121,7 +125,7 @@ def export(
     return Exported(folder, engines, make_command(drafter.config, folder, to, known, depth), tuple(notes))
 
 
-def refuse(drafter: Eagle3DrafterModel, engine: str) -> None:
+def refuse(drafter: DrafterModel, engine: str) -> None:
     """Raise if `engine` cannot serve the drafter, or the drafter is not all there to be written."""
     if reasons := find_refusals(drafter.config, engine):
         raise ValueError(f"{ENGINES[engine]} cannot serve this drafter. " + "; ".join(reasons) + ".")
@@ -139,7 +143,7 @@ def refuse(drafter: Eagle3DrafterModel, engine: str) -> None:
 
 
 def describe_target(
-    target: str | os.PathLike | PreTrainedModel | PreTrainedConfig | None, drafter: Eagle3DrafterModel
+    target: str | os.PathLike | PreTrainedModel | PreTrainedConfig | None, drafter: DrafterModel
 ) -> Target:
     """Facts about the target: from the argument, or else from the drafter."""
     given = target if target is not None else (read_recorded_name(drafter.config) or drafter.bound_target_name)
@@ -199,7 +203,7 @@ def place_ids(config: Eagle3DrafterConfig, target: Target, engine: str) -> tuple
         return boundaries, None
 
 
-def compare_embeddings(drafter: Eagle3DrafterModel, target: Any) -> list[str]:  # Any: as `export`
+def compare_embeddings(drafter: DrafterModel, target: Any) -> list[str]:  # Any: as `export`
     """Notes on embeddings of the drafter's own, in whose place SGLang uses the target's.
 
     Raises:
@@ -237,7 +241,7 @@ def read_embeddings(target: Any) -> Tensor | None:  # Any: as `export`
 # ---- files ----
 
 
-def to_tensors(drafter: Eagle3DrafterModel, *, both_names: bool) -> dict[str, Tensor]:
+def to_tensors(drafter: DrafterModel, *, both_names: bool) -> dict[str, Tensor]:
     """The drafter's tensors under the names that engines know, on the CPU.
 
     Args:
@@ -265,8 +269,10 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target: Target, depth: int) -> str:
+def make_command(config: PreTrainedConfig, folder: Path, engine: str, target: Target, depth: int) -> str:
     """The line that serves an exported folder."""
+    if isinstance(config, DFlashDrafterConfig) and engine != HF:
+        return make_block_command(config, folder, engine, target)
     name, here = quote_shell(target.name or "TARGET"), quote_shell(str(folder))
     if engine == SGLANG:
         window = f" --speculative-draft-window-size {config.sliding_window}" if config.sliding_window else ""
@@ -289,15 +295,17 @@ def make_command(config: Eagle3DrafterConfig, folder: Path, engine: str, target:
 # ---- checks of what was written ----
 
 
-def check_export(drafter: Eagle3DrafterModel, folder: Path) -> None:
+def check_export(drafter: DrafterModel, folder: Path) -> None:
     """Load `folder` back and compare.
 
     Raises:
         RuntimeError: A weight or a draft token differs. That is a fault of ours; the folder is left for a report.
     """
-    config = load_published_config(folder) or Eagle3DrafterConfig.from_pretrained(folder)
-    again = Eagle3DrafterModel.from_pretrained(folder, config=config, dtype=drafter.dtype)
+    config = load_published_config(folder) or type(drafter.config).from_pretrained(folder)
+    again = type(drafter).from_pretrained(folder, config=config, dtype=drafter.dtype)
     ours, theirs = drafter.state_dict(), again.state_dict()
+    for name in theirs.keys() & {"embed_tokens.weight", "lm_head.weight"} - ours.keys():  # written with the target's
+        ours[name] = drafter._weight(name.removesuffix(".weight"))[: drafter.config.vocab_size].to(drafter.dtype)
     differing = sorted(ours.keys() ^ theirs.keys())
     differing += [n for n in ours.keys() & theirs.keys() if not torch.equal(ours[n].cpu(), theirs[n].cpu())]
     if differing:
@@ -309,7 +317,7 @@ def check_export(drafter: Eagle3DrafterModel, folder: Path) -> None:
 
 
 @contextmanager
-def borrowing(drafter: Eagle3DrafterModel, weights: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+def borrowing(drafter: DrafterModel, weights: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
     """The drafter with `weights` in place of what it borrows from a target; by default its target's, or random ones."""
     before = drafter._borrowed
     drafter._borrowed = weights or before or make_stand_ins(drafter)
@@ -319,7 +327,7 @@ def borrowing(drafter: Eagle3DrafterModel, weights: dict[str, Tensor] | None = N
         drafter._borrowed = before
 
 
-def make_stand_ins(drafter: Eagle3DrafterModel) -> dict[str, Tensor]:
+def make_stand_ins(drafter: DrafterModel) -> dict[str, Tensor]:
     """Random embeddings and head [V, H] in the memory of V + H numbers: each row is the one before, moved by one."""
     V, H = drafter.config.vocab_size, drafter.config.hidden_size
     values = torch.randn(V + H, generator=torch.Generator().manual_seed(0)).to(drafter.device, drafter.dtype)
@@ -328,9 +336,10 @@ def make_stand_ins(drafter: Eagle3DrafterModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sample_drafts(drafter: Eagle3DrafterModel, num_positions: int = 16, depth: int = 4) -> Tensor:
+def sample_drafts(drafter: DrafterModel, num_positions: int = 16, depth: int = 4) -> Tensor:
     """Greedy draft tokens [1, K] after random states, the same for every drafter of these sizes."""
     config = drafter.config
+    depth = min(depth, config.max_draft_depth or depth)
     generator = torch.Generator().manual_seed(1)
     width = config.num_captured_states * (config.target_hidden_size or config.hidden_size)
     states = torch.randn(1, num_positions, width, generator=generator).to(drafter.device)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..modeling import CheckpointError
-from ..modeling.fields_eagle3 import FIELD_NAMES, Eagle3Fields, check_host_values
+from ..modeling import MODEL_TYPES, CheckpointError
+from ..modeling.fields_dflash import FIELD_NAMES as DFLASH_NAMES
+from ..modeling.fields_eagle3 import FIELD_NAMES, check_host_values
 from ..modeling.text_eagle3 import KeyTwiceError, escape_record, parse_json, show
 from ..modeling.weights_eagle3 import (
     FLOATS,
@@ -23,12 +24,14 @@ from ..modeling.weights_eagle3 import (
     refuse_outside,
     to_our_names,
 )
+from .block_flavours import BlockFlavour, find_block_flavour
+from .blocks import convert_blocks
 from .convert import Resolved, convert_config, make_config
 from .flavours import FLAVOURS, IGNORED_KEYS, LIFTED, OTHERS, WEIGHT_NAMES, Flavour, Published
 from .measuring import FIRST_QUERY, find_first_query, read_shape
 
 if TYPE_CHECKING:
-    from ..modeling import Eagle3DrafterConfig
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 logger.addFilter(escape_record)
@@ -48,16 +51,16 @@ OF_WHOLE = frozenset({"architectures", "tie_word_embeddings", "quantization_conf
 
 def register_weight_names() -> None:
     """Teach the drafter the tensor names of published checkpoints; its `from_pretrained` renames by them."""
-    from ..modeling import Eagle3DrafterModel  # whose imports take seconds, and reading a config needs none of them
+    from ..modeling import DrafterModel  # whose imports take seconds, and reading a config needs none of them
 
-    Eagle3DrafterModel.published_names = WEIGHT_NAMES
+    DrafterModel.published_names = WEIGHT_NAMES
 
 
 def load_published_config(
     pretrained_model_name_or_path: str | os.PathLike,
     **kwargs: Any,  # the host's: where to look, and what a user gives to `AutoConfig.from_pretrained`
-) -> "Eagle3DrafterConfig | None":
-    """The config of a published EAGLE-3 drafter, or None if this is anything else.
+) -> "PreTrainedConfig | None":
+    """The config of a published drafter, or None if this is anything else.
 
     Weights are looked at only if config.json has a marker of EAGLE-3.
 
@@ -73,8 +76,10 @@ def load_published_config(
     if found is None:
         return None
     name = os.fspath(pretrained_model_name_or_path)
-    logger.info("%s is an EAGLE-3 drafter, flavour %s.", name, found.flavour.name)
-    theirs = {key: value for key, value in kwargs.items() if key in FIELD_NAMES}
+    is_block = isinstance(found.flavour, BlockFlavour)
+    logger.info("%s is %s drafter, flavour %s.", name, "a block" if is_block else "an EAGLE-3", found.flavour.name)
+    known = DFLASH_NAMES if is_block else FIELD_NAMES
+    theirs = {key: value for key, value in kwargs.items() if key in known}
     if "aux_layer_ids" in theirs:  # an argument counts boundaries
         theirs.setdefault("aux_layer_ids_from_outputs", False)
     return make_config(found.published, {**found.resolved.fields, **theirs, "name_or_path": name})
@@ -84,7 +89,7 @@ class Found(NamedTuple):
     """A published drafter, read but not loaded."""
 
     published: Published
-    flavour: Flavour
+    flavour: Flavour | BlockFlavour
     resolved: Resolved
 
 
@@ -107,12 +112,18 @@ def read_published(
     if file is None:
         return None
     config = read_config(file, lambda: find_weight_files(name, **kwargs))
-    if isinstance(config, dict) and config.get("model_type") == Eagle3Fields.model_type:
+    if isinstance(config, dict) and config.get("model_type") in MODEL_TYPES:
         try:
             check_host_values(config)  # ours, which the host loads by itself, and reads these first
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from error
-    if not isinstance(config, dict) or not is_candidate(config):
+    if not isinstance(config, dict):
+        return None
+    if (blocks := find_block_flavour(config)) is not None:
+        return read_blocks(
+            file, config, find_weight_files(name, **kwargs), blocks, runs_code=bool(kwargs.get("trust_remote_code"))
+        )
+    if not is_candidate(config):
         return None
     weights = find_weight_files(name, **kwargs)
     published = describe(file, config, list_tensors(weights))
@@ -145,12 +156,12 @@ def is_drafters(config: Any) -> bool:  # whatever the file holds
     """Whether config.json may be a drafter's, ours or published."""
     if not isinstance(config, dict):
         return False
-    return config.get("model_type") == Eagle3Fields.model_type or is_candidate(config)
+    return config.get("model_type") in MODEL_TYPES or find_block_flavour(config) is not None or is_candidate(config)
 
 
 def is_candidate(config: Mapping[str, Any]) -> bool:
     """Whether config.json gives a reason to look at the weights."""
-    if config.get("model_type") == Eagle3Fields.model_type:
+    if config.get("model_type") in MODEL_TYPES:
         return False  # ours: the host loads it by itself
     if is_named_eagle(config):
         return True
@@ -176,6 +187,54 @@ def describe(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredT
     flat = {key: value for key, value in lifted.items() if key != "eagle_config"}
     nested = read_table(file, lifted, "eagle_config")
     flat |= {f"eagle_config.{key}": value for key, value in nested.items()}
+    names = to_our_names(stored, WEIGHT_NAMES)
+    return Published(
+        file=file,
+        config=flat,
+        tensors={ours: stored[name] for name, ours in names.items()},
+        names={ours: name for name, ours in names.items()},
+        tables=tables,
+    )
+
+
+def read_blocks(
+    file: Path, config: Mapping[str, Any], weights: list[Path], flavour: BlockFlavour, *, runs_code: bool
+) -> Found | None:
+    """The block drafter in a folder; None if it brings code of its own that is to run, or that nothing else would read.
+
+    Raises:
+        CheckpointError: As `load_published_config`.
+    """
+    stored = list_tensors(weights)
+    brings_code = "auto_map" in config
+    if brings_code and (runs_code or not any(name.endswith("self_attn.q_norm.weight") for name in stored)):
+        return None
+    refuse_outside(file, *weights)
+    published = describe_blocks(file, config, stored, flavour)
+    return Found(published, flavour, convert_blocks(flavour, published))
+
+
+def describe_blocks(
+    file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor], flavour: BlockFlavour
+) -> Published:
+    """The same of a block drafter, with the keys of its flavour's tables in their places.
+
+    Raises:
+        CheckpointError: Two tensors are one, a table is none, or a key is there twice with different values.
+    """
+    flat, tables = dict(config), dict[str, str]()
+    if flavour.table:
+        nested = read_table(file, config, flavour.table)
+        flat |= {f"{flavour.table}.{key}": value for key, value in nested.items()}
+    if flavour.lifted:
+        for key, value in read_table(file, config, flavour.lifted).items():
+            if flat.get(key) is None or key in IGNORED_KEYS | OF_WHOLE:
+                flat[key], tables[key] = value, flavour.lifted
+            elif value is not None and flat[key] != value:
+                raise CheckpointError(
+                    f"{file}: {key} is {show(flat[key])} at the top and {show(value)} in {flavour.lifted}. Remove the one "
+                    "that is wrong."
+                )
     names = to_our_names(stored, WEIGHT_NAMES)
     return Published(
         file=file,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling import CheckpointError
-from ..modeling.fields_eagle3 import Eagle3Fields, check_rope_values, refuse_second_rope
+from ..modeling.fields_eagle3 import DrafterFields, check_rope_values, refuse_second_rope
 from ..modeling.text_eagle3 import show
 
 ROPE_KEYS = frozenset(
@@ -78,7 +78,7 @@ def is_plain_rope(rope: Mapping[str, Any]) -> bool:
     return wanted is not None and all(rope.get(key) is not None for key in {"rope_theta", *wanted})
 
 
-def check_rope(config: Eagle3Fields) -> None:
+def check_rope(config: DrafterFields) -> None:
     """Raise ValueError if a drafter cannot have the rotary parameters of `config`: no export of it could be loaded."""
     rope = config.rope_parameters or {}
     if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:

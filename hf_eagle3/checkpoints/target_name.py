@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..console.quoting import is_model_name, is_repository
-from ..modeling.fields_eagle3 import Eagle3Fields
+from ..modeling.fields_eagle3 import DrafterFields
 from ..modeling.text_eagle3 import escape_record, show
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class NamedTarget(NamedTuple):
     source: str
 
 
-def read_recorded_name(config: Eagle3Fields) -> str | None:
+def read_recorded_name(config: DrafterFields) -> str | None:
     """The target's name in a drafter's config, if it can be one: the config may come from anybody."""
     name = config.target_name_or_path
     if name is None or is_model_name(name):
@@ -44,7 +44,7 @@ def read_recorded_name(config: Eagle3Fields) -> str | None:
 
 
 def find_target(
-    config: Eagle3Fields, sources: Mapping[str, str], card: Path | None, names: Iterable[str]
+    config: DrafterFields, sources: Mapping[str, str], card: Path | None, names: Iterable[str]
 ) -> NamedTarget | None:
     """The first of config, card and names that says what the target is.
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "say in twenty seconds whether texts are equal, how fast they come, and what would help",
     "inspect": "say what a drafter is: flavour, fields and where they come from, sizes, engines",
     "doctor": "measure which reading of a drafter's config agrees best with its target",
+    "drift": "measure what a drafter attends to and feeds back, depth by depth",
     "export": "write a drafter as SGLang or vLLM serves it, or for the Hub",
     "train": "train a drafter",
     "bench": "measure what a drafter brings, by batch size and prompt category",

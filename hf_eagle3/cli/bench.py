@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.arguments import refuse_arguments
-from ..bench.names import KINDS, SHAPES
+from ..bench.names import KINDS, RANDOM_DRAFTERS, SHAPES
 from ..modeling.text_eagle3 import show
 from .arguments import Parser, add_depth, add_device, add_drafter, add_json, add_target, positive
 from .starting import start
@@ -56,6 +56,12 @@ def add_model_options(parser: Parser) -> None:
         help="accept as if drafts were that good, whatever they are; for weights that were never trained",
     )
     parser.add(
+        "--random-drafter",
+        choices=RANDOM_DRAFTERS,
+        default="eagle3",
+        help="kind of the drafter of random weights, where --drafter is left out",
+    )
+    parser.add(
         "--simulate-coverage",
         type=Path,
         metavar="JSON",
@@ -92,7 +98,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add(
         "--dflash-drafter",
         metavar="REPO_OR_DIR",
-        help="a D-Flash drafter for the same target, for a column beside ours; code in its repository is run",
+        help="a D-Flash drafter for the same target, for a column beside ours; if its layout is unknown, code in its repository is run",
     )
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from ..drafters.kinds import find_kind
 from ..speculation.costs import Chooser, Costs
 from ..speculation.rates import Rates
 from .loop import DeviceRead, HostTime
@@ -48,7 +49,8 @@ def make_chooser(
     where = (target.device, target.dtype, is_captured, config.in_order)  # processors in Python take their time
     is_slow = target.device.type == "cpu"
     if (costs := known.costs.get(where)) is None:
-        costs = known.costs[where] = Costs(find_step(target, drafter), is_slow=is_slow)
+        step, count = find_step(target, drafter), find_kind(drafter.config).count_forwards
+        costs = known.costs[where] = Costs(step, is_slow=is_slow, count_forwards=count)
     how = (config.do_sample, round(temperature, 1))
     if (rates := known.rates.get(how)) is None:
         rates = known.rates[how] = Rates(read_rates(drafter))

@@ -235,9 +235,10 @@ def refuse_unreadable(drafter: Eagle3DrafterModel) -> None:
     """
     if getattr(drafter, "hf_quantizer", None) is not None:
         raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
-    if not find_kind(drafter.config).has_steps:
+    kind = find_kind(drafter.config)
+    if not kind.has_steps:
         raise ValueError(
-            f"mask_token_id={drafter.config.mask_token_id}: a P-EAGLE drafter cannot be examined, since it drafts in one "
+            f"mask_token_id={drafter.config.mask_token_id}: a {kind.name} drafter cannot be examined, since it drafts in one "
             "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
         )
 

@@ -20,7 +20,13 @@ from transformers.pipelines import base as pipelines
 
 from ..checkpoints.exporter import export
 from ..checkpoints.load import register_weight_names
-from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, Eagle3DrafterConfig, Eagle3DrafterModel
+from ..modeling import (
+    DFlashDrafterConfig,
+    DFlashDrafterModel,
+    DrafterModel,
+    Eagle3DrafterConfig,
+    Eagle3DrafterModel,
+)
 from .assisted import wrap_assisted_decoding, wrap_get_candidate_generator, wrap_speculative_sampling
 from .auto_config import wrap_from_pretrained
 from .batching import wrap_context_manager, wrap_generate_batch, wrap_init_continuous_batching
@@ -72,7 +78,7 @@ def install() -> None:
         AutoModel.register(config_class, model_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     register_weight_names()
-    Eagle3DrafterModel.exporter = export
+    DrafterModel.exporter = export
     for owner, name, wrap in WRAPS:
         if (owner, name) not in _originals:
             _originals[owner, name] = vars(owner)[name]

@@ -81,8 +81,15 @@ def refuse_mistaken_llama(model: Any) -> None:  # Any: whatever was passed as as
     model_type = getattr(config, "model_type", None)
     if config is None or model_type in MODEL_TYPES:
         return
+    architectures = str(getattr(config, "architectures", None)).lower()
+    if hasattr(config, "dflash_config") or any(word in architectures for word in ("dflashdraft", "dsparkmodel")):
+        name = quote_python(getattr(config, "_name_or_path", "") or "the drafter's folder")
+        raise ValueError(
+            f"assistant_model is a block drafter that was loaded as {type(model).__name__}, which only its own code can use. "
+            f"After `import hf_eagle3`, load it again, without trust_remote_code: AutoModel.from_pretrained({name})."
+        )
     is_marked = model_type == "llama" and any(hasattr(config, key) for key in ("draft_vocab_size", "eagle_config"))
-    if is_marked or "eagle3" in str(getattr(config, "architectures", None)).lower():
+    if is_marked or "eagle3" in architectures:
         name = getattr(config, "_name_or_path", "") or "the drafter's folder"
         kind = "a Llama" if model_type == "llama" else one_line(str(model_type))
         raise ValueError(

@@ -88,7 +88,8 @@ def find_depth(asked: Any, drafter: PreTrainedModel) -> int:  # Any: whatever wa
     Raises:
         ValueError: It is not a whole number from 0 to `MAX_DEPTH`.
     """
-    places = (asked, drafter.generation_config.num_assistant_tokens, DEFAULT_DEPTH)
+    default = min(DEFAULT_DEPTH, drafter.config.max_draft_depth or DEFAULT_DEPTH)
+    places = (asked, drafter.generation_config.num_assistant_tokens, default)
     return read_depth(next(k for k in places if k is not None)).depth
 
 

@@ -2,8 +2,9 @@
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from .rates import LOOK_AFTER, Rates
 from .shape import NONE, DraftShape, Shapes
@@ -26,12 +27,19 @@ class Costs:
     """Seconds of rounds, by rows and shape. Kept between calls of a target and a drafter.
 
     Args:
-        step: What a draft step costs, as a share of a round without a draft.
+        step: What a forward of the drafter costs, as a share of a round without a draft.
         is_slow: Whether a forward takes as long as it has tokens, as on a CPU; else it takes as long as weights to read.
+        count_forwards: How many of them a shape takes; by default one for each depth.
     """
 
-    def __init__(self, step: float, *, is_slow: bool):
-        self.step, self.is_slow = step, is_slow
+    def __init__(
+        self,
+        step: float,
+        *,
+        is_slow: bool,
+        count_forwards: Callable[[DraftShape], int] = attrgetter("depth"),
+    ):
+        self.step, self.is_slow, self.count_forwards = step, is_slow, count_forwards
         self.samples: dict[tuple[int, DraftShape], deque[float]] = {}
         self.refused: Counter[tuple[int, DraftShape]] = Counter()  # choices that went without measuring it
 
@@ -64,7 +72,11 @@ class Costs:
 
     def _predict(self, num_rows: int, shape: DraftShape) -> float:
         """A round's share, by rows alone."""
-        return 1 + self.step * shape.depth + self._token(num_rows) * shape.num_nodes
+        return self._drafted(shape) + self._token(num_rows) * shape.num_nodes
+
+    def _drafted(self, shape: DraftShape) -> float:
+        """The share of a round of one token in each row, and of the draft before it."""
+        return 1 + self.step * self.count_forwards(shape)
 
     def _token(self, num_rows: int) -> float:
         """What a further token verified in each row costs: by two shapes measured with so many rows, or nearly so many."""
@@ -80,8 +92,8 @@ class Costs:
             return None
         few, many = known[0], known[-1]
         ratio = self.seconds(num_rows, many) / self.seconds(num_rows, few)
-        # 1 + step * d2 + token * n2 = ratio * (1 + step * d1 + token * n1)
-        above = ratio * (1 + self.step * few.depth) - 1 - self.step * many.depth
+        # 1 + step * f2 + token * n2 = ratio * (1 + step * f1 + token * n1)
+        above = ratio * self._drafted(few) - self._drafted(many)
         below = many.num_nodes - ratio * few.num_nodes
         return max(above / below, LEAST_TOKEN) if below > 0 else None
 

@@ -10,7 +10,7 @@ from .data.vocabulary import (
     measure_coverage,
     vocabulary_fingerprint,
 )
-from .new_drafter import new_drafter
+from .new_drafter import new_block_drafter, new_drafter
 from .states.folder import StoredStatesError
 from .states.stored import StoredStates
 from .states.writer import StateWriter, store_states
@@ -28,6 +28,7 @@ __all__ = [
     "count_supervised_tokens",
     "find_special_tokens",
     "measure_coverage",
+    "new_block_drafter",
     "new_drafter",
     "store_states",
     "tokenize_conversation",

@@ -11,29 +11,15 @@ from .step.losses import LOSSES
 
 logger = logging.get_logger(__name__)
 
-# The differences of the two generations of drafters, as fields of a drafter's config.
+# What a new drafter can be, and the fields of its config that make it so.
 VERSIONS: dict[str, dict[str, bool]] = {
     "3": {"fc_norm": False, "norm_output": False},
     "3.1": {"fc_norm": True, "norm_output": True},
+    "dflash": {"drafts_from_root": False},
+    "dspark": {"drafts_from_root": True, "has_confidence_head": True, "confidence_reads_markov": True},
 }
+BLOCK_VERSIONS = ("dflash", "dspark")
 NORMS = ("fc_norm", "norm_output", "norm_before_fc")
-# What a new drafter may be, and the fields of its config: those of the block drafters of arXiv:2602.06036 (with fewer
-# tokens a block) and of deepseek-ai/DeepSpec:config/dspark. The empty one is EAGLE-3, which `VERSIONS` says more of.
-DRAFTER_KINDS: Mapping[str, Mapping[str, Any]] = {
-    "eagle3": {},
-    "dflash": {"num_hidden_layers": 5, "block_size": 8},
-    "dspark": {
-        "num_hidden_layers": 5,
-        "block_size": 7,
-        "drafts_from_root": True,
-        "markov_rank": 256,
-        "has_confidence_head": True,
-        "confidence_reads_markov": True,
-    },
-}
-SIZES = ("aux_layer_ids", "num_hidden_layers", "intermediate_size")
-BLOCK_FIELDS = ("block_size", "markov_rank", "mask_token_id")
-EAGLE_FIELDS = ("ttt_steps", "drafter_version", *NORMS)
 
 # Fields of the host that training a drafter does not honour, with what to do instead; refused unless at their default.
 REFUSED: Mapping[str, str] = {
@@ -68,13 +54,13 @@ REFUSED_OF_ACCELERATE: Mapping[str, str] = {
 
 AT_LEAST_ONE = (
     *("ttt_steps", "eval_depth", "eval_max_new_tokens", "max_length", "eval_max_length", "target_batch_tokens"),
-    "num_anchors",
+    *("num_anchors", "markov_rank"),
 )
 
 
 @dataclass
 class Eagle3TrainingArguments(TrainingArguments):
-    """The host's training arguments, and those of training a drafter.
+    """The host's training arguments, and those of TTT.
 
     Changed defaults: learning rate, schedule, warm-up, clipping, second beta; columns are left alone; DDP neither looks
     for unused parameters nor sends buffers around; a loss of NaN is not hidden from the log.
@@ -87,48 +73,22 @@ class Eagle3TrainingArguments(TrainingArguments):
         "target_model_init_kwargs",
     ]
 
-    ttt_steps: int = field(default=7, metadata={"help": "Draft steps unrolled in training (arXiv:2503.01840: 7)."})
-    loss_type: str | None = field(
-        default=None,
+    ttt_steps: int = field(
+        default=7,
         metadata={
-            "help": f"How a step is taught: {', '.join(LOSSES)}. By default dspark for a drafter with a Markov head, and "
-            "forward_kl for any other."
+            "help": "Draft steps unrolled in training (arXiv:2503.01840: 7); a block drafter has none, and trains whole blocks."
         },
     )
+    loss_type: str = field(default="forward_kl", metadata={"help": f"How a step is taught: {', '.join(LOSSES)}."})
     ttt_decay: float = field(
         default=0.8,
         metadata={"help": "Step t weighs ttt_decay to the power t in the loss; ignored by losses that weigh steps."},
     )
-    drafter_kind: str = field(
-        default="eagle3",
-        metadata={"help": f"What a new drafter is: {', '.join(DRAFTER_KINDS)}; ignored when a drafter is given."},
-    )
-    block_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a block of a new block drafter, the newest token included; by default 8, dspark 7."
-        },
-    )
-    num_anchors: int = field(
-        default=512,
-        metadata={
-            "help": "Blocks of each row that a block drafter is trained on, on average, drawn anew each update."
-        },
-    )
-    markov_rank: int | None = field(
-        default=None, metadata={"help": "Rank of a new block drafter's Markov head; by default 0, dspark 256."}
-    )
-    mask_token_id: int | None = field(
-        default=None,
-        metadata={
-            "help": "What the open positions of a new block drafter's blocks read; by default a token that no text has."
-        },
-    )
     draft_vocab_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens a new drafter can propose: by default 32000, or for a block drafter all, by the target's own "
-            "head; ignored when a drafter is given."
+            "help": "Tokens a new drafter can propose; by default 32000, of a dflash or dspark drafter all, by the target's "
+            "own head. Ignored when a drafter is given."
         },
     )
     min_coverage: float = field(
@@ -138,12 +98,25 @@ class Eagle3TrainingArguments(TrainingArguments):
             "that is given, it is only said."
         },
     )
-    drafter_version: str = field(default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3."})
-    aux_layer_ids: list[int] | None = field(
+    drafter_version: str = field(
+        default="3.1", metadata={"help": "What a new drafter is: 3.1 or 3, of EAGLE; dflash; or dspark."}
+    )
+    block_size: int = field(
+        default=8,
+        metadata={"help": "New dflash or dspark drafter: tokens of a block, the newest of the text included."},
+    )
+    mask_token_id: int | None = field(
         default=None,
         metadata={
-            "help": "Boundaries of the target that a new drafter reads; by default three of them, or five for a block drafter."
+            "help": "New dflash or dspark drafter: what a block has behind its root; by default a special token."
         },
+    )
+    markov_rank: int = field(default=256, metadata={"help": "New dspark drafter: rank of its Markov head."})
+    num_anchors: int = field(
+        default=512, metadata={"help": "Blocks of a batch that train, of a dflash or dspark drafter, drawn at random."}
+    )
+    aux_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "Boundaries of the target that a new drafter reads; by default three of them."}
     )
     fc_norm: bool | None = field(
         default=None,
@@ -155,9 +128,7 @@ class Eagle3TrainingArguments(TrainingArguments):
     norm_before_fc: bool | None = field(
         default=None, metadata={"help": "New drafter: one norm over all aux hidden states. By default not."}
     )
-    num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Layers of a new drafter; by default 1, of a block drafter 5."}
-    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new drafter; by default 1."})
     intermediate_size: int | None = field(
         default=None, metadata={"help": "MLP width of a new drafter; by default the target's."}
     )
@@ -246,26 +217,9 @@ class Eagle3TrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}; 0 keeps no average.")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage is a share and must lie in [0, 1], got {self.min_coverage}.")
-        tables = (("loss_type", (None, *LOSSES)), ("drafter_version", VERSIONS), ("drafter_kind", DRAFTER_KINDS))
-        for name, table in tables:
+        for name, table in (("loss_type", LOSSES), ("drafter_version", VERSIONS)):
             if getattr(self, name) not in table:
-                known = ", ".join(filter(None, table))
-                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}.")
-        self._refuse_other_kinds()
-
-    def _refuse_other_kinds(self) -> None:
-        """Raise ValueError for a field of a new drafter that drafters of `drafter_kind` have not."""
-        is_block = bool(DRAFTER_KINDS[self.drafter_kind])
-        if strange := [name for name in (EAGLE_FIELDS if is_block else BLOCK_FIELDS) if self.is_given(name)]:
-            kinds = "eagle3" if is_block else "dflash or dspark"
-            raise ValueError(
-                f"{', '.join(strange)}: drafter_kind={self.drafter_kind} has no such thing. Leave it out, or set "
-                f"drafter_kind={kinds}."
-            )
-
-    def is_given(self, name: str) -> bool:
-        """Whether a field has another value than its default."""
-        return not _is_default(getattr(self, name), self.__dataclass_fields__[name])
+                raise ValueError(f"{name} must be one of {', '.join(table)}; got {getattr(self, name)!r}.")
 
     def refuse_unhonoured(self, names: Iterable[str] = REFUSED) -> None:
         """Raise ValueError if a field is set that training a drafter does not honour; the message names the alternative."""
@@ -282,20 +236,32 @@ class Eagle3TrainingArguments(TrainingArguments):
             raise ValueError(f"Training a drafter does not honour {'; '.join(reasons)}. Leave that out.")
 
     def drafter_fields(self) -> dict[str, Any]:
-        """Fields of a new drafter's config that these arguments set."""
-        if blocks := DRAFTER_KINDS[self.drafter_kind]:
-            names = (*SIZES, *BLOCK_FIELDS)
-            given = {name: value for name in names if (value := getattr(self, name)) is not None}
-            if given.get("markov_rank") == 0:
-                given["confidence_reads_markov"] = False
-            return {**blocks, **given}
+        """Fields of a new drafter's config that these arguments set.
+
+        Raises:
+            ValueError: One is set that drafters of this version do not have.
+        """
+        given = [name for name in NORMS if getattr(self, name) is not None]
+        if self.makes_blocks and given:
+            raise ValueError(f"A {self.drafter_version} drafter has no {', '.join(given)}: leave that out.")
         fields: dict[str, Any] = dict(VERSIONS[self.drafter_version])
+        if self.makes_blocks:
+            fields["block_size"] = self.block_size
+            if self.drafter_version == "dspark":
+                fields["markov_rank"] = self.markov_rank
+            names: tuple[str, ...] = ("mask_token_id", "aux_layer_ids", "num_hidden_layers", "intermediate_size")
+            return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.norm_before_fc:  # in place of a norm for each state
             fields["fc_norm"] = False
         if self.aux_layer_ids is not None:
             fields["num_aux_hidden_states"] = len(self.aux_layer_ids)
-        names = (*NORMS, *SIZES)
+        names = (*NORMS, "aux_layer_ids", "num_hidden_layers", "intermediate_size")
         return fields | {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def makes_blocks(self) -> bool:
+        """Whether a new drafter drafts in blocks."""
+        return self.drafter_version in BLOCK_VERSIONS
 
     @property
     def recomputes_activations(self) -> bool:

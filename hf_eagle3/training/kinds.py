@@ -10,7 +10,6 @@ from .arguments import Eagle3TrainingArguments
 from .step.batch import Collator
 from .step.blocks import block_step
 from .step.head_loss import StepSums
-from .step.losses import LOSSES, Loss
 from .step.ttt import ttt
 
 EVAL_DEPTH = 3  # of an EAGLE-3 drafter, where nothing else is said
@@ -25,14 +24,8 @@ class Plan(NamedTuple):
     step: Step
     num_steps: int  # k, draft steps or depths that have a loss
     eval_depth: int  # K of the acceptance lengths
-    loss_name: str
     every_slot: bool  # whether slots run that do not train
     num_blocks: int | None = None  # of a micro-batch, at most; None where there are none
-
-    @property
-    def loss(self) -> Loss:
-        """The row of `LOSSES`."""
-        return LOSSES[self.loss_name]
 
     def collator(self, depth: int | None = None) -> Collator:
         """Makes batches for at most `depth` steps; by default for training and evaluation."""
@@ -54,7 +47,6 @@ def plan_unrolling(config: Any, args: Eagle3TrainingArguments) -> Plan:  # Any: 
         step=ttt,
         num_steps=args.ttt_steps,
         eval_depth=args.eval_depth or EVAL_DEPTH,
-        loss_name=args.loss_type or "forward_kl",
         every_slot=config.num_hidden_layers > 1,
     )
 
@@ -62,20 +54,12 @@ def plan_unrolling(config: Any, args: Eagle3TrainingArguments) -> Plan:  # Any: 
 def plan_blocks(config: Any, args: Eagle3TrainingArguments) -> Plan:  # Any: a DFlashDrafterConfig
     """Blocks at slots that are drawn anew each update."""
     deepest = config.max_draft_depth
-    if args.is_given("ttt_steps"):
-        raise ValueError(
-            f"ttt_steps={args.ttt_steps}: a block drafter has no steps to unroll. Its blocks of {config.block_size} tokens "
-            f"propose {deepest}, and all of them are trained. Leave it out."
-        )
     if (args.eval_depth or 0) > deepest:
-        raise ValueError(
-            f"eval_depth={args.eval_depth}: blocks of {config.block_size} tokens propose {deepest} at most."
-        )
+        raise ValueError(f"eval_depth is {args.eval_depth}, and blocks of {config.block_size} draft {deepest} tokens.")
     return Plan(
         step=block_step,
         num_steps=deepest,
         eval_depth=args.eval_depth or deepest,
-        loss_name=args.loss_type or ("dspark" if config.markov_rank else "forward_kl"),
         every_slot=False,
-        num_blocks=args.num_anchors * args.per_device_train_batch_size,
+        num_blocks=args.num_anchors,
     )

@@ -15,10 +15,9 @@ from ..console.opening import opening
 from ..modeling import DrafterModel
 from ..modeling.fields_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
-from .arguments import DRAFTER_KINDS, Eagle3TrainingArguments
+from .arguments import Eagle3TrainingArguments
 from .data.vocabulary import (
     choose_draft_vocabulary,
-    choose_mask_token,
     count_supervised_tokens,
     end_tokens,
     find_special_tokens,
@@ -98,23 +97,21 @@ def make_drafter(
         raise ValueError("Eagle3Trainer needs train_dataset to choose a new drafter's vocabulary, or a drafter.")
     theirs = target.config.get_text_config(decoder=True)
     n, vocab_size = theirs.num_hidden_layers, theirs.vocab_size
-    is_eagle = not DRAFTER_KINDS[args.drafter_kind]
-    if is_eagle and args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
+    if not args.makes_blocks and args.aux_layer_ids is None and (n < 3 or len(set(default_boundaries(n))) < 3):
         raise ValueError(
             f"The target has {n} layers, too few to choose the three boundaries that a new drafter reads. Name them: "
             f"aux_layer_ids (--aux_layer_ids), each 0 to {n}, such as 1 {n // 2} {n - 1}."
         )
     counts = count_supervised_tokens(rows, vocab_size)
     always = end_tokens(target) + ([] if tokenizer is None else find_special_tokens(counts, tokenizer))
-    fields = args.drafter_fields()
-    is_block, size = "block_size" in fields, args.draft_vocab_size
-    if is_block:
-        fields.setdefault("mask_token_id", choose_mask_token(counts, tokenizer))
-        if size is None or size >= vocab_size:
-            return new_block_drafter(target, None, **fields)
+    fields, size = args.drafter_fields(), args.draft_vocab_size
+    if args.makes_blocks and (size is None or size >= vocab_size):
+        return new_block_drafter(target, tokenizer, **fields)
     size = min(DRAFT_VOCAB_SIZE if size is None else size, vocab_size)
     ids = choose_draft_vocabulary(counts, size, always=always, min_coverage=args.min_coverage)
-    return new_block_drafter(target, ids, **fields) if is_block else new_drafter(target, ids, **fields)
+    if args.makes_blocks:
+        return new_block_drafter(target, tokenizer, draft_vocabulary=ids, **fields)
+    return new_drafter(target, ids, **fields)
 
 
 def place_target(target: PreTrainedModel, args: Eagle3TrainingArguments) -> None:

@@ -5,17 +5,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checkpoints.blocks import default_outputs
 from ..checkpoints.convert import check_rope
-from ..modeling import (
-    DFlashDrafterConfig,
-    DFlashDrafterModel,
-    DrafterModel,
-    Eagle3DrafterConfig,
-    Eagle3DrafterModel,
-)
+from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, DrafterModel, Eagle3DrafterConfig, Eagle3DrafterModel
 from ..tensor_parallel import whole
 from .sizes import find_size
 
@@ -37,6 +32,7 @@ THETA = 10000.0  # for a drafter whose target has no rotary embedding
 MLP_SIZES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "dff", "dim_ff")
 MLP_RATIO = 4  # MLP width of a target that states none, in hidden sizes
 HEAD_DIM = 64  # for a drafter whose target has no attention
+NUM_BLOCK_LAYERS = 5  # of a new block drafter, and states that it reads
 # The longest text of a drafter whose target has no limit of its own, such as one with ALiBi.
 LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
 
@@ -58,48 +54,51 @@ def new_drafter(target: PreTrainedModel, draft_vocabulary: Tensor, **overrides: 
         ValueError: `overrides` are no drafter's, or one that no engine could be given.
     """
     chosen = {"num_hidden_layers": 1, "fc_norm": True, "norm_output": True, **overrides}
-    config = Eagle3DrafterConfig(**find_fields(target, draft_vocabulary, chosen))
+    config = Eagle3DrafterConfig(**find_fields(target, len(draft_vocabulary), chosen))
     check_rope(config)
     return start(Eagle3DrafterModel(config), target, draft_vocabulary)
 
 
 def new_block_drafter(
-    target: PreTrainedModel, draft_vocabulary: Tensor | None, mask_token_id: int, **overrides: Any
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    draft_vocabulary: Tensor | None = None,
+    **overrides: Any,
 ) -> DFlashDrafterModel:
-    """A D-Flash drafter for `target`, float32, bound to it; a DSpark drafter by its fields in `overrides`.
+    """A D-Flash or DSpark drafter for `target`, float32, bound to it.
 
-    Where processes share the target, all must call. Sizes are chosen as by `new_drafter`.
+    Where processes share the target, all must call.
+
+    Width, heads, MLP and rotary positions are the target's, as far as it has them; embeddings are the target's own where
+    they are as wide, and so is the head, over the whole vocabulary, unless `draft_vocabulary` is given. Five layers read five states, spread over the target as z-lab does, unless told otherwise.
 
     Args:
         target: Any decoder of the host.
-        draft_vocabulary: [V_d] int64, ascending target ids, for a head of its own; None: the target's head, untrained.
-        mask_token_id: What the open positions of a block read, best a token that no text has.
+        tokenizer: The target's; names the mask token.
+        draft_vocabulary: [V_d] int64, ascending target ids, for a head of its own that starts as the target's rows.
         overrides: Any field of `DFlashDrafterConfig`; `block_size` must be among them.
 
     Raises:
-        ValueError: `overrides` are no drafter's, or one that no engine could be given.
+        ValueError: `overrides` are no drafter's.
     """
-    every = draft_vocabulary is None
-    theirs = target.config.get_text_config(decoder=True)
+    theirs, head = target.config.get_text_config(decoder=True), target.get_output_embeddings()
+    width = target.get_input_embeddings().weight.shape[-1]
+    lends_head = draft_vocabulary is None and head is not None and head.weight.shape[-1] == width
     ids = torch.arange(theirs.vocab_size) if draft_vocabulary is None else draft_vocabulary
-    chosen = {"share_lm_head": every, "mask_token_id": mask_token_id, **overrides}
-    chosen.setdefault("aux_layer_ids", spread_boundaries(theirs.num_hidden_layers))
+    chosen = {
+        "num_hidden_layers": NUM_BLOCK_LAYERS,
+        "share_lm_head": lends_head,
+        "mask_token_id": choose_mask_token(theirs, tokenizer),
+        **overrides,
+    }
+    chosen["aux_layer_ids"] = chosen.get("aux_layer_ids") or spread_boundaries(theirs.num_hidden_layers)
     chosen["num_aux_hidden_states"] = len(chosen["aux_layer_ids"])
-    config = DFlashDrafterConfig(**find_fields(target, ids, chosen))
+    config = DFlashDrafterConfig(**find_fields(target, len(ids), chosen))
     check_rope(config)
     return start(DFlashDrafterModel(config), target, ids)
 
 
-def spread_boundaries(num_layers: int, count: int = 5) -> list[int]:
-    """At most `count` boundaries of a target, from its second layer's to the third last's, evenly apart.
-
-    Those of 36 layers are the ones of deepseek-ai/DeepSpec:config/dspark/dspark_qwen3_8b.py, counted as outputs there.
-    """
-    first, last = 2, max(2, num_layers - 2)
-    return sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)})
-
-
-def find_fields(target: PreTrainedModel, draft_vocabulary: Tensor, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def find_fields(target: PreTrainedModel, draft_vocab_size: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a drafter's config: those `chosen`, and all that its target decides, whatever its kind."""
     theirs = target.config.get_text_config(decoder=True)
     width = target.get_input_embeddings().weight.shape[-1]
@@ -107,7 +106,7 @@ def find_fields(target: PreTrainedModel, draft_vocabulary: Tensor, chosen: Mappi
         **find_sizes(theirs, width),
         # No engine lends a drafter embeddings of another width than the target's states.
         "has_own_embeddings": width != theirs.hidden_size,
-        "draft_vocab_size": len(draft_vocabulary),
+        "draft_vocab_size": draft_vocab_size,
         "rms_norm_eps": getattr(theirs, "rms_norm_eps", None) or 1e-6,
         "target_model_type": theirs.model_type,
         # The host's pipeline takes two models for one vocabulary only if these agree.
@@ -134,6 +133,21 @@ def start(drafter: Drafter, target: PreTrainedModel, draft_vocabulary: Tensor) -
     drafter.bind(target)
     drafter.config.target_name_or_path = drafter.bound_target_name
     return drafter
+
+
+def spread_boundaries(num_layers: int) -> list[int]:
+    """The boundaries that a new block drafter reads of a target of so many layers: five, or as many as there are."""
+    outputs = default_outputs(num_layers, NUM_BLOCK_LAYERS)
+    return sorted({min(max(output + 1, 0), num_layers) for output in outputs})
+
+
+def choose_mask_token(theirs: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """A token that answers do not have: the tokenizer's mask, padding or unknown token, else the last of the vocabulary."""
+    ends = getattr(theirs, "eos_token_id", None)
+    taken = {*(ends if isinstance(ends, list) else [ends])}
+    named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("mask", "pad", "unk")]
+    found = (token for token in named if token is not None and token not in taken and token < theirs.vocab_size)
+    return next(found, theirs.vocab_size - 1)
 
 
 def find_sizes(theirs: PreTrainedConfig, width: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ SHAPE = (
     *("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual", "num_hidden_layers", "hidden_size"),
     *("intermediate_size", "draft_vocab_size"),
 )
-
+# Of block drafters.
 BLOCKS = ("block_size", "drafts_from_root", "is_causal", "markov_rank", "markov_head_type", "has_confidence_head")
 
 
@@ -38,12 +38,9 @@ def describe_recipe(
         "teacher": target_fingerprint,  # the key that checkpoints have
         "aux_layer_ids": list(drafter.bound_aux_layer_ids or ()),
         "draft_vocabulary": vocabulary_fingerprint(drafter.draft_to_target_ids, drafter.config.vocab_size),
-        **{name: getattr(drafter.config, name, None) for name in SHAPE},
+        **{name: getattr(drafter.config, name) for name in (*SHAPE, *BLOCKS) if hasattr(drafter.config, name)},
         "ttt_steps": plan.num_steps,
-        "ttt_decay": args.ttt_decay,
-        "loss_type": plan.loss_name,
-        "packing": args.packing,
-        **({} if plan.num_blocks is None else {name: getattr(drafter.config, name) for name in BLOCKS}),
+        **{name: getattr(args, name) for name in ("ttt_decay", "loss_type", "packing")},
         "data": None if rows is None else f"{len(rows)} rows, {fingerprint_data(rows)[:16]}",
     }
 

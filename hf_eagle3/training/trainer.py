@@ -39,6 +39,7 @@ from .states.online import StateSource
 from .step.batch import Batch
 from .step.blocks import choose_blocks
 from .step.head_loss import Method, StepSums
+from .step.losses import LOSSES
 from .step.target_head import DraftVocabulary
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,7 @@ ACCEPTANCE = "eval_acceptance_length"  # in the log of an evaluation
 
 
 class Eagle3Trainer(CheckpointedTrainer):
-    """Train a drafter for a frozen target: EAGLE-3 by training-time test (arXiv:2503.01840), block drafters by blocks.
+    """Train a drafter for a frozen target: EAGLE-3 by training-time test (arXiv:2503.01840), D-Flash and DSpark by blocks.
 
     The drafter is trained in float32 (under autocast with `bf16=True`); the target keeps its own precision, stays out
     of optimiser and checkpoints, and is never written to. Several processes, by `accelerate launch` or `torchrun`, share
@@ -56,7 +57,7 @@ class Eagle3Trainer(CheckpointedTrainer):
     (FSDP2).
 
     Args:
-        model: The drafter to go on with, or its name; None: a new drafter of `args.drafter_kind`, sized after the target,
+        model: The drafter to go on with, or its name; None: a new one of `args.drafter_version`, sized after the target,
             with the `args.draft_vocab_size` most frequent supervised tokens as draft vocabulary.
         target_model: The target, any decoder of the host, or its name.
         args: `Eagle3TrainingArguments`.
@@ -115,7 +116,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         self._source, self._reader, self._rows = ready.source, ready.reader, ready.train_rows
         self._vocabulary = DraftVocabulary(drafter.draft_to_target_ids.to(args.device), drafter.config.vocab_size)
         self._plan = make_plan(drafter.config, args)
-        self._shape = shape_of(drafter.config)
+        self._shape, self._loss = shape_of(drafter.config), LOSSES[args.loss_type]
         self._target_shape = None if ready.target is None or states is not None else TargetShape.of(ready.target)
         self._own_metrics = compute_metrics
         own_configs = KeepOwnConfigs(drafter)
@@ -175,7 +176,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         states = self._source.states(inputs)
         drafter = base_drafter(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
         last = self._mean_alpha[-1:].expand(max(0, len(scale) - len(self._mean_alpha)))
-        method = Method(self._plan.loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
+        method = Method(self._loss, scale, torch.cat([self._mean_alpha, last])[: len(scale)])
 
         def forward() -> tuple[Tensor, StepSums]:
             with self.accelerator.autocast():
@@ -237,7 +238,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def _step_scale(self, counts: Tensor) -> Tensor:
         """[k] the factor on each step's loss sum, given the slots that train there."""
-        if self._plan.loss.weighs_steps:
+        if self._loss.weighs_steps:
             return 1 / counts[:1].clamp_min(1).expand_as(counts)
         return self.args.ttt_decay ** torch.arange(len(counts), device=counts.device) / counts.clamp_min(1)
 
@@ -271,7 +272,7 @@ class Eagle3Trainer(CheckpointedTrainer):
 
     def after_update(self) -> None:
         """The optimizer has taken its step."""
-        if self._plan.loss_name == "lk_hybrid":
+        if self.args.loss_type == "lk_hybrid":
             alpha, count = sum_over_processes(self.accelerator, self._alphas)
             self._mean_alpha = alpha / count.clamp_min(1)
         self._alphas.zero_()
@@ -395,7 +396,7 @@ class Eagle3Trainer(CheckpointedTrainer):
         """The averages of the weights, and of alpha where the loss reads it."""
         if self._average is not None:
             self._average.save(folder, is_writer=self.args.should_save)
-        if self.args.should_save and self._plan.loss_name == "lk_hybrid":
+        if self.args.should_save and self.args.loss_type == "lk_hybrid":
             (folder / ALPHA_FILE).write_text(json.dumps(self._mean_alpha.tolist()) + "\n", encoding="utf-8")
 
     def _load_best_model(self) -> None:

@@ -707,7 +707,7 @@ REFUSALS: dict[str, tuple[Callable[[dict, Weights], None], str]] = {
         "norm_output is True and eagle_config.norm_output is False",
     ),
     "kimi_k3": (put(midlayer__self_attn__g_proj__weight=bf16(32, 2 * H)), "Kimi-K3"),
-    "dflash": (state(dflash_config={"mask_token_id": 3}), "a DFlash drafter"),
+    "dflash": (state(dflash_config={"mask_token_id": 3}), "a z-lab block drafter, but .* is missing"),
     "medusa": (
         lambda _c, w: (w.clear(), w.update({"medusa_heads.0.0.linear.weight": bf16(H, H)})),
         "a Medusa drafter",

@@ -1,7 +1,9 @@
 """The command line, on tiny models."""
 
+import importlib.util
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from helpers.layouts import LAYOUTS, write
 from transformers import AutoConfig, AutoModel
 
 from hf_eagle3 import Eagle3DrafterModel, __version__, cli
-from hf_eagle3.checkpoints.describe import FIELDS, describe_drafter
+from hf_eagle3.checkpoints.describe import describe_drafter
 from hf_eagle3.cli.env import OPTIONAL_PACKAGES
 from hf_eagle3.console.installed import installed_version
+from hf_eagle3.modeling.fields_eagle3 import Eagle3Fields
 
 pytestmark = pytest.mark.any_release
 
@@ -50,9 +53,9 @@ def test_inspect_agrees_with_loading(layout, tmp_path):
     published, weights, _ = LAYOUTS[layout]
     description = describe_drafter(write(tmp_path, published, weights))
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert {name: getattr(description.config, name) for name in FIELDS} == {
-        name: getattr(loaded, name) for name in FIELDS
-    }
+    assert {
+        name: getattr(description.config, name) for name in tuple(field.name for field in fields(Eagle3Fields))
+    } == {name: getattr(loaded, name) for name in tuple(field.name for field in fields(Eagle3Fields))}
     assert description.sources.keys() >= {"hidden_size", "num_attention_heads", "vocab_size", "rope_parameters"}
 
 
@@ -107,6 +110,27 @@ def test_doctor_as_json(folders, capsys):
     assert len(found["readings"][0]["rates_by_depth"]) == 2
     assert "The target answers ..." in err
     assert "Reading the drafter in other ways ..." in err
+
+
+def test_drift_as_tables_and_as_files(folders, capsys):
+    arguments = ["drift", str(folders / "target"), str(folders / "drafter"), "--prompt", "abc", "--noise", "0.5"]
+    arguments += ["--windows", "4", "--num-draft-tokens", "3", "--max-new-tokens", "12"]
+    assert cli.main([*arguments, "--out", str(folders / "drift")]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^depth +accepted +RMS fed in +to sink +to prompt +to generated +to own", out, re.MULTILINE)
+    assert re.search(r"^noise: 0.5 of the RMS +\d+ +\d\.\d{3}", out, re.MULTILINE)
+    assert re.search(r"^window: 4 positions +\d+", out, re.MULTILINE)
+    assert "Drafting behind every position" in err
+    written = json.loads((folders / "drift" / "drift.json").read_text())
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert (folders / "drift" / "drift.png").stat().st_size > 10_000
+    assert cli.main([*arguments, "--json", "--vary", "noise", "window", "--contexts", "20"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["depths"] == written["depths"]
+    assert [len(found[kind]) for kind in ("noise", "window", "context")] == [1, 1, 1]
+    assert "rendering" not in found
+    assert cli.main([*arguments, "--out", str(folders / "drift")]) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_export_prints_the_launch_line(folders, capsys):

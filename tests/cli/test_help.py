@@ -161,6 +161,7 @@ def correct(folders, tmp_path) -> dict[str, list[str]]:
         "demo": ["--drafter", drafter],
         "inspect": ["--drafter", drafter],
         "doctor": pair,
+        "drift": pair,
         "chat": pair,
         "check": pair,
         "serve": pair,

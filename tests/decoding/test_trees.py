@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.batches import GREEDY, make_oracle, pad, plain_of, prompts_of
+from helpers.blocks import BLOCK_DRAFTERS, make_block_drafter, make_block_oracle
 from helpers.capture import GraphsOnCpus
 from helpers.engine import run_rows
 from helpers.marks import slow_but, slow_rows_but
@@ -38,12 +39,13 @@ from hf_eagle3.speculation.warpers import RowSettings
 pytestmark = pytest.mark.any_release
 
 FAMILIES = ["llama", "gemma3", "gpt_oss", "deepseek_v3", "mistral"]
-KINDS = {
+EAGLES = {
     "eagle": {},
     "window": {"sliding_window": 6, "num_hidden_layers": 2},
     "mla": DRAFTERS["mla"],
     "peagle": DRAFTERS["peagle"],
 }
+KINDS = (*EAGLES, "dflash", "dspark", "rnn")
 WIDE, DEEP, BY_DEPTH = DraftShape((0, 0, 0)), DraftShape((0, 0, 1, 1, 2, 3, 3, 6)), DraftShape((0, 1, 2, 1, 0, 5))
 
 
@@ -63,6 +65,10 @@ def capture_rows(*args, **options) -> None:
 RUNS = {"eager": run_rows, "captured": capture_rows}
 
 
+def make(target: PreTrainedModel, kind: str) -> PreTrainedModel:
+    return make_drafter(target, **EAGLES[kind]) if kind in EAGLES else make_block_drafter(target, kind)
+
+
 class Looks(LogitsProcessor):
     """Looks at the text: bans what stands two tokens before."""
 
@@ -78,7 +84,10 @@ class Looks(LogitsProcessor):
 @pytest.mark.parametrize(
     ("family", "kind", "seed"),
     slow_rows_but(
-        [("llama", "eagle", 0), ("gemma3", "window", 1), ("gpt_oss", "peagle", 2), ("deepseek_v3", "mla", 3)],
+        [
+            *(("llama", "eagle", 0), ("gemma3", "window", 1), ("gpt_oss", "peagle", 2), ("deepseek_v3", "mla", 3)),
+            *(("llama", "dflash", 1), ("mistral", "dspark", 2)),
+        ],
         [(family, kind, seed) for family in FAMILIES for kind in KINDS for seed in range(4)],
     ),
 )
@@ -86,7 +95,10 @@ def test_greedy_rows_are_the_targets_by_random_trees(family, kind, seed, run):
     target, lengths = make_target(family), (9, 4, 14)
     batch, shape = pad(prompts_of(*lengths)), random_tree(seed + 10 * list(KINDS).index(kind))
     plain = plain_of(family, lengths, 24).sequences
-    oracle = make_oracle(target, plain, batch, wrong_share=0.3, **KINDS[kind])
+    if kind in EAGLES:
+        oracle = make_oracle(target, plain, batch, wrong_share=0.3, **EAGLES[kind])
+    else:
+        oracle = make_block_oracle(target, plain, batch, wrong_share=0.3, **BLOCK_DRAFTERS[kind])
     rows = [Row(prompt, max_new=24) for prompt in prompts_of(*lengths)]
     RUNS[run](target, oracle, prompts_of(*lengths), rows, RoundConfig(shape=shape))
     assert [row.text for row in rows] == plain[:, 14:].tolist()
@@ -201,6 +213,8 @@ SAMPLED |= {f"random_{seed}": random_tree(seed) for seed in range(3)}
             ("llama", "peagle", "deep"),
             ("gemma3", "window", "random_0"),
             ("gpt_oss", "mla", "by_depth"),
+            ("llama", "dspark", "deep"),
+            ("mistral", "dflash", "chain_4"),
         ],
         itertools.product(FAMILIES, KINDS, SAMPLED),
     ),
@@ -209,7 +223,7 @@ def test_a_seed_says_the_same_by_any_shape(family, kind, shape):
     target = make_target(family)
     plain = sample_plainly(family)
     assert all(len(set(text)) > 3 for text in plain)
-    assert sample(target, make_drafter(target, **KINDS[kind]), SAMPLED[shape]) == plain
+    assert sample(target, make(target, kind), SAMPLED[shape]) == plain
 
 
 @pytest.mark.parametrize("shape", [chain(3), DEEP, BY_DEPTH], ids=["chain", "deep", "by_depth"])
@@ -274,7 +288,7 @@ def remember(drafter, target, prompts, shape):
 @pytest.mark.parametrize("seed", slow_but([1, 2], range(8)))
 @pytest.mark.parametrize("kind", ["eagle", "window", "mla"])
 def test_each_node_is_drafted_as_if_its_path_were_a_chain(target, kind, seed, attention):
-    drafter, shape = make_drafter(target, **KINDS[kind]), random_tree(seed)
+    drafter, shape = make(target, kind), random_tree(seed)
     prompts = prompts_of(9, 5)
     with torch.no_grad():
         memory, logits = remember(drafter, target, prompts, shape), []
@@ -307,7 +321,7 @@ def test_each_node_is_drafted_as_if_its_path_were_a_chain(target, kind, seed, at
 @pytest.mark.parametrize("kind", KINDS)
 def test_siblings_differ(target, kind):
     shape = random_tree(3, most=30)
-    drafter = make_drafter(target, **KINDS[kind])
+    drafter = make(target, kind)
     with torch.no_grad():
         tokens = (
             find_kind(drafter.config)

@@ -14,7 +14,12 @@ BLOCK_DRAFTERS: dict[str, dict] = {
     "windows": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
     "one_window": {"sliding_window": 5, "is_causal": True},
     "own_vocabulary": {"draft_vocab_size": 40, "share_lm_head": False, "has_own_embeddings": True},
-    "dspark": {"drafts_from_root": True, "markov_rank": 6, "has_confidence_head": True, "confidence_reads_markov": True},
+    "dspark": {
+        "drafts_from_root": True,
+        "markov_rank": 6,
+        "has_confidence_head": True,
+        "confidence_reads_markov": True,
+    },
     "gated": {"drafts_from_root": True, "markov_rank": 6, "markov_head_type": "gated"},
     "rnn": {"markov_rank": 6, "markov_head_type": "rnn", "draft_vocab_size": 40, "share_lm_head": False},
 }
@@ -98,4 +103,4 @@ def make_block_oracle(target, outputs: Tensor, batch: dict[str, Tensor], *, wron
         [*ids[mask.bool()].tolist(), *row[T:].tolist()]
         for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], outputs, strict=True)
     ]
-    return finish(BlockOracle, target, overrides).tell(texts, wrong_share=wrong_share)
+    return finish(BlockOracle, target, {**overrides, "draft_vocab_size": V}).tell(texts, wrong_share=wrong_share)

@@ -5,7 +5,7 @@ import torch
 from helpers.kernels import DEVICE, assert_as_good, in_double, make_rows
 
 from hf_eagle3.kernels.attention import attend_rows, attend_rows_eager
-from hf_eagle3.speculation.tree import Ancestry, make_ancestry
+from hf_eagle3.speculation.tree import Ancestry, make_ancestry, make_block_ancestry
 
 WIDE = tuple(0 for _ in range(7))  # children of the root
 MIXED = (0, 0, 1, 1, 2, 3, 4, 4, 0, 9, 10, 11)
@@ -52,3 +52,21 @@ def test_a_chain_as_a_tree_is_a_chain_to_the_bit():
     ancestry = make_ancestry((0, 1, 2, 3), torch.device(DEVICE))
     chain = attend_rows(query, keys, values, start, scaling=0.1)
     assert torch.equal(attend_rows(query, keys, values, start, scaling=0.1, ancestry=ancestry), chain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [None, 3])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64])
+def test_a_block_that_sees_itself_equals_its_twin(num_tokens, window, num_splits):
+    """Also where it is more than one tile of queries: the first tokens see the last."""
+    query, keys, values, start = make_rows(3, 8, 2, num_tokens, 32, num_tokens + 90)
+    ancestry = make_block_ancestry(num_tokens, torch.device(DEVICE))
+    options = {"scaling": 0.2, "window": window, "ancestry": ancestry}
+    out = attend_rows(query, keys, values, start, num_splits=num_splits, **options)
+    reference = attend_rows_eager(query, keys, values, start, **options)
+    truth = attend_rows_eager(*in_double(query, keys, values, start), **options)
+    assert_as_good(out, reference, truth)
+    for row, first in enumerate(start.tolist()):
+        values[row, first + num_tokens - 1] += 1.0
+    assert not torch.equal(attend_rows(query, keys, values, start, **options)[:, 0], out[:, 0])

@@ -39,6 +39,7 @@ LAYERS = {
             "data",
             "demo",
             "doctor",
+            "drift",
             "env",
             "export",
             "inspect",
@@ -66,10 +67,11 @@ LAYERS = {
     "checkpoints": [
         ["__init__"],
         ["describe", "exporter"],
-        ["card", "load", "target_name"],
+        ["block_export", "card", "load", "target_name"],
+        ["blocks"],
         ["convert", "engines"],
         ["layer_ids", "measuring", "rope"],
-        ["flavours"],
+        ["block_flavours", "flavours"],
     ],
     "kernels": [
         ["fusion"],
@@ -112,7 +114,7 @@ LAYERS = {
     ],
     "drafters": [
         ["kinds"],
-        ["nobody", "parallel"],
+        ["blocks", "nobody", "parallel"],
         ["chain"],
         ["draft", "unroll"],
     ],

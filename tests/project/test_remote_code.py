@@ -13,7 +13,7 @@ from helpers.marks import slow_but
 from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
-from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel
+from hf_eagle3.modeling import Eagle3DrafterConfig, Eagle3DrafterModel, modeling_dflash
 from hf_eagle3.modeling.modeling_eagle3 import REMOTE_CODE_FILES
 from hf_eagle3.smollm2 import DRAFTER_FOLDER
 
@@ -168,7 +168,8 @@ def test_the_folder_holds_the_code_as_it_is_here(folder):
         "model.safetensors",
         *REMOTE_CODE_FILES,
     }
-    assert set(REMOTE_CODE_FILES) == {f.name for f in MODELING.glob("*.py")} - {"__init__.py"}
+    all_files = {f.name for f in MODELING.glob("*.py")} - {"__init__.py"}
+    assert {*REMOTE_CODE_FILES, *modeling_dflash.REMOTE_CODE_FILES} == all_files
     for name in REMOTE_CODE_FILES:
         assert (folder / name).read_bytes() == (MODELING / name).read_bytes()
 
@@ -183,7 +184,7 @@ def test_config_json_points_at_classes_that_exist(folder):
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-@pytest.mark.parametrize("name", [*REMOTE_CODE_FILES, "__init__.py"])
+@pytest.mark.parametrize("name", sorted({*REMOTE_CODE_FILES, *modeling_dflash.REMOTE_CODE_FILES, "__init__.py"}))
 def test_modeling_imports_nothing_but_what_every_user_has(name):
     siblings = {f.stem for f in MODELING.glob("*.py")}
     for node in ast.walk(ast.parse((MODELING / name).read_text())):

@@ -6,7 +6,7 @@ import random
 import pytest
 from helpers.verdicts import walk
 
-from hf_eagle3.speculation.costs import Chooser, Costs
+from hf_eagle3.speculation.costs import ENOUGH, Chooser, Costs
 from hf_eagle3.speculation.rates import Rates
 from hf_eagle3.speculation.shape import NONE, Shapes, chain
 
@@ -206,3 +206,13 @@ def test_a_measurement_takes_several_rounds_and_the_newest_count():
     for _ in range(20):
         costs.add(1, NONE, 2.0)
     assert costs.seconds(1, NONE) == 2.0
+
+
+def test_a_deeper_block_is_no_dearer_to_draft():
+    by_depth = Costs(0.2, is_slow=False)
+    in_one = Costs(0.2, is_slow=False, count_forwards=lambda shape: min(shape.depth, 1))
+    for costs in (by_depth, in_one):
+        for _ in range(ENOUGH):
+            costs.add(1, NONE, 1.0)
+            costs.add(1, chain(1), 1.2)
+    assert in_one.seconds(1, chain(7)) < 1.3 < by_depth.seconds(1, chain(7))

@@ -224,12 +224,12 @@ def by_definition(loss, q, alpha, kl, best):
         return 0 * q.sum() if best is None else -q[best].log()
     if loss == "total_variation":
         return 1 - alpha
+    if loss == "ce_tv":
+        return 0.1 * by_definition("cross_entropy", q, alpha, kl, best) + 1.8 * (1 - alpha)
     if loss == "lk_alpha":
         return -alpha.log()
     if loss == "lk_hybrid":
         return weight * kl + (1 - weight) * (1 - alpha)
-    if loss == "dspark":
-        return 0.1 * kl + 0.9 * 2 * (1 - alpha)
     assert loss in ("expected_acceptance", "dpace")  # of all steps together: below
     return 0 * alpha
 
@@ -281,7 +281,7 @@ def reference(drafter, target, rows, loss, steps=K):
                 sums["alpha"][t] += alpha.item()
                 sums["live"][t] += 1
             for t, value in enumerate(by_definition_together(loss, alphas, bests) if alphas else ()):
-                total = total + value * (1 if LOSSES[loss].weighs_steps else 0)
+                total = total + value
                 sums["loss"][t] += value.item()
     return total, sums
 
@@ -372,7 +372,7 @@ def test_a_target_that_rules_out_the_whole_draft_vocabulary_is_no_nan(loss):
     logits, kept, lse, best = a_target_step(ruled_out)
     live = torch.ones(K, 5, dtype=torch.bool)
     chunk = LossChunk(logits, kept, lse, best, best.new_zeros(K, 5))
-    *sums, _, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
+    *sums, _, grad = chunk_loss(chunk, live, method(loss), torch.ones(K))
     assert all(x.isfinite().all() for x in (*sums, grad))
 
 

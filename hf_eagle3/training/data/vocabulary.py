@@ -92,32 +92,6 @@ def choose_draft_vocabulary(
     return ids
 
 
-def choose_mask_token(counts: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """A token that can stand for one that is not known yet: the tokenizer's own, else one that no text has.
-
-    Without a mask token it is the first id past the tokenizer's, else the last special token, else the last token of
-    all, that the target never generated.
-
-    Args:
-        counts: [V] counts of supervised tokens.
-        tokenizer: The target's.
-
-    Raises:
-        ValueError: The target generated every token.
-    """
-    V = len(counts)
-    candidates: list[int] = []
-    if tokenizer is not None:
-        if tokenizer.mask_token_id is not None:
-            candidates.append(tokenizer.mask_token_id)
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        candidates += [len(tokenizer), *sorted(special, reverse=True)]
-    for token in [*candidates, *range(V - 1, -1, -1)]:
-        if token < V and not counts[token]:
-            return token
-    raise ValueError("The target generated every token of its vocabulary. Choose one as mask: mask_token_id.")
-
-
 def check_coverage(counts: Tensor, ids: Tensor, min_coverage: float, advice: str) -> None:
     """Say how many of the supervised tokens, `counts` [V], the draft vocabulary `ids` [V_d] is.
 

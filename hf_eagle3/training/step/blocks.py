@@ -128,7 +128,7 @@ def _run_group(
         window = drafter.config.window_of(i)
         if window not in masks:
             masks[window] = _as_taken(drafter, mask_blocks(drafter, slots, starts, M, window))
-        keys = module.self_attn.make_keys(context[None], at_context)
+        keys = module.self_attn.read_context(context[None], at_context)
         given = {"rotation": at_block, "context": keys, "attention_mask": masks[window], "past_key_values": None}
         if module.gradient_checkpointing and module.training:
             hidden = checkpoint(module.run, hidden, use_reentrant=False, **given)
@@ -144,7 +144,7 @@ def _as_taken(drafter: DFlashDrafterModel, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=drafter.dtype).masked_fill(~mask, torch.finfo(drafter.dtype).min)
 
 
-def mix_markov(drafter: DFlashDrafterModel, before: Tensor, hidden_states: Tensor) -> Tensor:
+def read_markov(drafter: DFlashDrafterModel, before: Tensor, hidden_states: Tensor) -> Tensor:
     """[k, L, r] the input of the Markov head's last product, the text's own tokens drafted before.
 
     Args:
@@ -152,11 +152,11 @@ def mix_markov(drafter: DFlashDrafterModel, before: Tensor, hidden_states: Tenso
         before: [k, L] int64, the token before each depth's.
         hidden_states: [k, L, H].
     """
-    mixed, state = [], None
+    reads, state = [], None
     for t in range(len(before)):
-        x, state = drafter.markov_head.mix(before[t], hidden_states[t], state)
-        mixed.append(x)
-    return torch.stack(mixed)
+        x, state = drafter.markov_head.read(before[t], hidden_states[t], state)
+        reads.append(x)
+    return torch.stack(reads)
 
 
 def block_step(
@@ -194,7 +194,7 @@ def block_step(
     token = vocabulary.to_draft[batch.input_ids[(at + 1).clamp_max(len(batch.input_ids) - 1)]]
     tensors = [hidden, head_weight(drafter)]
     if drafter.config.markov_rank and len(rows):
-        tensors += [mix_markov(drafter, before, hidden), drafter.markov_head.markov_w2.weight]
+        tensors += [read_markov(drafter, before, hidden), drafter.markov_head.markov_w2.weight]
     inputs = LossInputs(head, vocabulary, method, states.last_hidden_states, depth, token, at)
     loss, *parts = FusedHeadLoss.apply(inputs, torch.is_grad_enabled(), *tensors)
     sums = StepSums(*parts)

@@ -99,7 +99,7 @@ def head_weight(drafter: DrafterModel) -> Tensor:
     """[V_d, H] the drafter's head, merged with its adapters, or the rows that it borrows from the target."""
     if drafter.config.share_lm_head:
         return drafter._weight("lm_head")[: drafter.config.draft_vocab_size]
-    return merged_weight(drafter.lm_head)  # type: ignore[arg-type]  # its own, then
+    return merged_weight(drafter.lm_head)
 
 
 def merged_weight(module: nn.Module) -> Tensor:

@@ -66,6 +66,13 @@ def total_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]
     return 1 - alpha, -grad
 
 
+def cross_entropy_and_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
+    """0.1 cross entropy + 0.9 |p - q|_1, as DSpark weighs them (arXiv:2607.05147); the second is twice 1 - alpha."""
+    entropy, entropy_grad = cross_entropy(logits, target)
+    variation, variation_grad = total_variation(logits, target)
+    return 0.1 * entropy + 1.8 * variation, 0.1 * entropy_grad + 1.8 * variation_grad
+
+
 def negative_log_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
     """-log alpha, LK-alpha (arXiv:2602.23881): a gradient that does not fade where alpha is small."""
     alpha, grad = _alpha(logits, target)
@@ -110,17 +117,6 @@ def expected_acceptance(logits: Tensor, target: TargetStep) -> tuple[Tensor, Ten
     return loss, -weights[..., None] * grad
 
 
-def divergence_and_variation(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
-    """0.1 KL(p || q) + 0.9 |p - q|, the sum of absolute differences over the whole vocabulary (arXiv:2607.05147).
-
-    DeepSpec (deepspec/modeling/dspark/loss.py) has the cross entropy to the text's token in the place of the divergence.
-    Over texts that were sampled from the target its mean gradient is the same.
-    """
-    kl, kl_grad = forward_kl(logits, target)
-    tv, tv_grad = total_variation(logits, target)
-    return 0.1 * kl + 1.8 * tv, 0.1 * kl_grad + 1.8 * tv_grad
-
-
 def weighted_by_confidence(logits: Tensor, target: TargetStep) -> tuple[Tensor, Tensor]:
     """D-PACE (arXiv:2605.18810): `cross_entropy`, weighed by how far drafts are expected to go.
 
@@ -145,9 +141,9 @@ LOSSES: Mapping[str, Loss] = {
     "forward_kl": Loss(forward_kl, has_kernel=True),
     "cross_entropy": Loss(cross_entropy),
     "total_variation": Loss(total_variation),
+    "ce_tv": Loss(cross_entropy_and_variation),
     "lk_alpha": Loss(negative_log_acceptance),
     "lk_hybrid": Loss(hybrid_acceptance),
     "expected_acceptance": Loss(expected_acceptance, weighs_steps=True),
-    "dspark": Loss(divergence_and_variation),
     "dpace": Loss(weighted_by_confidence, weighs_steps=True),
 }
