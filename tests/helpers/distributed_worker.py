@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_eagle3 import Eagle3Trainer, Eagle3TrainingArguments
 from hf_eagle3.training import new_drafter
 from hf_eagle3.training.distributed import number_targets
+from hf_eagle3.training.new_drafter import new_block_drafter
 from hf_eagle3.training.states.shared import SharedStates
 
 V = 48
@@ -74,6 +75,13 @@ def make_uneven_rows():
 def make_drafter(target):
     torch.manual_seed(5)
     return new_drafter(target, torch.arange(2, 42))
+
+
+def make_block_drafter(target):
+    torch.manual_seed(5)
+    sizes = {"block_size": 4, "num_hidden_layers": 2, "markov_rank": 4, "initializer_range": 0.3}
+    heads = {"drafts_from_root": True, "has_confidence_head": True, "confidence_reads_markov": True}
+    return new_block_drafter(target, **sizes, **heads)
 
 
 def make_trainer(folder, rows=None, lora=None, target_dtype=torch.float32, target=None, drafter=None, **changes):
@@ -229,6 +237,20 @@ def refuse_empty(folder, efficient, sharded):
             (folder / f"refused_{name}.json").write_text(json.dumps(said))
 
 
+def main_of_blocks(folder):
+    """A drafter of blocks, replicated and sharded, and where one process has nothing to learn from."""
+    torch.set_num_threads(1)
+    silent = make_rows(40, set(range(1, 40, 2)))
+    two = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    by_layer = {**FSDP, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    ways = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": FSDP}}
+    ways["fsdp_by_layer"] = {"fsdp": True, "fsdp_config": by_layer}
+    for way, more in ways.items():
+        run(f"{way}_blocks", folder, drafter=make_block_drafter(make_target()), loss_type="ce_tv", **two, **more)
+        quiet = {**two, "per_device_train_batch_size": 1, "max_steps": 2, "save_strategy": "no"}
+        run(f"{way}_blocks_silent", folder, rows=silent, drafter=make_block_drafter(make_target()), **quiet, **more)
+
+
 def main_with_two_targets(folder):
     """Four processes, of which each two share a target."""
     torch.set_num_threads(1)
@@ -259,6 +281,7 @@ def run_split(folder, two, sharded):
 if __name__ == "__main__":
     logging.set_verbosity_error()
     mains = {"gpu": main_on_gpus, "gpu again": go_on_on_a_gpu, "two targets": main_with_two_targets}
+    mains["blocks"] = main_of_blocks
     main = mains.get(" ".join(sys.argv[2:]), main_on_cpus)
     main(Path(sys.argv[1]))
     torch.distributed.barrier()  # a group that one process leaves early may end the others

@@ -8,6 +8,7 @@ from helpers.chat import make_tokenizer
 from helpers.distributed_worker import (
     LONG,
     curve,
+    make_block_drafter,
     make_drafter,
     make_rows,
     make_target,
@@ -150,6 +151,20 @@ def test_processes_that_share_a_target_may_have_documents_of_other_lengths(folde
 def test_processes_may_have_a_target_for_each_two(folder):
     launch(4, folder, "two targets")
     assert_same_run(read(folder, "tp_of_four"), read(folder, "one"))
+
+
+@in_two_processes
+def test_drafters_of_blocks_train_in_two_processes_as_in_one(tmp_path):
+    """Replicated and sharded; and a process without blocks holds up no other."""
+    launch(2, tmp_path, "blocks")
+    run("one", tmp_path, drafter=make_block_drafter(make_target()), loss_type="ce_tv", **ALONE)
+    silent = {"rows": make_rows(40, SILENT), "per_device_train_batch_size": 2, "max_steps": 2}
+    alone = run("silent", tmp_path, drafter=make_block_drafter(make_target()), **silent)
+    for way in ("ddp", "fsdp", "fsdp_by_layer"):
+        assert_same_run(read(tmp_path, f"{way}_blocks"), read(tmp_path, "one"))
+        assert_same_weights(tmp_path / f"{way}_blocks", tmp_path / "one")
+        for a, b in zip(read(tmp_path, f"{way}_blocks_silent")["curve"], curve(alone), strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
 
 
 @in_two_processes
