@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["hf-eagle3[train,peft]"]
 # ///
-"""Train an EAGLE-3.1 drafter for a target, from scratch or from a drafter you have.
+"""Train a drafter for a target, EAGLE-3.1 unless --drafter_version says otherwise, from scratch or from a drafter you have.
 
     python examples/finetune.py \
         --target HuggingFaceTB/SmolLM2-135M-Instruct \
@@ -12,6 +12,10 @@
     # a recipe, with one thing changed, on eight GPUs
     accelerate launch --config_file examples/configs/ddp.yaml --num_processes 8 examples/finetune.py \
         --config examples/configs/gpt_oss_120b.yaml --train_file answers.jsonl.gz --output_dir my-drafter
+
+    # a DSpark drafter, which drafts in blocks
+    python examples/finetune.py --config examples/configs/smollm2_dspark.yaml \
+        --train_file answers.jsonl.gz --output_dir my-block-drafter
 
     # only low-rank adapters of a drafter you have, for a target in 4 bits
     python examples/finetune.py --target TARGET --load_in_4bit \

@@ -80,6 +80,18 @@ def test_the_command_trains_by_a_recipe_and_what_is_typed_counts_more(recipe, tm
     assert parse(["--config", str(recipe)])[2].learning_rate == 1e-3
 
 
+def test_the_command_trains_a_drafter_of_blocks(recipe, tmp_path, capsys):
+    """The drafter's shape by options; evaluation at the depth of a whole block."""
+    options = ["--drafter_version", "dspark", "--block_size", "5", "--markov_rank", "4", "--num_hidden_layers", "1"]
+    assert cli.main(["train", "--config", str(recipe), *options, "--loss_type", "ce_tv", "--num_anchors", "9"]) == 0
+    assert "acceptance length at depth 5: " in capsys.readouterr().out
+    drafter = AutoModel.from_pretrained(tmp_path / "drafter")
+    assert (drafter.config.block_size, drafter.config.markov_rank, drafter.config.draft_vocab_size) == (5, 4, 32)
+    assert drafter.config.has_confidence_head
+    stored = json.loads((tmp_path / "drafter" / "hf_eagle3_recipe.json").read_text())
+    assert (stored["ttt_steps"], stored["block_size"], stored["loss_type"]) == (5, 5, "ce_tv")
+
+
 @pytest.mark.slow
 def test_processes_share_a_target_by_a_recipe(recipe, tmp_path, monkeypatch, capfd):
     """From one drafter, two processes with half the rows each come to where one comes."""
@@ -283,7 +295,7 @@ def test_the_target_is_loaded_as_asked(recipe):
     assert target_options(model, args)["tp_plan"] == "auto"
 
 
-@pytest.mark.parametrize("name", ["gpt_oss_120b", "smollm2"])
+@pytest.mark.parametrize("name", ["gpt_oss_120b", "smollm2", "smollm2_dspark"])
 def test_shipped_recipes_hold(name, tmp_path):
     script, _, args = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", str(tmp_path), "--use_cpu"])
     assert script.target
