@@ -66,6 +66,13 @@ class DFlashAttention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         return self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), self.v_proj(x).view(heads).transpose(1, 2)
 
+    def project(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, heads, n, head_dim], key and value [B, kv_heads, n, head_dim] of a block's normed states [B, n, H]."""
+        B, n, _ = hidden_states.shape
+        query = self.q_norm(self.q_proj(hidden_states).view(B, n, -1, self.head_dim)).transpose(1, 2)
+        key, value = self.make_keys(hidden_states)
+        return *apply_rotary_pos_emb(query, key, *rotation), value
+
     def read_context(self, context: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values [B, kv_heads, M, head_dim] of context features [B, M, H]."""
         key, value = self.make_keys(context)
@@ -80,16 +87,13 @@ class DFlashAttention(nn.Module):
         past_key_values: Cache | None,
         **kwargs,
     ) -> Tensor:  # [B, n, H]
-        B, n, _ = hidden_states.shape
-        query = self.q_norm(self.q_proj(hidden_states).view(B, n, -1, self.head_dim)).transpose(1, 2)
-        key, value = self.make_keys(hidden_states)
-        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        query, key, value = self.project(hidden_states, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, kv_heads, S, head_dim]
         elif context is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(context, (key, value), strict=True))
         out = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(out.reshape(B, n, -1))
+        return self.o_proj(out.flatten(2))
 
 
 class DFlashLayer(GradientCheckpointingLayer):
@@ -103,10 +107,6 @@ class DFlashLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        return self.run(hidden_states, **kwargs)
-
-    def run(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        """As `forward`, which the host may wrap to recompute activations."""
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 

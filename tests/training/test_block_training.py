@@ -266,8 +266,17 @@ def test_what_lies_behind_the_root_has_no_part(target):
 
 
 def choose_by(batch, keep):
-    index = torch.from_numpy(np.flatnonzero(keep))
-    return replace(batch, rows=batch.rows[index], depth=batch.depth[index], slots=batch.slots[keep])
+    return batch.with_slots(np.flatnonzero(keep))
+
+
+def test_evaluation_runs_blocks_in_parts(target, monkeypatch):
+    drafter = make(target, "windows")
+    batch = Collator(drafter.config.max_draft_depth)(several_rows())
+    aux = torch.randn(len(batch.input_ids), 3 * 32, dtype=torch.float64)
+    wanted = run_blocks(drafter, batch, aux).detach()
+    monkeypatch.setattr(module, "MOST_WITHOUT_GRADIENT", 40)
+    with torch.no_grad():
+        torch.testing.assert_close(run_blocks(drafter, batch, aux), wanted)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -515,3 +524,14 @@ def test_the_forecast_counts_the_products(taught, answers, tmp_path, kind):
     text = str(trainer.forecast())
     assert "slots train" in text
     assert trainer.forecast().share == pytest.approx(64 / (8 * (PROMPT + NEW)), rel=0.1)
+
+
+def test_half_precision_arithmetic_comes_near(taught, answers, tmp_path):
+    """Losses of an update in bfloat16 arithmetic are those of float32 to its rounding."""
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(taught, answers, tmp_path, max_steps=4, bf16=bf16, logging_steps=1, num_anchors=10**4)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]

@@ -80,6 +80,11 @@ class Batch:
         """The same, with its tensors in pinned memory."""
         return map_tensors(self, Tensor.pin_memory)
 
+    def with_slots(self, index: np.ndarray | slice) -> "Batch":
+        """The same with some of its rows [R] alone, ascending; `spans` and `trained` are left as they are."""
+        here = index if isinstance(index, slice) else torch.from_numpy(index).to(self.rows.device)
+        return replace(self, rows=self.rows[here], depth=self.depth[here], slots=self.slots[index])
+
     def split_documents(self) -> list[Tensor]:
         """[T] int64 on the host, the tokens of each document."""
         return list(torch.from_numpy(self.tokens).split(self.lengths))

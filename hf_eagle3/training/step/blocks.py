@@ -10,7 +10,6 @@ the Markov head.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,19 +19,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...modeling import DFlashDrafterModel
+from ...modeling.drafter_eagle3 import attend
 from .batch import Batch, States
 from .elementwise import working_dtype
 from .head_loss import FusedHeadLoss, LossInputs, Method, StepSums, head_weight
 from .target_head import DraftVocabulary, TargetHead
 
-MOST_TOKENS = 4096  # tokens of blocks whose attention is computed at once
+MOST_TOKENS = 1024  # tokens of blocks whose attention is computed at once
+MOST_WITHOUT_GRADIENT = 16384  # tokens of blocks that run at once in evaluation, which takes every slot
 
 
 class Group(NamedTuple):
     """Consecutive blocks whose attention is computed at once, and the context that they see."""
 
     blocks: slice  # of the batch's rows
-    context: slice  # of its tokens
+    tokens: slice  # of the tokens of all blocks
+    context: slice  # of the batch's tokens
 
 
 def choose_blocks(batch: Batch, count: int, generator: np.random.Generator) -> Batch:
@@ -45,9 +47,7 @@ def choose_blocks(batch: Batch, count: int, generator: np.random.Generator) -> B
     """
     if count >= len(batch.slots):
         return batch
-    kept = np.sort(generator.choice(len(batch.slots), count, replace=False))
-    index = torch.from_numpy(kept).to(batch.rows.device)
-    return replace(batch, rows=batch.rows[index], depth=batch.depth[index], slots=batch.slots[kept])
+    return batch.with_slots(np.sort(generator.choice(len(batch.slots), count, replace=False)))
 
 
 def make_groups(slots: np.ndarray, lengths: Sequence[int], block_size: int) -> Iterator[Group]:
@@ -58,7 +58,9 @@ def make_groups(slots: np.ndarray, lengths: Sequence[int], block_size: int) -> I
         here = slots[first : first + size]
         document = int(np.searchsorted(ends, here[0], side="right"))
         begin = int(ends[document] - lengths[document])
-        yield Group(slice(first, first + len(here)), slice(begin, int(here[-1]) + 1))
+        last = first + len(here)
+        tokens = slice(first * block_size, last * block_size)
+        yield Group(slice(first, last), tokens, slice(begin, int(here[-1]) + 1))
 
 
 def mask_blocks(
@@ -98,43 +100,65 @@ def run_blocks(drafter: DFlashDrafterModel, batch: Batch, aux_hidden_states: Ten
         batch: N tokens, and the slots of L blocks.
         aux_hidden_states: [N, A*Ht], at the drafter's boundaries.
     """
-    config, n = drafter.config, drafter.config.block_size
-    context = drafter.hidden_norm(drafter.fc(aux_hidden_states.to(working_dtype(batch.rows.device, drafter.dtype))))
-    outputs = []
-    for blocks, seen in make_groups(batch.slots, batch.lengths, n):
-        rows = batch.rows[blocks]
-        root = rows + 1
-        ids = drafter.make_block(batch.input_ids[root], n)  # [l, n]
-        places = batch.position_ids[rows, None] + 1 + torch.arange(n, device=rows.device)
-        outputs.append(_run_group(drafter, batch, ids, places, context[seen], Group(blocks, seen)))
-    out = torch.cat(outputs).unflatten(0, (-1, n))[:, -config.max_draft_depth :]  # [L, k, H]
-    return out.transpose(0, 1)
+    device, L = batch.rows.device, len(batch.slots)
+    context = drafter.hidden_norm(drafter.fc(aux_hidden_states.to(working_dtype(device, drafter.dtype))))[None]
+    size = L if torch.is_grad_enabled() else max(1, MOST_WITHOUT_GRADIENT // drafter.config.block_size)
+    parts = [slice(first, min(first + size, L)) for first in range(0, L, size)]
+    return torch.cat([_run_part(drafter, batch.with_slots(part), context) for part in parts], dim=1)
 
 
-def _run_group(
-    drafter: DFlashDrafterModel, batch: Batch, ids: Tensor, places: Tensor, context: Tensor, group: Group
-) -> Tensor:
-    """[l*n, H] normed outputs of one group: `ids` and positions [l, n] of its blocks, and its context [m, H]."""
-    rows, begin, M = batch.rows[group.blocks], group.context.start, len(context)
-    position_ids = torch.cat([batch.position_ids[group.context], places.flatten()])[None]
-    cos, sin = drafter.rotary_emb(drafter.norm.weight, position_ids)
-    at_context, at_block = (cos[:, :M], sin[:, :M]), (cos[:, M:], sin[:, M:])
-    slots = rows - begin
-    starts = slots - batch.position_ids[rows]
-    masks: dict[int | None, Tensor] = {}
-    hidden = drafter.embed(ids.flatten()[None])  # [1, l*n, H]
+def _run_part(drafter: DFlashDrafterModel, batch: Batch, context: Tensor) -> Tensor:
+    """The same of blocks that run together, with the context's features [1, N, H]."""
+    n, rows, N = drafter.config.block_size, batch.rows, len(batch.input_ids)
+    ids = drafter.make_block(batch.input_ids[rows + 1], n)  # [L, n]
+    places = batch.position_ids[rows, None] + 1 + torch.arange(n, device=rows.device)  # [L, n]
+    cos, sin = drafter.rotary_emb(drafter.norm.weight, torch.cat([batch.position_ids, places.flatten()])[None])
+    at_context, at_block = (cos[:, :N], sin[:, :N]), (cos[:, N:], sin[:, N:])
+    groups = list(make_groups(batch.slots, batch.lengths, n))
+    masks: dict[int | None, list[Tensor]] = {}
+    hidden = drafter.embed(ids.flatten()[None])  # [1, L*n, H]
     for i, layer in enumerate(drafter.layers):
         module: Any = layer
         window = drafter.config.window_of(i)
         if window not in masks:
-            masks[window] = _as_taken(drafter, mask_blocks(drafter, slots, starts, M, window))
-        keys = module.self_attn.read_context(context[None], at_context)
-        given = {"rotation": at_block, "context": keys, "attention_mask": masks[window], "past_key_values": None}
-        if module.gradient_checkpointing and module.training:
-            hidden = checkpoint(module.run, hidden, use_reentrant=False, **given)
-        else:
-            hidden = module.run(hidden, **given)
-    return drafter.norm(hidden)[0]
+            masks[window] = [mask_group(drafter, batch, group, window) for group in groups]
+        given = (module, hidden, context, at_block, at_context, groups, masks[window])
+        recomputes = module.gradient_checkpointing and module.training
+        hidden = checkpoint(run_layer, *given, use_reentrant=False) if recomputes else run_layer(*given)
+    out = drafter.norm(hidden)[0].unflatten(0, (-1, n))[:, -drafter.config.max_draft_depth :]  # [L, k, H]
+    return out.transpose(0, 1)
+
+
+def run_layer(
+    layer: Any,  # a DFlashLayer
+    hidden: Tensor,  # [1, L*n, H], of all blocks
+    context: Tensor,  # [1, N, H]
+    at_block: tuple[Tensor, Tensor],
+    at_context: tuple[Tensor, Tensor],
+    groups: Sequence[Group],
+    masks: Sequence[Tensor],  # of each group
+) -> Tensor:
+    """A decoder layer [1, L*n, H], its attention computed group by group, so that few keys are looked at in vain."""
+    attention = layer.self_attn
+    query, key, value = attention.project(layer.input_layernorm(hidden), at_block)
+    seen_key, seen_value = attention.read_context(context, at_context)  # [1, kv_heads, N, head_dim]
+    outs = []
+    for (_, tokens, seen), mask in zip(groups, masks, strict=True):
+        keys, values = (
+            torch.cat([of_context[:, :, seen], own[:, :, tokens]], dim=2)
+            for of_context, own in ((seen_key, key), (seen_value, value))
+        )
+        outs.append(attend(attention, query[:, :, tokens], keys, values, mask))  # [1, l*n, heads, head_dim]
+    hidden = hidden + attention.o_proj(torch.cat(outs, dim=1).flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def mask_group(drafter: DFlashDrafterModel, batch: Batch, group: Group, window: int | None) -> Tensor:
+    """`mask_blocks` of a group, as the drafter's attention takes it."""
+    slots = batch.rows[group.blocks] - group.context.start
+    starts = slots - batch.position_ids[batch.rows[group.blocks]]
+    mask = mask_blocks(drafter, slots, starts, group.context.stop - group.context.start, window)
+    return _as_taken(drafter, mask)
 
 
 def _as_taken(drafter: DFlashDrafterModel, mask: Tensor) -> Tensor:
