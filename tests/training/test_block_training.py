@@ -40,7 +40,7 @@ EVERYDAY = ["dflash", "dspark", "windows", "rnn"]
 
 @pytest.fixture(scope="module")
 def target():
-    return make_target("llama").double()
+    return copy.deepcopy(make_target("llama")).double()
 
 
 def make(target, kind, **overrides):
