@@ -221,6 +221,34 @@ def test_a_block_in_training_is_a_block_that_is_served(target, kind):
         torch.testing.assert_close(torch.cat(served), wanted, rtol=1e-9, atol=1e-9)
 
 
+def test_depths_weigh_by_confidence(target, exact_norms):
+    """D-PACE: the loss of a block is that of its depths, each weighed by the chance to get there and beyond."""
+    drafter, rows = make(target, "dflash"), several_rows()
+    k, total = drafter.config.max_draft_depth, 0
+    for row in rows:
+        tokens = row["input_ids"]
+        aux, probs = states_of(target, drafter, tokens)
+        for slot in range(len(tokens) - 1):
+            depth = live_depths(row["loss_mask"], slot, k)
+            logits = block_by_hand(drafter, aux, tokens, slot)[0] if depth else None
+            said = [logits[t].log_softmax(-1)[int(probs[slot + 1 + t].argmax())] for t in range(depth)]
+            smooth = [0.5 + 0.5 * x.exp().item() for x in said]
+            reached = np.cumprod(smooth)
+            total = total - sum(reached[t:].sum() * said[t] for t in range(depth))
+    total.backward()
+    wanted = drafter.fc.weight.grad.clone()
+    drafter.zero_grad()
+    source, vocabulary = (
+        OnlineStates(target, drafter.bound_aux_layer_ids),
+        DraftVocabulary(drafter.draft_to_target_ids, V),
+    )
+    method, batch = Method(LOSSES["dpace"], torch.ones(k).double(), torch.zeros(k).double()), Collator(k)(rows)
+    value, _ = block_step(drafter, batch, source.states(batch), source.head, vocabulary, method)
+    value.backward()
+    torch.testing.assert_close(value, total, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(drafter.fc.weight.grad, wanted, rtol=1e-9, atol=1e-10)
+
+
 # ---- which blocks ----
 
 
