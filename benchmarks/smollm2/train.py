@@ -27,6 +27,7 @@ from hf_eagle3.training import (
     new_drafter,
 )
 from hf_eagle3.training.evaluation import walk_batch
+from hf_eagle3.training.loading import DRAFT_VOCAB_SIZE
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step.acceptance import Walk
 from hf_eagle3.training.step.batch import Collator
@@ -154,7 +155,8 @@ def main() -> None:
     for size in (8192, 12288, 16384, 24576):
         kept = counts[choose_draft_vocabulary(counts, size)].sum() / counts.sum()
         print(f"draft vocabulary of {size}: {kept:.4f} of the supervised tokens")
-    vocabulary = choose_draft_vocabulary(counts, training.draft_vocab_size, always=[target.config.eos_token_id])
+    size = training.draft_vocab_size or DRAFT_VOCAB_SIZE
+    vocabulary = choose_draft_vocabulary(counts, size, always=[target.config.eos_token_id])
     shape = {**SHAPE, **training.drafter_fields()}
     drafter = new_drafter(target, vocabulary, **shape)
     print(
@@ -170,7 +172,7 @@ def main() -> None:
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "arguments": {**vars(args), **shape, "draft_vocab_size": training.draft_vocab_size},
+        "arguments": {**vars(args), **shape, "draft_vocab_size": size},
         "rows": len(dataset),
         "supervised_tokens": int(counts.sum()),
         "steps": trainer.state.global_step,
