@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..recorder import find_layers
+from . import delta_nets, state_spaces
 from .attention import UnfitError, attending_by_rows
 from .cache import REPLAYING, WRITING, RowCache
-from .delta_nets import DELTA_NETS, run_block
 from .layers import KINDS, find_unknown, has_states, name_layers
 from .states import States
 from .substitutes import Substitute
@@ -67,6 +67,12 @@ MIXERS = {
     **dict.fromkeys(("FalconMambaMixer", "JambaMambaMixer", "MambaMixer", "ZambaMambaMixer"), MAMBA),
     **dict.fromkeys(("Lfm2MoeShortConv", "Lfm2ShortConv", "Lfm3ShortConv"), CONVOLUTION),
     "ZayaCCAProjection": Mixer("convolutions before attention", ("q_proj", "k_proj", "v_proj_current"), None),
+}
+
+# By class of the host: what runs a block at once, as captured rounds do.
+BLOCKS: dict[str, Callable[..., Tensor]] = {
+    **dict.fromkeys(delta_nets.DELTA_NETS, delta_nets.run_block),
+    **dict.fromkeys(state_spaces.STATE_SPACES, state_spaces.run_block),
 }
 
 _lock = threading.Lock()  # of the next
@@ -173,7 +179,7 @@ class Stepper(Substitute):
         assert layer.replay is not None
         assert cache.replayed is not None
         layer.num_stepped = hidden_states.shape[1]
-        return run_block(self.module, hidden_states, layer.replay, cache.replayed)
+        return BLOCKS[name](self.module, hidden_states, layer.replay, cache.replayed)
 
     def _step(self, forward: Callable, layer: States, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What `forward` gives for each token of a block, one after the other."""
@@ -224,7 +230,7 @@ def why_not_replayed(target: PreTrainedModel) -> str | None:
     if not has_states(target):
         return None
     name = type(target).__name__
-    kinds = {MIXERS[type(m).__name__].kind for m in find_mixers(target).values() if type(m).__name__ not in DELTA_NETS}
+    kinds = {MIXERS[type(m).__name__].kind for m in find_mixers(target).values() if type(m).__name__ not in BLOCKS}
     if kinds or not find_mixers(target):
         return (
             f"{name} has recurrent layers of a kind that is not captured yet ({', '.join(sorted(kinds)) or 'unknown'})"

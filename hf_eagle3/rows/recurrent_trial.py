@@ -12,10 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from ..kernels.language import is_available
 from .attention import UnfitError
 from .cache import RowCache
-from .delta_nets import run_block
 from .layers import find_kinds, has_states
 from .memory import BY_KERNELS
-from .recurrent import find_mixers
+from .recurrent import BLOCKS, find_mixers
 from .states import States
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # how far results may be apart, as a share of their size
@@ -53,7 +52,7 @@ def _try_layers(target: PreTrainedModel) -> str | None:
         except Exception as error:  # noqa: BLE001  whatever it is, rounds can do without
             return f"{name} could not be tried over whole blocks ({type(error).__name__}: {error})"
         if not worst <= TOLERANCE.get(target.dtype, COARSE):
-            return f"{name} does not compute the gated delta rule as our kernels do (apart by {worst:.1e})"
+            return f"{name} does not compute its recurrence as our kernels do (apart by {worst:.1e})"
     return None
 
 
@@ -70,6 +69,7 @@ def measure_error(target: PreTrainedModel, module: Any) -> float:  # Any: a mixe
     layer = _hold(target, cache, module.layer_idx)
     kept = torch.tensor(KEPT, device=x.device)
     token = BY_KERNELS.set(is_available(x.device))
+    run_block = BLOCKS[type(module).__name__]
     try:
         ours = [
             run_block(module, first, layer.replay, torch.zeros_like(kept)),

@@ -1,4 +1,4 @@
-"""Captured rounds of targets with gated delta nets: what plain decoding says and leaves, whatever is drafted.
+"""Captured rounds of targets with gated delta nets or state spaces: what plain decoding says and leaves, whatever is drafted.
 
 On a CPU by the stand-in for CUDA graphs of `test_graphs.py`, with eager twins; on a GPU by graphs and kernels.
 """
@@ -35,6 +35,7 @@ from hf_eagle3.decoding import arena
 from hf_eagle3.host import generate
 
 NETS = ("lara_mini", "olmo_hybrid", "qwen3_5_moe", "qwen3_5_text", "qwen3_next")
+SPACES = ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2")
 NAME = "qwen3_5_text"
 
 
@@ -48,8 +49,8 @@ def counts(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "depth"),
     slow_rows_but(
-        [(NAME, 0), (NAME, 3), ("qwen3_next", 1), ("olmo_hybrid", 2)],
-        [(name, depth) for name in NETS for depth in range(6)],
+        [(NAME, 0), (NAME, 3), ("qwen3_next", 1), ("olmo_hybrid", 2), ("bamba", 3), ("falcon_h1", 1), ("mamba2", 2)],
+        [(name, depth) for name in (*NETS, *SPACES) for depth in range(6)],
     ),
 )
 def test_each_row_is_that_row_alone(name, depth, lengths, counts):

@@ -83,7 +83,7 @@ def test_a_layer_that_computes_something_else_is_refused():
     target = copy.deepcopy(make_target("qwen3_5_text"))
     for mixer in find_mixers(target).values():
         mixer.activation = "gelu"
-    with pytest.raises(UnfitError, match="Qwen3_5GatedDeltaNet does not compute the gated delta rule"):
+    with pytest.raises(UnfitError, match="Qwen3_5GatedDeltaNet does not compute its recurrence"):
         refuse_unequal(target)
 
 

@@ -266,7 +266,10 @@ def test_kernels_in_the_interpreter(which):
     pytest.importorskip("triton")
     files = [
         __file__,
-        *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernel_shapes", "noise", "delta_rule")),
+        *(
+            str(Path(__file__).with_name(f"test_{name}.py"))
+            for name in ("kernel_shapes", "noise", "delta_rule", "state_space", "tree_attention")
+        ),
     ]
     command = [sys.executable, "-m", "pytest", *files, "-m", which, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

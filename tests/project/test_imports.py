@@ -121,7 +121,7 @@ LAYERS = {
     "rows": [
         ["attention_trial", "forwards", "recurrent_trial"],
         ["recurrent"],
-        ["attention", "delta_nets"],
+        ["attention", "delta_nets", "state_spaces"],
         ["cache"],
         ["layers"],
         ["states"],
