@@ -155,13 +155,13 @@ def convolve_rows_eager(x: Tensor, weight: Tensor, bias: Tensor | None, window: 
 
 
 @jit()
-def _unit(x, EPS: tl.constexpr):
+def unit(x, EPS: tl.constexpr):
     """`x` [K] over its length."""
     return x * tl.rsqrt(tl.sum(x * x, 0) + EPS)
 
 
 @jit()
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)), exact also where exp(x) is tiny beside 1; `x` itself from 20 on, as PyTorch has it."""
     y = tl.exp(tl.minimum(x, 20.0))
     total = 1.0 + y
@@ -184,7 +184,7 @@ def _load_token(
 
 
 @jit()
-def _load_kept(keys, deltas, decays, place, part, k, v, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr):
+def load_kept(keys, deltas, decays, place, part, k, v, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr):
     """Key, delta and decay of a token of the last block."""
     key = tl.load(keys + (place * P + part) * K + k, mask=k < K, other=0.0)
     delta = tl.load(deltas + place * V + v, mask=v < V, other=0.0)
@@ -221,12 +221,12 @@ def _take_token(
 ):
     """The state after a token of what `_load_token` gave; what it says, and its parts, are stored."""
     beta = (1.0 / (1.0 + tl.exp(-y.to(tl.float32)))).to(y.dtype).to(tl.float32) * strength
-    decay = tl.exp(-rate * _softplus(x.to(tl.float32) + gate_bias))
-    key = _unit(raw.to(tl.float32), EPS)
+    decay = tl.exp(-rate * softplus(x.to(tl.float32) + gate_bias))
+    key = unit(raw.to(tl.float32), EPS)
     S = S * decay
     delta = (value.to(tl.float32) - tl.sum(S * key[:, None], 0)) * beta
     S = tl.fma(key[:, None], delta[None, :], S)
-    said = tl.sum(S * (_unit(query.to(tl.float32), EPS) * SCALE)[:, None], 0)
+    said = tl.sum(S * (unit(query.to(tl.float32), EPS) * SCALE)[:, None], 0)
     tl.store(out + (token * H + head) * V + v, said.to(out.dtype.element_ty), mask=v < V)
     tl.store(keys + (place * P + part) * K + k, raw, mask=k < K)
     tl.store(deltas + place * V + v, delta, mask=v < V)
@@ -273,11 +273,11 @@ def _delta_rule(
     num_kept = tl.load(kept + row)
     # Every program has keys and decays of its own, so none overwrites what another has yet to read. Each token is loaded
     # while the one before it is at work.
-    raw, delta, decay = _load_kept(keys, deltas, decays, row * N * H + head, part, k, v, K, V, P)
+    raw, delta, decay = load_kept(keys, deltas, decays, row * N * H + head, part, k, v, K, V, P)
     for t in range(num_kept):
         place = (row * N + tl.minimum(t + 1, N - 1)) * H + head
-        next_raw, next_delta, next_decay = _load_kept(keys, deltas, decays, place, part, k, v, K, V, P)
-        S = tl.fma(_unit(raw.to(tl.float32), EPS)[:, None], delta[None, :], S * decay)
+        next_raw, next_delta, next_decay = load_kept(keys, deltas, decays, place, part, k, v, K, V, P)
+        S = tl.fma(unit(raw.to(tl.float32), EPS)[:, None], delta[None, :], S * decay)
         raw, delta, decay = next_raw, next_delta, next_decay
     tl.debug_barrier()  # all threads have read what is overwritten from here on
     if num_kept > 0:
@@ -376,8 +376,10 @@ def _convolve_token(x, weight, shift, places, num_kept, out, t, row, T, C, c, W:
     total = shift
     for j in tl.static_range(W):
         i = t - (W - 1) + j
-        fresh = tl.load(x + (row * T + i) * C + c, mask=(c < C) & (i >= 0), other=0.0).to(tl.float32)
-        old = tl.load(places + (num_kept + W + i) * C + c, mask=(c < C) & (i < 0), other=0.0).to(tl.float32)
+        # i >= 0, as a block: interpreters of some versions take no truth of one number in a mask.
+        is_fresh = c + i >= c
+        fresh = tl.load(x + (row * T + i) * C + c, mask=(c < C) & is_fresh, other=0.0).to(tl.float32)
+        old = tl.load(places + (num_kept + W + i) * C + c, mask=(c < C) & (c + i < c), other=0.0).to(tl.float32)
         tap = tl.load(weight + c * W + j, mask=c < C, other=0.0).to(tl.float32)
         total += tap * (fresh + old)  # one of them is zero
     rounded = total.to(out.dtype.element_ty).to(tl.float32)

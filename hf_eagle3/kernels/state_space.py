@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .delta_rule import L2_EPS, DeltaMemory, _load_kept, _softplus, _unit, normalise, settle_rows_eager
+from .delta_rule import L2_EPS, DeltaMemory, load_kept, normalise, settle_rows_eager, softplus, unit
 from .language import jit, require, round_up_to_power, tl
 
 
@@ -124,8 +124,8 @@ def _scan(
     num_kept = tl.load(kept + row)
     # Every program has keys and decays of its own, so none overwrites what another has yet to read.
     for t in range(num_kept):
-        raw, delta, decay = _load_kept(keys, deltas, decays, (row * N + t) * H + head, part, k, v, K, V, P)
-        S = tl.fma(_unit(raw.to(tl.float32), EPS)[:, None], delta.to(tl.float32)[None, :], S * decay)
+        raw, delta, decay = load_kept(keys, deltas, decays, (row * N + t) * H + head, part, k, v, K, V, P)
+        S = tl.fma(unit(raw.to(tl.float32), EPS)[:, None], delta.to(tl.float32)[None, :], S * decay)
     tl.debug_barrier()  # all threads have read what is overwritten from here on
     if num_kept > 0:
         tl.store(state + at, S.to(state.dtype.element_ty), mask=mask)
@@ -135,10 +135,10 @@ def _scan(
         token = row * T + t
         raw, into, out_of, x = _load_inputs(mixed, step, token, head, k, v, WIDTH, H, G, K, V)
         value = raw.to(tl.float32)
-        length = _softplus(x.to(tl.float32) + shift)
+        length = softplus(x.to(tl.float32) + shift)
         decay = tl.exp(-rate * length)
         delta = into.to(tl.float32) * (length * tl.sqrt(tl.sum(value * value, 0) + EPS))
-        S = tl.fma(_unit(value, EPS)[:, None], delta[None, :], S * decay)
+        S = tl.fma(unit(value, EPS)[:, None], delta[None, :], S * decay)
         said = tl.sum(S * out_of.to(tl.float32)[None, :], 1)
         tl.store(parts + ((token * H + head) * P + part) * K + k, said, mask=k < K)
         place = (row * N + t) * H + head

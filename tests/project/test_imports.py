@@ -75,7 +75,7 @@ LAYERS = {
     ],
     "kernels": [
         ["fusion"],
-        ["attention"],
+        ["attention", "state_space"],
         ["argmax", "delta_rule", "experts", "head_loss", "linear", "noise", "norms", "rotary", "temperature", "top"],
         ["deferred", "mlp", "onednn", "qkv"],
         ["language"],
