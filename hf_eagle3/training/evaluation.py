@@ -111,11 +111,8 @@ class Evaluation:
 
     def _decode(self, target: PreTrainedModel, prompts: list[Tensor]) -> Walk:
         """Rounds of greedy decoding from `prompts`, really decoded where the drafter can assist `target`."""
-        args, depth, model = (
-            self.args,
-            self.plan.eval_depth,
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False),
-        )
+        args, depth = self.args, self.plan.eval_depth
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         on_gpu = target.device.type == "cuda"  # there, decoding is fastest in the target's dtype, as it will be served
         why_not = why_not_target(target)
         if why_not is None:

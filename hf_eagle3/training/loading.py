@@ -16,12 +16,7 @@ from ..modeling import DrafterModel
 from ..modeling.fields_eagle3 import default_boundaries
 from ..tensor_parallel import find_peers, is_spread, is_spread_further
 from .arguments import Eagle3TrainingArguments
-from .data.vocabulary import (
-    choose_draft_vocabulary,
-    count_supervised_tokens,
-    end_tokens,
-    find_special_tokens,
-)
+from .data.vocabulary import choose_draft_vocabulary, count_supervised_tokens, end_tokens, find_special_tokens
 from .new_drafter import new_block_drafter, new_drafter
 from .states.folder import fingerprint_weights
 

@@ -70,7 +70,8 @@ def new_block_drafter(
     Where processes share the target, all must call.
 
     Width, heads, MLP and rotary positions are the target's, as far as it has them; embeddings are the target's own where
-    they are as wide, and so is the head, over the whole vocabulary, unless `draft_vocabulary` is given. Five layers read five states, spread over the target as z-lab does, unless told otherwise.
+    they are as wide, and so is the head, over the whole vocabulary, unless `draft_vocabulary` is given. Five layers read
+    five states, spread over the target as z-lab does, unless told otherwise.
 
     Args:
         target: Any decoder of the host.

@@ -64,9 +64,7 @@ class LossInputs:
     last: Tensor  # [L, Ht], the target's last hidden states one after each slot; any with `at`
     depth: Tensor  # [L] int64, at how many steps each slot trains
     token: Tensor  # [k, L] int64, draft id of the data's token where each step proposes; -1 outside the vocabulary
-    at: Tensor | None = (
-        None  # [k, L] int64, the row of `last` for each step and slot; None: slot r at step t has r + t
-    )
+    at: Tensor | None = None  # [k, L] int64, the row of `last` of each step and slot; None: r + t of slot r at step t
 
 
 class HeadPart(NamedTuple):
