@@ -14,7 +14,8 @@ def add_options(parser: Parser) -> None:
     """The options of `hf-eagle3 doctor`."""
     parser.description = (
         "The target writes a few hundred tokens; the drafter is read in every plausible way (captured layers, recurrence, "
-        "residual, rope, embeddings, d2t), and what each drafts is compared with that text. Exit status 1 if what is "
+        "residual, rope, embeddings, d2t; of a block drafter its mask token, the size of blocks, what their places propose and "
+        "see), and what each drafts is compared with that text. Exit status 1 if what is "
         "declared is not the best."
     )
     add_target(parser, "the model it drafts for", in_order=True, required=True)

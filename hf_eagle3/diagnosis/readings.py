@@ -6,7 +6,7 @@ weights; all are unrolled over text that the target generated, and what each dra
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..console.opening import rendering
+from ..drafters.block_unroll import unroll_blocks
+from ..drafters.blocks import drafts_blocks
 from ..drafters.kinds import find_kind
-from ..drafters.unroll import live_slots, shift, unroll
+from ..drafters.unroll import live_slots, unroll
 from ..host.refusals import refuse_compiled
-from ..modeling import Eagle3DrafterConfig, Eagle3DrafterModel
-from ..modeling.fields_eagle3 import default_boundaries
+from ..modeling import DrafterModel
 from ..recorder import StateRecorder
+from .traits import Reading, list_readings
 
 PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
@@ -35,15 +37,6 @@ PROMPTS = (
 # A reading is better if it accepts this many more tokens a round, and that by so many standard errors.
 LEAST_GAIN, STANDARD_ERRORS = 0.02, 4.0
 POOR = 1.2  # acceptance length under which a drafter does not know its target
-
-
-class Reading(NamedTuple):
-    """One way to read a checkpoint."""
-
-    trait: str  # the question it answers; readings of one trait exclude each other
-    name: str
-    overrides: dict[str, Any]  # fields of `Eagle3DrafterConfig`
-    target_ids: Tensor | None = None  # [V_d] int64, another draft vocabulary
 
 
 class Score(NamedTuple):
@@ -82,7 +75,7 @@ class Diagnosis:
     readings: tuple[tuple[Reading, Score], ...]  # each instead of the declared one, alone
     faults: tuple[Reading, ...]  # readings better than the declared ones; together they are the best
     best: Score
-    drafter: Eagle3DrafterModel  # the best reading, over the same tensors; bound to the target
+    drafter: DrafterModel  # the best reading, over the same tensors; bound to the target
     notes: tuple[str, ...]
 
     @property
@@ -160,7 +153,7 @@ class Diagnosis:
 
 def doctor(
     target: PreTrainedModel,
-    drafter: Eagle3DrafterModel,
+    drafter: DrafterModel,
     prompts: Sequence[Tensor] | Sequence[str] = PROMPTS,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -176,7 +169,7 @@ def doctor(
         prompts: Texts, for which the tokenizer is needed, or token ids [T] int64 each.
         tokenizer: The target's. Its chat template is used if it has one.
         max_new_tokens: Tokens to generate for each prompt; a few hundred in all are enough.
-        depth: K, draft depths to compare.
+        depth: K, draft depths to compare; at most all of a block.
         on_step: Called before each prompt and each reading, with what it is, how many are done, and of how many.
 
     Raises:
@@ -185,13 +178,14 @@ def doctor(
     refuse_unreadable(drafter)
     refuse_compiled(target)
     drafter.bind(target)
+    depth = min(depth, drafter.config.max_draft_depth or depth)
     readings = list_readings(drafter, target)
     boundaries, texts = list_boundaries(target, drafter, readings), []
     for i, prompt in enumerate(list[Tensor | str](prompts)):
         on_step("The target answers", i, len(prompts))
         texts.append(record(target, tokenize(prompt, tokenizer), max_new_tokens, boundaries))
 
-    def measure(chosen: Sequence[Reading]) -> tuple[Eagle3DrafterModel, Score]:
+    def measure(chosen: Sequence[Reading]) -> tuple[DrafterModel, Score]:
         read = reread(drafter, chosen).bind(target)
         return read, score(read, texts, depth)
 
@@ -220,14 +214,14 @@ def doctor(
     return Diagnosis(declared, tuple(alone), tuple(faults), best, best_drafter, tuple(list_notes(drafter, target)))
 
 
-def list_boundaries(target: PreTrainedModel, drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> list[int]:
+def list_boundaries(target: PreTrainedModel, drafter: DrafterModel, readings: Sequence[Reading]) -> list[int]:
     """Those of the target's whose states some reading of the drafter takes."""
     n = target.config.get_text_config(decoder=True).num_hidden_layers
     configs = [drafter.config, *(change(drafter.config, reading.overrides) for reading in readings)]
     return sorted({i for config in configs for i in config.resolve_aux_layer_ids(n)})
 
 
-def refuse_unreadable(drafter: Eagle3DrafterModel) -> None:
+def refuse_unreadable(drafter: DrafterModel) -> None:
     """Raise if a drafter cannot be read in other ways.
 
     Raises:
@@ -236,7 +230,7 @@ def refuse_unreadable(drafter: Eagle3DrafterModel) -> None:
     if getattr(drafter, "hf_quantizer", None) is not None:
         raise ValueError("This drafter is quantised: load it without quantization_config to examine it.")
     kind = find_kind(drafter.config)
-    if not kind.has_steps:
+    if not kind.has_steps and not drafts_blocks(drafter.config):
         raise ValueError(
             f"mask_token_id={drafter.config.mask_token_id}: a {kind.name} drafter cannot be examined, since it drafts in one "
             "forward and readings are compared step by step. `.speculation` of a call says how well it agrees."
@@ -246,101 +240,18 @@ def refuse_unreadable(drafter: Eagle3DrafterModel) -> None:
 # ---- readings ----
 
 
-def list_readings(drafter: Eagle3DrafterModel, target: PreTrainedModel) -> list[Reading]:
-    """Every plausible reading that differs from the declared one in one trait."""
-    config = drafter.config
-    n = target.config.get_text_config(decoder=True).num_hidden_layers
-    readings = [
-        Reading(
-            "recurrence",
-            f"the {'un-normed' if config.norm_output else 'normed'} output is fed back",
-            {"norm_output": not config.norm_output},
-        ),
-        Reading(
-            "residual",
-            f"starts from the {'un-normed' if config.norm_before_residual else 'normed'} state",
-            {"norm_before_residual": not config.norm_before_residual},
-        ),
-    ]
-    if config.use_aux_hidden_state:
-        readings += list_layer_readings(config, n)
-    readings += list_rope_readings(config, target)
-    width = target.get_input_embeddings().weight.shape[-1]
-    if config.has_own_embeddings and width == config.hidden_size:
-        readings.append(Reading("embeddings", "the target's", {"has_own_embeddings": False}))
-    d2t = drafter.d2t
-    if len(d2t) < config.vocab_size and d2t[0] >= 0 and d2t[-1] < config.vocab_size and (d2t.diff() > 0).all():
-        readings.append(Reading("d2t", "target ids, not offsets", {}, d2t.clone()))
-    return [reading._replace(overrides=differences(reading.overrides, config)) for reading in readings]
-
-
-def differences(overrides: dict[str, Any], config: Eagle3DrafterConfig) -> dict[str, Any]:
-    """Those of `overrides` that the config does not have already."""
-    return {key: value for key, value in overrides.items() if getattr(config, key) != value}
-
-
-def list_layer_readings(config: Eagle3DrafterConfig, n: int) -> list[Reading]:
-    """Other boundaries: one up, one down, the default, and the last one normed or not."""
-    normed = config.norm_last_state
-    plain = copy.copy(config)
-    plain.norm_last_state = False
-    declared = list(plain.resolve_aux_layer_ids(n))
-    ways = {
-        "one up": [i + 1 for i in declared],
-        "one down": [i - 1 for i in declared],
-    }
-    if config.num_aux_hidden_states == 3:
-        ways["the default"] = default_boundaries(n)
-    readings, seen = [], [declared]
-    for name, ids in ways.items():
-        if ids not in seen and ids[0] >= 0 and ids[-1] <= n and len(set(ids)) == len(ids):
-            seen.append(ids)
-            overrides = {"aux_layer_ids": ids, "aux_layer_ids_from_outputs": False, "norm_last_state": False}
-            readings.append(Reading("layers", f"boundaries {ids}, {name}", overrides))
-            if ids[-1] == n:
-                overrides = {**overrides, "norm_last_state": True}
-                readings.append(Reading("layers", f"boundaries {ids}, {name}, the last one normed", overrides))
-    if declared[-1] == n:
-        name = f"the last boundary {'before' if normed else 'after'} the final norm"
-        overrides = {"norm_last_state": not normed, "aux_layer_ids": declared, "aux_layer_ids_from_outputs": False}
-        readings.append(Reading("layers", name, overrides))
-    return readings
-
-
-def list_rope_readings(config: Eagle3DrafterConfig, target: PreTrainedModel) -> list[Reading]:
-    """Other rotary parameters: the target's, and those that follow if keys are missing or ignored."""
-    declared = config.rope_parameters or {}
-    theirs = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    theirs = theirs.get("full_attention", theirs)
-    theta = declared.get("rope_theta", 10000.0)
-    ways = {
-        "the target's": {k: v for k, v in theirs.items() if k not in ("mrope_section", "mrope_interleaved")},
-        "no scaling": {"rope_type": "default", "rope_theta": theta},
-        "theta 10000": {**declared, "rope_theta": 10000.0},
-        "no scaling and theta 10000": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    readings, seen = [], [declared]
-    for name, rope in ways.items():
-        if rope.get("rope_type") and rope.get("partial_rotary_factor", 1) == 1 and rope not in seen:
-            seen.append(rope)
-            readings.append(
-                Reading("rope", f"{name} ({rope['rope_type']}, {rope['rope_theta']:g})", {"rope_parameters": rope})
-            )
-    return readings
-
-
-def change(config: Eagle3DrafterConfig, overrides: dict[str, Any]) -> Eagle3DrafterConfig:
+def change(config: Any, overrides: dict[str, Any]) -> Any:  # Any: a drafter's config
     """The config with other fields, checked."""
-    changed = Eagle3DrafterConfig.from_dict({**config.to_dict(), **copy.deepcopy(overrides)})
+    changed = type(config).from_dict({**config.to_dict(), **copy.deepcopy(overrides)})
     changed._attn_implementation = config._attn_implementation
     return changed
 
 
-def reread(drafter: Eagle3DrafterModel, readings: Sequence[Reading]) -> Eagle3DrafterModel:
+def reread(drafter: DrafterModel, readings: Sequence[Reading]) -> DrafterModel:
     """A drafter over the same tensors, with this reading."""
     config = change(drafter.config, {k: v for reading in readings for k, v in reading.overrides.items()})
     with torch.device("meta"):
-        other = Eagle3DrafterModel(config)
+        other = type(drafter)(config)
     tensors = drafter.state_dict()
     tensors["d2t"] = tensors["d2t"].clone()
     if not config.has_own_embeddings:
@@ -396,25 +307,39 @@ def record(target: PreTrainedModel, prompt: Tensor, max_new_tokens: int, boundar
 
 
 @torch.no_grad()
-def score(drafter: Eagle3DrafterModel, texts: Sequence[Text], depth: int) -> Score:
-    """Unroll `drafter`, bound, from every position whose next `depth + 1` tokens the target generated."""
-    accepted = []
-    device = drafter.norm.weight.device
+def score(drafter: DrafterModel, texts: Sequence[Text], depth: int) -> Score:
+    """Draft by `drafter`, bound, from every position whose next `depth + 1` tokens the target generated."""
+    device, accepted = drafter.norm.weight.device, []
+    propose = propose_blocks if drafts_blocks(drafter.config) else propose_chains
     for ids, is_generated, states in texts:
         aux = torch.cat([states[i] for i in drafter.bound_aux_layer_ids or [0]], dim=-1).to(device)
         ids = ids.to(device)
-        live = live_slots(is_generated.to(device), depth)[-1, 0]  # [S], with room for all of the draft
-        agrees = torch.ones_like(live)
-        count = torch.zeros_like(live, dtype=torch.int64)
-        for step, normed in enumerate(unroll(drafter, ids, aux, depth)):
-            proposed = drafter.to_target_ids(drafter.compute_logits(normed)[0].argmax(-1))  # [S]
-            agrees = agrees & (proposed == shift(ids, 2 + step)[0])
+        live = live_slots(is_generated.to(device), depth)[-1, 0].nonzero()[:, 0]  # [n], with room for all of the draft
+        count, agrees = torch.zeros_like(live), torch.ones_like(live, dtype=torch.bool)
+        for step, proposed in enumerate(propose(drafter, ids, aux, live, depth)):
+            agrees = agrees & (proposed == ids[0, live + 2 + step])
             count += agrees
-        accepted.append(count[live].cpu())
+        accepted.append(count.cpu())
     return Score(torch.cat(accepted), depth)
 
 
-def list_notes(drafter: Eagle3DrafterModel, target: PreTrainedModel) -> list[str]:
+def propose_chains(drafter: Any, ids: Tensor, aux: Tensor, slots: Tensor, depth: int) -> Iterator[Tensor]:
+    """[n] int64 at each depth: what an EAGLE-3 drafter proposes at `slots` [n], by its own tokens while those are right."""
+    for normed in unroll(drafter, ids, aux, depth):
+        yield drafter.to_target_ids(drafter.compute_logits(normed)[0, slots].argmax(-1))
+
+
+def propose_blocks(drafter: Any, ids: Tensor, aux: Tensor, slots: Tensor, depth: int) -> Iterator[Tensor]:
+    """The same of a block drafter, of whole blocks; of a reading whose blocks are shorter than `depth`, that of fewer depths."""
+    if not len(slots):
+        return
+    state = None
+    for t, hidden in enumerate(unroll_blocks(drafter, ids, aux, slots)[:, :depth].unbind(1)):
+        logits, state = drafter.add_markov(drafter.compute_logits(hidden), ids[0, slots + 1 + t], hidden, state)
+        yield drafter.to_target_ids(logits.argmax(-1))
+
+
+def list_notes(drafter: DrafterModel, target: PreTrainedModel) -> list[str]:
     """Other causes of poor drafts."""
     config, notes = drafter.config, []
     theirs = target.get_input_embeddings().weight

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerFast
 
-from hf_eagle3 import doctor, drift
+from hf_eagle3 import drift
 from hf_eagle3.diagnosis.chains import SETS, draft_everywhere, find_live
 from hf_eagle3.diagnosis.drift import Conditions, Curve, lengthen, render_otherwise
 from hf_eagle3.diagnosis.readings import record, score
@@ -208,11 +208,3 @@ def test_a_curve_of_nothing_has_no_numbers():
     curve = Curve("empty", torch.zeros(0, dtype=torch.long), 2)
     assert math.isnan(curve.acceptance_length)
     assert all(map(math.isnan, curve.rates))
-
-
-def test_the_doctor_says_so_too():
-    target = make_target("llama")
-    with pytest.raises(
-        ValueError, match="mask_token_id=61: a D-Flash drafter cannot be examined, since it drafts in one"
-    ):
-        doctor(target, make_block_drafter(target), PROMPTS)

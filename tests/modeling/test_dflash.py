@@ -9,7 +9,8 @@ from helpers.blocks import BLOCK_DRAFTERS, block_config, make_block_drafter
 from helpers.models import H, V, make_target
 from helpers.reference_blocks import markov_bias, run_block
 from helpers.reference_drafter import in_float64
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
+from transformers.cache_utils import DFlashCache
 
 from hf_eagle3.modeling import CheckpointError, DFlashDrafterConfig, DFlashDrafterModel
 
@@ -160,3 +161,33 @@ def test_a_block_needs_tokens(make_exact):
     drafter, _ = make_exact("dflash")
     with pytest.raises(ValueError, match="Give input_ids, the tokens of a block"):
         drafter(aux_hidden_states=torch.zeros(1, 2, 3 * H, dtype=torch.float64))
+
+
+def test_outputs_are_those_of_the_hosts_network():
+    """Of Muse Glimmer's assistant, with our weights: a block behind seven positions, and one behind three more."""
+    drafter = make_block_drafter(make_target("llama"))
+    ours = drafter.config
+    shared = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "block_size", "mask_token_id"),
+    )
+    config = MuseGlimmerAssistantConfig(
+        **{name: getattr(ours, name) for name in shared},
+        layer_types=["full_attention"] * 2,  # its windows reach one position further than z-lab's
+        target_layer_ids=[0, 3, 5],
+    )
+    theirs = MuseGlimmerAssistantModel(config).eval()
+    names = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    weights = {names.get(name, name): x for name, x in drafter.state_dict().items()}
+    theirs.load_state_dict({name: weights[name] for name in theirs.state_dict()})
+    states, cache = torch.randn(1, 10, 3 * H), DFlashCache(config=config)
+    with torch.no_grad():
+        for first, end in ((0, 7), (7, 10)):
+            ids = drafter.make_block(torch.tensor([end]), 4)
+            cache.set_previous_accepted_tokens(end - first)
+            places = torch.arange(first, end + 4)[None]
+            given = (drafter.embed(ids), states[:, first:end], None, places, cache)
+            wanted = theirs(*given).last_hidden_state
+            got = drafter(input_ids=ids, aux_hidden_states=states[:, :end]).hidden_states
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+            cache.crop(-4)

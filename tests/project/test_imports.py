@@ -116,7 +116,7 @@ LAYERS = {
         ["kinds"],
         ["blocks", "nobody", "parallel"],
         ["chain"],
-        ["draft", "unroll"],
+        ["block_unroll", "draft", "unroll"],
     ],
     "rows": [
         ["attention_trial", "forwards", "recurrent_trial"],

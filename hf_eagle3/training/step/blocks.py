@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ...drafters.block_unroll import mask_blocks
 from ...modeling import DFlashDrafterModel
 from ...modeling.drafter_eagle3 import attend
 from .batch import Batch, States
@@ -61,33 +62,6 @@ def make_groups(slots: np.ndarray, lengths: Sequence[int], block_size: int) -> I
         last = first + len(here)
         tokens = slice(first * block_size, last * block_size)
         yield Group(slice(first, last), tokens, slice(begin, int(here[-1]) + 1))
-
-
-def mask_blocks(
-    drafter: DFlashDrafterModel, slots: Tensor, starts: Tensor, num_context: int, window: int | None
-) -> Tensor:
-    """[1, 1, L*n, M + L*n] bool: the keys each token of a block sees, among the context and all blocks.
-
-    Args:
-        drafter: Its config says whether a block is causal.
-        slots: [L] int64, the last context position of each block.
-        starts: [L] int64, the first one, where its document begins.
-        num_context: M.
-        window: A token at position p sees keys j > p - window; None: all.
-    """
-    L, n, device = len(slots), drafter.config.block_size, slots.device
-    keys, offset = torch.arange(num_context, device=device), torch.arange(n, device=device)
-    context = ((keys >= starts[:, None]) & (keys <= slots[:, None]))[:, None].expand(L, n, -1)  # [L, n, M]
-    own = torch.ones(n, n, dtype=torch.bool, device=device)  # of one block
-    if drafter.config.is_causal:
-        own = own.tril()
-    if window is not None:
-        places = slots[:, None] + 1 + offset  # [L, n], of the queries, counted as the context is
-        context = context & (keys > places[..., None] - window)
-        own = own & (offset > offset[:, None] - window)
-    same = torch.eye(L, dtype=torch.bool, device=device)
-    blocks = same[:, None, :, None] & own[None, :, None]  # [L, n, L, n]
-    return torch.cat([context.flatten(0, 1), blocks.reshape(L * n, L * n)], dim=1)[None, None]
 
 
 def run_blocks(drafter: DFlashDrafterModel, batch: Batch, aux_hidden_states: Tensor) -> Tensor:
@@ -154,18 +128,10 @@ def run_layer(
 
 
 def mask_group(drafter: DFlashDrafterModel, batch: Batch, group: Group, window: int | None) -> Tensor:
-    """`mask_blocks` of a group, as the drafter's attention takes it."""
+    """`mask_blocks` of a group."""
     slots = batch.rows[group.blocks] - group.context.start
     starts = slots - batch.position_ids[batch.rows[group.blocks]]
-    mask = mask_blocks(drafter, slots, starts, group.context.stop - group.context.start, window)
-    return _as_taken(drafter, mask)
-
-
-def _as_taken(drafter: DFlashDrafterModel, mask: Tensor) -> Tensor:
-    """A mask as the drafter's attention takes it."""
-    if drafter.config._attn_implementation != "eager":
-        return mask
-    return torch.zeros_like(mask, dtype=drafter.dtype).masked_fill(~mask, torch.finfo(drafter.dtype).min)
+    return mask_blocks(drafter, slots, starts, group.context.stop - group.context.start, window)
 
 
 def read_markov(drafter: DFlashDrafterModel, before: Tensor, hidden_states: Tensor) -> Tensor:
