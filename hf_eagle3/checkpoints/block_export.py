@@ -139,12 +139,16 @@ def find_layout(config: DFlashDrafterConfig, engine: str) -> Layout:
     return DEEPSPEC if config.drafts_from_root else ZLAB
 
 
-def write_blocks(drafter: DFlashDrafterModel, engine: str, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors, on the CPU, of a drafter for an engine.
+def list_borrowed(config: DFlashDrafterConfig, engine: str) -> list[str]:
+    """What of the target's a drafter's layout for an engine holds, of `embed_tokens` and `lm_head`."""
+    if not find_layout(config, engine).stores_vocabulary:
+        return []
+    owns = {"embed_tokens": config.has_own_embeddings, "lm_head": not config.share_lm_head}
+    return [name for name, is_own in owns.items() if not is_own]
 
-    Raises:
-        ValueError: The layout has the target's embeddings and head, and the drafter is bound to no target.
-    """
+
+def write_blocks(drafter: DFlashDrafterModel, engine: str, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors, on the CPU, of a drafter for an engine, which has what `list_borrowed` says."""
     layout, config = find_layout(drafter.config, engine), drafter.config
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     d2t = tensors.pop("d2t")
@@ -152,12 +156,30 @@ def write_blocks(drafter: DFlashDrafterModel, engine: str, target: Target) -> tu
         members = torch.zeros(config.vocab_size, dtype=torch.bool)
         members[drafter.draft_to_target_ids.cpu()] = True
         tensors |= {"d2t": d2t, "t2d": members}
-    if layout.stores_vocabulary:
-        for name in ("embed_tokens", "lm_head"):
-            if f"{name}.weight" not in tensors:
-                weight = drafter._weight(name)[: config.vocab_size]
-                tensors[f"{name}.weight"] = weight.detach().cpu().to(drafter.dtype).contiguous().clone()
+    for name in list_borrowed(config, engine):
+        weight = drafter._weight(name)[: config.vocab_size]
+        tensors[f"{name}.weight"] = weight.detach().cpu().to(drafter.dtype).contiguous().clone()
     return layout.make_config(config, target), tensors
+
+
+def refuse_vocabulary(names: list[str], theirs: Mapping[str, Tensor], config: DFlashDrafterConfig) -> None:
+    """Raise if `theirs` lacks one of `names`, or has one of another target.
+
+    Raises:
+        ValueError: So it is.
+    """
+    for name in names:
+        if name not in theirs:
+            raise ValueError(
+                f"This layout holds the target's own {name}, which this drafter borrows: give the target as a model or as a "
+                "folder with its weights (target=..., --target FOLDER)."
+            )
+        shape = tuple(theirs[name].shape)
+        if shape[0] < config.vocab_size or shape[1] != config.hidden_size:
+            raise ValueError(
+                f"The target's {name} is {list(shape)}, and this drafter borrows one of at least {config.vocab_size} tokens "
+                f"and width {config.hidden_size}: it was made for another target."
+            )
 
 
 def make_block_command(config: DFlashDrafterConfig, folder: Path, engine: str, target: Target) -> str:

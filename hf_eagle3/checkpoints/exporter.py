@@ -24,7 +24,8 @@ from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, DrafterModel, Ea
 from ..modeling.text_eagle3 import escape_controls, escape_record
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from ..speculation.shape import Shapes, chain
-from .block_export import make_block_command, write_blocks
+from ..tensor_parallel import whole
+from .block_export import list_borrowed, make_block_command, refuse_vocabulary, write_blocks
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
@@ -103,25 +104,29 @@ def export(
     depth = drafter.generation_config.num_assistant_tokens or DEFAULT_DEPTH
 
     engines: tuple[str, ...] = (to,)
-    if to == HF:
-        drafter.save_pretrained(folder)
-        write_card(drafter, folder, target=known, metrics=metrics or {}, name=repo_id or str(folder))
-    elif isinstance(drafter, DFlashDrafterModel):
-        engines = (to, *(e for e in (SGLANG, VLLM) if e != to != SPECULATORS and not find_refusals(drafter.config, e)))
-        write(folder, *write_blocks(drafter, to, known))
-    else:
-        config = copy.deepcopy(drafter.config)
-        config.dtype = drafter.dtype
-        boundaries, sglang_ids = place_ids(config, known, to)
-        if to == SPECULATORS:
-            published = make_speculators_config(config, boundaries, known, depth)
+    with borrowing(drafter, find_lent(drafter, to, target)):
+        if to == HF:
+            drafter.save_pretrained(folder)
+            write_card(drafter, folder, target=known, metrics=metrics or {}, name=repo_id or str(folder))
+        elif isinstance(drafter, DFlashDrafterModel):
+            engines = (
+                to,
+                *(e for e in (SGLANG, VLLM) if e != to != SPECULATORS and not find_refusals(drafter.config, e)),
+            )
+            write(folder, *write_blocks(drafter, to, known))
         else:
-            published = make_native_config(config, boundaries, sglang_ids)
-            is_placed = boundaries is None or sglang_ids is not None
-            servable = {SGLANG: is_placed, VLLM: True}
-            engines = (to, *(e for e, ok in servable.items() if e != to and ok and not find_refusals(config, e)))
-        write(folder, published, to_tensors(drafter, both_names=to != SPECULATORS))
-    check_export(drafter, folder)
+            config = copy.deepcopy(drafter.config)
+            config.dtype = drafter.dtype
+            boundaries, sglang_ids = place_ids(config, known, to)
+            if to == SPECULATORS:
+                published = make_speculators_config(config, boundaries, known, depth)
+            else:
+                published = make_native_config(config, boundaries, sglang_ids)
+                is_placed = boundaries is None or sglang_ids is not None
+                servable = {SGLANG: is_placed, VLLM: True}
+                engines = (to, *(e for e, ok in servable.items() if e != to and ok and not find_refusals(config, e)))
+            write(folder, published, to_tensors(drafter, both_names=to != SPECULATORS))
+        check_export(drafter, folder)
     return Exported(folder, engines, make_command(drafter.config, folder, to, known, depth), tuple(notes))
 
 
@@ -212,7 +217,7 @@ def compare_embeddings(drafter: DrafterModel, target: Any) -> list[str]:  # Any:
     config = drafter.config
     if not config.has_own_embeddings or config.target_hidden_size != config.hidden_size:
         return []
-    theirs = read_embeddings(target)
+    theirs = read_vocabulary(target).get("embed_tokens")
     if theirs is None:
         return [
             "SGLang uses the target's token embeddings in place of the drafter's. Give the target as a model or a folder to "
@@ -227,15 +232,31 @@ def compare_embeddings(drafter: DrafterModel, target: Any) -> list[str]:  # Any:
     return []
 
 
-def read_embeddings(target: Any) -> Tensor | None:  # Any: as `export`
-    """The target's token embeddings [>= V, Ht], from a model or a folder; None where only a download would tell."""
+def find_lent(drafter: DrafterModel, engine: str, target: Any) -> dict[str, Tensor]:  # Any: as `export`
+    """What a drafter borrows: of the target that it is bound to, or of `target` where what is written holds it."""
+    if drafter._borrowed or not isinstance(drafter, DFlashDrafterModel) or engine == HF:
+        return drafter._borrowed
+    if not (names := list_borrowed(drafter.config, engine)):
+        return {}
+    lent = read_vocabulary(target)
+    refuse_vocabulary(names, lent, drafter.config)
+    return lent
+
+
+def read_vocabulary(target: Any) -> dict[str, Tensor]:  # Any: as `export`
+    """The target's token embeddings and head [>= V, Ht], as `embed_tokens` and `lm_head`, from a model or a folder.
+
+    Empty where only a download would tell. A target that stores no head has its embeddings as one.
+    """
     if isinstance(target, PreTrainedModel):
-        return target.get_input_embeddings().weight
+        modules = {"embed_tokens": target.get_input_embeddings(), "lm_head": target.get_output_embeddings()}
+        return {name: whole(module.weight.detach()) for name, module in modules.items() if module is not None}
     if not isinstance(target, str | os.PathLike) or not Path(target).is_dir():
-        return None
+        return {}
     stored = list_tensors(find_weight_files(os.fspath(target)))
-    found = [name for name in stored if name.endswith("embed_tokens.weight")]
-    return read_tensor(stored[found[0]], found[0]) if len(found) == 1 else None
+    found = {name: [key for key in stored if key.endswith(f"{name}.weight")] for name in ("embed_tokens", "lm_head")}
+    read = {name: read_tensor(stored[keys[0]], keys[0]) for name, keys in found.items() if len(keys) == 1}
+    return {"lm_head": read["embed_tokens"], **read} if "embed_tokens" in read and not found["lm_head"] else read
 
 
 # ---- files ----

@@ -1,5 +1,6 @@
 """D-Flash and DSpark checkpoints of other producers: read, described, exported, and refused by name."""
 
+import copy
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers.blocks import make_block_drafter
 from helpers.models import NUM_LAYERS, H, V, make_target
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_eagle3.checkpoints.block_flavours import BLOCK_FLAVOURS
 from hf_eagle3.checkpoints.blocks import default_outputs
@@ -386,8 +387,34 @@ def test_what_an_engine_cannot_serve_is_said(kind, engine, says, target, tmp_pat
         make_block_drafter(target, kind).export(tmp_path / "out", to=engine, target="some-owner/some-target")
 
 
-def test_an_export_with_the_targets_vocabulary_needs_it(target, tmp_path):
-    drafter = make_block_drafter(target, "dspark")
+@pytest.mark.parametrize("given", ["model", "folder", "tied folder"])
+def test_an_export_takes_the_targets_vocabulary_from_it(given, tmp_path):
+    source = make_target("llama")
+    drafter = make_block_drafter(source, "dspark")
+    wanted = {name: drafter._weight(name) for name in ("embed_tokens", "lm_head")}
+    if given == "tied folder":
+        source = copy.deepcopy(source)
+        source.config.tie_word_embeddings = True
+        source.tie_weights()
+        wanted["lm_head"] = wanted["embed_tokens"]
     drafter._borrowed = {}
-    with pytest.raises(ValueError, match="borrows embed_tokens from its target and is bound to none yet"):
+    if given != "model":
+        source.save_pretrained(tmp_path / "target")
+    drafter.export(tmp_path / "out", to="vllm", target=source if given == "model" else tmp_path / "target")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in wanted.items():
+        assert torch.equal(stored[f"{name}.weight"], weight)
+
+
+def test_an_export_without_the_targets_vocabulary_is_refused(tmp_path):
+    drafter = make_block_drafter(make_target("llama"), "dspark")
+    drafter._borrowed = {}
+    with pytest.raises(
+        ValueError, match="target's own embed_tokens, which this drafter borrows: give the target as a model"
+    ):
         drafter.export(tmp_path / "out", to="vllm", target="some-owner/some-target")
+    config = copy.deepcopy(make_target("llama").config)
+    config.hidden_size = 48
+    other = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match=r"target's embed_tokens is \[64, 48\].* made for another target"):
+        drafter.export(tmp_path / "out", to="vllm", target=other)
