@@ -57,9 +57,9 @@ def load_dflash(source: str, *, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 EXPECTED = (
-    "Expected: a D-Flash drafter in a layout that AutoModel loads; or a repository or folder whose own code gives AutoModel a class with spec_generate(target=, input_ids=, "
-    "max_new_tokens=, stop_token_ids=, temperature=), as z-lab publishes them; or, with Transformers 5.23 or newer, a "
-    "drafter of the host's own whose config has target_layer_ids, block_size and mask_token_id."
+    "Expected: a D-Flash drafter in a layout that AutoModel loads; or a repository or folder whose own code gives AutoModel "
+    "a class with spec_generate(target=, input_ids=, max_new_tokens=, stop_token_ids=, temperature=), as z-lab publishes "
+    "them; or, with Transformers 5.23 or newer, a drafter of the host's own whose config has target_layer_ids, block_size and mask_token_id."
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints.blocks import spread_boundaries
 from ..modeling import (
     DFlashDrafterConfig,
     DFlashDrafterModel,
@@ -15,6 +16,7 @@ from ..modeling import (
 from .names import SHAPES
 
 DRAFT_VOCAB_SIZE = 32000
+NUM_BLOCK_LAYERS = 5
 # As z-lab and DeepSpec train them for targets of 4 to 14 billion weights.
 BLOCKS: dict[str, dict[str, Any]] = {
     "dflash": {"block_size": 8},
@@ -50,15 +52,15 @@ def make_random_drafter(target: PreTrainedModel, kind: str = "eagle3") -> Drafte
         config = Eagle3DrafterConfig(**sizes, num_hidden_layers=1, draft_vocab_size=draft_vocab_size)
         with target.device:
             return Eagle3DrafterModel(config).to(target.dtype).eval().bind(target)
-    n = text.num_hidden_layers
+    boundaries = spread_boundaries(text.num_hidden_layers, NUM_BLOCK_LAYERS)
     blocks = DFlashDrafterConfig(
         **sizes,
         **BLOCKS[kind],
-        num_hidden_layers=5,
+        num_hidden_layers=NUM_BLOCK_LAYERS,
         draft_vocab_size=text.vocab_size,
         share_lm_head=True,
-        aux_layer_ids=sorted({round(1 + i * (n - 3) / 4) for i in range(5)}),
-        num_aux_hidden_states=len({round(1 + i * (n - 3) / 4) for i in range(5)}),
+        aux_layer_ids=boundaries,
+        num_aux_hidden_states=len(boundaries),
         mask_token_id=text.vocab_size - 1,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )

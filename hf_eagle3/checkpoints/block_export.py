@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..console.quoting import quote_shell
@@ -21,7 +20,7 @@ from .engines import SGLANG, SPECULATORS, VLLM, Target
 def make_layer_config(config: DFlashDrafterConfig) -> dict[str, Any]:
     """The keys that describe the layers, as a Qwen3 config has them."""
     n = config.num_hidden_layers
-    window = "full_attention" if config.sliding_window is None else "sliding_attention"
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     rope = dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
     return {
         "model_type": "qwen3",
@@ -38,7 +37,7 @@ def make_layer_config(config: DFlashDrafterConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_parameters": rope,
-        "layer_types": list(config.layer_types or [window] * n),
+        "layer_types": list(config.layer_types or [kind] * n),
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
         "tie_word_embeddings": False,
@@ -140,26 +139,22 @@ def find_layout(config: DFlashDrafterConfig, engine: str) -> Layout:
 
 
 def list_borrowed(config: DFlashDrafterConfig, engine: str) -> list[str]:
-    """What of the target's a drafter's layout for an engine holds, of `embed_tokens` and `lm_head`."""
+    """Which of `embed_tokens` and `lm_head` the layout for an engine stores and the drafter borrows."""
     if not find_layout(config, engine).stores_vocabulary:
         return []
     owns = {"embed_tokens": config.has_own_embeddings, "lm_head": not config.share_lm_head}
     return [name for name, is_own in owns.items() if not is_own]
 
 
-def write_blocks(drafter: DFlashDrafterModel, engine: str, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors, on the CPU, of a drafter for an engine, which has what `list_borrowed` says."""
-    layout, config = find_layout(drafter.config, engine), drafter.config
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
-    d2t = tensors.pop("d2t")
-    if len(d2t) < config.vocab_size:
-        members = torch.zeros(config.vocab_size, dtype=torch.bool)
-        members[drafter.draft_to_target_ids.cpu()] = True
-        tensors |= {"d2t": d2t, "t2d": members}
-    for name in list_borrowed(config, engine):
-        weight = drafter._weight(name)[: config.vocab_size]
-        tensors[f"{name}.weight"] = weight.detach().cpu().to(drafter.dtype).contiguous().clone()
-    return layout.make_config(config, target), tensors
+def copy_borrowed(drafter: DFlashDrafterModel, engine: str) -> dict[str, Tensor]:
+    """The target's tensors that the layout for an engine holds, on the CPU; `drafter` has what `list_borrowed` names."""
+    weights = {
+        name: drafter._weight(name)[: drafter.config.vocab_size] for name in list_borrowed(drafter.config, engine)
+    }
+    return {
+        f"{name}.weight": weight.detach().cpu().to(drafter.dtype).contiguous().clone()
+        for name, weight in weights.items()
+    }
 
 
 def refuse_vocabulary(names: list[str], theirs: Mapping[str, Tensor], config: DFlashDrafterConfig) -> None:

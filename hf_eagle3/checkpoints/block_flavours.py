@@ -24,14 +24,14 @@ MARKOV: Mapping[str, str] = {
     "enable_confidence_head": "has_confidence_head",
     "confidence_head_with_markov": "confidence_reads_markov",
 }
-# Of configs that are the target's with keys added, what no key of the target's may be: another network.
+# Values that our network computes. Some configs are the target's with keys added, so its keys may ask for another network.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "attention_sink_bias": (False, None),
     "use_attention_sink_bias": (False, None),
-    "tie_word_embeddings": (False, True, None),  # said of the target; a head that is not stored is the target's
+    "tie_word_embeddings": (False, True, None),  # it says how the target stores its head, and nothing of the drafter
 }
 
 
@@ -61,7 +61,7 @@ class BlockFlavour:
     table: str = ""
     lifted: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    why_not: Callable[[Mapping[str, Any]], str | None] = lambda config: None  # noqa: ARG005
+    why_not: Callable[[Mapping[str, Any]], str | None] = lambda config: None  # noqa: ARG005  called as the others are
 
 
 def names(config: Mapping[str, Any], word: str) -> bool:
@@ -75,7 +75,7 @@ def why_not_gemma(config: Mapping[str, Any]) -> str | None:
 
 
 def why_not_mixed(config: Mapping[str, Any]) -> str | None:
-    """In speculators, sliding layers are causal within the block unless told otherwise, and full ones never."""
+    """Why not, if sliding layers are causal within the block, as speculators has them by default, and others are not."""
     kinds = set(config.get("layer_types") or ())
     if kinds == {"full_attention", "sliding_attention"} and not config.get("sliding_window_non_causal"):
         return "its sliding layers are causal within the block (sliding_window_non_causal is false) and its full ones are not"

@@ -159,6 +159,11 @@ def default_outputs(num_layers: int, num_draft: int) -> list[int]:
     return [round(first + i * (last - first) / (num_draft - 1)) for i in range(num_draft)]
 
 
+def spread_boundaries(num_layers: int, count: int) -> list[int]:
+    """The boundaries that a new block drafter reads of a target of so many layers: `count`, or as many as there are."""
+    return sorted({min(max(output + 1, 0), num_layers) for output in default_outputs(num_layers, count)})
+
+
 def count_layers(published: Published) -> int:
     """Layers of the drafter, by its tensors."""
     indices = {name.split(".")[1] for name in published.tensors if name.startswith("layers.")}

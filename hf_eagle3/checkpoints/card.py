@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..console.quoting import is_repository, quote_markdown, quote_python
 from ..modeling import DrafterModel
-from ..modeling.fields_eagle3 import DrafterFields
 from ..modeling.text_eagle3 import show
 from .engines import ENGINES, HF, Target, find_refusals
 
@@ -90,7 +89,7 @@ def write_card(
         pipeline_tag="text-generation",
         base_model=made_from if is_on_hub(made_from) else None,
         tags=[
-            *list_tags(config),
+            config.family.lower().replace("-", ""),
             *(["eagle3.1"] if is_31 else []),
             "speculative-decoding",
             "assisted-generation",
@@ -183,11 +182,6 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
             raise ValueError(f"metrics must be a table from name to number, got {show(label)}: {show(value)}.")
         if not abs(value) < math.inf:
             raise ValueError(f"metrics: {show(label)} is {value}. Give a number that was measured, or leave it out.")
-
-
-def list_tags(config: DrafterFields) -> list[str]:
-    """What people search for."""
-    return [config.family.lower().replace("-", "")]
 
 
 def list_facts(drafter: DrafterModel, target: Target, adapters: Adapters | None = None) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ..modeling.text_eagle3 import escape_controls, escape_record
 from ..modeling.weights_eagle3 import find_weight_files, list_tensors, read_tensor
 from ..speculation.shape import Shapes, chain
 from ..tensor_parallel import whole
-from .block_export import list_borrowed, make_block_command, refuse_vocabulary, write_blocks
+from .block_export import copy_borrowed, find_layout, list_borrowed, make_block_command, refuse_vocabulary
 from .card import check_metrics, write_card
 from .engines import (
     ENGINES,
@@ -113,7 +113,8 @@ def export(
                 to,
                 *(e for e in (SGLANG, VLLM) if e != to != SPECULATORS and not find_refusals(drafter.config, e)),
             )
-            write(folder, *write_blocks(drafter, to, known))
+            published = find_layout(drafter.config, to).make_config(drafter.config, known)
+            write(folder, published, to_tensors(drafter, both_names=False) | copy_borrowed(drafter, to))
         else:
             config = copy.deepcopy(drafter.config)
             config.dtype = drafter.dtype

@@ -187,10 +187,21 @@ def describe(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredT
     flat = {key: value for key, value in lifted.items() if key != "eagle_config"}
     nested = read_table(file, lifted, "eagle_config")
     flat |= {f"eagle_config.{key}": value for key, value in nested.items()}
+    return publish(file, flat, stored, tables)
+
+
+def publish(
+    file: Path, config: dict[str, Any], stored: Mapping[str, StoredTensor], tables: dict[str, str]
+) -> Published:
+    """A checkpoint with this flat config, its tensors under our names.
+
+    Raises:
+        CheckpointError: Two tensors are one.
+    """
     names = to_our_names(stored, WEIGHT_NAMES)
     return Published(
         file=file,
-        config=flat,
+        config=config,
         tensors={ours: stored[name] for name, ours in names.items()},
         names={ours: name for name, ours in names.items()},
         tables=tables,
@@ -235,14 +246,7 @@ def describe_blocks(
                     f"{file}: {key} is {show(flat[key])} at the top and {show(value)} in {flavour.lifted}. Remove the one "
                     "that is wrong."
                 )
-    names = to_our_names(stored, WEIGHT_NAMES)
-    return Published(
-        file=file,
-        config=flat,
-        tensors={ours: stored[name] for name, ours in names.items()},
-        names={ours: name for name, ours in names.items()},
-        tables=tables,
-    )
+    return publish(file, flat, stored, tables)
 
 
 def read_table(file: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def recording_attention(
 
 
 AttentionInterface.register(RECORDING, recording_attention)
+# The mask is made already; the host hands its functions more than that.
 AttentionMaskInterface.register(RECORDING, lambda *args, attention_mask=None, **kwargs: attention_mask)  # noqa: ARG005
 
 

@@ -27,8 +27,8 @@ def gate_alone(module: Any, said: Tensor, gate: Tensor) -> Tensor:
 class StateSpace:
     """Where classes of the host differ; the rest is named alike in all of them."""
 
-    scale_input: Callable[[Any, Tensor], Tensor] = lambda module, x: x  # noqa: ARG005
-    scale_projected: Callable[[Any, Tensor], Tensor] = lambda module, x: x  # noqa: ARG005
+    scale_input: Callable[[Any, Tensor], Tensor] = lambda module, x: x  # noqa: ARG005  called as the others are
+    scale_projected: Callable[[Any, Tensor], Tensor] = lambda module, x: x  # noqa: ARG005  called as the others are
     gate: Callable[[Any, Tensor, Tensor], Tensor] = norm_gated
 
 

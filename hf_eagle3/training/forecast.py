@@ -20,7 +20,7 @@ from ..modeling import Eagle3DrafterConfig
 from ..tensor_parallel import local
 from .amounts import format_count, format_memory, format_seconds
 from .arguments import Eagle3TrainingArguments
-from .forecast_blocks import BlockShape
+from .forecast_blocks import HALF, BlockShape
 from .kinds import Plan
 from .sizes import find_size, layer_configs
 from .step.batch import live_steps
@@ -34,7 +34,6 @@ SUSTAINED: Mapping[str, float] = {"H100": 790e12, "H200": 790e12, "A100": 250e12
 UTILISATION = 0.70
 FORECAST_ROWS = 1000  # the rows that a forecast reads
 STATE_BYTES = 18  # a trained weight: float32 itself, two Adam moments, gradient; and a bf16 copy for arithmetic
-HALF = 2  # bytes of a number in bf16
 # Kinds of layers whose cost of a token does not grow with those before it; "mamba" up to Transformers 5.17.
 NOT_ATTENDING = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe"})
 

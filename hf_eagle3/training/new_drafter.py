@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoints.blocks import default_outputs
+from ..checkpoints.blocks import spread_boundaries
 from ..checkpoints.convert import check_rope
 from ..modeling import DFlashDrafterConfig, DFlashDrafterModel, DrafterModel, Eagle3DrafterConfig, Eagle3DrafterModel
 from ..tensor_parallel import whole
@@ -92,7 +92,9 @@ def new_block_drafter(
         "mask_token_id": choose_mask_token(theirs, tokenizer),
         **overrides,
     }
-    chosen["aux_layer_ids"] = chosen.get("aux_layer_ids") or spread_boundaries(theirs.num_hidden_layers)
+    chosen["aux_layer_ids"] = chosen.get("aux_layer_ids") or spread_boundaries(
+        theirs.num_hidden_layers, NUM_BLOCK_LAYERS
+    )
     chosen["num_aux_hidden_states"] = len(chosen["aux_layer_ids"])
     config = DFlashDrafterConfig(**find_fields(target, len(ids), chosen))
     check_rope(config)
@@ -134,12 +136,6 @@ def start(drafter: Drafter, target: PreTrainedModel, draft_vocabulary: Tensor) -
     drafter.bind(target)
     drafter.config.target_name_or_path = drafter.bound_target_name
     return drafter
-
-
-def spread_boundaries(num_layers: int) -> list[int]:
-    """The boundaries that a new block drafter reads of a target of so many layers: five, or as many as there are."""
-    outputs = default_outputs(num_layers, NUM_BLOCK_LAYERS)
-    return sorted({min(max(output + 1, 0), num_layers) for output in outputs})
 
 
 def choose_mask_token(theirs: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:

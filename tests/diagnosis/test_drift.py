@@ -82,7 +82,8 @@ def test_chains_are_those_drafted_one_at_a_time(kind):
     drafter.config._attn_implementation = "weighing"
     for slot in find_live(text, DEPTH).nonzero()[:, 0].tolist():
         rows, rms = chain_at(drafter, text, slot, DEPTH)
-        for step, (token, mass, entropy), size in zip(steps, rows, rms, strict=False):
+        fed = rms[:-1]  # the last output is fed to no step
+        for step, (token, mass, entropy), size in zip(steps, rows, fed, strict=True):
             assert int(step.tokens[slot]) == token
             torch.testing.assert_close(step.watch.mass[slot] / step.watch.num_layers, mass, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(step.watch.entropy[slot] / step.watch.num_layers, entropy, rtol=1e-4, atol=1e-5)

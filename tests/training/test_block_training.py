@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import unrolling
 from helpers.blocks import BLOCK_DRAFTERS, make_block_drafter
 from helpers.marks import slow_but
 from helpers.models import NUM_LAYERS, H, V, make_target
@@ -19,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from hf_eagle3 import Eagle3Trainer
+from hf_eagle3.checkpoints.blocks import spread_boundaries
 from hf_eagle3.drafters.blocks import BLOCKS
 from hf_eagle3.drafters.draft import Committed, Prompted
 from hf_eagle3.speculation.shape import Shapes, chain
 from hf_eagle3.training import StoredStates, store_states
 from hf_eagle3.training.forecast_blocks import BlockShape
-from hf_eagle3.training.new_drafter import choose_mask_token, new_block_drafter, spread_boundaries
+from hf_eagle3.training.new_drafter import choose_mask_token, new_block_drafter
 from hf_eagle3.training.states.online import OnlineStates
 from hf_eagle3.training.step import blocks as module
 from hf_eagle3.training.step.batch import Collator
@@ -53,16 +55,8 @@ def make(target, kind, **overrides):
 
 
 def several_rows(seed=0):
-    """A short row, one of two turns, one that ends in the user's turn, one with nothing to train, a long one."""
-    rng = np.random.default_rng(seed)
-    masks = [
-        [0] * 3 + [1] * 6,
-        [0] * 2 + [1] * 5 + [0] * 3 + [1] * 7,
-        [0] * 4 + [1] * 4 + [0] * 5,
-        [0] * 5 + [1] * 1 + [0],
-        [0] + [1] * 14,
-    ]
-    return [{"input_ids": rng.integers(0, V, len(mask)), "loss_mask": np.array(mask)} for mask in masks]
+    """Rows of several kinds, as the trainer's."""
+    return [{"input_ids": ids, "loss_mask": np.array(mask)} for ids, mask in unrolling.several_rows(seed)]
 
 
 def packed(rows):
@@ -201,7 +195,7 @@ def test_a_block_in_training_is_a_block_that_is_served(target, kind):
     batch = Collator(k)([row])
     trained = logits_in_training(drafter, batch, aux[0])  # [L, k, V_d]
     shape = chain(k)
-    for slot, wanted in zip(batch.slots.tolist()[: -k - 1], trained, strict=False):
+    for slot, wanted in zip(batch.slots[: -k - 1].tolist(), trained[: -k - 1], strict=True):
         served, follows = [], iter(tokens[slot + 2 :])
 
         def choose_the_text(logits, depths, width, served=served, follows=follows):
@@ -501,10 +495,10 @@ def test_a_new_drafter_is_as_the_target(target):
     assert (config.num_hidden_layers, config.hidden_size, config.draft_vocab_size) == (5, H, V)
     assert config.share_lm_head
     assert not config.has_own_embeddings
-    assert config.aux_layer_ids == spread_boundaries(NUM_LAYERS) == [2, 3, 4, 5, 6]
+    assert config.aux_layer_ids == spread_boundaries(NUM_LAYERS, 5) == [2, 3, 4, 5, 6]
     assert drafter.bound_aux_layer_ids == (2, 3, 4, 5, 6)
-    assert spread_boundaries(36) == [2, 10, 18, 26, 34]
-    assert spread_boundaries(2) == [0, 1, 2]
+    assert spread_boundaries(36, 5) == [2, 10, 18, 26, 34]
+    assert spread_boundaries(2, 5) == [0, 1, 2]
 
 
 class Tokens:
